@@ -64,11 +64,11 @@ def check_single_label(dls):
     else: return
     raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a `CategoryBlock`")
 
-# %% ../nbs/05_pixel.ipynb #9f8a3cf4
-def sample_images(learn, n=2):
+# %% ../nbs/05_pixel.ipynb #2aef5804
+def sample_images(dls, n=2):
     "`n` validation images in pixel space `(n, c, h, w)`, on the CPU; draws no random numbers"
-    dl = learn.dls.valid if len(learn.dls.valid) else learn.dls.train
+    dl = dls.valid if len(dls.valid) else dls.train
     with torch.random.fork_rng(devices=[]):
         x = dl.one_batch()[0] if hasattr(dl, 'one_batch') else next(iter(dl))[0]
-    pm = PixelModel(nn.Identity(), *pixel_stats(learn.dls))
+    pm = PixelModel(nn.Identity(), *pixel_stats(dls))
     return to_pixels(pm, x[:n].cpu())

@@ -116,6 +116,8 @@ def test_tiny_imagenet(tiny):
     assert (x == np.stack([np.asarray(Image.open(f)).transpose(2, 0, 1) for f in files_])).all() and y.tolist() == [0, 1, 0, 1]
     assert {x.shape for x, _ in dls.train_ds} == {(3, 64, 64)}   # the grey ones too
     assert not {f for f, _ in dls.train_ds.items} & {f for f, _ in dls.valid_ds.items}
+    held = [list(tiny_imagenet_dls(tiny, bs=4, valid_pct=.2, seed=i, num_workers=0).valid_ds.items) for i in (1, 1, 2)]
+    assert held[0] == held[1] != held[2]
 
 def test_digits():
     from sklearn.datasets import load_digits

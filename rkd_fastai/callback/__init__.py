@@ -1,0 +1,8 @@
+"""The training callbacks, one idea per module."""
+from . import adversarial, averaging, distill, monitor
+from .adversarial import *
+from .distill import *
+from .averaging import *
+from .monitor import *
+
+__all__ = adversarial.__all__ + distill.__all__ + averaging.__all__ + monitor.__all__

@@ -34,9 +34,9 @@ class RobustCallback(Callback):
     _stateattrs = ('pixel','images','clean_xb','targ') # of a running fit: not for `Learner.export`
     pixel = None
 
-    def check(self, learn):
-        "Raise `ValueError` if this method cannot train `learn`; changes nothing"
-        check_single_label(learn.dls)
+    def check(self, dls):
+        "Raise `ValueError` if this method cannot train on `dls`; changes nothing"
+        check_single_label(dls)
 
     def model_images(self):
         "The pixel-space images that go through the model in place of `self.images`"
@@ -45,8 +45,11 @@ class RobustCallback(Callback):
     def method_loss(self, pred):
         "The method's loss, given logits on `model_images`; None keeps the Learner's"
 
-    def before_fit(self):
-        self.check(self.learn)
+    def before_fit(self): self.pixel = None # fastai calls this for `validate` and `predict` too, which need nothing of us
+
+    def before_train(self):
+        if self.pixel is not None: return # not the first epoch
+        self.check(self.dls)
         self.opt.zero_grad() # what an interrupted backward pass left behind
         self.pixel = pixel_model(self.learn)
 

@@ -27,10 +27,14 @@ class _Distillation(AdversarialTraining):
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.alpha,self.T = alpha,T
 
-    def check(self, learn):
-        super().check(learn)
+    def check(self, dls):
+        super().check(dls)
         if self.teacher is None: raise ValueError("the `teacher` is not part of an exported Learner: give it one again with `learn.to_rkd(teacher)`")
-        check_teacher(self.teacher, learn)
+        check_teacher(self.teacher, dls)
+
+    def before_train(self):
+        super().before_train()
+        self.teacher.to(model_device(self.model))
 
     def clean_probs(self):
         "Teacher probabilities on the clean batch"
@@ -45,13 +49,12 @@ class _Distillation(AdversarialTraining):
         super().after_fit()
         self.t_probs = None
 
-def check_teacher(teacher, learn):
-    "Move `teacher` to where the Learner's model is and raise `ValueError` unless it can teach it"
-    device = model_device(learn.model)
-    images,n_out = sample_images(learn).to(device), get_c(learn.dls)
-    try: probs = teacher.to(device).probs(images)
+def check_teacher(teacher, dls):
+    "Raise `ValueError` unless `teacher` runs on the images of `dls` and knows their classes"
+    images,n_out = sample_images(dls).to(model_device(teacher)), get_c(dls)
+    try: probs = teacher.probs(images)
     except RuntimeError as e:
-        raise ValueError(f"`teacher` cannot run on the Learner's images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
         raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of the same classes")
 
