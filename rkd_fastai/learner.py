@@ -97,7 +97,7 @@ def sgd_nesterov(
 @patch
 def fit_exp(self:Learner,
     n_epoch, # epochs
-    lr_max=.1, # learning rate of the first epoch; a `slice` for discriminative rates
+    lr_max=.1, # learning rate of the first epoch, for SGD; a `slice` for discriminative rates
     decay=.9, # factor on the learning rate after every epoch
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):
@@ -115,7 +115,7 @@ def fit_exp(self:Learner,
 @patch
 def fit_rkd(self:Learner,
     n_epoch, # epochs
-    lr_max=.21, # top learning rate; a `slice` for discriminative rates
+    lr_max=.21, # top learning rate, for SGD; a `slice` for discriminative rates
     div=25., # the first learning rate is `lr_max/div`
     div_final=2.5e5, # the last is `lr_max/div_final`
     pct_start=.3, # share of the steps on the way up

@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: demo test test-nbs test-py test-all export readme check clean
+
+demo: .venv/installed
+	$(BIN)/rkd demo
+
+test: test-nbs test-py
+
+test-nbs: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+
+test-py: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-all: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cuda"
+
+# notebooks -> modules, index.ipynb -> README.md
+export: .venv/dev
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tools/readme.py
+
+# are notebooks, modules and README in step?
+check: .venv/dev
+	$(BIN)/python tools/check.py
+
+.venv/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	touch $@
+
+.venv/installed: .venv/uv settings.ini setup.py pyproject.toml
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info _proc _docs

@@ -1,0 +1,163 @@
+"What bad input gets: an error that names the argument, before anything has changed."
+import pytest, torch, torch.nn as nn
+from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSELossFlat, MultiCategoryBlock, PILImageBW,
+                               RegressionBlock, Transform, TensorImage, resnet18)
+
+from rkd_fastai.all import *
+
+methods = ['akd', 'rslad', 'ard', 'ckd']
+callbacks = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
+each = pytest.mark.parametrize('method', methods)
+
+@pytest.fixture
+def unchanged(make_learner, make_dls, tiny_net, snapshot):
+    "Context: a call on a Learner raises `error` and leaves it, its weights and its method as they were"
+    from contextlib import contextmanager
+    @contextmanager
+    def check(learn, error, match):
+        weights, cbs, lf, opt = snapshot.take(learn.model)[0], list(learn.cbs), learn.loss_func, learn.opt
+        tfms = [list(dl.after_batch.fs) for dl in learn.dls.loaders]
+        requires = [p.requires_grad for p in learn.model.parameters()]
+        with pytest.raises(error, match=match): yield learn
+        assert list(learn.cbs) == cbs and learn.loss_func is lf
+        assert [list(dl.after_batch.fs) for dl in learn.dls.loaders] == tfms
+        assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items())
+        assert [p.requires_grad for p in learn.model.parameters()] == requires
+        assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+    return check
+
+def both_ways(unchanged, learn, teacher, method, error, match):
+    "By `to_rkd`, at once, and by `add_cb`, when the fit starts"
+    with unchanged(learn, error, match): learn.to_rkd(teacher, method=method)
+    cb = callbacks[method](teacher); learn.add_cb(cb)
+    with unchanged(learn, error, match): learn.fit(1)
+    learn.remove_cb(cb)
+
+@each
+def test_teacher_with_other_classes(method, unchanged, make_learner, tiny_net):
+    both_ways(unchanged, make_learner(), tiny_net(n_out=7), method, ValueError, '`teacher`.*7 classes.*10')
+    with pytest.raises(ValueError, match='`teacher`'): rkd_learner(make_learner().dls, tiny_net(), tiny_net(n_out=7), method=method)
+
+@each
+def test_teacher_of_other_images(method, unchanged, make_learner, tiny_net):
+    both_ways(unchanged, make_learner(), tiny_net(n_in=3), method, ValueError, '`teacher`')
+    both_ways(unchanged, make_learner(), nn.Sequential(nn.Flatten(), nn.Linear(100, 10)), method, ValueError, '`teacher`')
+
+class NaN(nn.Module):
+    def forward(self, x): return x.flatten(1)[:,:10]*float('nan')
+@each
+def test_teacher_that_returns_nan(method, unchanged, make_learner):
+    both_ways(unchanged, make_learner(), NaN(), method, ValueError, '`teacher`.*NaN')
+
+class LaterNaN(nn.Module):
+    "NaN from the third call on"
+    def __init__(self): super().__init__(); self.n = 0
+    def forward(self, x): self.n += 1; return x.flatten(1)[:,:10]*(float('nan') if self.n > 2 else 1)
+@each
+def test_teacher_that_returns_nan_later(method, make_learner):
+    "An error, not a student of NaN weights"
+    learn = make_learner(cbs=callbacks[method](LaterNaN()))
+    with pytest.raises(ValueError, match='`teacher`.*NaN'): learn.fit(3)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+@each
+@pytest.mark.parametrize('bad', [-.1, 1.1, float('nan')])
+def test_alpha_and_lam(method, bad, unchanged, make_learner, make_dls, tiny_net):
+    for name in dict(akd=['alpha'], ckd=['lam']).get(method, ['alpha', 'lam']):
+        with pytest.raises(ValueError, match=f'`{name}`'): callbacks[method](tiny_net(), **{name: bad})
+        with unchanged(make_learner(), ValueError, f'`{name}`') as learn: learn.to_rkd(tiny_net(), method=method, **{name: bad})
+    for name in ('alpha', 'lam'): # the factory checks what it is given, whether or not the method has use for it
+        with pytest.raises(ValueError, match=f'`{name}`'): rkd_learner(make_dls(), tiny_net(), tiny_net(), method=method, **{name: bad})
+
+@each
+def test_T(method, unchanged, make_learner, tiny_net):
+    with unchanged(make_learner(), ValueError, '`T`') as learn: learn.to_rkd(tiny_net(), method=method, T=0.)
+
+@pytest.mark.parametrize('betas', [[.5], [.6, .6], [1.5, -.5]])
+def test_betas(betas, tiny_net):
+    with pytest.raises(ValueError, match='`betas`'): Teacher([tiny_net(), tiny_net()], betas=betas)
+
+@pytest.mark.parametrize('cls', [PGD, FGSM, FFGSM, AutoAttack])
+def test_eps_on_the_0_255_scale(cls):
+    with pytest.raises(ValueError, match='`eps`.*8/255'): cls(8)
+
+def test_unknown_method(unchanged, make_learner, make_dls, tiny_net):
+    for bad in ('AKD', 'trades', '', None):
+        with unchanged(make_learner(), ValueError, '(?s)`method`.*akd.*rslad.*ard.*ckd') as learn: learn.to_rkd(tiny_net(), method=bad)
+        with pytest.raises(ValueError, match='`method`'): rkd_learner(make_dls(), tiny_net(), tiny_net(), method=bad)
+
+@each
+def test_no_teacher(method, unchanged, make_learner):
+    with unchanged(make_learner(), ValueError, '`teacher`') as learn: learn.to_rkd([], method=method)
+    for bad in (None, 'teacher.pth', [None]):
+        with unchanged(make_learner(), TypeError, '`teacher`') as learn: learn.to_rkd(bad, method=method)
+
+@pytest.mark.parametrize('bad', ['pgd', PGD, 8/255])
+def test_what_is_no_attack(bad, unchanged, make_learner, make_dls, tiny_net):
+    "An attack's name or class, given for an attack, is found out at once"
+    with pytest.raises(TypeError, match='`attack`'): AdversarialTraining(bad)
+    with pytest.raises(TypeError, match='`attack`'): RobustAccuracy(bad)
+    with unchanged(make_learner(), TypeError, '`attack`') as learn: learn.to_adversarial(bad)
+    with unchanged(make_learner(), TypeError, '`attack`') as learn: learn.to_rkd(tiny_net(), attack=bad)
+
+def test_beta_decay_every():
+    with pytest.raises(ValueError, match='`beta`'): TRADES(beta=-1)
+    for bad in (-.1, 1., 2.):
+        with pytest.raises(ValueError, match='`decay`'): WeightAveraging(bad)
+    with pytest.raises(ValueError, match='`every`'): KeepEpochs(0)
+
+
+# --- DataLoaders ---
+
+def block_dls(block, get_y, tmp_path):
+    import numpy as np
+    from fastai.vision.all import Image
+    for i in range(12): Image.fromarray(np.full((8, 8), 20*i, dtype=np.uint8)).save(tmp_path/f'{i}.png')
+    return DataBlock((ImageBlock(PILImageBW), block), get_items=lambda p: sorted(p.glob('*.png')), get_y=get_y).dataloaders(tmp_path, bs=4, num_workers=0)
+
+@pytest.mark.parametrize('kind', ['multi-label', 'regression', 'regression of several'])
+@pytest.mark.parametrize('how', ['akd', 'adversarial', 'robustness', 'factory', 'callback'])
+def test_no_single_label(kind, how, unchanged, make_learner, tiny_net, tmp_path):
+    block, get_y, lf = {'multi-label': (MultiCategoryBlock(vocab=list('abcdefghij')), lambda o: ['a', 'b'], BCEWithLogitsLossFlat()),
+                        'regression': (RegressionBlock(), lambda o: float(o.stem), MSELossFlat()),
+                        'regression of several': (RegressionBlock(n_out=10), lambda o: [float(o.stem)]*10, MSELossFlat())}[kind]
+    learn = make_learner(block_dls(block, get_y, tmp_path), tiny_net(), loss_func=lf)
+    match = '`dls`.*one class'
+    if how == 'factory':
+        with pytest.raises(ValueError, match=match): rkd_learner(learn.dls, tiny_net(), tiny_net())
+        return
+    if how == 'callback': learn.add_cb(AKDCallback(tiny_net()))
+    with unchanged(learn, ValueError, match):
+        dict(akd=lambda: learn.to_rkd(tiny_net()), adversarial=lambda: learn.to_adversarial(), robustness=lambda: learn.robustness(('clean',)),
+             callback=lambda: learn.fit(1))[how]()
+
+class Shift(Transform):
+    "Leaves [0, 1], after everything"
+    order = 200
+    def encodes(self, x: TensorImage): return x*3 - 1
+
+@pytest.mark.parametrize('how', ['adversarial', 'rkd', 'robustness', 'metric'])
+def test_images_outside_0_1(how, unchanged, make_learner, make_dls, tiny_net):
+    dls = make_dls(); dls.add_tfms([Shift()], 'after_batch')
+    learn = make_learner(dls, metrics=RobustAccuracy() if how == 'metric' else None)
+    if how == 'adversarial': learn.add_cb(AdversarialTraining())
+    if how == 'rkd': learn.add_cb(AKDCallback(tiny_net()))
+    with unchanged(learn, ValueError, r'(?s)\[0, 1\].*span \[-1, 2\]'):
+        dict(robustness=lambda: learn.robustness(('clean',)), metric=learn.validate).get(how, lambda: learn.fit(1))()
+
+def test_images_normalised_by_hand(unchanged, make_learner, make_dls):
+    "Normalised in a transform that is not fastai's Normalize, the statistics are not known"
+    class ByHand(Transform):
+        order = 200
+        def encodes(self, x: TensorImage): return (x-.5)/.25
+    dls = make_dls(); dls.add_tfms([ByHand()], 'after_batch')
+    with unchanged(make_learner(dls, cbs=AdversarialTraining()), ValueError, 'Normalize') as learn: learn.fit(1)
+
+def test_factory_leaves_dls_alone_on_error(make_dls, tiny_net):
+    "`vision_learner` adds a Normalize to the DataLoaders: not before the teacher has been checked"
+    dls = make_dls(channels=3); tfms = list(dls.after_batch.fs)
+    with pytest.raises(ValueError, match='teacher'): rkd_learner(dls, resnet18, tiny_net(n_in=3, n_out=7), weights=None, pretrained=False)
+    assert list(dls.after_batch.fs) == tfms
+
+def test_factory_refuses_what_a_network_has_no_use_for(make_dls, tiny_net):
+    with pytest.raises(TypeError, match='pretrained'): rkd_learner(make_dls(), tiny_net(), tiny_net(), pretrained=True)

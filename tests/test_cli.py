@@ -1,0 +1,37 @@
+"What the command line does beyond its notebook: a folder of images, timm networks, and no trace of a failed run."
+import json
+import numpy as np, pytest
+from PIL import Image
+from rkd_fastai.cli import main
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for split,n in (('train',8),('valid',4)):
+        for c,low in (('dark',0),('bright',150)):
+            (tmp_path/'images'/split/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(low, low+100, (20,20,3), dtype=np.uint8)).save(tmp_path/'images'/split/c/f'{i}.png')
+    return tmp_path/'images'
+
+def rkd(*args): main([str(a) for a in args])
+
+def test_folder_and_timm(images, tmp_path, capsys):
+    common = ('--data', images, '--size', 32, '--bs', 4, '--epochs', 1, '--steps', 1)
+    rkd('train', *common, '--arch', 'test_resnet', '--out', tmp_path/'teacher')
+    rkd('distill', *common, '--width', '1/16', '--method', 'rslad', '--teacher', tmp_path/'teacher', '--out', tmp_path/'student')
+    rkd('evaluate', tmp_path/'student', '--attacks', 'clean,fgsm', '--json', tmp_path/'card.json', '--state', tmp_path/'state.json')
+    card = json.loads((tmp_path/'card.json').read_text())
+    assert card['n'] == 8 and 0 <= card['results']['fgsm']['accuracy'] <= card['results']['clean']['accuracy']
+    student = json.loads((tmp_path/'student/card.json').read_text())
+    assert (student['n_in'], student['n_out'], student['method'], student['width']) == (3, 2, 'rslad', 1/16)
+    assert 'epochs' in capsys.readouterr().out
+
+@pytest.mark.parametrize('args, says', [
+    (('train', '--data', 'nowhere'), '`--data`'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'),
+    (('train', '--data', 'digits', '--eps', '8'), '8/255'), (('train', '--data', 'cifar10', '--data-path', '.'), 'cifar-10-batches-py'),
+])
+def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e: rkd(*args, '--epochs', 1, '--out', tmp_path/'out')
+    assert says in e.value.code and e.value.code.startswith('rkd: error: ') and '\n' not in e.value.code
+    assert not (tmp_path/'out/model.pth').exists()

@@ -1,0 +1,218 @@
+"The number that is reported: against a loop written by hand, resumed, and with the Learner as it was."
+import json
+
+import pytest, torch
+from fastai.vision.all import accuracy, imagenet_stats
+
+from rkd_fastai.all import *
+
+def hand_loop(model, x, y, attack):
+    "Right as it is and under attack, one image at a time"
+    model.eval(); right = 0
+    for a,b in zip(x.split(1), y.split(1)):
+        if model(a).argmax(1) != b: continue
+        right += (model(attack(model, a, b)).argmax(1) == b).item()
+    return right/len(x)
+
+deterministic = PGD(.1, steps=5, random_start=False)
+
+@pytest.mark.parametrize('bs', [1, 7, 60, 1000])
+def test_robust_accuracy_is_a_loop_by_hand(bs, robust_net, test_images):
+    x, y = (o[:60] for o in test_images)
+    got = robust_accuracy(robust_net, x, y, deterministic, bs=bs)
+    assert isinstance(got, float) and got == pytest.approx(hand_loop(robust_net, x, y, deterministic)) and 0 < got < 1
+
+def test_what_is_wrong_clean_stays_wrong(robust_net, test_images):
+    "An attack that happens to correct an error does not count for the model"
+    x, y = test_images
+    class ToTheNext(Attack):
+        "Gives every image another's: those of the next class, which a model takes for the next class"
+        def perturb(self, model, x, targ): return torch.stack([by_class[(t.item()+1) % 10] for t in targ])
+    with torch.no_grad(): right = robust_net(x).argmax(1) == y
+    by_class = {c: x[right & (y == c)][0] for c in range(10)}
+    wrong = (y+9) % 10 # under these labels every image is wrong clean, and right under the attack
+    assert robust_accuracy(robust_net, x, wrong, ToTheNext()) == pytest.approx((robust_net(x).argmax(1) == wrong).float().mean().item(), abs=.02)
+    assert robust_accuracy(robust_net, x[right], y[right], ToTheNext()) == 0
+
+def test_default_attack_is_pgd20(robust_net, test_images):
+    x, y = test_images
+    torch.manual_seed(1); got = robust_accuracy(robust_net, x, y)
+    torch.manual_seed(1); assert got == robust_accuracy(robust_net, x, y, PGD(steps=20))
+
+def test_soft_targ(robust_net, test_images):
+    "`targ` may be soft wherever it stands: an image then is right where its likeliest class is predicted"
+    for n in (10, 50): # 10 images of 10 classes: no accidental broadcasting
+        x, y = (o[:n] for o in test_images)
+        soft = torch.nn.functional.one_hot(y, 10)*.7 + .03
+        assert robust_accuracy(robust_net, x, soft, deterministic) == pytest.approx(robust_accuracy(robust_net, x, y, deterministic), abs=.11)
+        assert robust_accuracy(robust_net, x, soft, PGD(0., steps=0)) == robust_accuracy(robust_net, x, y, PGD(0., steps=0))
+
+def test_model_is_evaluated_in_eval_mode_and_left_alone(tiny_net, digits, snapshot):
+    model = tiny_net(dropout=.5).train(); before = snapshot.take(model)
+    x, y = digits.x[:50], digits.y[:50]
+    got = robust_accuracy(model, x, y, deterministic)
+    assert snapshot.same(before, snapshot.take(model))
+    assert got == robust_accuracy(model.eval(), x, y, deterministic)
+
+def test_robust_accuracy_errors(tiny_net):
+    model, x, y = tiny_net(), torch.rand(4, 1, 8, 8), torch.arange(4)
+    for bad,word in (((x[:0], y[:0]), '`x`'), ((x, y[:3]), 'targ'), ((x*255, y), r'\[0, 1\]'), ((x, y+20), 'targ')):
+        with pytest.raises(ValueError, match=word): robust_accuracy(model, *bad)
+    with pytest.raises(ValueError, match='NaN'): robust_accuracy(lambda x: x.flatten(1)*float('nan'), x, y)
+
+
+# --- learn.robustness ---
+
+@pytest.fixture
+def learn(make_learner, make_dls, robust_net):
+    import copy
+    return make_learner(make_dls(n=64, n_valid=48, n_test=40), copy.deepcopy(robust_net), metrics=accuracy)
+small = dict(attacks=('clean', 'pgd5'), eps=.1)
+
+def test_card(learn, digits, robust_net, tmp_path):
+    r = learn.robustness(**small, seed=3)
+    x, y = digits.x[112:152], digits.y[112:152] # the third loader is the test split
+    assert r.n == 40 and r.eps == .1 and r.seed == 3 and r.norm == 'Linf'
+    assert r.clean == pytest.approx((robust_net(x).argmax(1) == y).float().mean().item())
+    assert abs(r.pgd5 - hand_loop(robust_net, x, y, PGD(.1, steps=5))) <= 2/40 and r.pgd5 <= r.clean
+    df = r.to_df()
+    assert list(df.index) == ['clean', 'pgd5'] and df.accuracy['pgd5'] == r.pgd5
+    assert (df.low <= df.accuracy).all() and (df.accuracy <= df.high).all()
+    card = json.loads(r.to_json(tmp_path/'card.json'))
+    assert card == json.loads((tmp_path/'card.json').read_text())
+    assert card['n'] == 40 and card['eps'] == .1 and card['seed'] == 3 and card['results']['pgd5']['accuracy'] == r.pgd5
+    assert 'pgd5' in repr(r) and 'pgd5' in r._repr_html_() and '40 images' in repr(r)
+
+@pytest.mark.filterwarnings('ignore')
+def test_default_attacks(learn):
+    r = learn.robustness(n=6, eps=.15)
+    assert 0 <= r.autoattack <= r.pgd20 <= r.clean <= 1 and r.n == 6
+
+def test_validation_set_where_there_is_no_third_loader(make_learner, make_dls, robust_net, digits):
+    r = make_learner(make_dls(n=64, n_valid=48), robust_net).robustness(('clean',))
+    x, y = digits.x[64:112], digits.y[64:112]
+    assert r.n == 48 and r.clean == pytest.approx((robust_net(x).argmax(1) == y).float().mean().item())
+
+def test_dl_and_n_choose_the_images(learn, digits, robust_net):
+    r = learn.robustness(('clean',), n=37, dl=learn.dls.train) # shuffled for training, in order here
+    x, y = digits.x[:37], digits.y[:37]
+    assert r.n == 37 and r.clean == pytest.approx((robust_net(x).argmax(1) == y).float().mean().item())
+    assert learn.robustness(('clean',), dl=learn.dls.train).n == 64 # nothing dropped
+
+def test_normalisation_is_undone(make_learner, make_dls, tiny_net):
+    "On ImageNet-normalised DataLoaders, the same as on pixel space with the normalisation inside the network"
+    net = tiny_net(n_in=3)
+    a = make_learner(make_dls(channels=3, stats=imagenet_stats), net).robustness(('clean', 'pgd3'), eps=.05)
+    model = PixelModel(net, *imagenet_stats)
+    b = make_learner(make_dls(channels=3), model).robustness(('clean', 'pgd3'), eps=.05)
+    assert (a.clean, a.pgd3) == (b.clean, b.pgd3)
+
+def test_same_seed_same_number(learn):
+    torch.manual_seed(1); a = learn.robustness(**small, seed=1, bs=16)
+    torch.manual_seed(2); b = learn.robustness(**small, seed=1, bs=16)
+    assert a.results == b.results
+
+def test_learner_and_random_numbers_are_left_alone(learn, snapshot):
+    learn.to_adversarial(); learn.model.train(); learn.model[1].eval(); learn.create_opt()
+    before, cbs, dls, rng = snapshot.take(learn.model), list(learn.cbs), learn.dls, torch.get_rng_state()
+    tfms = [list(dl.after_batch.fs) for dl in dls.loaders]
+    learn.robustness(**small, n=20)
+    assert snapshot.same(before, snapshot.take(learn.model)) and list(learn.cbs) == cbs and learn.dls is dls
+    assert [list(dl.after_batch.fs) for dl in dls.loaders] == tfms and torch.equal(rng, torch.get_rng_state())
+
+def test_half_precision_network_is_left_in_half_precision(learn):
+    learn.model.half()
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    learn.robustness(('clean',), n=10)
+    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+def test_plain_pytorch_loaders(make_learner, digits, tiny_net):
+    "fastai takes PyTorch's own DataLoader; so do we, for training and for the number"
+    from fastai.vision.all import DataLoaders
+    dl = torch.utils.data.DataLoader(list(zip(digits.x[:64], digits.y[:64])), batch_size=16)
+    learn = make_learner(DataLoaders(dl, dl), tiny_net())
+    learn.to_rkd(tiny_net(seed=3), attack=PGD(steps=1)).fit(1)
+    assert learn.robustness(('clean',)).n == 64
+
+@pytest.mark.parametrize('at', range(1, 7))
+def test_resume(at, learn, tmp_path):
+    "Killed in any batch and started again, a run ends with the same flags, batch by batch"
+    def run(path): return learn.robustness(('clean', 'pgd3'), eps=.1, bs=14, seed=4, state_path=path)
+    want = run(tmp_path/'whole.json')
+    calls = 0
+    class Killed(BaseException): pass
+    from rkd_fastai import evaluation
+    real = evaluation.robust_flags
+    def dies(*args):
+        nonlocal calls; calls += 1
+        if calls == at: raise Killed
+        return real(*args)
+    with pytest.MonkeyPatch.context() as m, pytest.raises(Killed):
+        m.setattr(evaluation, 'robust_flags', dies); run(tmp_path/'state.json')
+    calls = 100 # goes on counting, never dies
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, 'robust_flags', dies); got = run(tmp_path/'state.json')
+    assert calls == 100 + 6 - (at-1), 'finished batches are not run again'
+    assert got.results == want.results
+    assert json.loads((tmp_path/'state.json').read_text())['flags'] == json.loads((tmp_path/'whole.json').read_text())['flags']
+    assert sorted(p.name for p in tmp_path.glob('*state*')) == ['state.json'] # no temporary file is left
+
+def test_a_finished_run_is_read_back(learn, tmp_path):
+    from rkd_fastai import evaluation
+    kw = small | dict(state_path=tmp_path/'s.json')
+    want = learn.robustness(**kw)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, 'robust_flags', lambda *_: 1/0)
+        assert learn.robustness(**kw).results == want.results
+
+@pytest.mark.parametrize('change', [dict(eps=.05), dict(seed=1), dict(n=30), dict(attacks=('clean', 'pgd6')), dict(bs=7), dict(norm='L2'), 'weights', 'images'], ids=str)
+def test_state_of_another_run_is_refused(change, learn, make_dls, tmp_path):
+    path = tmp_path/'s.json'
+    learn.robustness(**small, state_path=path); before = path.read_text()
+    if change == 'weights': learn.model[0].weight.data[0,0,0,0] += 1e-3
+    if change == 'images': learn.dls = make_dls(n=64, n_valid=47, n_test=40)
+    with pytest.raises(ValueError, match='state_path'): learn.robustness(**(small | (change if isinstance(change, dict) else {})), state_path=path)
+    assert path.read_text() == before
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"flags": {}}', '3', '{"run": 3, "flags": {}}', '{"run": {}, "flags": 3}'])
+def test_state_file_that_is_none(text, learn, tmp_path):
+    (tmp_path/'s.json').write_text(text)
+    with pytest.raises(ValueError, match='state_path'): learn.robustness(**small, state_path=tmp_path/'s.json')
+
+@pytest.mark.parametrize('kw,word', [(dict(attacks=('pgd',)), 'pgd'), (dict(attacks=('cw',)), 'cw'), (dict(eps=8), 'eps'), (dict(norm='L1'), 'norm'), (dict(n=0), '`n`'),
+                                     (dict(n=-1), '`n`'), (dict(n=10_000), '`n`'), (dict(bs=0), '`bs`')], ids=str)
+def test_robustness_errors(kw, word, learn):
+    with pytest.raises(ValueError, match=word): learn.robustness(**({'attacks': ('clean', 'pgd2')} | kw))
+
+def test_attack_names():
+    assert make_attack('pgd20', .1).settings == PGD(.1, steps=20).settings
+    assert make_attack('pgd50x10', .1).settings == PGD(.1, steps=50, restarts=10).settings
+    assert type(make_attack('autoattack', .1, seed=7)) is AutoAttack and make_attack('autoattack', seed=7).seed == 7
+    assert type(make_attack('fgsm', .1)) is FGSM and make_attack('fgsm', .5, 'L2').norm == 'L2'
+
+def test_wilson_interval():
+    low, high = wilson(.5, 100) # by hand: (0.5 ± 1.96·√(0.25/100 + 1.96²/40000) + 1.96²/200)/(1 + 1.96²/100)
+    assert (low, high) == pytest.approx((.4038, .5962), abs=1e-4)
+    assert wilson(0., 20)[0] == 0 and wilson(1., 20)[1] == pytest.approx(1) and wilson(1., 20)[0] == pytest.approx(20/(20+1.96**2))
+
+
+# --- the metric ---
+
+def test_metric_is_robust_accuracy(learn, digits, robust_net):
+    x, y = digits.x[64:112], digits.y[64:112]
+    learn.metrics = [accuracy, RobustAccuracy(deterministic), RobustAccuracy(deterministic, n=20)]
+    _, acc, robust, first = learn.validate()
+    assert robust == pytest.approx(hand_loop(robust_net, x, y, deterministic)) and robust <= acc
+    assert first == pytest.approx(hand_loop(robust_net, x[:20], y[:20], deterministic))
+    assert learn.validate()[2] == robust
+
+def test_metric_leaves_training_alone(make_learner, make_dls, tiny_net):
+    def train(metrics):
+        torch.manual_seed(1)
+        learn = make_learner(make_dls(shuffle=False), tiny_net(), metrics=metrics).to_adversarial(PGD(steps=1)); learn.fit(2, .01)
+        return list(learn.model.parameters())
+    for p,q in zip(train([RobustAccuracy()]), train([])): torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+def test_metric_errors():
+    with pytest.raises(ValueError, match='`n`'): RobustAccuracy(n=0)
+    with pytest.raises(ValueError, match='`n`'): RobustAccuracy(n=-1)

@@ -1,0 +1,122 @@
+"The public names: where they are, what they take, and what importing them costs."
+import importlib, inspect, subprocess, sys, textwrap
+
+import pytest, torch.nn as nn
+
+def python(code):
+    "What `code` prints in a fresh interpreter"
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    return r.stdout.strip()
+
+def test_pytorch_modules_need_no_fastai():
+    assert python('''
+        import sys
+        class Blocked:
+            def find_spec(self, name, *_):
+                if name.split('.')[0] in ('fastai', 'fastcore', 'sklearn', 'pandas', 'fastprogress'): raise ImportError(f'{name} is blocked')
+        sys.meta_path.insert(0, Blocked())
+        from rkd_fastai import core, losses, attacks, models
+        import torch
+        net = models.resnet18(width=1/16, n_in=1)
+        x_adv = attacks.PGD(steps=1)(net, torch.rand(2, 1, 8, 8), torch.tensor([1, 2]))
+        print(losses.akd_loss(net(x_adv), torch.full((2, 10), .1), torch.tensor([1, 2])).ndim)
+    ''') == '0'
+
+def star(first, second):
+    "The names that `second` gives another meaning than `first` gave them"
+    ns = {}
+    exec(f'from {first} import *', ns); before = dict(ns)
+    exec(f'from {second} import *', ns)
+    return [k for k,v in before.items() if not k.startswith('__') and ns[k] is not v]
+
+def test_star_import_shadows_nothing_of_fastai(): assert star('fastai.vision.all', 'rkd_fastai.all') == []
+def test_fastai_shadows_nothing_of_ours(): assert star('rkd_fastai.all', 'fastai.vision.all') == []
+
+e = 8/255
+no = inspect.Parameter.empty
+pgd = object() # stands for a PGD with these defaults
+public = { # module: name: argument: default
+    'losses': dict(
+        soft_targets=dict(t_probs=no, targ=no, alpha=no), ensemble_probs=dict(probs=no, betas=None),
+        ckd_loss=dict(s_logits=no, t_probs=no, targ=no, lam=.9, T=1.),
+        ard_loss=dict(s_logits=no, s_logits_adv=no, t_probs=no, targ=no, alpha=1., lam=5/6, T=1.),
+        rslad_loss=dict(s_logits=no, s_logits_adv=no, t_probs=no, targ=no, alpha=1., lam=5/6, T=1.),
+        akd_loss=dict(s_logits_adv=no, t_probs_adv=no, targ=no, alpha=1., T=1.),
+        trades_loss=dict(s_logits=no, s_logits_adv=no, targ=no, beta=6.)),
+    'attacks': dict(
+        PGD=dict(eps=e, steps=7, step_size=None, norm='Linf', random_start=True, restarts=1, objective='ce'),
+        FGSM=dict(eps=e), FFGSM=dict(eps=e, step_size=None), AutoAttack=dict(eps=e, norm='Linf', version='standard', seed=0, bs=250)),
+    'teachers': dict(Teacher=dict(models=no, betas=None, mean=None, std=None), load_teacher=dict(path=no, model=no)),
+    'callback': dict(
+        AdversarialTraining=dict(attack=pgd), TRADES=dict(attack=pgd, beta=6.),
+        AKDCallback=dict(teacher=no, alpha=.8, attack=pgd, T=1.), RSLADCallback=dict(teacher=no, alpha=.8, lam=5/6, attack=pgd, T=1.),
+        ARDCallback=dict(teacher=no, alpha=.8, lam=5/6, attack=pgd, T=1.), CKDCallback=dict(teacher=no, lam=.9, T=1.),
+        WeightAveraging=dict(decay=.995), KeepEpochs=dict(every=1, fname='epoch'), RobustAccuracy=dict(attack=pgd, n=None)),
+    'learner': dict(rkd_learner=dict(dls=no, arch=no, teacher=no, method='akd', alpha=.8, lam=5/6, attack=None, T=1.)),
+    'evaluation': dict(robust_accuracy=dict(model=no, x=no, targ=no, attack=None, bs=256)),
+    'models': dict(resnet18=dict(n_out=10, width=1., n_in=3), wide_resnet=dict(depth=28, widen=10, n_out=10, act=nn.SiLU, n_in=3)),
+    'data': dict(digits_dls=dict(bs=128, valid_pct=.2, seed=42), fashion_sample_dls=dict(bs=125, size=14), fashion_mnist_dls=dict(path=None, bs=256),
+                 cifar10_dls=dict(path=None, bs=256), cifar100_dls=dict(path=None, bs=256), tiny_imagenet_dls=dict(path=None, bs=256))}
+patched = dict(to_rkd=dict(teacher=no, method='akd'), to_adversarial=dict(attack=None), to_natural={}, fit_exp=dict(n_epoch=no, lr_max=.1, decay=.9),
+               fit_rkd=dict(n_epoch=no, lr_max=.21),
+               robustness=dict(attacks=('clean', 'pgd20', 'autoattack'), eps=e, norm='Linf', n=None, seed=0, dl=None, state_path=None))
+pgd_settings = dict(TRADES=dict(steps=10, objective='kl'), RobustAccuracy=dict(steps=20))
+
+def check_signature(name, f, want):
+    from rkd_fastai.attacks import PGD
+    params = list(inspect.signature(f).parameters.values())
+    params = [p for p in params if p.name != 'self'][:len(want)]
+    assert [p.name for p in params] == list(want), 'arguments by name, in this order; further ones come after them'
+    for p in params:
+        if want[p.name] is pgd:
+            assert type(p.default) is PGD and p.default.settings == PGD(**pgd_settings.get(name, {})).settings
+        else: assert p.default == want[p.name] and type(p.default) is type(want[p.name])
+
+@pytest.mark.parametrize('module,name', [(m, n) for m,ns in public.items() for n in ns])
+def test_public_name(module, name):
+    obj = getattr(importlib.import_module(f'rkd_fastai.{module}'), name)
+    assert getattr(importlib.import_module('rkd_fastai.all'), name) is obj
+    check_signature(name, obj, public[module][name])
+
+@pytest.mark.parametrize('name', ['ckd_loss', 'ard_loss', 'rslad_loss', 'akd_loss', 'trades_loss'])
+def test_losses_take_reduction(name):
+    from rkd_fastai import losses
+    assert inspect.signature(getattr(losses, name)).parameters['reduction'].default == 'mean'
+
+@pytest.mark.parametrize('name', patched)
+def test_patched_on_learner(name):
+    import rkd_fastai.all
+    from fastai.learner import Learner
+    check_signature(name, getattr(Learner, name), patched[name])
+
+def test_star_import_brings_the_public_names():
+    ns = {}
+    exec('from rkd_fastai.all import *', ns)
+    import fastai.vision.all as fastai
+    for module,names in public.items():
+        for name in names: assert name in ns or hasattr(fastai, name), name
+    assert 'resnet18' not in ns # torchvision's, to fastai users
+
+def test_teacher_methods():
+    from rkd_fastai.teachers import Teacher
+    check_signature('probs', Teacher.probs, dict(x=no, T=1.))
+
+def test_rkd_learner_takes_what_vision_learner_takes():
+    from fastai.vision.learner import vision_learner
+    from rkd_fastai.learner import rkd_learner
+    ours = set(inspect.signature(rkd_learner).parameters)
+    assert set(inspect.signature(vision_learner).parameters) - {'kwargs'} <= ours
+
+def test_every_name_in_all_exists():
+    for name in ('core', 'losses', 'attacks', 'models', 'data', 'pixel', 'teachers', 'evaluation', 'callback', 'learner', 'all'):
+        module = importlib.import_module(f'rkd_fastai.{name}')
+        assert len(set(module.__all__)) == len(module.__all__)
+        for o in module.__all__: assert hasattr(module, o), (name, o)
+
+def test_default_attacks_are_not_shared():
+    "Changing one callback's attack must not change the next one's"
+    from rkd_fastai.callback import AdversarialTraining, RobustAccuracy, TRADES
+    for cls in (AdversarialTraining, TRADES, RobustAccuracy):
+        a = cls(); a.attack.steps = 99
+        assert cls().attack.steps != 99

@@ -1,0 +1,56 @@
+"Every code block of README.md runs, in order, on a small folder of images."
+import re, shlex, subprocess
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+from fastai.learner import Learner
+from rkd_fastai.cli import main
+
+root = Path(__file__).parent.parent
+
+def blocks(language): return re.findall(rf'```{language}\n(.*?)```', (root/'README.md').read_text(encoding='utf8'), re.S)
+
+@pytest.fixture
+def one_epoch(monkeypatch):
+    "Every fit lasts one epoch, whatever it is asked for"
+    fit = Learner.fit
+    monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args, **kw: fit(self, 1, *args, **kw))
+
+@pytest.fixture
+def image_folder(tmp_path):
+    "Two classes of bright and dark noise, six images each"
+    rng = np.random.default_rng(0)
+    for cls,low in (('dark',0),('bright',128)):
+        (tmp_path/'images'/cls).mkdir(parents=True)
+        for i in range(6): Image.fromarray(rng.integers(low, low+128, (64,64,3), dtype=np.uint8)).save(tmp_path/'images'/cls/f'{i}.png')
+    return tmp_path/'images'
+
+@pytest.mark.filterwarnings("ignore:Your training dataloader is empty")
+def test_python_blocks(one_epoch, image_folder, tmp_path, monkeypatch):
+    import torch
+    monkeypatch.chdir(tmp_path)
+    found = blocks('python')
+    assert len(found) >= 3
+    space = {'path': image_folder}
+    for i,block in enumerate(found):
+        if 'bs=' not in block: block = block.replace('item_tfms=Resize(64)', 'item_tfms=Resize(64), bs=4')
+        if 'epoch_20.pth' in block: torch.save(space['teacher'].model.state_dict(), 'epoch_20.pth')
+        exec(compile(block, f'README block {i}', 'exec'), space)
+    assert space['student'].cbs # the last block made a Learner
+
+def test_rkd_lines(tmp_path, monkeypatch, capsys):
+    "The terminal session, on digits, for one epoch and without AutoAttack's minutes"
+    monkeypatch.chdir(tmp_path)
+    small = {'fashion_sample':'digits', '--epochs 40':'--epochs 1', 'epoch_20':'epoch_1', ',autoattack':''}
+    lines = [l for b in blocks('bash') for l in b.splitlines() if l.startswith('rkd ')]
+    assert len(lines) == 3
+    for line in lines:
+        for a,b in small.items(): line = line.replace(a, b)
+        if 'evaluate' not in line and '--epochs' not in line: line += ' --epochs 1'
+        main(shlex.split(line)[1:])
+    assert '100 images' in capsys.readouterr().out
+
+def test_make_lines():
+    lines = [l.split('#')[0].split() for b in blocks('bash') for l in b.splitlines() if l.startswith('make ')]
+    assert lines == [['make','demo'], ['make','test']]
+    for line in lines: subprocess.run([*line, '-n'], cwd=root, check=True, capture_output=True)

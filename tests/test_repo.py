@@ -1,0 +1,28 @@
+"Facts that stand in two places agree; what is shipped is complete."
+import re, subprocess, sys
+from configparser import ConfigParser
+from importlib.metadata import requires, version
+from pathlib import Path
+import rkd_fastai
+
+root = Path(__file__).parent.parent
+
+def test_version_is_one():
+    cited = re.search(r'^version: (.+)$', (root/'CITATION.cff').read_text(), re.M).group(1)
+    assert rkd_fastai.__version__ == cited == version('rkd_fastai')
+    assert f'## {rkd_fastai.__version__}' in (root/'CHANGELOG.md').read_text()
+
+def test_requirements_come_from_settings():
+    cfg = ConfigParser(delimiters=['='], interpolation=None)
+    cfg.read(root/'settings.ini')
+    wanted = {re.split('[<>=]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
+    assert wanted == {re.split('[<>=;! ]', r)[0] for r in requires('rkd_fastai') if 'extra' not in r}
+
+def test_command_is_installed():
+    rkd = Path(sys.executable).parent/'rkd'
+    out = subprocess.run([rkd, '--version'], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == f'rkd_fastai {rkd_fastai.__version__}' and out.stderr == ''
+
+def test_notebooks_are_small_and_without_outputs():
+    for nb in (root/'nbs').glob('*.ipynb'):
+        assert nb.stat().st_size < 400_000 and '"output_type"' not in nb.read_text(encoding='utf8'), nb
