@@ -20,7 +20,7 @@ from .attacks import PGD
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .core import frozen, write_atomic
 from .data import digits_dls, fashion_sample_dls
-from .evaluation import pixel_data, seeded
+from .evaluation import pixel_data, seeded, wilson
 from .learner import sgd_nesterov
 from .models import resnet18
 from .pixel import model_device, pixel_model
@@ -89,12 +89,13 @@ def as_markdown(df, s, seed, n):
     return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed {seed}; clean and PGD-20 on {n} test images, '
                                f'AutoAttack (standard) on the first {s.n_auto}. The student learns from the teacher of epoch {s.stop}.')
 
-def verdict(df):
+def verdict(df, n_auto):
     "Who won, in a sentence, by the numbers"
     d = df.loc['student'] - df.loc['baseline']
     won = 'better' if d.pgd20 > 0 else 'worse' if d.pgd20 < 0 else 'no different'
+    lo,hi = wilson(df.loc['student','autoattack'], n_auto)
     return (f'Against PGD-20 the AKD+ student is {won} than the baseline of equal compute ({100*d.pgd20:+.1f} points), '
-            f'clean {100*d.clean:+.1f}, AutoAttack {100*d.autoattack:+.1f}.')
+            f'clean {100*d.clean:+.1f}, AutoAttack {100*d.autoattack:+.1f} (on {n_auto} images, good to about {50*(hi-lo):.0f} points).')
 
 # %% ../nbs/14_demo.ipynb #c811c1bd
 def plot_curves(learners, path):
@@ -112,24 +113,29 @@ def plot_curves(learners, path):
 def _predict(model, x):
     with torch.no_grad(), frozen(model): return model(x).argmax(1)
 
+def _all_right(learners, n):
+    "The first `n` test images that every model reads rightly as they are, and their classes"
+    x,y = pixel_data(next(iter(learners.values())), n=200)
+    right = [_predict(pixel_model(learn), x.to(model_device(learn.model))).cpu() == y.cpu() for learn in learners.values()]
+    pick = torch.stack(right).all(0).nonzero()[:n,0]
+    return x[pick], y[pick]
+
 def plot_adversarial(learners, s, seed, path, n=5, names=('standard','student')):
     "Clean image, perturbation ×10 and adversarial image with predictions, the same images for each model, to `path`"
-    fig,axs = plt.subplots(3, n*len(names), figsize=(1.35*n*len(names), 4.7), layout='constrained', squeeze=False)
-    for j,name in enumerate(names):
+    x,y = _all_right(learners, n)
+    fig = plt.figure(figsize=(1.3*n*len(names), 4.6), layout='constrained')
+    for sub,name in zip(fig.subfigures(1, len(names), wspace=.04), names):
         learn = learners[name]
-        model,(x,y),vocab = pixel_model(learn), pixel_data(learn, n=200), learn.dls.vocab
+        model = pixel_model(learn)
         x,y = x.to(model_device(model)), y.to(model_device(model))
-        right = [(_predict(pixel_model(l), x) == y) for l in learners.values()]
-        pick = torch.stack(right).all(0).nonzero()[:n,0] # all models read these right as they are
-        x,y = x[pick], y[pick]
         with seeded(seed, x.device): x_adv = PGD(s.eps, steps=20)(model, x, y)
-        for i in range(len(x)):
-            for row,(img,pred) in enumerate([(x[i], y[i]), (.5 + 10*(x_adv[i]-x[i]), None), (x_adv[i], _predict(model, x_adv[i:i+1])[0])]):
-                ax = axs[row, j*n+i]
-                ax.imshow(img.clamp(0,1).permute(1,2,0).cpu().numpy().squeeze(), cmap='gray' if img.shape[0] == 1 else None, vmin=0, vmax=1)
-                if pred is not None: ax.set_title(str(vocab[pred]), size=8, color='tab:green' if pred == y[i] else 'tab:red')
-        for row,label in enumerate(('clean','perturbation ×10','adversarial')): axs[row, j*n].set_ylabel(f'{name}\n{label}', size=9)
-    for ax in axs.flat: ax.set(xticks=[], yticks=[])
+        rows = [('clean', x, y), ('perturbation ×10', (.5 + 10*(x_adv-x)).clamp(0,1), None), ('adversarial', x_adv, _predict(model, x_adv))]
+        sub.suptitle(f'{name} model', size=11)
+        for axs,(label,imgs,preds) in zip(sub.subplots(3, n, squeeze=False), rows):
+            for i,(ax,img) in enumerate(zip(axs, imgs)):
+                ax.imshow(img.permute(1,2,0).cpu().numpy().squeeze(), cmap='gray', vmin=0, vmax=1)
+                ax.set(xticks=[], yticks=[], ylabel='' if i or name != names[0] else label)
+                if preds is not None: ax.set_title(str(learn.dls.vocab[preds[i]]), size=8, color='tab:green' if preds[i] == y[i] else 'tab:red')
     fig.savefig(path, dpi=110); plt.close(fig)
 
 # %% ../nbs/14_demo.ipynb #ba5be8f9
@@ -155,10 +161,10 @@ def demo(
         df,cards = measure_models(learners, s, seed)
     table = as_markdown(df, s, seed, cards['student'][0]['n'])
     seconds = round(time.time() - start)
-    write_atomic(out/'results.md', f'{table}\n\n{verdict(df)}\n\n{clock(seconds)} on {default_device()}.\n')
+    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, s.n_auto)}\n\n{clock(seconds)} on {default_device()}.\n')
     write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher, stop=s.stop, student_epochs=s.student,
                                                      seconds=seconds, device=str(default_device()), models=cards), indent=2))
     plot_curves(learners, out/'curves.png')
     plot_adversarial(learners, s, seed, out/'adversarial.png')
-    print(f'\n{table}\n\n{verdict(df)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
+    print(f'\n{table}\n\n{verdict(df, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
     return df

@@ -35,11 +35,11 @@ def foolbox_pgd(model, norm, e, steps, step_size, random_start):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('theirs', [torchattacks_pgd, foolbox_pgd])
 @pytest.mark.parametrize('random_start', [True, False])
-@pytest.mark.parametrize('net,norm,e', [('plain_net', 'Linf', .1), ('plain_net', 'L2', .5), ('robust_net', 'Linf', .15), ('robust_net', 'L2', .5)])
+@pytest.mark.parametrize('net,norm,e', [('plain_net', 'Linf', .1), ('plain_net', 'L2', .5), ('robust_net', 'Linf', .1), ('robust_net', 'L2', .5)])
 def test_pgd_is_as_strong_as_theirs(net, norm, e, random_start, theirs, test_images, request):
     model, (x, y) = request.getfixturevalue(net), test_images
     kw = dict(steps=20, step_size=e/4, random_start=random_start)
-    starts = 4 if random_start else 1 # single random starts differ by half a point
+    starts = 6 if random_start else 1 # single random starts differ by half a point
     ours = sum(accuracy(model, PGD(e, norm=norm, **kw)(model, x, y), y) for _ in range(starts))/starts
     attack = theirs(model, norm, e, **kw)
     want = sum(accuracy(model, attack(x, y).detach(), y) for _ in range(starts))/starts
@@ -216,7 +216,7 @@ def mixed_model(tiny_net):
     "A network with mixed training flags, a frozen layer and gradients in the others"
     model = tiny_net(dropout=.5)
     model(torch.rand(4, 1, 8, 8)).sum().backward()
-    model.train(); model[1].eval(); model[0].requires_grad_(False)
+    model.train(); model[2].eval(); model[3].eval(); model[0].requires_grad_(False) # BatchNorm would learn from whatever passes
     return model
 
 @every_attack
@@ -299,6 +299,15 @@ def test_autocast_around_attack_and_training_step(attack, tiny_net):
     for got,want in zip(grads(True), grads(False)):
         assert got is not None
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+def test_autocast_around_robust_accuracy_and_training_step(tiny_net):
+    "The same where the forward passes are made under `no_grad`, as evaluation does"
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    model = tiny_net(bn=False)
+    with torch.autocast('cpu', torch.bfloat16):
+        robust_accuracy(model, x, y, PGD(steps=1))
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 def test_attack_between_two_steps_of_one_autocast(tiny_net):
     "The other way round: copies made by a training step, with gradients, are there when the attack begins"

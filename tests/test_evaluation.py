@@ -4,6 +4,7 @@ import json
 import pytest, torch
 from fastai.vision.all import accuracy, imagenet_stats
 
+from rkd_fastai import evaluation
 from rkd_fastai.all import *
 
 def hand_loop(model, x, y, attack):
@@ -25,14 +26,16 @@ def test_robust_accuracy_is_a_loop_by_hand(bs, robust_net, test_images):
 def test_what_is_wrong_clean_stays_wrong(robust_net, test_images):
     "An attack that happens to correct an error does not count for the model"
     x, y = test_images
-    class ToTheNext(Attack):
-        "Gives every image another's: those of the next class, which a model takes for the next class"
-        def perturb(self, model, x, targ): return torch.stack([by_class[(t.item()+1) % 10] for t in targ])
+    class Swap(Attack):
+        "Puts in place of every image one that the model takes for the class `shift` after the label"
+        def __init__(self, shift): self.shift = shift
+        def perturb(self, model, x, targ): return torch.stack([by_class[(t.item()+self.shift) % 10] for t in targ])
     with torch.no_grad(): right = robust_net(x).argmax(1) == y
     by_class = {c: x[right & (y == c)][0] for c in range(10)}
-    wrong = (y+9) % 10 # under these labels every image is wrong clean, and right under the attack
-    assert robust_accuracy(robust_net, x, wrong, ToTheNext()) == pytest.approx((robust_net(x).argmax(1) == wrong).float().mean().item(), abs=.02)
-    assert robust_accuracy(robust_net, x[right], y[right], ToTheNext()) == 0
+    wrong = (y[right]+1) % 10 # with these labels every image is wrong clean, and right under `Swap(0)`
+    assert robust_accuracy(robust_net, x[right], wrong, Swap(0)) == 0
+    assert robust_accuracy(robust_net, x[right], y[right], Swap(0)) == 1
+    assert robust_accuracy(robust_net, x[right], y[right], Swap(1)) == 0
 
 def test_default_attack_is_pgd20(robust_net, test_images):
     x, y = test_images
@@ -138,27 +141,28 @@ def test_plain_pytorch_loaders(make_learner, digits, tiny_net):
 def test_resume(at, learn, tmp_path):
     "Killed in any batch and started again, a run ends with the same flags, batch by batch"
     def run(path): return learn.robustness(('clean', 'pgd3'), eps=.1, bs=14, seed=4, state_path=path)
-    want = run(tmp_path/'whole.json')
-    calls = 0
     class Killed(BaseException): pass
-    from rkd_fastai import evaluation
     real = evaluation.robust_flags
-    def dies(*args):
-        nonlocal calls; calls += 1
-        if calls == at: raise Killed
-        return real(*args)
-    with pytest.MonkeyPatch.context() as m, pytest.raises(Killed):
-        m.setattr(evaluation, 'robust_flags', dies); run(tmp_path/'state.json')
-    calls = 100 # goes on counting, never dies
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(evaluation, 'robust_flags', dies); got = run(tmp_path/'state.json')
-    assert calls == 100 + 6 - (at-1), 'finished batches are not run again'
+    def watched(path, die_at=None):
+        "A run, and the random seed of each of its batches"
+        seeds = []
+        def flags(*args):
+            if len(seeds)+1 == die_at: raise Killed
+            seeds.append(torch.initial_seed())
+            return real(*args)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(evaluation, 'robust_flags', flags)
+            try: return run(path), seeds
+            except Killed: return None, seeds
+    want, all_seeds = watched(tmp_path/'whole.json')
+    _, before = watched(tmp_path/'state.json', die_at=at)
+    got, after = watched(tmp_path/'state.json')
+    assert len(all_seeds) == 6 and before + after == all_seeds, 'no batch twice, each with its own random numbers'
     assert got.results == want.results
     assert json.loads((tmp_path/'state.json').read_text())['flags'] == json.loads((tmp_path/'whole.json').read_text())['flags']
     assert sorted(p.name for p in tmp_path.glob('*state*')) == ['state.json'] # no temporary file is left
 
 def test_a_finished_run_is_read_back(learn, tmp_path):
-    from rkd_fastai import evaluation
     kw = small | dict(state_path=tmp_path/'s.json')
     want = learn.robustness(**kw)
     with pytest.MonkeyPatch.context() as m:
