@@ -8,6 +8,7 @@ __all__ = ['robust_flags', 'seeded', 'robust_accuracy', 'wilson', 'Robustness', 
 # %% ../nbs/07_evaluation.ipynb #c1e6e618
 import hashlib, json, math, re, time
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 import pandas as pd, torch
@@ -27,16 +28,17 @@ def robust_flags(
     attack, # an `Attack`
 ):
     "True for each image classified rightly both as it is and under `attack`: `(bs,)`"
+    label = targ.argmax(1) if targ.is_floating_point() else targ
     with torch.no_grad(), frozen(model):
         logits = check_logits(model(x))
         if not logits.isfinite().all(): raise ValueError("`model` returned NaN or infinite logits: its accuracy would mean nothing")
-        if len(targ) and not (0 <= targ.min() and targ.max() < logits.shape[1]):
+        if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
             raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
-        flags = logits.argmax(1) == targ
+        flags = logits.argmax(1) == label
         if flags.any(): # what is wrong already needs no attack
             standing = flags.nonzero()[:,0]
             x_adv = attack(model, x[standing], targ[standing])
-            flags[standing] = model(x_adv).argmax(1) == targ[standing]
+            flags[standing] = model(x_adv).argmax(1) == label[standing]
     return flags
 
 @contextmanager
@@ -129,11 +131,13 @@ def pixel_data(
     "The first `n` images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)`, unshuffled, none dropped"
     if dl is None: dl = learn.dls[2] if len(learn.dls.loaders) > 2 else learn.dls.valid
     xs,ys,seen,pm = [],[],0,pixel_model(learn)
-    for x,y in dl.new(shuffle=False, drop_last=False):
+    if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
+    if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False) # not a loader of PyTorch's own
+    for x,y in dl:
         xs.append(to_pixels(pm, x).float()); ys.append(y.as_subclass(torch.Tensor))
         seen += len(y)
         if n is not None and seen >= n: break
-    if not seen or n == 0: raise ValueError("there are no images to evaluate: `dl` is empty")
+    if not seen: raise ValueError("there are no images to evaluate: `dl` is empty")
     if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
@@ -151,8 +155,8 @@ class _State:
     def __init__(self, path, run):
         self.path,self.run,self.flags = None if path is None else Path(path), run, {}
         if self.path is None or not self.path.exists(): return
-        try: saved = json.loads(self.path.read_text()); saved_run,self.flags = saved['run'],saved['flags']
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
+        try: saved = json.loads(self.path.read_text()); saved_run,self.flags = dict(saved['run']),dict(saved['flags'])
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
         other = {k: (saved_run.get(k), v) for k,v in run.items() if saved_run.get(k) != v}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())
@@ -175,10 +179,12 @@ def robustness(self:Learner,
     bs=250, # images at a time
 )->Robustness:
     "Accuracy clean and under `attacks`, of the Learner's network in eval mode and float32"
+    if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     made = {name: make_attack(name, eps, norm, seed, bs) for name in attacks}
     check_single_label(self.dls)
-    model,(x,y) = pixel_model(self).float(), pixel_data(self, dl, n)
+    model = _in_float32(pixel_model(self))
+    with seeded(seed): x,y = pixel_data(self, dl, n) # a DataLoader draws a random number
     run = _fingerprint(model, x, y, attacks={k: repr(v) for k,v in made.items()}, seed=seed, bs=bs) if state_path else {}
     state,seconds,device = _State(state_path, run), {}, model_device(model)
     for name,attack in made.items():
@@ -190,5 +196,10 @@ def robustness(self:Learner,
             if bar is not batches: bar.comment = f'{name} {_mean(state.done(name)):.1%}'
         seconds[name] = time.time() - start
     return Robustness({k: _mean(state.done(k)) for k in attacks}, {k: repr(v) for k,v in made.items()}, len(x), eps, norm, seed, seconds)
+
+def _in_float32(model):
+    "`model`, or a float32 copy of it where it has weights in another precision"
+    if all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point()): return model
+    return deepcopy(model).float()
 
 def _mean(flags): return sum(map(sum, flags))/sum(map(len, flags))

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .attacks import PGD
+from .core import check_fraction
 from .callback.adversarial import AdversarialTraining, RobustCallback
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
 
@@ -77,6 +78,7 @@ def rkd_learner(
 )->Learner:
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = _method_class(method)
+    check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack or PGD(), T=T)
     takes = dict(akd=('alpha','attack','T'), ckd=('lam','T')).get(method, settings)
     cb = cls(teacher, **{k: settings[k] for k in takes})

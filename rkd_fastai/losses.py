@@ -10,8 +10,9 @@ import torch, torch.nn.functional as F
 from .core import onehot, check_fraction, check_T, check_weights
 
 # %% ../nbs/01_losses.ipynb #c041a8d4
-def _check(logits, t_probs, name='s_logits'):
+def _check(logits, t_probs, name='s_logits', targ=None):
     if logits.ndim != 2: raise ValueError(f"`{name}` must be (bs, n_out), got shape {tuple(logits.shape)}")
+    if targ is not None and len(targ) != len(logits): raise ValueError(f"`targ` has {len(targ)} labels for {len(logits)} images")
     if t_probs is not None and t_probs.shape != logits.shape:
         raise ValueError(f"`t_probs` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} must have the same shape: do teacher and student have the same classes?")
 
@@ -56,7 +57,7 @@ def ckd_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Clean knowledge distillation, Eq. 1 (Hinton et al., 2015)"
-    _check(s_logits, t_probs); check_fraction(lam=lam); check_T(T)
+    _check(s_logits, t_probs, targ=targ); check_fraction(lam=lam); check_T(T)
     hard = _ce(s_logits, onehot(targ, s_logits.shape[1]))
     return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits/T, t_probs.float()), reduction)
 
@@ -72,7 +73,7 @@ def ard_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Adversarially robust distillation, Eq. 2, with `alpha < 1` ARD⁺, Eq. 5 (Goldblum et al., 2020)"
-    _check(s_logits, t_probs); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
+    _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
     hard = _ce(s_logits, onehot(targ, s_logits.shape[1]))
     return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits_adv/T, soft_targets(t_probs, targ, alpha)), reduction)
 
@@ -87,7 +88,7 @@ def rslad_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Robust soft label adversarial distillation, Eq. 3, with `alpha < 1` RSLAD⁺, Eq. 6 (Zi et al., 2021)"
-    _check(s_logits, t_probs); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
+    _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
     target = soft_targets(t_probs, targ, alpha)
     return _reduce(T**2*((1-lam)*_kl(s_logits/T, target) + lam*_kl(s_logits_adv/T, target)), reduction)
 
@@ -100,7 +101,7 @@ def akd_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Adversarial knowledge distillation, Eq. 4, with `alpha < 1` AKD⁺, Eq. 7"
-    _check(s_logits_adv, t_probs_adv, 's_logits_adv'); check_T(T)
+    _check(s_logits_adv, t_probs_adv, 's_logits_adv', targ); check_T(T)
     return _reduce(T**2*_ce(s_logits_adv/T, soft_targets(t_probs_adv, targ, alpha)), reduction)
 
 # %% ../nbs/01_losses.ipynb #fca5dfdd
@@ -112,7 +113,7 @@ def trades_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "CE(f(x), y) + β KL(f(x) ‖ f(x′)) (Zhang et al., 2019)"
-    _check(s_logits, None); _check(s_logits_adv, s_logits, 's_logits_adv')
+    _check(s_logits, None, targ=targ); _check(s_logits_adv, s_logits, 's_logits_adv')
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
     logp, logp_adv = F.log_softmax(s_logits.float(), -1), F.log_softmax(s_logits_adv.float(), -1)
     robust = (logp.exp() * (logp - logp_adv)).sum(-1)

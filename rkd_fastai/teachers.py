@@ -10,7 +10,7 @@ import pickle, math
 from copy import deepcopy
 from collections.abc import Mapping
 from pathlib import Path
-import torch, torch.nn as nn
+import numpy as np, torch, torch.nn as nn
 from fastai.learner import Learner
 from fastcore.foundation import L
 from safetensors.torch import load_file
@@ -75,6 +75,8 @@ class Teacher(nn.Module):
 # %% ../nbs/06_teachers.ipynb #12e94494
 class MissingFile(FileNotFoundError, ValueError): "A file that was named is not there"
 
+# hyper-parameters that a schedule set: numbers, which execute nothing
+_numpy_numbers = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(t)) for t in ('f8','f4','i8'))]
 _wrappings = ('state_dict', 'model_state_dict', 'model', 'net', 'ema')
 _prefixes  = ('module.', '_orig_mod.', 'model.')
 
@@ -90,7 +92,7 @@ def read_state(
     try:
         if path.suffix == '.safetensors': return load_file(path)
         # learn.save keeps the optimiser's settings in fastcore lists, which are harmless
-        with torch.serialization.safe_globals([L]): state = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([L, *_numpy_numbers]): state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"`{path}` holds more than weights, and would execute it: save `model.state_dict()` instead") from e
     except Exception as e: raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or save it again") from e
@@ -100,15 +102,17 @@ def _find_state(state, path):
     "The innermost dict of tensors in the usual wrappings, without the usual prefixes"
     while isinstance(state, Mapping) and not _is_state(state):
         state = next((state[k] for k in _wrappings if isinstance(state.get(k), Mapping)), None)
-    if not state: raise ValueError(f"`{path}` holds no weights: expected a state_dict, or one under a key of {list(_wrappings)}")
+    if not isinstance(state, Mapping): raise ValueError(f"`{path}` holds no weights: expected a state_dict, or one under a key of {list(_wrappings)}")
     return dict(state)
 
-def _is_state(d): return bool(d) and all(isinstance(v, torch.Tensor) for v in d.values())
+def _is_state(d): return bool(d) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k,v in d.items())
 
 def _strip(state, want):
     "`state` without a prefix that every name carries and `want` does not know"
-    for p in _prefixes:
-        if not set(state) & set(want) and all(k.startswith(p) for k in state): state = {k[len(p):]: v for k,v in state.items()}
+    while state and not set(state) & set(want):
+        p = next((p for p in _prefixes if all(k.startswith(p) for k in state)), None)
+        if p is None: break
+        state = {k[len(p):]: v for k,v in state.items()}
     return state
 
 def _mismatch(state, want):

@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.data import get_c
-from ..attacks import PGD
+from ..attacks import PGD, check_attack
 from ..core import check_logits, frozen, onehot
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels
@@ -69,7 +69,7 @@ class AdversarialTraining(RobustCallback):
     "Train on adversarial examples in place of clean ones (Madry et al., 2018)"
     def __init__(self,
         attack=PGD(), # the attack on the training images; its `eps` may be small (LAT), its kind `FFGSM`
-    ): self.attack = copy(attack)
+    ): self.attack = copy(check_attack(attack))
 
     def attack_targ(self):
         "What the attack moves away from: the labels"

@@ -24,15 +24,17 @@ class WeightAveraging(Callback):
 
     def before_fit(self):
         self.ema = self.raw = None
-        self.run = not hasattr(self.learn, 'lr_finder')
+        self.on = not hasattr(self.learn, 'lr_finder') # not `self.run`, which an interrupted `lr_find` would leave False
 
     def before_train(self):
+        if not self.on: return
         if self.ema is None: self.ema,self.t = self._weights(),0
         if self.raw is not None: self._load(self.raw)
         self.raw = None
 
     @torch.no_grad()
     def after_step(self):
+        if self.ema is None: return
         d = min(self.decay, (1+self.t)/(10+self.t)) if self.ramp else self.decay
         self.t += 1
         params = dict(unwrap(self.model).named_parameters())
@@ -42,10 +44,10 @@ class WeightAveraging(Callback):
 
     def after_train(self): self._average_in()
     def after_fit(self):
-        if self.ema is not None: self._average_in() # a fit cancelled in the middle of an epoch
+        self._average_in() # a fit cancelled in the middle of an epoch
         self.ema = self.raw = None
 
     def _average_in(self):
-        if self.raw is None: self.raw = self._weights(); self._load(self.ema)
+        if self.ema is not None and self.raw is None: self.raw = self._weights(); self._load(self.ema)
     def _weights(self): return {k: v.detach().clone() for k,v in unwrap(self.model).state_dict().items()}
     def _load(self, state): unwrap(self.model).load_state_dict(state)

@@ -11,7 +11,7 @@ from copy import copy
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastai.torch_core import rank_distrib
-from ..attacks import PGD
+from ..attacks import PGD, check_attack
 from ..core import atomic_path
 from ..evaluation import robust_flags, seeded
 from ..pixel import pixel_model, to_pixels, unwrap
@@ -25,7 +25,7 @@ class RobustAccuracy(Metric):
         seed=0, # of the attack's random starts
     ):
         if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
-        self.attack,self.n,self.seed = copy(attack),n,seed
+        self.attack,self.n,self.seed = copy(check_attack(attack)),n,seed
         self.reset()
 
     def reset(self): self.robust = self.seen = 0
@@ -55,9 +55,8 @@ class KeepEpochs(Callback):
         if every < 1: raise ValueError(f"`every` must be >= 1, got {every}")
         self.every,self.fname = every,fname
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def before_epoch(self): self.trained = False # `validate` has epochs too, without training
-    def before_train(self): self.trained = True
+    def before_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
 
     def after_epoch(self):
         if not self.trained or (self.epoch+1) % self.every or rank_distrib(): return
