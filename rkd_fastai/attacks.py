@@ -79,7 +79,7 @@ class _L2:
 
 _norms = dict(Linf=_Linf, L2=_L2)
 
-# %% ../nbs/02_attacks.ipynb #0c408ad1
+# %% ../nbs/02_attacks.ipynb #9fe5c101
 def check_attack(attack):
     "`attack`, or a `TypeError` where it can only be the name or the class of one"
     if isinstance(attack, type) or not callable(attack): raise TypeError(f"`attack` must be an attack such as `PGD()`, got {attack!r}")
