@@ -30,7 +30,7 @@ from .terminal import Line, clock, one_line, watching
 # %% ../nbs/14_demo.ipynb #c43fd9fc
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
 _setups = dict(
-    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=40, stop=20, student=40, n_auto=100, n_curve=200),
+    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, stop=15, student=30, n_auto=100, n_curve=200),
     quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255, teacher=8, stop=6, student=8, n_auto=20, n_curve=100))
 
 def _learner(s, out, seed, cbs=()):
@@ -114,10 +114,11 @@ def _predict(model, x):
     with torch.no_grad(), frozen(model): return model(x).argmax(1)
 
 def _all_right(learners, n):
-    "The first `n` test images that every model reads rightly as they are, and their classes"
-    x,y = pixel_data(next(iter(learners.values())), n=200)
+    "For `n` classes the first test image that every model reads rightly as it is, and those classes"
+    x,y = pixel_data(next(iter(learners.values())), n=200) # the images are the same for all
     right = [_predict(pixel_model(learn), x.to(model_device(learn.model))).cpu() == y.cpu() for learn in learners.values()]
-    pick = torch.stack(right).all(0).nonzero()[:n,0]
+    right = torch.stack(right).all(0)
+    pick = [(right & (y == c)).nonzero()[0,0] for c in y.unique() if (right & (y == c)).any()][:n]
     return x[pick], y[pick]
 
 def plot_adversarial(learners, s, seed, path, n=5, names=('standard','student')):

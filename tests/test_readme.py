@@ -54,3 +54,7 @@ def test_make_lines():
     lines = [l.split('#')[0].split() for b in blocks('bash') for l in b.splitlines() if l.startswith('make ')]
     assert lines == [['make','demo'], ['make','test']]
     for line in lines: subprocess.run([*line, '-n'], cwd=root, check=True, capture_output=True)
+
+def test_links_lead_somewhere():
+    links = [l for l in re.findall(r'\]\(([^)]+)\)', (root/'README.md').read_text(encoding='utf8')) if not l.startswith('http')]
+    assert links and all((root/l).exists() for l in links), links
