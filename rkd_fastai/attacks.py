@@ -9,7 +9,7 @@ __all__ = ['Attack', 'check_attack', 'PGD', 'check_eps', 'FGSM', 'FFGSM', 'AutoA
 import sys
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import frozen, check_images, check_logits, onehot
+from .core import frozen, check_images, check_logits, hard_labels, onehot
 
 # %% ../nbs/02_attacks.ipynb #776cadf8
 def _fraction(v):
@@ -141,8 +141,7 @@ class PGD(Attack):
     @torch.no_grad()
     def _score(self, model, x_adv, targ):
         logits = model(x_adv)
-        label = targ.argmax(1) if targ.is_floating_point() else targ
-        return self.loss(logits, targ).masked_fill(logits.argmax(1) != label, torch.inf)
+        return self.loss(logits, targ).masked_fill(logits.argmax(1) != hard_labels(targ), torch.inf)
 
 def check_eps(eps, norm='Linf'):
     "Raise unless `eps` is a radius in pixel space"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['number', 'make_dls', 'make_net', 'save_run', 'load_run', 'train', 'distill', 'evaluate', 'demo', 'main']
 
-# %% ../nbs/15_cli.ipynb #66ddc92b
-import argparse, json, sys, warnings
+# %% ../nbs/15_cli.ipynb #c182619c
+import argparse, json, re, sys, warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's own, at every start
 from pathlib import Path
 import torch
@@ -39,20 +39,21 @@ def number(text):
     except (ValueError, ZeroDivisionError): raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255")
 
 def make_dls(data, path=None, bs=128, size=None):
-    "The DataLoaders called `data`, or those of a folder with a sub-folder per class (in `train` and `valid`, where there are such)"
+    "The DataLoaders called `data`, or those of a folder with a sub-folder per class (in `train` and `valid`, `val` or `test`, where there are such)"
     if data in _packaged: return _packaged[data](bs=bs)
     if data in _published: return _published[data](path, bs=bs)
     folder = Path(data)
     if not folder.is_dir(): raise ValueError(f"`--data` must be a folder of images or one of {[*_packaged, *_published]}, got {data!r}")
-    split = dict(train='train', valid='valid') if (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
-    return ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
+    held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)
+    split = dict(train='train', valid=held) if held and (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
+    dls = ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
+    if not len(dls.train): raise ValueError(f"`--bs` {bs} is more than the {len(dls.train_ds)} training images in {folder}")
+    return dls
 
 def make_net(arch, width, n_in, n_out):
     "'resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
     if arch == 'resnet18': return resnet18(n_out, width, n_in)
-    if arch.startswith('wrn-'):
-        depth,_,widen = arch[4:].partition('-')
-        return wide_resnet(int(depth), int(widen), n_out, n_in=n_in)
+    if wrn := re.fullmatch(r'wrn-(\d+)-(\d+)', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
     try: import timm
     except ImportError: raise ValueError(f"`--arch` {arch!r} is not resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
     if not timm.is_model(arch): raise ValueError(f"`--arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
@@ -83,6 +84,11 @@ def load_run(path):
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
     return load_teacher(path, net), card
 
+def _check_vocab(card, dls, name):
+    "Raise unless a run's classes are those of `dls`, in the same order"
+    vocab = [str(o) for o in dls.vocab]
+    if card.get('vocab', vocab) != vocab: raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, the data have {vocab}")
+
 def _new_folder(out):
     "`out` as a folder that holds no finished run, which would be lost"
     out = Path(out)
@@ -92,6 +98,7 @@ def _new_folder(out):
 
 def _run(args, label, turn, fit, cbs=()):
     "Train one network as `args` say and save it"
+    if args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
     out = _new_folder(args.out)
     set_seed(args.seed, reproducible=True)
     dls = make_dls(args.data, args.data_path, args.bs, args.size)
@@ -99,9 +106,10 @@ def _run(args, label, turn, fit, cbs=()):
     learn = Learner(dls, make_net(args.arch, args.width, n_in, n_out), opt_func=sgd_nesterov, path=out, model_dir='.',
                     metrics=[accuracy, RobustAccuracy(PGD(args.eps), n=200)], cbs=[CSVLogger(), *cbs])
     turn(learn)
-    settings = {k: v for k,v in vars(args).items() if k not in ('run','out')}
+    card = {k: v for k,v in vars(args).items() if k not in ('run','out')} | dict(n_in=n_in, n_out=n_out, vocab=[str(o) for o in dls.vocab])
+    write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
     with one_line(learn, label): getattr(learn, fit)(args.epochs, args.lr)
-    save_run(learn, out, **settings, n_in=n_in, n_out=n_out)
+    save_run(learn, out, **card)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 
 # %% ../nbs/15_cli.ipynb #7aee0ac7
@@ -111,15 +119,19 @@ def train(args):
     _run(args, f'training, {args.how}', turn, 'fit_exp', [KeepEpochs(args.keep)])
 
 def distill(args):
-    teacher = Teacher([load_run(p)[0] for p in args.teacher], betas=args.betas)
-    kw = dict(lam=args.lam, T=args.T) if args.method == 'ckd' else dict(alpha=args.alpha, attack=PGD(args.eps, args.steps), T=args.T)
-    if args.method in ('rslad','ard'): kw['lam'] = args.lam
-    _run(args, f'distilling, {args.method}', lambda learn: learn.to_rkd(teacher, args.method, **kw), 'fit_rkd')
+    teachers,cards = zip(*map(load_run, args.teacher))
+    kw = dict(T=args.T) if args.method == 'ckd' else dict(T=args.T, alpha=args.alpha, attack=PGD(args.eps, args.steps))
+    if args.lam is not None and args.method != 'akd': kw['lam'] = args.lam
+    def turn(learn):
+        for card in cards: _check_vocab(card, learn.dls, '`--teacher`')
+        learn.to_rkd(Teacher(teachers, betas=args.betas), args.method, **kw)
+    _run(args, f'distilling, {args.method}', turn, 'fit_rkd')
 
 def evaluate(args):
     model,card = load_run(args.model)
     dls = make_dls(args.data or card['data'], args.data_path or card['data_path'], args.bs, args.size or card['size'])
-    learn,attacks = Learner(dls, model), args.attacks.split(',')
+    _check_vocab(card, dls, '`--data`')
+    learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
     with learn.no_bar(), watching(model, line, lambda: ', '.join(attacks)):
         res = learn.robustness(attacks, eps=args.eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state)
@@ -157,7 +169,7 @@ def _parser():
         c.add_argument('--out', required=True, help='folder of the run')
 
     c = command(demo, 'the main job from end to end, on real images that come with the package')
-    c.add_argument('--quick', action='store_true', help='on small digits, in about a minute')
+    c.add_argument('--quick', action='store_true', help='on small digits, in a minute or two')
     c.add_argument('--out', default='demo', help='folder for the results')
     c = command(train, 'train a teacher, with a checkpoint per epoch'); training(c, .1, 128)
     c.add_argument('--how', choices=['st','at','lat','ffgsm','trades'], default='at', help='standard, adversarial (PGD), adversarial with eps 2/255, FFGSM, TRADES')
@@ -167,7 +179,7 @@ def _parser():
     c.add_argument('--betas', type=number, nargs='+', help='weights of the ensemble')
     c.add_argument('--method', choices=['akd','rslad','ard','ckd'], default='akd', help='which loss')
     c.add_argument('--alpha', type=number, default=.8, help='weight of the teacher in the soft target')
-    c.add_argument('--lam', type=number, default=5/6, help='weight of the adversarial term (RSLAD, ARD), of the distilled one (CKD)')
+    c.add_argument('--lam', type=number, help='weight of the adversarial term (RSLAD, ARD; left out, 5/6), of the distilled one (CKD; .9)')
     c.add_argument('--T', type=float, default=1., help='temperature')
     c = command(evaluate, 'measure a run, clean and under attack'); data(c, None, 250)
     c.add_argument('model', help='run folder or checkpoint')

@@ -89,13 +89,13 @@ def as_markdown(df, s, seed, n):
     return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed {seed}; clean and PGD-20 on {n} test images, '
                                f'AutoAttack (standard) on the first {s.n_auto}. The student learns from the teacher of epoch {s.stop}.')
 
-def verdict(df, n_auto):
+def verdict(df, n, n_auto):
     "Who won, in a sentence, by the numbers"
     d = df.loc['student'] - df.loc['baseline']
     won = 'better' if d.pgd20 > 0 else 'worse' if d.pgd20 < 0 else 'no different'
-    lo,hi = wilson(df.loc['student','autoattack'], n_auto)
-    return (f'Against PGD-20 the AKD+ student is {won} than the baseline of equal compute ({100*d.pgd20:+.1f} points), '
-            f'clean {100*d.clean:+.1f}, AutoAttack {100*d.autoattack:+.1f} (on {n_auto} images, good to about {50*(hi-lo):.0f} points).')
+    def within(attack, n): lo,hi = wilson(df.loc['student', attack], n); return f'on {n} images, good to about {50*(hi-lo):.0f} points'
+    return (f'Against PGD-20 the AKD+ student is {won} than the baseline of equal compute ({100*d.pgd20:+.1f} points, '
+            f'{within("pgd20", n)}), clean {100*d.clean:+.1f}, AutoAttack {100*d.autoattack:+.1f} ({within("autoattack", n_auto)}).')
 
 # %% ../nbs/14_demo.ipynb #c811c1bd
 def plot_curves(learners, path):
@@ -115,8 +115,8 @@ def _predict(model, x):
 
 def _all_right(learners, n):
     "For `n` classes the first test image that every model reads rightly as it is, and those classes"
-    x,y = pixel_data(next(iter(learners.values())), n=200) # the images are the same for all
-    right = [_predict(pixel_model(learn), x.to(model_device(learn.model))).cpu() == y.cpu() for learn in learners.values()]
+    x,y = (t.cpu() for t in pixel_data(next(iter(learners.values())), n=200)) # the images are the same for all
+    right = [_predict(pixel_model(learn), x.to(model_device(learn.model))).cpu() == y for learn in learners.values()]
     right = torch.stack(right).all(0)
     pick = [(right & (y == c)).nonzero()[0,0] for c in y.unique() if (right & (y == c)).any()][:n]
     return x[pick], y[pick]
@@ -149,7 +149,7 @@ def _one_thread():
     finally: torch.set_num_threads(before)
 
 def demo(
-    quick=False, # on scikit-learn's digits, in about a minute
+    quick=False, # on scikit-learn's digits, in a minute or two
     out='demo', # folder for the table, the figures and the teacher's checkpoints
     seed=42, # of weights, data order and attacks
 )->pd.DataFrame:
@@ -160,12 +160,13 @@ def demo(
     with _one_thread():
         learners = train_models(s, out, seed)
         df,cards = measure_models(learners, s, seed)
-    table = as_markdown(df, s, seed, cards['student'][0]['n'])
+    n = cards['student'][0]['n']
+    table = as_markdown(df, s, seed, n)
     seconds = round(time.time() - start)
-    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, s.n_auto)}\n\n{clock(seconds)} on {default_device()}.\n')
+    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\n{clock(seconds)} on {default_device()}.\n')
     write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher, stop=s.stop, student_epochs=s.student,
                                                      seconds=seconds, device=str(default_device()), models=cards), indent=2))
     plot_curves(learners, out/'curves.png')
     plot_adversarial(learners, s, seed, out/'adversarial.png')
-    print(f'\n{table}\n\n{verdict(df, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
+    print(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
     return df

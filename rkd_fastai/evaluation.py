@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack
-from .core import check_images, check_logits, frozen, write_atomic
+from .core import check_images, check_logits, frozen, hard_labels, write_atomic
 from .pixel import check_single_label, model_device, pixel_model, to_pixels
 
 # %% ../nbs/07_evaluation.ipynb #cb4ba074
@@ -28,7 +28,7 @@ def robust_flags(
     attack, # an `Attack`
 ):
     "True for each image classified rightly both as it is and under `attack`: `(bs,)`"
-    label = targ.argmax(1) if targ.is_floating_point() else targ
+    label = hard_labels(targ)
     with torch.no_grad(), frozen(model):
         logits = check_logits(model(x))
         if not logits.isfinite().all(): raise ValueError("`model` returned NaN or infinite logits: its accuracy would mean nothing")
@@ -46,7 +46,9 @@ def seeded(seed, device='cpu'):
     "Within it PyTorch's random numbers start from `seed`; afterwards they go on as if nothing had been drawn"
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed every GPU, and only one is restored
+        if device.type == 'cuda':
+            with torch.cuda.device(device): torch.cuda.manual_seed(seed)
         yield
 
 def robust_accuracy(
@@ -128,13 +130,13 @@ def pixel_data(
     dl=None, # its DataLoader; None means the test split where `dls` has a third loader, else the validation set
     n=None, # number of images; None means all
 ):
-    "The first `n` images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)`, unshuffled, none dropped"
+    "The first `n` images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, unshuffled, none dropped"
     if dl is None: dl = learn.dls[2] if len(learn.dls.loaders) > 2 else learn.dls.valid
     xs,ys,seen,pm = [],[],0,pixel_model(learn)
     if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
     if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False) # not a loader of PyTorch's own
     for x,y in dl:
-        xs.append(to_pixels(pm, x).float()); ys.append(y.as_subclass(torch.Tensor))
+        xs.append(to_pixels(pm, x).float().cpu()); ys.append(y.as_subclass(torch.Tensor).cpu()) # a GPU holds one batch, not the whole split
         seen += len(y)
         if n is not None and seen >= n: break
     if not seen: raise ValueError("there are no images to evaluate: `dl` is empty")
@@ -183,6 +185,7 @@ def robustness(self:Learner,
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     made = {name: make_attack(name, eps, norm, seed, bs) for name in attacks}
     check_single_label(self.dls)
+    self.model.to(getattr(self.dls, 'device', None) or model_device(self.model)) # as `fit` and `validate` do
     model = _in_float32(pixel_model(self))
     with seeded(seed): x,y = pixel_data(self, dl, n) # a DataLoader draws a random number
     run = _fingerprint(model, x, y, attacks={k: repr(v) for k,v in made.items()}, seed=seed, bs=bs) if state_path else {}

@@ -25,7 +25,9 @@ def _as_member(model, mean, std):
     if not isinstance(model, (Learner, nn.Module)):
         hint = ": `load_teacher(path, model)` makes a Teacher of a file" if isinstance(model, (str, Path)) else ''
         raise TypeError(f"`teacher` must be a Learner, an nn.Module, a Teacher or a list of them, got {model!r}{hint}")
-    return deepcopy(pixel_model(model) if isinstance(model, Learner) else PixelModel(model, mean, std))
+    member = deepcopy(pixel_model(model) if isinstance(model, Learner) else PixelModel(model, mean, std))
+    member.vocab = list(getattr(model.dls, 'vocab', [])) if isinstance(model, Learner) else []
+    return member
 
 class Teacher(nn.Module):
     "A frozen teacher, or a β-weighted ensemble of them: pixel space in, logits or `probs` out (paper, Sections 2 and 3.6)"
@@ -42,6 +44,7 @@ class Teacher(nn.Module):
             raise ValueError("`mean` and `std` are for a plain nn.Module: a Learner or a Teacher brings its own normalisation")
         self.betas = check_weights(betas, len(models))
         self.members = nn.ModuleList([_as_member(m, mean, std) for m in models])
+        self.vocab = next((m.vocab for m in self.members if m.vocab), []) # class names in order, where a Learner told them
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):

@@ -71,6 +71,11 @@ class AdversarialTraining(RobustCallback):
         attack=PGD(), # the attack on the training images; its `eps` may be small (LAT), its kind `FFGSM`
     ): self.attack = copy(check_attack(attack))
 
+    @property
+    def soft_attack(self):
+        "Does the attack climb a divergence from soft targets?"
+        return getattr(self.attack, 'objective', 'ce') == 'kl'
+
     def attack_targ(self):
         "What the attack moves away from: the labels"
         return self.targ
@@ -90,7 +95,7 @@ class TRADES(AdversarialTraining):
 
     @torch.no_grad()
     def attack_targ(self):
-        if getattr(self.attack, 'objective', 'ce') != 'kl': return self.targ
+        if not self.soft_attack: return self.targ
         with frozen(self.pixel): return check_logits(self.pixel(self.images)).softmax(1)
 
     def method_loss(self, pred): return trades_loss(check_logits(self.model(*self.clean_xb)), pred, self.targ, self.beta)

@@ -37,7 +37,7 @@ class WeightAveraging(Callback):
         if self.ema is None: return
         d = min(self.decay, (1+self.t)/(10+self.t)) if self.ramp else self.decay
         self.t += 1
-        params = dict(unwrap(self.model).named_parameters())
+        params = dict(unwrap(self.model).named_parameters(remove_duplicate=False)) # both names of a tied weight
         for k,v in unwrap(self.model).state_dict().items():
             if k in params: self.ema[k].lerp_(v, 1-d)
             else: self.ema[k].copy_(v)

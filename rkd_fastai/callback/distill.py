@@ -42,7 +42,7 @@ class _Distillation(AdversarialTraining):
 
     def attack_targ(self):
         "The labels; for an attack with `objective='kl'`, as in the RSLAD authors' code, the soft targets on the clean images"
-        if getattr(self.attack, 'objective', 'ce') != 'kl': return self.targ
+        if not self.soft_attack: return self.targ
         return soft_targets(self.clean_probs(), self.targ, self.alpha)
 
     def after_fit(self):
@@ -57,6 +57,9 @@ def check_teacher(teacher, dls):
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
         raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of the same classes")
+    vocab = list(getattr(dls, 'vocab', []))
+    if teacher.vocab != vocab and sorted(map(str, teacher.vocab)) == sorted(map(str, vocab)):
+        raise ValueError(f"`teacher` orders the classes {teacher.vocab}, but `dls` {vocab}: build `dls` with that `vocab`")
 
 # %% ../../nbs/09_callback.distill.ipynb #0a50fd37
 class AKDCallback(_Distillation):

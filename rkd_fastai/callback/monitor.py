@@ -18,7 +18,7 @@ from ..pixel import pixel_model, to_pixels, unwrap
 
 # %% ../../nbs/11_callback.monitor.ipynb #b0464b55
 class RobustAccuracy(Metric):
-    "Fraction of the validation images classified rightly as they are *and* under `attack`"
+    "Fraction of the validation images classified rightly as they are *and* under `attack`; with several processes, of each one's share"
     def __init__(self,
         attack=PGD(steps=20), # the attack
         n=None, # the first `n` validation images only; None attacks all
