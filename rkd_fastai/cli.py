@@ -46,9 +46,7 @@ def make_dls(data, path=None, bs=128, size=None):
     if not folder.is_dir(): raise ValueError(f"`--data` must be a folder of images or one of {[*_packaged, *_published]}, got {data!r}")
     held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)
     split = dict(train='train', valid=held) if held and (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
-    dls = ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
-    if not len(dls.train): raise ValueError(f"`--bs` {bs} is more than the {len(dls.train_ds)} training images in {folder}")
-    return dls
+    return ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
 
 def make_net(arch, width, n_in, n_out):
     "'resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
@@ -102,6 +100,7 @@ def _run(args, label, turn, fit, cbs=()):
     out = _new_folder(args.out)
     set_seed(args.seed, reproducible=True)
     dls = make_dls(args.data, args.data_path, args.bs, args.size)
+    if not len(dls.train): raise ValueError(f"`--bs` {args.bs} is more than the {len(dls.train_ds)} training images")
     n_in,n_out = sample_images(dls).shape[1], get_c(dls)
     learn = Learner(dls, make_net(args.arch, args.width, n_in, n_out), opt_func=sgd_nesterov, path=out, model_dir='.',
                     metrics=[accuracy, RobustAccuracy(PGD(args.eps), n=200)], cbs=[CSVLogger(), *cbs])
