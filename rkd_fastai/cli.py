@@ -102,12 +102,16 @@ def _run(args, label, turn, fit, cbs=()):
     dls = make_dls(args.data, args.data_path, args.bs, args.size)
     if not len(dls.train): raise ValueError(f"`--bs` {args.bs} is more than the {len(dls.train_ds)} training images")
     n_in,n_out = sample_images(dls).shape[1], get_c(dls)
+    history = CSVLogger()
     learn = Learner(dls, make_net(args.arch, args.width, n_in, n_out), opt_func=sgd_nesterov, path=out, model_dir='.',
-                    metrics=[accuracy, RobustAccuracy(PGD(args.eps), n=200)], cbs=[CSVLogger(), *cbs])
+                    metrics=[accuracy, RobustAccuracy(PGD(args.eps), n=200)], cbs=[history, *cbs])
     turn(learn)
     card = {k: v for k,v in vars(args).items() if k not in ('run','out')} | dict(n_in=n_in, n_out=n_out, vocab=[str(o) for o in dls.vocab])
     write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
-    with one_line(learn, label): getattr(learn, fit)(args.epochs, args.lr)
+    with one_line(learn, label):
+        try: getattr(learn, fit)(args.epochs, args.lr)
+        finally:
+            if hasattr(history, 'file'): history.file.close() # fastai leaves it open when a fit is cut off
     save_run(learn, out, **card)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 

@@ -35,3 +35,22 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e: rkd(*args, '--epochs', 1, '--out', tmp_path/'out')
     assert says in e.value.code and e.value.code.startswith('rkd: error: ') and '\n' not in e.value.code
     assert not (tmp_path/'out/model.pth').exists()
+
+def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
+    "Its finished epochs can be distilled from, though the run never ended"
+    from rkd_fastai.callback.monitor import KeepEpochs
+    keep = KeepEpochs.after_epoch
+    def die_in_second(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+        keep(self)
+    monkeypatch.setattr(KeepEpochs, 'after_epoch', die_in_second)
+    common = ('--data', 'digits', '--width', '1/16', '--steps', 1)
+    with pytest.raises(SystemExit, match='interrupted'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
+    assert not (tmp_path/'teacher/model.pth').exists()
+    rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
+    assert (tmp_path/'student/model.pth').exists()
+
+def test_val_folder_is_the_validation_set(images, tmp_path):
+    (images/'valid').rename(images/'val')
+    rkd('train', '--data', images, '--size', 32, '--bs', 4, '--epochs', 1, '--steps', 1, '--width', '1/16', '--out', tmp_path/'run')
+    assert 'accuracy' in json.loads((tmp_path/'run/card.json').read_text())['last_epoch']

@@ -592,3 +592,20 @@ def test_student_learns_from_the_teacher(make_learner, make_dls, digits, robust_
     akd = make_learner(dls, student()).to_rkd(robust_net, attack=PGD(.1, steps=3)); akd.fit_one_cycle(4, 3e-3)
     robust = {k: robust_accuracy(l.model, x, y, attack) for k,l in dict(plain=plain, akd=akd).items()}
     assert robust['akd'] > robust['plain'] + .1 and robust_accuracy(akd.model, x, y, PGD(0., steps=0)) > .9
+
+def test_weight_averaging_averages_tied_weights(make_dls, make_learner):
+    "Both names of a tied weight hold the average, not the last step's weight"
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+            self.b.weight = self.a.weight
+        def forward(self, x): return self.out(self.b(self.a(x.flatten(1)).relu()))
+    class Last(Callback):
+        order = 100
+        def after_step(self): self.weight = self.model.a.weight.detach().clone()
+    last = Last()
+    learn = make_learner(make_dls(), Tied(), cbs=[WeightAveraging(.9, ramp=False), last])
+    learn.fit(1, 1e-2)
+    assert learn.model.a.weight is learn.model.b.weight
+    assert (learn.model.a.weight - last.weight).abs().max() > 1e-3
