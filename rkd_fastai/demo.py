@@ -118,7 +118,7 @@ def _all_right(learners, n):
     x,y = (t.cpu() for t in pixel_data(next(iter(learners.values())), n=200)) # the images are the same for all
     right = [_predict(pixel_model(learn), x.to(model_device(learn.model))).cpu() == y for learn in learners.values()]
     right = torch.stack(right).all(0)
-    pick = [(right & (y == c)).nonzero()[0,0] for c in y.unique() if (right & (y == c)).any()][:n]
+    pick = [(right & (y == c)).nonzero()[0].item() for c in y.unique() if (right & (y == c)).any()][:n]
     return x[pick], y[pick]
 
 def plot_adversarial(learners, s, seed, path, n=5, names=('standard','student')):
