@@ -2,7 +2,7 @@
 import json
 import numpy as np, pytest
 from PIL import Image
-from rkd_fastai.cli import main
+from rkd_fastai.cli import main, make_dls
 
 @pytest.fixture
 def images(tmp_path):
@@ -50,7 +50,9 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
 
-def test_val_folder_is_the_validation_set(images, tmp_path):
-    (images/'valid').rename(images/'val')
-    rkd('train', '--data', images, '--size', 32, '--bs', 4, '--epochs', 1, '--steps', 1, '--width', '1/16', '--out', tmp_path/'run')
-    assert 'accuracy' in json.loads((tmp_path/'run/card.json').read_text())['last_epoch']
+@pytest.mark.parametrize('name', ['valid','val','test'])
+def test_held_out_folder_is_the_validation_set(images, name):
+    (images/'valid').rename(images/name)
+    dls = make_dls(images, bs=4)
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (16, 8)
+    assert all(f.parts[-3] == name for f in dls.valid_ds.items)
