@@ -234,11 +234,11 @@ def test_nothing_of_the_model_changes_under_autoattack(tiny_net, snapshot):
     assert snapshot.same(before, snapshot.take(model))
 
 class Trips(nn.Module):
-    "Raises at the `at`-th call"
+    "Raises from the `at`-th call on"
     def __init__(self, model, at, error): super().__init__(); self.model,self.left,self.error = model,at,error
     def forward(self, x):
         self.left -= 1
-        if self.left == 0: raise self.error('tripped')
+        if self.left <= 0: raise self.error('tripped')
         return self.model(x)
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])

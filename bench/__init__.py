@@ -1,0 +1,1 @@
+"What a training step costs, measured side by side. See README.md."
