@@ -133,12 +133,25 @@ def test_wrong_fold_is_found_out(monkeypatch):
     assert _stand_ins(worn_in(lambda: resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)) == []
 
 def test_under_autocast():
+    "As fastai's mixed precision does it: the forward pass inside, the backward pass outside"
     model, x, y = worn_in(lambda: resnet18(10, 1/8)).eval(), torch.rand(16, 3, 32, 32), torch.arange(16) % 10
-    with frozen(model), torch.autocast('cpu', torch.bfloat16):
-        plain = logits_and_grad(model, x, y)
-        with folded(model, x): fast = logits_and_grad(model, x, y)
-    assert (plain[1].sign() == fast[1].sign()).float().mean() > .9 # two roundings to bfloat16
-    assert PGD()(model, x, y).isfinite().all()
+    def grad():
+        xi = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16): logits = model(xi)
+        return torch.autograd.grad(F.cross_entropy(logits.float(), y, reduction='sum'), xi)[0]
+    with frozen(model):
+        plain = grad()
+        with folded(model, x): fast = grad()
+    assert (plain.sign() == fast.sign()).float().mean() > .9 # two roundings to bfloat16
+    with torch.autocast('cpu', torch.bfloat16): assert PGD()(model, x, y).isfinite().all()
+
+def test_trying_the_stand_ins_draws_no_random_numbers():
+    class Noisy(nn.Module):
+        def __init__(self): super().__init__(); self.net = resnet18(10, 1/8)
+        def forward(self, x): return self.net(x + torch.randn_like(x))
+    model, before = Noisy().eval(), torch.get_rng_state()
+    assert _stand_ins(model, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))) == []
+    assert torch.equal(before, torch.get_rng_state())
 
 def test_teacher_is_folded_and_says_the_same():
     nets, x = [worn_in(lambda: resnet18(10, 1/8)).eval(), worn_in(lambda: wide_resnet(10, 1)).eval()], torch.rand(8, 3, 32, 32)
