@@ -35,7 +35,7 @@ class Attack:
 
     def perturb(self, model, x, targ):
         "x′ for checked images `x` and a `model` in eval mode without parameter gradients; gradients are enabled"
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is an attack without an attack: define `perturb(self, model, x, targ)`")
 
     @property
     def settings(self):

@@ -256,6 +256,9 @@ def test_nothing_of_the_model_changes_when_it_raises(attack, at, error, tiny_net
         torch.set_rng_state(random_state); torch.rand(4, 1, 8, 8)
         assert torch.equal(after, torch.get_rng_state())
 
+def test_attack_without_perturb(tiny_net):
+    with pytest.raises(NotImplementedError, match='Attack is .*define `perturb'): Attack()(tiny_net(), torch.rand(2, 1, 8, 8), torch.arange(2))
+
 def test_dropout_is_off_and_batchnorm_in_eval(tiny_net):
     "The model that the attack sees is in eval mode, whatever its flags"
     seen = []
