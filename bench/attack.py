@@ -1,11 +1,12 @@
-"""PGD-7 alone: ours, torchattacks, foolbox, a plain loop, and the floor of 14 bare forward passes.
+"""PGD-7 alone: ours, a plain loop, torchattacks, foolbox, and the floor of 14 bare forward passes.
 
     python -m bench.attack
 """
 import torch, torch.nn.functional as F
 from rkd_fastai.attacks import PGD
+from rkd_fastai.fast import faster
 from rkd_fastai.models import resnet18
-from .timing import compare, machine, parse, table
+from .timing import HOW, compare, parse, setting, table
 
 EPS, STEP, STEPS = 8/255, 2/255, 7
 
@@ -21,21 +22,22 @@ def reference_pgd(model, x, y):
         x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
     return x_adv.detach()
 
+def worn_in(a):
+    "A network whose BatchNorm has seen images"
+    model = resnet18(10, a.width, a.n_in).to(a.device)
+    with torch.no_grad():
+        for _ in range(3): model(torch.rand(a.bs, a.n_in, a.size, a.size, device=a.device))
+    return model
+
+def batch(a): return torch.rand(a.bs, a.n_in, a.size, a.size, device=a.device), torch.randint(0, 10, (a.bs,), device=a.device)
+
 def main(args=None):
     a = parse(__doc__, args)
     torch.manual_seed(0)
-    n_in = 1 if a.size == 28 else 3
-    model = resnet18(10, a.width, n_in).to(a.device)
-    x, y = torch.rand(a.bs, n_in, a.size, a.size, device=a.device), torch.randint(0, 10, (a.bs,), device=a.device)
-    with torch.no_grad():
-        for _ in range(3): model(x) # BatchNorm statistics of these images
-    model.eval()
-
-    ours = PGD(EPS, steps=STEPS, step_size=STEP)
-    unfolded = PGD(EPS, steps=STEPS, step_size=STEP)
-    unfolded.folds = False
-    contestants = {'ours': lambda: ours(model, x, y), 'ours, without folding': lambda: unfolded(model, x, y),
-                   'plain reference loop': lambda: reference_pgd(model, x, y)}
+    model, (x, y), attack = worn_in(a).eval(), batch(a), PGD(EPS, steps=STEPS, step_size=STEP)
+    def ours(how):
+        with faster(**how): attack(model, x, y)
+    contestants = {k: lambda how=how: ours(how) for k,how in HOW.items()} | {'plain loop': lambda: reference_pgd(model, x, y)}
     try:
         import torchattacks
         ta = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS)
@@ -50,9 +52,9 @@ def main(args=None):
     def floor():
         with torch.no_grad():
             for _ in range(2*STEPS): model(x)
-    contestants[f'floor: {2*STEPS} forward passes'] = floor
+    contestants[f'floor, {2*STEPS} forward passes'] = floor
 
-    print(f'PGD-{STEPS}, ResNet-18 width {a.width:g}, {a.size}×{a.size}, batch {a.bs}\n{machine(a.device)}')
-    table(compare(contestants, a.device, a.runs), 'ours', a.bs)
+    print(f'PGD-{STEPS}, {setting(a)}')
+    table(compare(contestants, a.device, a.runs), list(HOW), a.bs)
 
 if __name__ == '__main__': main()

@@ -4,28 +4,19 @@
     python -m bench.step --teachers 4
 
 A step is 18 forward passes' worth of work: 7 × (forward + input gradient) + the teacher's forward + forward and
-backward of training, the backward counted as two.
+backward of training, the backward counted as two. On a GPU 'bf16' trains in bfloat16 too, as `learn.to_bf16()` does.
 """
+import copy, statistics
+from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from rkd_fastai.attacks import PGD
+from rkd_fastai.fast import compiled, faster
 from rkd_fastai.losses import akd_loss
-from rkd_fastai.models import resnet18
 from rkd_fastai.teachers import Teacher
-from .attack import EPS, STEP, STEPS, reference_pgd
-from .timing import compare, machine, parse, seconds, table
+from .attack import EPS, STEP, STEPS, batch, reference_pgd, worn_in
+from .timing import HOW, compare, forward_flops, matmul_rate, parse, peak_mib, ratio, setting, table
 
 ALPHA = .8
-
-def make(a):
-    "A worn-in student, `a.teachers` teachers, a batch"
-    torch.manual_seed(0)
-    n_in = 1 if a.size == 28 else 3
-    nets = [resnet18(10, a.width, n_in).to(a.device) for _ in range(1 + a.teachers)]
-    x, y = torch.rand(a.bs, n_in, a.size, a.size, device=a.device), torch.randint(0, 10, (a.bs,), device=a.device)
-    with torch.no_grad():
-        for net in nets:
-            for _ in range(3): net(x)
-    return nets[0], nets[1:], x, y
 
 def sgd(model): return torch.optim.SGD(model.parameters(), .1, momentum=.9, nesterov=True, weight_decay=5e-4)
 
@@ -41,37 +32,51 @@ def reference_step(model, teachers, opt, x, y):
     loss.backward()
     opt.step()
 
-def bare_step(model, teacher, opt, x, y, attack):
+def bare_step(model, teacher, opt, x, y, attack, compile=False, bf16=False):
     "Our pieces in a bare loop: what `AKDCallback` does in a batch"
     model.train()
-    x_adv = attack(model, x, y)
-    probs = teacher.probs(x_adv)
-    loss = akd_loss(model(x_adv), probs, y, ALPHA)
+    with faster(compile, bf16):
+        x_adv = attack(model, x, y)
+        probs = teacher.probs(x_adv)
+    with compiled(model) if compile else nullcontext(), torch.autocast('cuda', torch.bfloat16, enabled=bf16 and x.is_cuda):
+        loss = akd_loss(model(x_adv), probs, y, ALPHA)
     loss.backward()
     opt.step()
     opt.zero_grad()
 
+def our_steps(model, teachers, x, y):
+    "Our step in every way of running it, each with a student of its own"
+    attack, steps = PGD(EPS, steps=STEPS, step_size=STEP), {}
+    for name,how in HOW.items():
+        fmt = torch.channels_last if how.get('bf16') and x.is_cuda else torch.preserve_format
+        student = copy.deepcopy(model).to(memory_format=fmt)
+        args = student, Teacher(teachers), sgd(student), x, y, attack
+        steps[name] = lambda args=args, how=how: bare_step(*args, **how)
+    return steps
+
 def main(args=None):
     a = parse(__doc__, args, teachers=dict(type=int, default=1, help='in the ensemble'))
-    model, teachers, x, y = make(a)
-    opt, attack = sgd(model), PGD(EPS, steps=STEPS, step_size=STEP)
+    torch.manual_seed(0)
+    model, teachers, (x, y) = worn_in(a), [worn_in(a) for _ in range(a.teachers)], batch(a)
     n = 2*STEPS + a.teachers + 3
-    contestants = {'ours': lambda: bare_step(model, ensemble, opt, x, y, attack),
-                   'plain reference loop': lambda: reference_step(model, teachers, opt, x, y)}
-    ensemble = Teacher(teachers)
-    if a.teachers > 1:
-        one = Teacher(teachers[0])
-        contestants['ours, one teacher'] = lambda: bare_step(model, one, opt, x, y, attack)
+    ours = our_steps(model, teachers, x, y)
+    reference, opt = copy.deepcopy(model), sgd(model)
     def floor():
         model.eval()
         with torch.no_grad():
             for _ in range(n): model(x)
-    contestants[f'floor: {n} forward passes'] = floor
-    print(f'AKD⁺ with PGD-{STEPS}, ResNet-18 width {a.width:g}, {a.size}×{a.size}, batch {a.bs}, {a.teachers} teacher(s)\n{machine(a.device)}')
-    table(compare(contestants, a.device, a.runs), 'ours', a.bs)
-    for k in ('ours','plain reference loop'):
-        if a.device.startswith('cuda'):
-            torch.cuda.reset_peak_memory_stats(); seconds(contestants[k], a.device)
-            print(f'peak memory, {k}: {torch.cuda.max_memory_allocated()/2**20:.0f} MiB')
+    opt = sgd(reference)
+    contestants = ours | {'plain loop': lambda: reference_step(reference, teachers, opt, x, y), f'floor, {n} forward passes': floor}
+    one = our_steps(model, teachers[:1], x, y) if a.teachers > 1 else {}
+    contestants |= {f'{k}, one teacher': fn for k,fn in one.items()}
+    print(f'AKD⁺ with PGD-{STEPS}, {a.teachers} teacher(s), {setting(a)}')
+    times = compare(contestants, a.device, a.runs)
+    table({k: ts for k,ts in times.items() if 'one teacher' not in k}, list(HOW), a.bs)
+    for k in one: print(f'{a.teachers} teachers ÷ one, {k}: {ratio(times[k], times[f"{k}, one teacher"])}')
+    flops, rate = n*forward_flops(model, x), matmul_rate(a.device)
+    print(f'{flops/1e9:.1f} GFLOP a step; a bfloat16 matrix product runs at {rate/1e12:.2f} TFLOP/s; share of it: '
+          + ', '.join(f'{k} {flops/statistics.median(times[k])/rate:.1%}' for k in (*HOW, 'plain loop')))
+    if a.device.startswith('cuda'):
+        print('peak memory, MiB: ' + ', '.join(f'{k} {peak_mib(contestants[k], a.device):.0f}' for k in (*HOW, 'plain loop')))
 
 if __name__ == '__main__': main()

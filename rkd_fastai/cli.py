@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['number', 'make_dls', 'make_net', 'save_run', 'load_run', 'train', 'distill', 'evaluate', 'demo', 'main']
 
-# %% ../nbs/16_cli.ipynb #c182619c
+# %% ../nbs/16_cli.ipynb #f5fc68cc
 import argparse, json, re, sys, warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's own, at every start
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders, get_c
 import rkd_fastai
 from .attacks import FFGSM, PGD
-from .callback.adversarial import TRADES, AdversarialTraining
+from .callback.adversarial import TRADES, AdversarialTraining, RobustCallback
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .core import atomic_path, write_atomic
 from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
@@ -28,7 +28,7 @@ from .pixel import sample_images, unwrap
 from .teachers import MissingFile, Teacher, load_teacher
 from .terminal import Line, one_line, watching
 
-# %% ../nbs/16_cli.ipynb #c0595274
+# %% ../nbs/16_cli.ipynb #f17a3415
 _packaged = dict(digits=digits_dls, fashion_sample=fashion_sample_dls)
 _published = dict(fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls, cifar100=cifar100_dls, tiny_imagenet=tiny_imagenet_dls)
 
@@ -57,13 +57,13 @@ def make_net(arch, width, n_in, n_out):
     if not timm.is_model(arch): raise ValueError(f"`--arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
 
-def _how(how, attack):
-    "The callback that trains a teacher `how`, or None"
-    kl = PGD(attack.eps, steps=10, objective='kl')
-    return dict(st=lambda: None, at=lambda: AdversarialTraining(attack), lat=lambda: AdversarialTraining(PGD(2/255, attack.steps)),
-                ffgsm=lambda: AdversarialTraining(FFGSM(attack.eps)), trades=lambda: TRADES(kl))[how]()
+def _how(how, attack, **kw):
+    "The callback that trains a teacher `how`"
+    if how == 'st': return RobustCallback(**kw) # the Learner's own images and loss
+    if how == 'trades': return TRADES(PGD(attack.eps, steps=10, objective='kl'), **kw)
+    return AdversarialTraining(dict(at=attack, lat=PGD(2/255, attack.steps), ffgsm=FFGSM(attack.eps))[how], **kw)
 
-# %% ../nbs/16_cli.ipynb #c8814644
+# %% ../nbs/16_cli.ipynb #f735a977
 def save_run(learn, out, **card):
     "Weights and card of a finished run"
     with atomic_path(out/'model.pth') as tmp: torch.save(unwrap(learn.model).state_dict(), tmp)
@@ -115,11 +115,10 @@ def _run(args, label, turn, fit, cbs=()):
     save_run(learn, out, **card)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 
-# %% ../nbs/16_cli.ipynb #7aee0ac7
+# %% ../nbs/16_cli.ipynb #2aadca23
 def train(args):
-    cb = _how(args.how, PGD(args.eps, args.steps))
-    turn = (lambda learn: learn.add_cb(cb)) if cb else (lambda learn: learn)
-    _run(args, f'training, {args.how}', turn, 'fit_exp', [KeepEpochs(args.keep)])
+    cb = _how(args.how, PGD(args.eps, args.steps), compile=args.compile, bf16=args.bf16)
+    _run(args, f'training, {args.how}', lambda learn: learn.add_cb(cb), 'fit_exp', [KeepEpochs(args.keep)])
 
 def distill(args):
     teachers,cards = zip(*map(load_run, args.teacher))
@@ -127,7 +126,7 @@ def distill(args):
     if args.lam is not None and args.method != 'akd': kw['lam'] = args.lam
     def turn(learn):
         for card in cards: _check_vocab(card, learn.dls, '`--teacher`')
-        learn.to_rkd(Teacher(teachers, betas=args.betas), args.method, **kw)
+        learn.to_rkd(Teacher(teachers, betas=args.betas), args.method, compile=args.compile, bf16=args.bf16, **kw)
     _run(args, f'distilling, {args.method}', turn, 'fit_rkd')
 
 def evaluate(args):
@@ -169,6 +168,8 @@ def _parser():
         c.add_argument('--epochs', type=int, default=40, help='epochs')
         c.add_argument('--lr', type=float, default=lr, help='highest learning rate')
         c.add_argument('--steps', type=int, default=7, help='steps of the training attack')
+        c.add_argument('--compile', action='store_true', help='run attack, teacher and training step through torch.compile')
+        c.add_argument('--bf16', action='store_true', help='run attack and teacher in bfloat16')
         c.add_argument('--out', required=True, help='folder of the run')
 
     c = command(demo, 'the main job from end to end, on real images that come with the package')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rkd_learner', 'sgd_nesterov']
 
-# %% ../nbs/13_learner.ipynb #06c88b1f
+# %% ../nbs/13_learner.ipynb #d00377ca
 from inspect import signature
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.schedule import ParamScheduler, combined_cos
@@ -20,7 +20,7 @@ from .core import check_fraction
 from .callback.adversarial import AdversarialTraining, RobustCallback
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
 
-# %% ../nbs/13_learner.ipynb #5e4cdf24
+# %% ../nbs/13_learner.ipynb #fccb70fb
 _methods = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
 
 def _turn(learn, cb):
@@ -37,7 +37,7 @@ def _method_class(method):
 def to_rkd(self:Learner,
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
-    **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`
+    **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
     return _turn(self, _method_class(method)(teacher, **kwargs))
@@ -45,16 +45,17 @@ def to_rkd(self:Learner,
 @patch
 def to_adversarial(self:Learner,
     attack=None, # the attack on the training images; None means `PGD()`
+    **kwargs, # the callback's other arguments: `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on on adversarial examples (Madry et al., 2018)"
-    return _turn(self, AdversarialTraining(attack or PGD()))
+    return _turn(self, AdversarialTraining(attack or PGD(), **kwargs))
 
 @patch
 def to_natural(self:Learner)->Learner:
     "Train this Learner from now on as fastai does"
     return _turn(self, None)
 
-# %% ../nbs/13_learner.ipynb #c4c6b00b
+# %% ../nbs/13_learner.ipynb #73f9cb67
 _builds = set(signature(vision_learner).parameters) - set(signature(Learner).parameters) - {'arch'}
 
 def _build_learner(dls, arch, **kwargs):
@@ -74,6 +75,8 @@ def rkd_learner(
     lam=5/6, # weight of the adversarial term, of ARD and RSLAD; of the distilled term in CKD
     attack=None, # the attack on the training images; None means `PGD()`
     T=1., # temperature
+    compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
+    bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
     **kwargs
 )->Learner:
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
@@ -81,11 +84,11 @@ def rkd_learner(
     check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack or PGD(), T=T)
     takes = dict(akd=('alpha','attack','T'), ckd=('lam','T')).get(method, settings)
-    cb = cls(teacher, **{k: settings[k] for k in takes})
+    cb = cls(teacher, **{k: settings[k] for k in takes}, compile=compile, bf16=bf16)
     cb.check(dls) # before `vision_learner` adds its Normalize to them
     return _build_learner(dls, arch, **kwargs).add_cb(cb)
 
-# %% ../nbs/13_learner.ipynb #4f41a355
+# %% ../nbs/13_learner.ipynb #8763a77e
 def sgd_nesterov(
     params, # parameters or parameter groups
     lr, # learning rate
@@ -95,7 +98,7 @@ def sgd_nesterov(
     "SGD with Nesterov momentum, as published robust training uses it: an `opt_func` for a Learner"
     return OptimWrapper(params=params, opt=torch.optim.SGD, lr=lr, momentum=mom, nesterov=True, weight_decay=wd)
 
-# %% ../nbs/13_learner.ipynb #9d593d07
+# %% ../nbs/13_learner.ipynb #003c5613
 @patch
 def fit_exp(self:Learner,
     n_epoch, # epochs
@@ -113,7 +116,7 @@ def fit_exp(self:Learner,
              wd=wd, reset_opt=reset_opt, start_epoch=start_epoch)
     return self
 
-# %% ../nbs/13_learner.ipynb #2bd8adf8
+# %% ../nbs/13_learner.ipynb #dcbe1c33
 @patch
 def fit_rkd(self:Learner,
     n_epoch, # epochs

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['batch_targ', 'RobustCallback', 'AdversarialTraining', 'TRADES']
 
-# %% ../../nbs/09_callback.adversarial.ipynb #db4430a9
+# %% ../../nbs/09_callback.adversarial.ipynb #e77b3ce0
+from contextlib import ExitStack
 from copy import copy
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.data import get_c
+from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from ..core import check_logits, frozen, onehot
+from ..fast import compiled, faster
 from ..losses import trades_loss
-from ..pixel import check_single_label, pixel_model, to_pixels
+from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
 
-# %% ../../nbs/09_callback.adversarial.ipynb #2da09b98
+# %% ../../nbs/09_callback.adversarial.ipynb #b5038639
 def batch_targ(learn):
     "The batch's class indices `(bs,)`, or its mixed labels `(bs, n_out)` where MixUp or CutMix are at work"
     targ = learn.yb[0].as_subclass(torch.Tensor)
@@ -31,8 +34,14 @@ def batch_targ(learn):
 class RobustCallback(Callback):
     "Base of the training methods: pixel space on the way in, the method's own loss on the way out"
     order,run_valid = GradientAccumulation.order-1, False
-    _stateattrs = ('pixel','images','clean_xb','targ') # of a running fit: not for `Learner.export`
-    pixel = None
+    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled') # of a running fit: not for `Learner.export`
+    pixel = _compiled = None
+    compile = bf16 = False
+
+    def __init__(self,
+        compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
+        bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
+    ): self.compile,self.bf16 = compile,bf16
 
     def check(self, dls):
         "Raise `ValueError` if this method cannot train on `dls`; changes nothing"
@@ -45,7 +54,9 @@ class RobustCallback(Callback):
     def method_loss(self, pred):
         "The method's loss, given logits on `model_images`; None keeps the Learner's"
 
-    def before_fit(self): self.pixel = None # fastai calls this for `validate` and `predict` too, which need nothing of us
+    def before_fit(self): # fastai calls this for `validate` and `predict` too, which need nothing of us
+        self.after_batch()
+        self.pixel = self.full_bs = None
 
     def before_train(self):
         if self.pixel is not None: return # not the first epoch
@@ -55,21 +66,34 @@ class RobustCallback(Callback):
 
     def before_batch(self):
         if len(self.xb) != 1: raise ValueError(f"robust training needs one image input per batch, got {len(self.xb)} inputs")
-        self.images,self.clean_xb,self.targ = to_pixels(self.pixel, self.xb[0]), self.xb, batch_targ(self.learn)
-        self.learn.xb = (self.pixel.normalize(self.model_images()),)
+        x = self.xb[0].as_subclass(torch.Tensor)
+        self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
+        self.full_bs = self.full_bs or len(x)
+        compile = self.compile and len(x) == self.full_bs
+        with faster(compile, self.bf16): x = self.model_images()
+        self.learn.xb = (self.pixel.normalize(x),)
+        self._compiled = ExitStack()
+        if compile: self._compiled.enter_context(compiled(unwrap(self.model)))
 
     def after_loss(self):
         loss = self.method_loss(check_logits(self.pred))
         if loss is not None: self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
 
+    def after_batch(self):
+        if self._compiled is not None: self._compiled.close()
+
     def after_fit(self): self.pixel = self.images = self.clean_xb = self.targ = None
 
-# %% ../../nbs/09_callback.adversarial.ipynb #ca30307f
+# %% ../../nbs/09_callback.adversarial.ipynb #0bd7894c
+@delegates()
 class AdversarialTraining(RobustCallback):
     "Train on adversarial examples in place of clean ones (Madry et al., 2018)"
     def __init__(self,
         attack=PGD(), # the attack on the training images; its `eps` may be small (LAT), its kind `FFGSM`
-    ): self.attack = copy(check_attack(attack))
+        **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.attack = copy(check_attack(attack))
 
     @property
     def soft_attack(self):
@@ -82,15 +106,17 @@ class AdversarialTraining(RobustCallback):
 
     def model_images(self): return self.attack(self.pixel, self.images, self.attack_targ())
 
-# %% ../../nbs/09_callback.adversarial.ipynb #a56a110d
+# %% ../../nbs/09_callback.adversarial.ipynb #a48cd211
+@delegates(RobustCallback)
 class TRADES(AdversarialTraining):
     "Trade clean accuracy against stability under attack (Zhang et al., 2019; paper, Appendix B.4)"
     def __init__(self,
         attack=PGD(steps=10, objective='kl'), # `objective='kl'` climbs KL(f(x) ‖ f(x′)), 'ce' the labels' cross-entropy
         beta=6., # weight of the robust term
+        **kwargs
     ):
         if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
-        super().__init__(attack)
+        super().__init__(attack, **kwargs)
         self.beta = beta
 
     @torch.no_grad()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['check_teacher', 'AKDCallback', 'RSLADCallback', 'ARDCallback', 'CKDCallback']
 
-# %% ../../nbs/10_callback.distill.ipynb #c916e2fc
+# %% ../../nbs/10_callback.distill.ipynb #146ab821
 import torch
 from fastai.vision.data import get_c
+from fastcore.meta import delegates
 from ..attacks import PGD
 from ..core import check_T, check_fraction, check_logits
 from ..losses import akd_loss, ard_loss, ckd_loss, rslad_loss, soft_targets
@@ -15,15 +16,15 @@ from ..pixel import model_device, sample_images
 from .adversarial import AdversarialTraining, RobustCallback
 from ..teachers import Teacher
 
-# %% ../../nbs/10_callback.distill.ipynb #d8388a80
+# %% ../../nbs/10_callback.distill.ipynb #c81b2e3c
 class _Distillation(AdversarialTraining):
     "What the distillation methods share: a teacher, label mixing, and how the two are checked"
     _stateattrs = AdversarialTraining._stateattrs + ('teacher','t_probs')
     teacher = None
 
-    def __init__(self, teacher, alpha=1., attack=PGD(), T=1.):
+    def __init__(self, teacher, alpha=1., attack=PGD(), T=1., **kwargs):
         check_fraction(alpha=alpha); check_T(T)
-        super().__init__(attack)
+        super().__init__(attack, **kwargs)
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.alpha,self.T = alpha,T
 
@@ -61,7 +62,8 @@ def check_teacher(teacher, dls):
     if teacher.vocab != vocab and sorted(map(str, teacher.vocab)) == sorted(map(str, vocab)):
         raise ValueError(f"`teacher` orders the classes {teacher.vocab}, but `dls` {vocab}: build `dls` with that `vocab`")
 
-# %% ../../nbs/10_callback.distill.ipynb #0a50fd37
+# %% ../../nbs/10_callback.distill.ipynb #c7e5be7c
+@delegates(RobustCallback)
 class AKDCallback(_Distillation):
     "Adversarial knowledge distillation, AKD⁺: match the teacher on the student's adversarial examples (Eq. 7)"
     def __init__(self,
@@ -69,7 +71,8 @@ class AKDCallback(_Distillation):
         alpha=.8, # weight of the teacher inside the soft target; about .3 suits a standardly trained teacher, .7 a robust one (Section 3.1)
         attack=PGD(), # the attack on the training images
         T=1., # temperature; the paper uses none
-    ): super().__init__(teacher, alpha, attack, T)
+        **kwargs
+    ): super().__init__(teacher, alpha, attack, T, **kwargs)
 
     def model_images(self):
         x_adv = super().model_images()
@@ -78,13 +81,13 @@ class AKDCallback(_Distillation):
 
     def method_loss(self, pred): return akd_loss(pred, self.t_probs, self.targ, self.alpha, self.T)
 
-# %% ../../nbs/10_callback.distill.ipynb #288239ae
+# %% ../../nbs/10_callback.distill.ipynb #3ec5ccb2
 class _CleanAndAdversarial(_Distillation):
     "Student on x′ and on x, teacher on x"
     loss = None # the equation
-    def __init__(self, teacher, alpha=.8, lam=5/6, attack=PGD(), T=1.):
+    def __init__(self, teacher, alpha=.8, lam=5/6, attack=PGD(), T=1., **kwargs):
         check_fraction(lam=lam)
-        super().__init__(teacher, alpha, attack, T)
+        super().__init__(teacher, alpha, attack, T, **kwargs)
         self.lam = lam
 
     def clean_probs(self): return self.t_probs
@@ -97,6 +100,7 @@ class _CleanAndAdversarial(_Distillation):
         clean = check_logits(self.model(*self.clean_xb))
         return type(self).loss(clean, pred, self.t_probs, self.targ, self.alpha, self.lam, self.T)
 
+@delegates(RobustCallback)
 class RSLADCallback(_CleanAndAdversarial):
     "Robust soft label adversarial distillation, RSLAD⁺ (Zi et al., 2021; Eq. 6)"
     loss = staticmethod(rslad_loss)
@@ -106,8 +110,10 @@ class RSLADCallback(_CleanAndAdversarial):
         lam=5/6, # weight of the adversarial term
         attack=PGD(), # the attack on the training images
         T=1., # temperature
-    ): super().__init__(teacher, alpha, lam, attack, T)
+        **kwargs
+    ): super().__init__(teacher, alpha, lam, attack, T, **kwargs)
 
+@delegates(RobustCallback)
 class ARDCallback(_CleanAndAdversarial):
     "Adversarially robust distillation, ARD⁺ (Goldblum et al., 2020; Eq. 5)"
     loss = staticmethod(ard_loss)
@@ -117,18 +123,21 @@ class ARDCallback(_CleanAndAdversarial):
         lam=5/6, # weight of the adversarial term
         attack=PGD(), # the attack on the training images
         T=1., # temperature
-    ): super().__init__(teacher, alpha, lam, attack, T)
+        **kwargs
+    ): super().__init__(teacher, alpha, lam, attack, T, **kwargs)
 
-# %% ../../nbs/10_callback.distill.ipynb #3696d9b0
+# %% ../../nbs/10_callback.distill.ipynb #e8de7dc6
+@delegates(RobustCallback)
 class CKDCallback(_Distillation):
     "Clean knowledge distillation (Hinton et al., 2015; Eq. 1)"
     def __init__(self,
         teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
         lam=.9, # weight of the distilled term
         T=1., # temperature
+        **kwargs
     ):
         check_fraction(lam=lam)
-        super().__init__(teacher, T=T)
+        super().__init__(teacher, T=T, **kwargs)
         self.lam = lam
 
     def model_images(self):
