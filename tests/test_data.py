@@ -213,6 +213,70 @@ def test_padding_of_each_dataset(pad, dls_of, tmp_path, request):
         dls = fashion_mnist_dls(tmp_path, bs=4)
     assert [o.pad for o in dls.train.after_batch.fs if isinstance(o, PadCropFlip)] == [pad]
 
+@pytest.mark.parametrize('side', [1, 4, 5, 20])
+def test_cutout_against_loops(side):
+    "Each image is black where its square falls, of which any pixel can be the centre, and as it was elsewhere"
+    set_seed(3)
+    x = TensorImage(torch.randint(1, 256, (300, 3, 6, 5), dtype=torch.uint8))
+    out, found = Cutout(side)(x, split_idx=0), set()
+    for o, i in zip(out, x):
+        centres = [(r, c) for r in range(6) for c in range(5)]
+        def cut(r, c):
+            want, top, left = i.clone(), r - side//2, c - side//2
+            want[:, max(top, 0):top+side, max(left, 0):left+side] = 0
+            return want
+        found.add(next(rc for rc in centres if torch.equal(o, cut(*rc))))
+    assert len(found) > (25 if side < 20 else 0) and out.dtype == torch.uint8 and type(out) is TensorImage
+
+
+# --- on the device ---
+
+def batches(dls): return [[t.cpu() for t in b] for dl in dls.loaders for _ in range(2) for b in dl]
+
+@pytest.mark.parametrize('kind', ['sample', 'digits', 'fashion', 'cifar', 'tiny'])
+def test_resident_batches_are_the_same(kind, tmp_path, request):
+    "Order, augmentation, types and dtypes, over two epochs"
+    if kind == 'cifar': write_cifar(tmp_path, 10)
+    path = request.getfixturevalue('tiny') if kind == 'tiny' else tmp_path
+    if kind == 'fashion':
+        for split in ('train', 't10k'): write_idx(tmp_path/f'{split}-images-idx3-ubyte', images(100, 28, 28), True); write_idx(tmp_path/f'{split}-labels-idx1-ubyte', labels(100), True)
+    make = dict(sample=fashion_sample_dls, digits=digits_dls, fashion=lambda **kw: fashion_mnist_dls(path, **kw), cifar=lambda **kw: cifar10_dls(path, **kw),
+                tiny=lambda **kw: tiny_imagenet_dls(path, num_workers=0, **kw))[kind]
+    bs, found = dict(sample=200, digits=500, fashion=16, cifar=16, tiny=4)[kind], []
+    for resident in (False, True):
+        set_seed(0)
+        dls = make(bs=bs, batch_tfms=Cutout(3), device_resident=resident)
+        assert (type(dls.train) is ResidentDL) == resident
+        found.append(batches(dls))
+    assert len(found[0]) == len(found[1]) == 2*sum(map(len, dls.loaders))
+    for a, b in zip(*found):
+        for t, u in zip(a, b): assert type(t) is type(u) and t.dtype == u.dtype and torch.equal(t, u)
+    assert dls.train.items()[0].dtype == torch.uint8
+
+def test_resident_items_are_made_once(monkeypatch):
+    made, do_item = [], ResidentDL.do_item
+    monkeypatch.setattr(ResidentDL, 'do_item', lambda self, i: (made.append(1), do_item(self, i))[1])
+    dls = digits_dls(device_resident=True)
+    batches(dls); n = len(made)
+    batches(dls); list(dls.valid.new(shuffle=False, drop_last=False))
+    assert len(made) == n and dls.valid.new().items()[0].data_ptr() == dls.valid.items()[0].data_ptr()
+    other = dls.test_dl([images(1, 8, 8)[0]]*3)
+    assert len(other.items()[0]) == 3 and other.items()[0].data_ptr() != dls.valid.items()[0].data_ptr()
+
+def test_resident_in_a_data_block(tmp_path):
+    "Any data block takes it, an image folder for one; what is random or uneven is refused"
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, Resize, get_image_files, parent_label
+    for i in range(12):
+        (tmp_path/'ab'[i%2]).mkdir(exist_ok=True); Image.fromarray(images(20 + i, 20, 3)).save(tmp_path/'ab'[i%2]/f'{i}.png')
+    def make(item_tfms, **kw):
+        return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=item_tfms).dataloaders(tmp_path, bs=4, num_workers=0, **kw)
+    found = []
+    for kw in ({}, dict(dl_type=ResidentDL)): set_seed(0); found.append(batches(make(Resize(16, 'squish'), **kw)))
+    for a, b in zip(*found): assert all(torch.equal(t, u) for t, u in zip(a, b))
+    for tfm in (Resize(16), RandomResizedCrop(16)): # `Resize` crops somewhere else each time, too
+        with pytest.raises(ValueError, match='an item transform is random'): list(make(tfm, dl_type=ResidentDL).train)
+    with pytest.raises(ValueError, match='give the images one size'): make([], dl_type=ResidentDL).train.items()
+
 
 # --- a Learner ---
 
@@ -221,11 +285,12 @@ def small_learner(dls, d):
     return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, dls.c)), metrics=accuracy, path=d)
 
 @pytest.mark.filterwarnings('ignore:.*load_learner.*', 'ignore:.*__array__.*copy.*:DeprecationWarning')   # fastai's, in loading and in showing
+@pytest.mark.parametrize('resident', [False, True], ids=['', 'resident'])
 @pytest.mark.parametrize('kind', ['grey', 'rgb', 'tiny'])
-def test_learner_fits_exports_and_predicts(kind, tmp_path, request):
+def test_learner_fits_exports_and_predicts(kind, resident, tmp_path, request):
     shape = dict(grey=(28, 28), rgb=(32, 32, 3)).get(kind, (64, 64, 3))
-    if kind == 'tiny': dls = tiny_imagenet_dls(request.getfixturevalue('tiny'), bs=4, num_workers=0, valid_pct=.2)
-    else: dls = arrays_dls((images(3000, *shape), labels(3000, 3)), (images(9, *shape), labels(9, 3)), vocab='abc', bs=500)
+    if kind == 'tiny': dls = tiny_imagenet_dls(request.getfixturevalue('tiny'), bs=4, num_workers=0, valid_pct=.2, device_resident=resident)
+    else: dls = arrays_dls((images(3000, *shape), labels(3000, 3)), (images(9, *shape), labels(9, 3)), vocab='abc', bs=500, device_resident=resident)
     learn = small_learner(dls, tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
