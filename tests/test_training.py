@@ -1,5 +1,5 @@
 "The training methods inside fastai's loop: what is trained on, what is left alone, and how they sit beside fastai's own callbacks."
-import copy, math
+import copy, math, random
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelTrainException,
@@ -609,3 +609,33 @@ def test_weight_averaging_averages_tied_weights(make_dls, make_learner):
     learn.fit(1, 1e-2)
     assert learn.model.a.weight is learn.model.b.weight
     assert (learn.model.a.weight - last.weight).abs().max() > 1e-3
+
+# --- the teacher's clean answers, kept ---
+
+class Counted(nn.Module):
+    "A teacher that counts the images it sees"
+    def __init__(self, net): super().__init__(); self.net,self.n = net,0
+    def forward(self, x): self.n += len(x); return self.net(x)
+
+@pytest.mark.parametrize('name', ['rslad', 'ard', 'ckd'])
+def test_cache(name, make_learner, make_dls, tiny_net):
+    "The same training, for one look of the teacher at each image; a second fit asks anew"
+    found = []
+    for cache in (False, True):
+        cb = dict(rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)[name](Counted(tiny_net(seed=7)), T=2., cache=cache)
+        if name != 'ckd': cb.attack = PGD(.1, steps=2)
+        learn = make_learner(make_dls(n=96, bs=32), tiny_net(), cbs=cb)
+        torch.manual_seed(5); random.seed(5); learn.dls.train.rng = random.Random(5)
+        learn.fit(1)
+        n, counted = {}, cb.teacher.members[0].model
+        counted.n = 0; learn.fit(4); n[4] = counted.n
+        counted.n = 0; learn.fit(1); n[1] = counted.n
+        found.append((weights(learn.model), n))
+    close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert found[0][1][4] >= 4*96 and found[1][1][4] - found[1][1][1] == 0 and 96 <= found[1][1][1] < 110 # `check` looks too
+
+def test_cache_refuses_augmented_images(make_learner, make_dls, tiny_net):
+    dls = make_dls(batch_tfms=PadCropFlip(1))
+    with pytest.raises(ValueError, match='`cache=True` is for images that are the same'): make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), cache=True, attack=PGD(.1, steps=1))).fit(3)
+    learn = make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), attack=PGD(.1, steps=1)))
+    learn.fit(3)
