@@ -1,20 +1,21 @@
 """fastai and the callback against the same step in a bare loop.
 
     python -m bench.overhead
+    python -m bench.overhead --how 'ours, both'
 
 One Learner with `AKDCallback` trains on batches that are already there; the bare loop runs the same pieces on the same
 batches. Peak memory is that of a process of its own for each: `python -m bench.overhead --only learner`.
 """
-import resource
+import copy, resource
 import torch
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, ProgressCallback
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner
 from rkd_fastai.attacks import PGD
 from rkd_fastai.callback import AKDCallback
 from rkd_fastai.learner import sgd_nesterov
 from rkd_fastai.teachers import Teacher
-from .attack import EPS, STEP, STEPS
-from .step import ALPHA, bare_step, make, sgd
-from .timing import compare, machine, parse, table
+from .attack import EPS, STEP, STEPS, batch, worn_in
+from .step import ALPHA, bare_step, sgd
+from .timing import HOW, compare, parse, peak_mib, setting, table
 
 N = 6 # batches in an epoch
 
@@ -27,28 +28,31 @@ class Batches:
     dataset = ()
 
 def main(args=None):
-    a = parse(__doc__, args, only=dict(choices=['learner','loop'], help='run this one alone, and print the peak memory of the process'))
-    a.teachers = 1
-    attack = PGD(EPS, steps=STEPS, step_size=STEP)
+    a = parse(__doc__, args, only=dict(choices=['learner','loop'], help='run this one alone, and print the peak memory of the process'),
+              how=dict(choices=list(HOW), default='ours', help='float32 as it is, compiled, in bfloat16, or both'))
+    torch.manual_seed(0)
+    attack, how, (x, y), net, teacher = PGD(EPS, steps=STEPS, step_size=STEP), HOW[a.how], batch(a), worn_in(a), Teacher(worn_in(a))
+    model = copy.deepcopy(net)
+    opt = sgd(model)
     def bare():
-        for _ in range(N): bare_step(model, teacher, opt, x, y, attack)
-    def with_fastai():
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
-    model, teachers, x, y = make(a)
-    opt, teacher = sgd(model), Teacher(teachers)
-    student, teachers, x, y = make(a)
+        for _ in range(N): bare_step(model, teacher, opt, x, y, attack, **how)
     dls = DataLoaders(Batches((x, y), N, a.device), Batches((x, y), 0, a.device))
     dls.c = 10
-    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd_nesterov)
-    cb = AKDCallback(teachers[0], alpha=ALPHA, attack=attack)
+    learn = Learner(dls, copy.deepcopy(net), loss_func=CrossEntropyLossFlat(), opt_func=sgd_nesterov)
+    cb = AKDCallback(teacher, alpha=ALPHA, attack=attack, **how)
     cb.check = lambda dls: None # there are no images to look at but the batch
     learn.add_cb(cb)
+    if how.get('bf16') and x.is_cuda: learn.to_bf16()
+    def with_fastai():
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
     contestants = {'bare loop': bare, 'fastai + AKDCallback': with_fastai}
-    print(f'AKD⁺ with PGD-{STEPS}, ResNet-18 width {a.width:g}, {a.size}×{a.size}, batch {a.bs}, {N} steps\n{machine(a.device)}')
+    print(f'AKD⁺ with PGD-{STEPS}, {a.how}, {N} steps, {setting(a)}')
     if a.only:
-        for _ in range(3): contestants['bare loop' if a.only == 'loop' else 'fastai + AKDCallback']()
-        peak = torch.cuda.max_memory_allocated() if a.device.startswith('cuda') else 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f'peak memory: {peak/2**20:.0f} MiB')
-    else: table(compare(contestants, a.device, a.runs, warmup=1), 'bare loop', a.bs*N)
+        fn = contestants['bare loop' if a.only == 'loop' else 'fastai + AKDCallback']
+        for _ in range(2): fn()
+        if x.is_cuda: print(f'peak memory: {peak_mib(fn, a.device):.0f} MiB'); return
+        fn()
+        print(f'peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024:.0f} MiB')
+    else: table(compare(contestants, a.device, a.runs), ['bare loop'], a.bs*N)
 
 if __name__ == '__main__': main()

@@ -1,8 +1,9 @@
 """Everything: `from rkd_fastai.all import *` beside `from fastai.vision.all import *`, of which it shadows no name."""
 import fastai.vision.all as _fastai
-from . import attacks, callback, core, data, evaluation, learner, losses, models, pixel, teachers
+from . import attacks, callback, core, data, evaluation, fast, learner, losses, models, pixel, teachers
 from .core import *
 from .losses import *
+from .fast import *
 from .attacks import *
 from .models import *
 from .data import *
@@ -13,5 +14,5 @@ from .callback import *
 from .learner import *
 
 # `resnet18` is torchvision's to fastai users: ours is importable by name from here, and with `*` from `rkd_fastai.models`
-__all__ = [n for m in (core, losses, attacks, models, data, pixel, teachers, evaluation, callback, learner)
+__all__ = [n for m in (core, losses, fast, attacks, models, data, pixel, teachers, evaluation, callback, learner)
            for n in m.__all__ if not hasattr(_fastai, n)]

@@ -40,8 +40,8 @@ def number(text):
 
 def make_dls(data, path=None, bs=128, size=None):
     "The DataLoaders called `data`, or those of a folder with a sub-folder per class (in `train` and `valid`, `val` or `test`, where there are such)"
-    if data in _packaged: return _packaged[data](bs=bs)
-    if data in _published: return _published[data](path, bs=bs)
+    if data in _packaged: return _packaged[data](bs=bs, device_resident=True)
+    if data in _published: return _published[data](path, bs=bs, device_resident=True)
     folder = Path(data)
     if not folder.is_dir(): raise ValueError(f"`--data` must be a folder of images or one of {[*_packaged, *_published]}, got {data!r}")
     held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)

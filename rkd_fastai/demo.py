@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'train_models', 'measure', 'measure_models', 'as_markdown', 'verdict', 'plot_curves', 'plot_adversarial',
            'demo']
 
-# %% ../nbs/15_demo.ipynb #65fce6d3
+# %% ../nbs/15_demo.ipynb #23210a2e
 import json, time
 from contextlib import contextmanager
 from collections import namedtuple
@@ -27,7 +27,7 @@ from .pixel import model_device, pixel_model
 from .teachers import load_teacher
 from .terminal import Line, clock, one_line, watching
 
-# %% ../nbs/15_demo.ipynb #c43fd9fc
+# %% ../nbs/15_demo.ipynb #c5d5d3c4
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
 _setups = dict(
     full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, stop=15, student=30, n_auto=100, n_curve=200),
@@ -36,7 +36,7 @@ _setups = dict(
 def _learner(s, out, seed, cbs=()):
     "An untrained Learner of the demonstration, the same for the same seed"
     set_seed(seed, reproducible=True)
-    dls = s.dls()
+    dls = s.dls(device_resident=True)
     net = resnet18(dls.c, width=s.width, n_in=dls.valid.one_batch()[0].shape[1])
     return Learner(dls, net, opt_func=sgd_nesterov, path=out, cbs=cbs, metrics=[accuracy, RobustAccuracy(PGD(s.eps), n=s.n_curve)])
 
@@ -57,7 +57,7 @@ def train_models(
     train('student', s.student, turn=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))
     return learners
 
-# %% ../nbs/15_demo.ipynb #b1bc64d9
+# %% ../nbs/15_demo.ipynb #3605bbe8
 def measure(learn, name, attacks, s, seed, n=None):
     "`learn.robustness` with its progress on one line"
     line = Line(f'attacking {name}')
@@ -97,7 +97,7 @@ def verdict(df, n, n_auto):
     return (f'Against PGD-20 the AKD+ student is {won} than the baseline of equal compute ({100*d.pgd20:+.1f} points, '
             f'{within("pgd20", n)}), clean {100*d.clean:+.1f}, AutoAttack {100*d.autoattack:+.1f} ({within("autoattack", n_auto)}).')
 
-# %% ../nbs/15_demo.ipynb #c811c1bd
+# %% ../nbs/15_demo.ipynb #c1037022
 def plot_curves(learners, path):
     "Clean and robust accuracy after every epoch, to `path`"
     fig,axs = plt.subplots(1, 2, figsize=(9,3.2), sharex=True, layout='constrained')
@@ -139,7 +139,7 @@ def plot_adversarial(learners, s, seed, path, n=5, names=('standard','student'))
                 if preds is not None: ax.set_title(str(learn.dls.vocab[preds[i]]), size=8, color='tab:green' if preds[i] == y[i] else 'tab:red')
     fig.savefig(path, dpi=110); plt.close(fig)
 
-# %% ../nbs/15_demo.ipynb #ba5be8f9
+# %% ../nbs/15_demo.ipynb #dc0dfded
 @contextmanager
 def _one_thread():
     "Within it PyTorch computes on one CPU thread: images this small lose more to sharing than they gain"

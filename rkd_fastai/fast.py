@@ -13,6 +13,7 @@ from functools import partial
 from types import FunctionType
 from weakref import WeakKeyDictionary
 import torch, torch.nn as nn, torch.nn.functional as F
+from .core import PixelModel
 
 # %% ../nbs/02_fast.ipynb #21f75781
 _how = ContextVar('how', default=(False, False)) # compile, bf16
@@ -158,20 +159,23 @@ def _wearing(stand_ins, *how):
     finally:
         for s in stand_ins: s.take_off()
 
-_known = WeakKeyDictionary() # model: (its modules, its stand-ins)
+def _network(model): return model.model if isinstance(model, PixelModel) else model # it outlives the `PixelModel` around it
+
+_known = WeakKeyDictionary() # network: (its modules, its stand-ins)
 
 def _stand_ins(model, x):
     "The tried stand-ins for `model`, from the last time where its modules are still the same"
     if torch.is_inference_mode_enabled(): return [] # no graph to find them in
-    signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), m.training) for m in model.modules()])
-    if model in _known and _known[model][0] == signature: return _known[model][1]
+    net = _network(model)
+    signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), m.training) for m in net.modules()])
+    if net in _known and _known[net][0] == signature: return _known[net][1]
     try:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
             two = x[:2].detach().clone()
             found = _find_stand_ins(model, two)
             if found and not _agree(model, two, found): found = []
     except Exception: found = [] # whatever is wrong with the model, the caller meets it in the plain one
-    _known[model] = signature,found
+    _known[net] = signature,found
     return found
 
 # %% ../nbs/02_fast.ipynb #ba608b3f
@@ -189,20 +193,22 @@ def _untouched(model, x):
 
 class _Compiled:
     "`forward` of a model, compiled; as it is where that fails"
-    def __init__(self, model, device):
+    def __init__(self): self.call,self.tried = None,{}
+
+    def _compile(self, device):
         # PyTorch keeps its compilations, eight at most, with the code object: a copy is this model's own, and is freed with it
-        own = FunctionType(_forward.__code__.replace(co_name=f'forward_{id(model):x}'), globals())
-        self.call = torch.compile(own, dynamic=False, mode='reduce-overhead' if device.type == 'cuda' else None)
-        self.tried = {}
+        own = FunctionType(_forward.__code__.replace(co_name=f'forward_{id(self):x}'), globals())
+        return torch.compile(own, dynamic=False, mode='reduce-overhead' if device.type == 'cuda' else None)
 
     def __call__(self, model, x):
-        key = x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), model.training, torch.is_autocast_enabled(x.device.type)
+        key = type(model), x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), model.training, torch.is_autocast_enabled(x.device.type)
         if key not in self.tried: self.tried[key] = self._works(model, x)
         return self.call(model, x) if self.tried[key] else _forward(model, x)
 
     def _works(self, model, x):
         if False in self.tried.values(): return False # once is enough
         try:
+            self.call = self.call or self._compile(x.device)
             with _untouched(model, x):
                 out = self.call(model, x)
                 inputs = [t for t in (x, *model.parameters()) if t.requires_grad]
@@ -218,9 +224,9 @@ def _say_once(message): # attack, teacher and training step would each say it
     if message not in _said: warnings.warn(message)
     _said.add(message)
 
-_compiled = WeakKeyDictionary() # model: its compiled forward
+_compiled = WeakKeyDictionary() # network: its compiled forward
 
-def _run(model, x): return _compiled.get(model, _forward)(model, x) # a copy of `model` has none
+def _run(model, x): return _compiled.get(_network(model), _forward)(model, x) # a copy of `model` has none
 
 @contextmanager
 def compiled(
@@ -228,8 +234,8 @@ def compiled(
 ):
     "Within it `model` runs compiled, for the very shapes given, if it can be compiled; then it is as before"
     if not _is_plain(model): yield model; return
-    device = next((t.device for t in model.parameters()), torch.device('cpu'))
-    if model not in _compiled: _compiled[model] = _Compiled(model, device)
+    net = _network(model)
+    if net not in _compiled: _compiled[net] = _Compiled()
     model.forward = partial(_run, model)
     try: yield model
     finally: vars(model).pop('forward', None)

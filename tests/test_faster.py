@@ -69,8 +69,9 @@ def test_compiled_gradient_signs():
     assert (plain.sign() == got.sign()).float().mean() >= .999
 
 def failing(where):
-    "A compiler that fails: at once, when it is first called, or in the backward pass"
+    "A compiler that fails: at once, as on a Python that it does not know, when it is first called, or in the backward pass"
     def compile(fn, **kwargs):
+        if where == 'at once': raise RuntimeError('backend failed')
         class Backward(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x): return x.clone()
@@ -82,7 +83,7 @@ def failing(where):
         return call
     return compile
 
-@pytest.mark.parametrize('where', ['forward', 'backward'])
+@pytest.mark.parametrize('where', ['at once', 'forward', 'backward'])
 @pytest.mark.parametrize('name', ['akd', 'rslad', 'trades'])
 def test_failing_compiler(name, where, monkeypatch, make_learner, make_dls, tiny_net):
     "One warning, and training goes on as if nothing had been asked: to the bit, statistics and random numbers included"
@@ -135,6 +136,14 @@ def test_interrupted_while_compiled(event, shapes, make_learner, make_dls, tiny_
     learn.validate()
     assert 'forward' not in vars(learn.model)
     learn.fit(1)
+
+def test_second_fit_compiles_nothing(shapes, make_learner, make_dls, tiny_net):
+    learn, graphs = make_learner(make_dls(), tiny_net(), cbs=methods['akd'](tiny_net(seed=7), compile=True)), []
+    for _ in range(2):
+        torch._dynamo.utils.counters.clear()
+        learn.fit(1)
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs == [3, 0] # attack, teacher, training step
 
 def test_hooked_model_is_left_alone(shapes):
     model, x, y, seen = worn_in(lambda: resnet18(10, 1/16)), torch.rand(4, 3, 32, 32), torch.arange(4), []
