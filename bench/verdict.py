@@ -8,7 +8,7 @@ import torch
 from fastai.vision.all import Learner, set_seed
 from rkd_fastai.attacks import PGD
 from rkd_fastai.data import fashion_mnist_dls
-from rkd_fastai.evaluation import pixel_data, robust_flags, seeded
+from rkd_fastai.evaluation import pixel_data, seeded
 from rkd_fastai.fast import faster
 from rkd_fastai.learner import sgd_nesterov
 from rkd_fastai.models import resnet18
@@ -23,10 +23,11 @@ def trained(a, bf16):
     return learn
 
 def flags(model, x, y, bs, **how):
-    "Which images stand PGD-20, in order"
+    "Which images stand PGD-20, in order; batches of one size, so that all are compiled"
     found = []
     for i,(xb,yb) in enumerate(zip(x.split(bs), y.split(bs))):
-        with seeded(i, xb.device), faster(**how): found.append(robust_flags(model, xb, yb, PGD(steps=20)))
+        with seeded(i, xb.device), faster(**how): x_adv = PGD(steps=20)(model, xb, yb)
+        with torch.no_grad(): found.append(model(x_adv).argmax(1) == yb)
     return torch.cat(found)
 
 def main(args=None):
@@ -34,6 +35,7 @@ def main(args=None):
     print(setting(a))
     for bf16 in (False, True):
         learn = trained(a, bf16)
+        learn.model.eval()
         model, (x, y) = pixel_model(learn), (t.to(a.device) for t in pixel_data(learn))
         exact = flags(model, x, y, a.bs)
         print(f'trained {a.epochs} epochs with the attack in {"bfloat16" if bf16 else "float32"}; PGD-20 accuracy on {len(x)} images: float32 {exact.float().mean():.2%}', end='')

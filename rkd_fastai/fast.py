@@ -196,7 +196,7 @@ class _Compiled:
     def __init__(self): self.call,self.tried = None,{}
 
     def _compile(self, device):
-        # PyTorch keeps its compilations, eight at most, with the code object: a copy is this model's own, and is freed with it
+        # PyTorch keeps compilations with the code object: a copy is this model's own, and is freed with it
         own = FunctionType(_forward.__code__.replace(co_name=f'forward_{id(self):x}'), globals())
         return torch.compile(own, dynamic=False, mode='reduce-overhead' if device.type == 'cuda' else None)
 
@@ -206,7 +206,7 @@ class _Compiled:
         return self.call(model, x) if self.tried[key] else _forward(model, x)
 
     def _works(self, model, x):
-        if False in self.tried.values(): return False # once is enough
+        if False in self.tried.values() or len(self.tried) == 8: return False # once is enough; and PyTorch keeps no more than eight
         try:
             self.call = self.call or self._compile(x.device)
             with _untouched(model, x):

@@ -25,7 +25,7 @@ _methods = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCa
 
 def _turn(learn, cb):
     "Replace the Learner's training method by `cb`, which is checked before anything is changed"
-    if cb is not None: cb.check(learn.dls)
+    if cb is not None: cb.check(learn.dls); cb.check_loss(learn.loss_func)
     learn.remove_cb(RobustCallback)
     return learn if cb is None else learn.add_cb(cb)
 

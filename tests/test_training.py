@@ -1,9 +1,10 @@
 "The training methods inside fastai's loop: what is trained on, what is left alone, and how they sit beside fastai's own callbacks."
 import copy, math, random
+from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelTrainException,
-                               CrossEntropyLossFlat, CutMix, GradientAccumulation, LRFinder, LabelSmoothingCrossEntropyFlat, MixUp, accuracy,
+                               CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, LRFinder, LabelSmoothingCrossEntropyFlat, MixUp, accuracy,
                                imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
@@ -273,8 +274,10 @@ def test_robust_accuracy_beside_train_metrics(make_learner, make_dls, tiny_net):
     learn.fit(2)
     assert all(0 <= v[-1] <= v[-2] + 1e-6 <= 1 for v in learn.recorder.values)
 
+# --- what the Learner's loss says about labels ---
+
 @distilled
-@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), F.cross_entropy], ids=['ce', 'smoothing', 'function'])
+@pytest.mark.parametrize('loss_func', [F.cross_entropy, lambda pred, y: F.cross_entropy(pred, y.as_subclass(torch.Tensor))**2], ids=['function', 'own'])
 def test_own_loss_function_does_not_matter(name, loss_func, make_learner, make_dls, tiny_net):
     "The method's loss is trained on; the Learner's is left for validation"
     def train(loss_func):
@@ -283,6 +286,70 @@ def test_own_loss_function_does_not_matter(name, loss_func, make_learner, make_d
         learn.fit(1, .01); assert learn.loss_func is loss_func
         return weights(learn.model)
     close(train(loss_func), train(CrossEntropyLossFlat()), rtol=0, atol=0)
+
+class Targets(PGD):
+    "Keeps what it is to move away from"
+    def __call__(self, model, x, targ): self.seen.append(targ); return super().__call__(model, x, targ)
+    seen = []
+
+CLASS_WEIGHTS = torch.linspace(.2, 3, 10)
+labelled = dict(smoothing=(LabelSmoothingCrossEntropyFlat(eps=.3), .3, None), torch_smoothing=(nn.CrossEntropyLoss(label_smoothing=.2), .2, None),
+                weights=(CrossEntropyLossFlat(weight=CLASS_WEIGHTS), 0, CLASS_WEIGHTS), both=(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=.2), .2, CLASS_WEIGHTS),
+                function=(partial(F.cross_entropy, weight=CLASS_WEIGHTS, label_smoothing=.1), .1, CLASS_WEIGHTS))
+
+@each
+@pytest.mark.parametrize('kind,mix', [(k, m) for k in labelled for m in (None, MixUp) if not m or hasattr(labelled[k][0], 'y_int')]) # what MixUp asks a loss for
+def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, tiny_net):
+    "They reach the attack's target, the hard part of the soft target and the mean over the batch; the oracle writes them out"
+    loss_func, eps, w = labelled[kind]
+    model, teacher, spy, clean, mixer = tiny_net(bn=False), tiny_net(seed=7).eval(), Spy(), Clean(), mix and mix(50.)
+    attack = Targets(.1, steps=2); attack.seen = []
+    learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), copy.deepcopy(model), loss_func=loss_func, cbs=[make_cb(name, teacher, attack), clean, spy, *([mixer] if mix else [])])
+    labels = []
+    class Labels(Callback):
+        order, run_valid = 1, False
+        def before_batch(self):
+            onehot = lambda y: F.one_hot(y.as_subclass(torch.Tensor), 10).float()
+            y = onehot(self.learn.yb[0])
+            labels.append(torch.lerp(onehot(mixer.yb1[0]), y, torch.as_tensor(mixer.lam).view(-1, 1)) if mix else y)
+    learn.add_cb(Labels()).fit(1)
+    assert learn.loss_func is loss_func
+    y = (1-eps)*labels[0] + eps/10
+    x, x_adv = clean.xb[0].as_subclass(torch.Tensor), spy.xb[0].as_subclass(torch.Tensor)
+    with torch.no_grad():
+        s, s_adv, t, t_adv = model(x), model(x_adv), teacher(x).softmax(1), teacher(x_adv).softmax(1)
+        each_loss = dict(at=lambda: F.cross_entropy(s_adv, y, reduction='none'), trades=lambda: trades_loss(s, s_adv, y, reduction='none'), akd=lambda: akd_loss(s_adv, t_adv, y, .8, reduction='none'),
+                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'), ard=lambda: ard_loss(s, s_adv, t, y, .8, reduction='none'), ckd=lambda: ckd_loss(s, t, y, reduction='none'))[name]()
+    if name != 'at': # adversarial training keeps the Learner's own
+        w = torch.ones(10) if w is None else w
+        assert spy.losses[0] == pytest.approx(((y@w)*each_loss).sum().item()/(y@w).sum().item(), rel=1e-4)
+    if name in ('at', 'akd', 'rslad', 'ard'):
+        got = attack.seen[0]
+        torch.testing.assert_close(got if got.is_floating_point() else F.one_hot(got, 10).float(), y, rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(weight=CLASS_WEIGHTS), nn.CrossEntropyLoss(label_smoothing=.2), LabelSmoothingCrossEntropyFlat(eps=.3)], ids=['weights', 'torch', 'smoothing'])
+def test_akd_with_alpha_0_trains_by_the_learners_loss(loss_func, make_learner, make_dls, tiny_net):
+    def train(cb):
+        torch.manual_seed(3)
+        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(), loss_func=loss_func, cbs=cb)
+        learn.fit(1, .1)
+        return weights(learn.model)
+    attack = PGD(.1, steps=2)
+    close(train(AKDCallback(tiny_net(seed=7), alpha=0., attack=attack)), train(AdversarialTraining(attack)), rtol=1e-4, atol=1e-5)
+
+@each
+def test_focal_loss(name, make_learner, make_dls, tiny_net):
+    "Its own business where the Learner's loss is trained on; refused, before anything is changed, where it is not"
+    learn = make_learner(make_dls(), tiny_net(), loss_func=FocalLossFlat(), cbs=make_cb(name, tiny_net(seed=7)))
+    before = weights(learn.model)
+    if name == 'at': learn.fit(1, .01); return
+    for kw in ({}, dict(cbs=MixUp())):
+        with pytest.raises(ValueError, match='(?s)focal loss has no meaning.*AdversarialTraining'): learn.fit(1, .01, **kw)
+    assert same(weights(learn.model), before)
+    if name in ('akd', 'rslad', 'ard', 'ckd'):
+        other = make_learner(make_dls(), tiny_net(), loss_func=FocalLossFlat())
+        with pytest.raises(ValueError, match='focal loss'): other.to_rkd(tiny_net(seed=7), name)
+        assert not [cb for cb in other.cbs if isinstance(cb, RobustCallback)]
 
 
 # --- beside fastai's own callbacks ---

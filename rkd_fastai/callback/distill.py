@@ -108,7 +108,7 @@ class AKDCallback(_Distillation):
         self.t_probs = self.teacher.probs(x_adv, self.T)
         return x_adv
 
-    def method_loss(self, pred): return akd_loss(pred, self.t_probs, self.targ, self.alpha, self.T)
+    def method_loss(self, pred): return akd_loss(pred, self.t_probs, self.targ, self.alpha, self.T, 'none')
 
 # %% ../../nbs/10_callback.distill.ipynb #97c6b8ba
 class _CleanAndAdversarial(_Distillation):
@@ -127,7 +127,7 @@ class _CleanAndAdversarial(_Distillation):
 
     def method_loss(self, pred):
         clean = check_logits(self.model(*self.clean_xb))
-        return type(self).loss(clean, pred, self.t_probs, self.targ, self.alpha, self.lam, self.T)
+        return type(self).loss(clean, pred, self.t_probs, self.targ, self.alpha, self.lam, self.T, 'none')
 
 @delegates(RobustCallback)
 class RSLADCallback(_CleanAndAdversarial):
@@ -176,4 +176,4 @@ class CKDCallback(_Distillation):
         self.t_probs = self.clean_probs()
         return self.images
 
-    def method_loss(self, pred): return ckd_loss(pred, self.t_probs, self.targ, self.lam, self.T)
+    def method_loss(self, pred): return ckd_loss(pred, self.t_probs, self.targ, self.lam, self.T, 'none')
