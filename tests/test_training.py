@@ -3,8 +3,9 @@ import copy, math, random
 from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
+from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelTrainException,
-                               CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, LRFinder, LabelSmoothingCrossEntropyFlat, MixUp, accuracy,
+                               CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, L, LRFinder, LabelSmoothingCrossEntropyFlat, MixedPrecision, MixUp, accuracy,
                                imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
@@ -422,27 +423,61 @@ def test_no_gradient_is_left_by_the_attack(name, make_learner, make_dls, tiny_ne
         def before_batch(self): assert all(p.requires_grad for p in self.learn.model.parameters())
     make_learner(make_dls(), cbs=[make_cb(name, tiny_net(seed=7)), NoGrad()]).fit(2)
 
-class AutocastBF16(Callback):
-    "As fastai's MixedPrecision opens and closes autocast, on the CPU"
-    order, run_valid = 10, False
-    def before_batch(self): self.autocast = torch.autocast('cpu', torch.bfloat16); self.autocast.__enter__()
-    def after_pred(self): self.learn.pred = self.learn.pred.float()
-    def after_loss(self): self.autocast.__exit__(None, None, None)
+class MixedPrecisionOnCPU(MixedPrecision):
+    "fastai's callback, event by event, with the CPU's autocast and gradient scaler"
+    def before_fit(self):
+        half = torch.bfloat16 if self.amp_mode == AMPMode.BF16 else torch.float16
+        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', half), torch.amp.GradScaler('cpu', enabled=half is torch.float16, **self.kwargs), L()
 
 @each
-def test_mixed_precision(name, make_learner, make_dls, tiny_net):
-    "Gradients are those of float32, up to bfloat16's rounding, for every parameter: no copy of a weight lost its gradient"
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
+    """The attack is float32's to the bit, unscaled; the training step's gradients are, up to rounding, for every parameter: no copy of a weight lost its gradient,
+    and the scale, 2¹⁰ here, has gone again"""
     def grads(cbs):
         g, spy = Grads(), Spy()
         attack = PGD(.1, steps=2, random_start=False)
         cb = make_cb(name, tiny_net(seed=7), attack) if name != 'trades' else TRADES(PGD(.1, steps=2, random_start=False))
         sgd_learner(make_learner, make_dls(n=64, bs=64, shuffle=False), tiny_net(bn=False), cbs=[cb, g, spy, *cbs]).fit(1)
         return g.grads[0], spy
-    (got, spy), (want, _) = grads([AutocastBF16()]), grads([])
-    assert spy.pred[0].dtype == torch.float32 and math.isfinite(spy.losses[0])
+    (got, spy), (want, exact) = grads([MixedPrecisionOnCPU(amp, **dict(init_scale=2.**10) if amp == 'fp16' else {})]), grads([])
+    assert torch.equal(spy.xb[0], exact.xb[0])
+    assert spy.pred[0].dtype == torch.float32 and spy.losses[0] == pytest.approx(exact.losses[0], rel=.02)
     for g,w in zip(got, want):
         assert F.cosine_similarity(g.flatten(), w.flatten(), 0) > .995 and .95 < g.norm()/w.norm() < 1.05
         assert not torch.equal(g, w) # autocast was on
+
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('how', ['autocast', 'model'])
+def test_gradients_that_underflow_in_half_precision(half, how, tiny_net, make_dls):
+    "A confident network's input gradients, of a mean loss in half precision, are nought: pixels would stay where they are"
+    model, x = tiny_net(bn=False).eval(), torch.rand(32, 1, 8, 8)
+    with torch.no_grad(): model[-1].weight.mul_(60); model[-1].bias.mul_(60)
+    y = model(x).argmax(1)
+    moved = lambda x_adv: ((x_adv.float() - x).abs() > .05).float().mean().item() # of .1, or less at 0 and 1
+    exact = PGD(.1, random_start=False)(model, x, y)
+    if how == 'autocast':
+        with torch.autocast('cpu', half): x_adv = PGD(.1, random_start=False)(model, x, y)
+    else: x_adv = PGD(.1, random_start=False)(copy.deepcopy(model).to(half), x.to(half), y)
+    assert moved(x_adv) > moved(exact) - .02 and moved(exact) > .8
+    loss = lambda x_adv: F.cross_entropy(model(x_adv.float()), y).item()
+    assert loss(x_adv) > .95*loss(exact)
+
+@pytest.mark.cuda
+@each
+@pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
+@pytest.mark.parametrize('bf16', [False, True], ids=['', 'bf16'])
+@pytest.mark.parametrize('compile', [False, True], ids=['', 'compiled'])
+def test_mixed_precision_on_the_gpu(name, to, bf16, compile, make_learner, make_dls, tiny_net):
+    "Trains to nearly the same weights as in float32"
+    def train(turn):
+        torch.manual_seed(3)
+        cb = make_cb(name, tiny_net(seed=7))
+        cb.bf16, cb.compile = bf16, compile
+        learn = make_learner(make_dls(n=128, bs=32, shuffle=False, device='cuda'), tiny_net(), cbs=cb)
+        turn(learn).fit(2, .01)
+        return torch.cat([w.flatten() for w in weights(learn.model)])
+    torch.testing.assert_close(train(lambda l: getattr(l, to)()), train(lambda l: l), rtol=.1, atol=.02)
 
 @pytest.mark.parametrize('decay', [.5, .995])
 def test_weight_averaging_is_timms(decay, make_learner, make_dls, tiny_net):
