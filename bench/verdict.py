@@ -1,13 +1,15 @@
-"""Does it change the verdict? PGD-20 accuracy of a trained network in float32, compiled, and in bfloat16, on the whole test split.
+"""Does it change the verdict? PGD-20 accuracy of trained networks in float32, compiled, and in bfloat16, on the whole test split.
 
-    python -m bench.verdict --data-path FOLDER
+    python -m bench.verdict --data-path FOLDER                            # Fashion-MNIST, found or downloaded where no folder is given
+    python -m bench.verdict --data sample --epochs 30 --seeds 6           # the 1,000 images of the package, several networks
 
-Trains on Fashion-MNIST (found or downloaded where no folder is given), twice: with the attack in float32 and in bfloat16.
+Trains each network twice from the same seed: with the attack in float32 and in bfloat16.
 """
+import statistics
 import torch
 from fastai.vision.all import Learner, set_seed
 from rkd_fastai.attacks import PGD
-from rkd_fastai.data import fashion_mnist_dls
+from rkd_fastai.data import fashion_mnist_dls, fashion_sample_dls
 from rkd_fastai.evaluation import pixel_data, seeded
 from rkd_fastai.fast import faster
 from rkd_fastai.learner import sgd_nesterov
@@ -15,9 +17,10 @@ from rkd_fastai.models import resnet18
 from rkd_fastai.pixel import pixel_model
 from .timing import parse, setting
 
-def trained(a, bf16):
-    set_seed(0, reproducible=True)
-    dls = fashion_mnist_dls(a.data_path, bs=a.bs, device=a.device, device_resident=True)
+def trained(a, bf16, seed):
+    set_seed(seed, reproducible=True)
+    kw = dict(device=a.device, device_resident=True)
+    dls = fashion_sample_dls(**kw) if a.data == 'sample' else fashion_mnist_dls(a.data_path, bs=a.bs, **kw)
     learn = Learner(dls, resnet18(10, a.width, 1), opt_func=sgd_nesterov).to_adversarial(PGD(), bf16=bf16)
     with learn.no_bar(), learn.no_logging(): learn.fit_rkd(a.epochs)
     return learn
@@ -31,17 +34,25 @@ def flags(model, x, y, bs, **how):
     return torch.cat(found)
 
 def main(args=None):
-    a = parse(__doc__, args, **{'epochs': dict(type=int, default=3), 'data-path': dict(default=None)})
-    print(setting(a))
-    for bf16 in (False, True):
-        learn = trained(a, bf16)
-        learn.model.eval()
-        model, (x, y) = pixel_model(learn), (t.to(a.device) for t in pixel_data(learn))
-        exact = flags(model, x, y, a.bs)
-        print(f'trained {a.epochs} epochs with the attack in {"bfloat16" if bf16 else "float32"}; PGD-20 accuracy on {len(x)} images: float32 {exact.float().mean():.2%}', end='')
-        for name,how in {'compiled': dict(compile=True), 'bfloat16': dict(bf16=True)}.items():
-            f = flags(model, x, y, a.bs, **how)
-            print(f'; {name} {f.float().mean():.2%} ({(f != exact).sum()} images differ)', end='')
-        print()
+    a = parse(__doc__, args, **{'epochs': dict(type=int, default=3), 'seeds': dict(type=int, default=1), 'data-path': dict(default=None),
+                                'data': dict(choices=['fashion_mnist','sample'], default='fashion_mnist')})
+    print(setting(a).replace(f'{a.size}×{a.size}, batch {a.bs}', a.data))
+    accs = {}
+    for seed in range(a.seeds):
+        for kind in ('float32','bfloat16'):
+            learn = trained(a, kind == 'bfloat16', seed)
+            learn.model.eval()
+            model, (x, y) = pixel_model(learn), (t.to(a.device) for t in pixel_data(learn))
+            exact = flags(model, x, y, a.bs)
+            accs.setdefault(kind, []).append(exact.float().mean().item())
+            line = f'seed {seed}, {a.epochs} epochs with the attack in {kind}: PGD-20 accuracy on {len(x)} images {accs[kind][-1]:.2%}'
+            for name,how in {'compiled': dict(compile=True), 'in bfloat16': dict(bf16=True)}.items():
+                f = flags(model, x, y, a.bs, **how)
+                line += f'; {name} {f.float().mean():.2%} ({(f != exact).sum()} differ)'
+            print(line, flush=True)
+    if a.seeds > 1:
+        for kind,v in accs.items(): print(f'trained in {kind}: {statistics.mean(v):.2%} ± {statistics.stdev(v):.2%}, n = {a.seeds}')
+        d = [b-f for f,b in zip(*accs.values())]
+        print(f'bfloat16 − float32, pair by pair: {100*statistics.mean(d):+.2f} ± {100*statistics.stdev(d)/len(d)**.5:.2f} points (standard error)')
 
 if __name__ == '__main__': main()

@@ -41,7 +41,7 @@ class PixelModel(nn.Module):
         "The space `model` was trained in → pixel space"
         return x if self.mean is None else x * self.std.to(x) + self.mean.to(x)
 
-    def forward(self, x): return self.model(self.normalize(x))
+    def forward(self, x): return self.model(x.clone() if self.mean is None else self.normalize(x)) # a network may work in place
 
 # %% ../nbs/00_core.ipynb #66e5accc
 @contextmanager

@@ -106,10 +106,11 @@ def _is_plain(m):
     return not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m))
 
 def _calls(model, x):
-    "Every call of a layer or BatchNorm in one forward pass, as (module, input, output), and the pass's result"
+    "Every call of a layer or BatchNorm in one forward pass, as (module, input, and who made input and output), and the pass's result"
     calls = []
     watched = [m for m in model.modules() if type(m) in _layers + _norms and _is_plain(m)]
-    hooks = [m.register_forward_hook(lambda m,args,out: calls.append((m, args[0], out))) for m in watched]
+    # `grad_fn` at once: an activation in place would put itself in the layer's stead
+    hooks = [m.register_forward_hook(lambda m,args,out: calls.append((m, args[0], args[0].grad_fn, out.grad_fn))) for m in watched]
     try: return calls, model(x)
     finally:
         for h in hooks: h.remove()
@@ -130,13 +131,13 @@ def _find_stand_ins(model, x):
     "The stand-ins that pay off in `model`, found on the images `x`"
     calls,out = _calls(model, x.detach().requires_grad_())
     uses,n_calls = _n_uses(out), {}
-    for m,_,_ in calls: n_calls[m] = n_calls.get(m, 0) + 1
-    made_by = {o.grad_fn: (m,i) for m,i,o in calls if type(m) in _layers and n_calls[m] == 1}
+    for m,*_ in calls: n_calls[m] = n_calls.get(m, 0) + 1
+    made_by = {made: (m,i) for m,i,_,made in calls if type(m) in _layers and n_calls[m] == 1}
     folds = {}
-    for bn,i,_ in calls:
-        if type(bn) not in _norms or n_calls[bn] > 1 or bn.running_mean is None or i.grad_fn is None: continue
-        layer,inp = made_by.get(i.grad_fn, (None,None))
-        if layer is not None and uses[i.grad_fn] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2): folds[layer] = bn
+    for bn,_,made,_ in calls:
+        if type(bn) not in _norms or n_calls[bn] > 1 or bn.running_mean is None or made is None: continue
+        layer,inp = made_by.get(made, (None,None))
+        if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2): folds[layer] = bn
     return [_StandIn(m, folds.get(m)) for m in n_calls if type(m) in _layers and (m in folds or _is_slow_backward(m))]
 
 # %% ../nbs/02_fast.ipynb #5edef6cc
@@ -161,6 +162,8 @@ def _wearing(stand_ins, *how):
 
 def _network(model): return model.model if isinstance(model, PixelModel) else model # it outlives the `PixelModel` around it
 
+def _is_new(net): return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
+
 _known = WeakKeyDictionary() # network: (its modules, its stand-ins)
 
 def _stand_ins(model, x):
@@ -168,14 +171,17 @@ def _stand_ins(model, x):
     if torch.is_inference_mode_enabled(): return [] # no graph to find them in
     net = _network(model)
     signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), m.training) for m in net.modules()])
-    if net in _known and _known[net][0] == signature: return _known[net][1]
+    known,old = _known.get(net, (None,[]))
+    if known == signature: return old
     try:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
             two = x[:2].detach().clone()
             found = _find_stand_ins(model, two)
             if found and not _agree(model, two, found): found = []
     except Exception: found = [] # whatever is wrong with the model, the caller meets it in the plain one
-    _known[net] = signature,found
+    if [(s.layer,s.bn) for s in found] == [(s.layer,s.bn) for s in old]: found = old # compiled code knows them
+    # a BatchNorm that has seen nothing changes nothing, and agrees with anything: once more when it has
+    _known[net] = (None if _is_new(net) else signature), found
     return found
 
 # %% ../nbs/02_fast.ipynb #ba608b3f

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['pixel_stats', 'unwrap', 'pixel_model', 'model_device', 'to_pixels', 'check_single_label', 'sample_images']
 
-# %% ../nbs/06_pixel.ipynb #bc63b229
+# %% ../nbs/06_pixel.ipynb #c6e27b55
 import torch, torch.nn as nn
 from fastai.vision.all import Learner, Normalize, TensorCategory, TensorMultiCategory
 from .core import PixelModel, check_images, frozen
 
-# %% ../nbs/06_pixel.ipynb #116bd001
+# %% ../nbs/06_pixel.ipynb #2c8e1821
+def _undistributed(dl): return getattr(dl, '__dict__', {}).get('dl', dl) # fastai's `DistributedDL` hides transforms and batch of the loader inside
+
 def pixel_stats(dls):
     "`(mean, std)` of all the `Normalize` transforms in `dls.after_batch`, composed, or `(None, None)`"
     mean = std = None
-    for t in getattr(getattr(dls, 'after_batch', None), 'fs', ()):
+    for t in getattr(getattr(_undistributed(getattr(dls, 'train', dls)), 'after_batch', None), 'fs', ()):
         if not isinstance(t, Normalize): continue
         m,s = t.mean.detach().float().cpu().flatten(), t.std.detach().float().cpu().flatten()
         # ((x-mean)/std - m)/s = (x - (mean + std·m)) / (std·s)
@@ -33,7 +35,7 @@ def model_device(model):
     "Device of the first parameter (or buffer) of `model`, the CPU for a model without any"
     return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
 
-# %% ../nbs/06_pixel.ipynb #de265baa
+# %% ../nbs/06_pixel.ipynb #8dc77415
 def to_pixels(
     pm, # the learner's `PixelModel`
     x, # a batch in the learner's space `(bs, c, h, w)`
@@ -46,7 +48,7 @@ def to_pixels(
                          "`batch_tfms` and nowhere else, and keep transforms that add values after it (RandomErasing) out") from e
     return x.clamp(0, 1)
 
-# %% ../nbs/06_pixel.ipynb #727f09de
+# %% ../nbs/06_pixel.ipynb #c801b43d
 def _sample_targ(dls):
     "The target of one validation (else training) item, or None where the data set cannot be indexed"
     for dl in (dls.valid, dls.train):
@@ -64,10 +66,10 @@ def check_single_label(dls):
     else: return
     raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a `CategoryBlock`")
 
-# %% ../nbs/06_pixel.ipynb #2aef5804
+# %% ../nbs/06_pixel.ipynb #b14ceb19
 def sample_images(dls, n=2):
     "`n` validation images in pixel space `(n, c, h, w)`, on the CPU; draws no random numbers"
-    dl = dls.valid if len(dls.valid) else dls.train
+    dl = _undistributed(dls.valid if len(dls.valid) else dls.train)
     with torch.random.fork_rng(devices=[]):
         x = dl.one_batch()[0] if hasattr(dl, 'one_batch') else next(iter(dl))[0]
     pm = PixelModel(nn.Identity(), *pixel_stats(dls))

@@ -1,11 +1,12 @@
 "What the test files share: one thread, fixed seeds, small digits `DataLoaders`, tiny networks and two trained ones."
-import random
+import copy, random
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
-from fastai.vision.all import CrossEntropyLossFlat, Learner, Normalize, ProgressCallback
+from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback
 from sklearn.datasets import load_digits
 
+from rkd_fastai.attacks import PGD
 from rkd_fastai.data import arrays_dls
 
 torch.set_num_threads(1)
@@ -101,3 +102,70 @@ def snapshot():
         return (all(torch.equal(v, b[0][k]) for k,v in a[0].items()) and a[1] == b[1] and a[2] == b[2]
                 and all((p is None) == (q is None) and (p is None or torch.equal(p, q)) for p,q in zip(a[3], b[3])))
     return SimpleNamespace(take=snap, same=same)
+
+# --- distillation, step by step, against plain PyTorch ---
+
+def plain(t): return t.detach().as_subclass(torch.Tensor).clone()
+
+class Before(Callback):
+    "What every training batch starts from"
+    order, run_valid = 4, False # before the robust callbacks
+    def before_fit(self): self.steps = []
+    def before_batch(self):
+        self.steps.append(SimpleNamespace(model=copy.deepcopy(self.model), x=plain(self.x), y=plain(self.y), rng=torch.get_rng_state()))
+class After(Callback):
+    "What the student is shown, and what comes of it"
+    order, run_valid = 50, False
+    def before_batch(self): self.before.steps[-1].seen = plain(self.x)
+    def after_batch(self): vars(self.before.steps[-1]).update(after=copy.deepcopy(self.model), rng_after=torch.get_rng_state())
+
+def check_step(s, native, method, norm, denorm, eps, lr, alpha=.8, lam=5/6):
+    "Raise unless step `s` is that of plain PyTorch: PGD-2 on the model in eval mode, Eq. 7 (AKD⁺) or Eq. 6 (RSLAD⁺), SGD"
+    model, x, x_seen = s.model, denorm(s.x), denorm(s.seen)
+    start, modes = {k: v.clone() for k,v in model.state_dict().items()}, [m.training for m in model.modules()]
+    ce = lambda x: F.cross_entropy(model(norm(x)), s.y, reduction='sum')
+    # the attack: pixels, eval mode, no random numbers but those of the uniform start
+    torch.set_rng_state(s.rng)
+    model.eval()
+    x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    for _ in range(2):
+        g, = torch.autograd.grad(ce(x_adv.requires_grad_()), x_adv)
+        x_adv = (x + (x_adv.detach() + 1.5*eps*g.sign() - x).clamp(-eps, eps)).clamp(0, 1)
+    assert ((x_adv - x_seen).abs() < 1e-5).float().mean() > .99 # the sign of a vanishing gradient is anyone's
+    with torch.no_grad(): assert ce(x_seen) > ce(x) + 1e-3
+    dist = (x_seen - x).abs()
+    torch.testing.assert_close(dist.amax((0,2,3)), torch.full((x.shape[1],), eps), rtol=0, atol=1e-5)
+    assert x_seen.min() > -1e-5 and x_seen.max() < 1 + 1e-5 and ((dist > eps - 1e-5) | (x_seen < 1e-5) | (x_seen > 1 - 1e-5)).float().mean() > .5
+    # the step, on the very x′ that the student saw
+    for m,mode in zip(model.modules(), modes): m.training = mode
+    logits_adv = model(s.seen.clone())
+    target = alpha*native(x_seen if method == 'akd' else x) + (1-alpha)*F.one_hot(s.y, logits_adv.shape[1])
+    if method == 'akd': loss = F.cross_entropy(logits_adv, target)
+    else:
+        kl = lambda logits: (torch.xlogy(target, target) - target*logits.log_softmax(1)).sum(1).mean()
+        loss = (1-lam)*kl(model(s.x.clone())) + lam*kl(logits_adv)
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+    opt.zero_grad(); loss.backward(); opt.step()
+    got = s.after.state_dict()
+    for k,v in model.state_dict().items(): torch.testing.assert_close(got[k], v, rtol=1e-4, atol=1e-5, msg=lambda m: f'{k}: {m}')
+    assert torch.equal(s.rng_after, torch.get_rng_state())
+    assert [p.requires_grad for p in s.after.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [m.training for m in s.after.modules()] == modes
+    for k,p in s.after.named_parameters(): assert p.requires_grad or torch.equal(p, start[k])
+    assert max((p - start[k]).abs().max() for k,p in s.after.named_parameters()) > 1e-4
+
+@pytest.fixture(scope='session')
+def check_distillation():
+    "Function: one epoch of `learn`, whose optimiser is plain SGD, raises unless every step is that of plain PyTorch and the teacher stays"
+    def check(learn, teacher, # a `Teacher`
+              native, # the same as a function, from pixel space to probabilities, without this package
+              method='akd', stats=None, # mean and std of the student's normalisation
+              eps=8/255, lr=.02):
+        m, s = (torch.tensor(o).view(1,-1,1,1) for o in stats or ([0.], [1.]))
+        weights = {k: v.clone() for k,v in teacher.state_dict().items()}
+        learn.to_rkd(teacher, method, attack=PGD(eps, steps=2, step_size=1.5*eps))
+        learn.fit(1, lr, cbs=[before := Before(), After()])
+        assert len(before.steps) == len(learn.dls.train)
+        for step in before.steps: check_step(step, native, method, lambda x: (x-m)/s, lambda x: x*s+m, eps, lr)
+        assert all(torch.equal(v, weights[k]) for k,v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
+    return check

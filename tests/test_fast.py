@@ -125,6 +125,26 @@ def test_what_changes_between_two_attacks_is_seen(change):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert change == 'float64' or (want - old).abs().max() > 1e-2
 
+def test_activation_in_place_before_batchnorm():
+    "As in the head of `vision_learner`: no fold across it, though while the statistics are the initial ones a fold would do no harm"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(inplace=True), nn.BatchNorm1d(16), nn.Linear(16, 10)).eval()
+    x, y = torch.rand(8, 3, 2, 2), torch.arange(8)
+    with frozen(model), folded(model, x): model(x)
+    nn.init.constant_(model[3].running_mean, .5); nn.init.constant_(model[3].running_var, 3.)
+    with frozen(model):
+        plain = logits_and_grad(model, x, y)
+        with folded(model, x): fast = logits_and_grad(model, x, y)
+    for f,p in zip(fast, plain): torch.testing.assert_close(f, p)
+
+def test_wrong_fold_is_found_out_once_statistics_differ(monkeypatch):
+    "A new BatchNorm changes nothing, so a wrong fold agrees: the verdict is not kept"
+    from rkd_fastai.fast import _StandIn
+    right = _StandIn._weights
+    monkeypatch.setattr(_StandIn, '_weights', lambda self: right(_StandIn(self.layer))) # as if BatchNorm did nothing
+    model, x = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(), nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8)
+    assert _stand_ins(model.eval(), x)
+    model.train()(x); assert _stand_ins(model.eval(), x) == []
+
 def test_wrong_fold_is_found_out(monkeypatch):
     "Stand-ins that compute something else are not worn"
     from rkd_fastai.fast import _StandIn

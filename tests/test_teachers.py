@@ -1,17 +1,18 @@
 "Teachers of every kind and from every kind of file, the hostile ones included."
 import os, pickle, warnings
 from collections import OrderedDict
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import numpy as np, pytest, torch, torch.nn as nn
-from fastai.vision.all import Image, TensorImage
+import numpy as np, pytest, timm, torch, torch.nn as nn, torchvision
+from fastai.vision.all import SGD, Image, Normalize, TensorImage, imagenet_stats, load_learner
 from safetensors.torch import save_file
 
 from rkd_fastai import learner # patches `fit_exp` and `fit_rkd` into Learner
 from rkd_fastai.attacks import PGD
+from rkd_fastai.data import arrays_dls
 from rkd_fastai.evaluation import robust_accuracy
-from rkd_fastai.models import resnet18
+from rkd_fastai.models import resnet18, wide_resnet
 from rkd_fastai.teachers import *
 
 def probs_of(net, x): return net.eval()(x).softmax(1).detach()
@@ -252,27 +253,98 @@ def test_message_says_what_to_do(net, tiny_net, tmp_path):
     with pytest.raises(TypeError, match='model'): load_teacher(tmp_path/'a.pth', tiny_net)
 
 
-# --- a real checkpoint, by other people ---
+# --- peers' teachers: as they say natively, and a student distils from just that ---
 
-@pytest.fixture(scope='module')
+class NormInside(nn.Module):
+    "As RobustBench's networks are: pixel space in, the normalisation a part of `forward`"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        for k,v in dict(mu=[.49, .48, .45], sigma=[.25, .24, .26]).items(): self.register_buffer(k, torch.tensor(v).view(1,3,1,1))
+    def forward(self, x): return self.model((x - self.mu)/self.sigma)
+
+class NormInPlace(NormInside):
+    "The same, sparing of memory"
+    def forward(self, x): return self.model(x.sub_(self.mu).div_(self.sigma))
+
+def worn_in(net):
+    "With BatchNorm statistics that are no longer the initial ones, in eval mode"
+    with torch.no_grad():
+        for _ in range(5): net(torch.rand(8, 3, 8, 8))
+    return net.eval()
+
+imagenet, half = ((.485, .456, .406), (.229, .224, .225)), ((.5,)*3, (.5,)*3)
+# a network and the mean and std that its input is to be normalised by
+peers = {
+    'torchvision resnet': (lambda: torchvision.models.resnet18(num_classes=10), imagenet),
+    'timm resnet': (lambda: timm.create_model('test_resnet', num_classes=10), half),
+    'timm ViT': (lambda: timm.create_model('test_vit', img_size=8, patch_size=4, num_classes=10), half),
+    'RobustBench': (lambda: NormInside(wide_resnet(10, 1)), (None, None)),
+    'RobustBench, in place': (lambda: NormInPlace(resnet18(10, 1/8)), (None, None))}
+
+def natively(net, mean=None, std=None):
+    "What the network's author would write"
+    if mean is None: return lambda x: net(x.clone()).softmax(1).detach()
+    m, s = (torch.tensor(o).view(1,-1,1,1) for o in (mean, std))
+    return lambda x: net((x-m)/s).softmax(1).detach()
+
+def student(dls, tiny_net, make_learner):
+    "Whose normalisation is not the teacher's; plain SGD"
+    dls.add_tfms([Normalize.from_stats([.2, .3, .4], [.3, .25, .35], cuda=False)], 'after_batch')
+    return make_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(8), tiny_net(n_in=3)), opt_func=SGD), ([.2, .3, .4], [.3, .25, .35])
+
+@pytest.mark.parametrize('suffix,method', [('', 'akd'), ('', 'rslad'), ('.pth', 'akd'), ('.safetensors', 'akd')])
+@pytest.mark.parametrize('name', peers)
+def test_networks_of_peers(name, suffix, method, tmp_path, make_dls, make_learner, tiny_net, check_distillation):
+    "As a network in memory and from a file of its weights"
+    make, (mean, std) = peers[name]
+    net, x = worn_in(make()), torch.rand(6, 3, 8, 8)
+    if suffix: save(net.state_dict(), tmp_path/f'a{suffix}')
+    teacher = load_teacher(tmp_path/f'a{suffix}', make(), mean, std) if suffix else Teacher(net, mean=mean, std=std)
+    native, kept = natively(net, mean, std), x.clone()
+    close(teacher.probs(x), native(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, kept) and native(x).std(0).max() > 1e-4 # it tells images apart
+    learn, stats = student(make_dls(n=32, bs=16, channels=3), tiny_net, make_learner)
+    check_distillation(learn, teacher, native, method, stats, eps=.1, lr=1.) # a long step, that small differences show
+
+@pytest.mark.filterwarnings('ignore:.*load_learner')
+@pytest.mark.parametrize('exported', [False, True])
+def test_learner_of_a_peer(exported, tmp_path, make_dls, make_learner, tiny_net, check_distillation):
+    "With ImageNet statistics; as a Learner and as the file of an exported one, fastai's own answers on the validation set"
+    learn = make_learner(make_dls(n=32, bs=16, channels=3, stats=imagenet_stats), tiny_net(n_in=3, seed=7))
+    learn.fit(1, .01); learn.model.eval()
+    dls = make_dls(n=32, bs=16, channels=3)
+    pixels = torch.cat([x.as_subclass(torch.Tensor) for x,_ in dls.valid])
+    if exported: learn.export('peer.pkl')
+    teacher = Teacher(load_learner(tmp_path/'peer.pkl') if exported else learn)
+    close(teacher.probs(pixels), learn.get_preds()[0].as_subclass(torch.Tensor), rtol=1e-4, atol=1e-5)
+    native = natively(learn.model, *imagenet_stats)
+    close(teacher.probs(pixels), native(pixels), rtol=1e-4, atol=1e-5)
+    s, stats = student(dls, tiny_net, make_learner)
+    check_distillation(s, teacher, native, stats=stats)
+
+@pytest.fixture
 def cifar_images():
-    "The 20 CIFAR-10 test images that foolbox ships; the label is in the file name"
-    import foolbox
-    files = sorted((Path(foolbox.__file__).parent/'data').glob('cifar10_*.png'))
-    x = torch.stack([torch.tensor(np.array(Image.open(f).convert('RGB'))) for f in files]).permute(0,3,1,2).float()/255
-    return x, torch.tensor([int(f.stem.split('_')[-1]) for f in files])
+    "The 20 CIFAR-10 test images that foolbox ships, uint8; the label is in the file name"
+    folder = find_spec('foolbox') and Path(find_spec('foolbox').origin).parent/'data'
+    files = sorted(folder.glob('cifar10_*.png')) if folder else []
+    if len(files) != 20: pytest.skip('needs the images that foolbox ships')
+    return np.stack([np.array(Image.open(f).convert('RGB')) for f in files]), np.array([int(f.stem.split('_')[-1]) for f in files])
 
-@pytest.mark.filterwarnings('ignore')
-def test_real_robust_checkpoint(cifar_images):
-    "The network that AutoAttack's authors publish as their example, on raw [0, 1] pixels: our architecture gives their logits"
-    import pyautoattack
-    folder = Path(pyautoattack.__file__).parent/'examples'
+def test_published_checkpoint(cifar_images, make_learner, tiny_net, check_distillation):
+    "A CIFAR-10 ResNet-18 that AutoAttack's authors publish, plainly trained on raw pixels; beside their code, it is our architecture too"
+    folder = find_spec('pyautoattack') and Path(find_spec('pyautoattack').origin).parent/'examples'
+    if not (folder and (folder/'model_test.pt').exists()): pytest.skip('needs the checkpoint that pyautoattack ships')
     spec = spec_from_file_location('aa_resnet', folder/'resnet.py'); theirs = module_from_spec(spec); spec.loader.exec_module(theirs)
     reference = theirs.ResNet18()
     reference.load_state_dict(torch.load(folder/'model_test.pt', map_location='cpu', weights_only=True)); reference.eval()
-    teacher, (x, y) = load_teacher(folder/'model_test.pt', resnet18()), cifar_images
-    assert len(y) == 20
-    with torch.no_grad(): close(teacher(x), reference(x), rtol=1e-5, atol=1e-5)
-    assert (teacher.probs(x).argmax(1) == y).sum() == 20
-    # it was trained on clean images
-    assert robust_accuracy(teacher, x[:10], y[:10], PGD(steps=5)) < .2
+    imgs, y = cifar_images
+    x, y = torch.tensor(imgs).permute(0,3,1,2).float()/255, torch.tensor(y)
+    native = natively(reference)
+    for model in (theirs.ResNet18(), resnet18()):
+        teacher = load_teacher(folder/'model_test.pt', model)
+        with torch.no_grad(): close(teacher(x), reference(x), rtol=1e-5, atol=1e-5)
+        close(teacher.probs(x), native(x), rtol=1e-4, atol=1e-5)
+    assert (teacher.probs(x).argmax(1) == y).all() and robust_accuracy(teacher, x[:10], y[:10], PGD(steps=5)) < .2
+    learn, stats = student(arrays_dls((imgs[:8], y[:8].numpy()), (imgs[8:10], y[8:10].numpy()), vocab=list(range(10)), bs=8), tiny_net, make_learner)
+    check_distillation(learn, teacher, native, stats=stats)

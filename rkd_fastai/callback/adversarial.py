@@ -6,7 +6,7 @@
 __all__ = ['label_settings', 'own_loss', 'batch_targ', 'weighted_mean', 'RobustCallback', 'AdversarialTraining', 'TRADES']
 
 # %% ../../nbs/09_callback.adversarial.ipynb #e77b3ce0
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import copy
 from functools import partial
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -14,10 +14,12 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
+from fastai.torch_core import num_distrib, rank_distrib
 from fastai.vision.data import get_c
 from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from ..core import check_logits, frozen, onehot
+from ..evaluation import seeded
 from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
@@ -62,7 +64,12 @@ def weighted_mean(
     w = onehot(targ, len(weight)).to(losses) @ weight.to(losses)
     return (w*losses).sum()/w.sum()
 
-# %% ../../nbs/09_callback.adversarial.ipynb #83020441
+# %% ../../nbs/09_callback.adversarial.ipynb #a1b60740
+def _own_random(device):
+    "Within it each of several processes has random numbers of its own; a single one goes on as it is"
+    if num_distrib() <= 1: return nullcontext()
+    return seeded(torch.randint(2**31, ()).item() + rank_distrib(), device)
+
 class RobustCallback(Callback):
     "Base of the training methods: pixel space on the way in, the method's own loss on the way out"
     order,run_valid = GradientAccumulation.order-1, False
@@ -109,10 +116,12 @@ class RobustCallback(Callback):
         self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
         self.full_bs = self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
-        with faster(compile, self.bf16): x = self.model_images()
+        with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
         self.learn.xb = (self.pixel.normalize(x),)
         self._compiled = ExitStack()
         if compile: self._compiled.enter_context(compiled(unwrap(self.model)))
+
+    def after_pred(self): check_logits(self.pred) # some networks return more in training: said here, before fastai's loss trips over it
 
     def after_loss(self):
         loss = self.method_loss(check_logits(self.pred))

@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['RobustAccuracy', 'KeepEpochs']
 
-# %% ../../nbs/12_callback.monitor.ipynb #7b7d4c70
+# %% ../../nbs/12_callback.monitor.ipynb #f936b109
 import torch
 from copy import copy
 from fastai.callback.core import Callback
 from fastai.learner import Metric
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from ..core import atomic_path
 from ..evaluation import robust_flags, seeded
 from ..pixel import pixel_model, to_pixels, unwrap
 
-# %% ../../nbs/12_callback.monitor.ipynb #b0464b55
+# %% ../../nbs/12_callback.monitor.ipynb #33a37e64
 class RobustAccuracy(Metric):
-    "Fraction of the validation images classified rightly as they are *and* under `attack`; with several processes, of each one's share"
+    "Fraction of the validation images classified rightly as they are *and* under `attack`"
     def __init__(self,
         attack=PGD(steps=20), # the attack
-        n=None, # the first `n` validation images only; None attacks all
+        n=None, # the first `n` validation images only, with several processes the first of each one's share; None attacks all
         seed=0, # of the attack's random starts
     ):
         if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
@@ -32,19 +32,24 @@ class RobustAccuracy(Metric):
 
     def accumulate(self, learn):
         if learn.training: return # `train_metrics=True`: training batches have been attacked already
-        left = len(learn.yb[0]) if self.n is None else min(self.n - self.seen, len(learn.yb[0]))
+        bs,n_procs = len(learn.yb[0]),max(num_distrib(), 1)
+        left = bs*n_procs if self.n is None else self.n - self.seen
         if left <= 0: return
-        model = pixel_model(learn)
-        x, targ = to_pixels(model, learn.xb[0][:left]), learn.yb[0][:left].as_subclass(torch.Tensor)
-        with seeded(self.seed + self.seen, x.device): self.robust += robust_flags(model, x, targ, self.attack).sum().item()
-        self.seen += left
+        model,own = pixel_model(learn),-(-left//n_procs) # this process's part of them
+        x, targ = to_pixels(model, learn.xb[0][:own]), learn.yb[0][:own].as_subclass(torch.Tensor)
+        flags = torch.full((bs,), torch.nan, device=x.device) # fastai's gather cuts off repeated images, and counts on whole batches
+        with seeded(self.seed + self.seen + rank_distrib(), x.device): flags[:own] = robust_flags(model, x, targ, self.attack).to(flags)
+        flags = learn.to_detach(flags)
+        flags = flags[~flags.isnan()][:left]
+        self.robust += flags.sum().item()
+        self.seen += len(flags)
 
     @property
     def value(self): return self.robust/self.seen if self.seen else None
     @property
     def name(self): return 'robust_accuracy'
 
-# %% ../../nbs/12_callback.monitor.ipynb #9a2d7f67
+# %% ../../nbs/12_callback.monitor.ipynb #d3200d18
 class KeepEpochs(Callback):
     "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`"
     order = 51 # after the Recorder has validated the epoch
