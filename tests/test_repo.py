@@ -3,7 +3,7 @@ import re, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import requires, version
 from pathlib import Path
-import rkd_fastai
+import pytest, rkd_fastai
 
 root = Path(__file__).parent.parent
 
@@ -26,3 +26,10 @@ def test_command_is_installed():
 def test_notebooks_are_small_and_without_outputs():
     for nb in (root/'nbs').glob('*.ipynb'):
         assert nb.stat().st_size < 400_000 and '"output_type"' not in nb.read_text(encoding='utf8'), nb
+
+@pytest.mark.parametrize('page', ['nbs/works_with.ipynb', 'tests/README.md'])
+def test_tests_that_are_named_exist(page):
+    "What the pages say is proved, and by which test"
+    defined = {m for f in (root/'tests').glob('test_*.py') for m in re.findall(r'^def (test_\w+)', f.read_text(encoding='utf8'), re.M)}
+    named = set(re.findall(r'`(test_\w+)`', (root/page).read_text(encoding='utf8')))
+    assert len(named) > 10 and named <= defined, named - defined
