@@ -118,7 +118,7 @@ def _run(args, label, turn, fit, cbs=()):
 # %% ../nbs/16_cli.ipynb #2aadca23
 def train(args):
     cb = _how(args.how, PGD(args.eps, args.steps), compile=args.compile, bf16=args.bf16)
-    _run(args, f'training, {args.how}', lambda learn: learn.add_cb(cb), 'fit_exp', [KeepEpochs(args.keep)])
+    _run(args, f'training, {args.how}', lambda learn: learn.add_cb(cb), 'fit_exp', [KeepEpochs(args.keep, card={k: getattr(args, k) for k in ('how','data','width','eps','seed')})])
 
 def distill(args):
     teachers,cards = zip(*map(load_run, args.teacher))

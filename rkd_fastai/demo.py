@@ -24,7 +24,7 @@ from .evaluation import pixel_data, seeded, wilson
 from .learner import sgd_nesterov
 from .models import resnet18
 from .pixel import model_device, pixel_model
-from .teachers import load_teacher
+from .teachers import Teacher
 from .terminal import Line, clock, one_line, watching
 
 # %% ../nbs/15_demo.ipynb #c5d5d3c4
@@ -53,7 +53,7 @@ def train_models(
     train('standard', s.student, turn=lambda learn: learn)
     train('teacher', s.teacher, 'fit_exp', cbs=[KeepEpochs()])
     train('baseline', s.teacher + s.student)
-    teacher = load_teacher(Path(out)/f'models/epoch_{s.stop}.pth', learners['teacher'].model)
+    teacher = Teacher.at_epoch(Path(out)/'models', s.stop, learners['teacher'].model)
     train('student', s.student, turn=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))
     return learners
 

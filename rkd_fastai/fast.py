@@ -164,15 +164,16 @@ def _network(model): return model.model if isinstance(model, PixelModel) else mo
 
 def _is_new(net): return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
 
-_known = WeakKeyDictionary() # network: (its modules, its stand-ins)
+_known = WeakKeyDictionary() # network: (its modules, was it new?, its stand-ins)
 
 def _stand_ins(model, x):
     "The tried stand-ins for `model`, from the last time where its modules are still the same"
     if torch.is_inference_mode_enabled(): return [] # no graph to find them in
     net = _network(model)
     signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), m.training) for m in net.modules()])
-    known,old = _known.get(net, (None,[]))
-    if known == signature: return old
+    known,was_new,old = _known.get(net, (None,False,[]))
+    # a BatchNorm that has seen nothing changes nothing, and agrees with anything: once more when it has
+    if known == signature and not (was_new and not _is_new(net)): return old
     try:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
             two = x[:2].detach().clone()
@@ -180,8 +181,7 @@ def _stand_ins(model, x):
             if found and not _agree(model, two, found): found = []
     except Exception: found = [] # whatever is wrong with the model, the caller meets it in the plain one
     if [(s.layer,s.bn) for s in found] == [(s.layer,s.bn) for s in old]: found = old # compiled code knows them
-    # a BatchNorm that has seen nothing changes nothing, and agrees with anything: once more when it has
-    _known[net] = (None if _is_new(net) else signature), found
+    _known[net] = signature,_is_new(net),found
     return found
 
 # %% ../nbs/02_fast.ipynb #ba608b3f

@@ -1,5 +1,5 @@
 "The training methods inside fastai's loop: what is trained on, what is left alone, and how they sit beside fastai's own callbacks."
-import copy, math, random
+import copy, json, math, random
 from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -523,14 +523,42 @@ def test_weight_averaging_with_gradient_accumulation_counts_steps(make_learner, 
     for p,a,b,c in zip(model.parameters(), start, *steps): torch.testing.assert_close(p.detach(), (a/2 + b/2)/2 + c/2, rtol=1e-5, atol=1e-7)
 
 def test_keep_epochs(make_learner, make_dls, tiny_net):
-    learn = make_learner(make_dls(), tiny_net(), cbs=[make_cb('at', None), KeepEpochs(2, 'teacher'), WeightAveraging(.5)])
+    "Weights as they were validated, and cards that say what the recorder does"
+    learn = make_learner(make_dls(), tiny_net(), metrics=[accuracy, RobustAccuracy(PGD(.1, steps=1))],
+                         cbs=[make_cb('at', None), KeepEpochs(2, 'teacher', dict(seed=3)), WeightAveraging(.5)])
     learn.fit(5, .01)
-    folder = learn.path/learn.model_dir
-    assert sorted(p.name for p in folder.iterdir()) == ['teacher_2.pth', 'teacher_4.pth']
+    folder, values = learn.path/learn.model_dir, learn.recorder.values
+    assert sorted(p.name for p in folder.iterdir()) == ['teacher_2.json', 'teacher_2.pth', 'teacher_4.json', 'teacher_4.pth']
     learn.validate(); learn.get_preds()
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 4
     early = load_teacher(folder/'teacher_4.pth', tiny_net())
     assert not same(weights(early.members[0].model), weights(learn.model))
+    for n in (2, 4):
+        card = json.loads((folder/f'teacher_{n}.json').read_text())
+        assert [card[k] for k in ('train_loss','valid_loss','accuracy','robust_accuracy')] == list(values[n-1])
+        assert card | dict(epoch=n, seed=3, arch='Sequential', method='adversarial_training', vocab=[str(i) for i in range(10)], attack=repr(PGD(.1, steps=2))) == card
+        teacher = Teacher.at_epoch(folder, n, tiny_net(), fname='teacher')
+        learn.model.load_state_dict(teacher.members[0].model.state_dict())
+        assert list(learn.validate()) == pytest.approx([card[k] for k in ('valid_loss','accuracy','robust_accuracy')])
+        make_learner(cbs=AKDCallback(teacher, attack=PGD(.1, steps=1))).fit(1) # classes in the order of the card
+    best = best_epoch(folder, fname='teacher')
+    assert best == max((2, 4), key=lambda n: json.loads((folder/f'teacher_{n}.json').read_text())['robust_accuracy'])
+
+@pytest.mark.parametrize('when', ['weights', 'card'])
+def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, monkeypatch):
+    "What was there is whole; weights are never beside the card of other weights"
+    from rkd_fastai.callback import monitor
+    learn = make_learner(make_dls(), tiny_net(), metrics=accuracy, cbs=KeepEpochs())
+    learn.fit(2, .01)
+    folder = learn.path/learn.model_dir
+    old = (folder/'epoch_1.pth').read_bytes()
+    def die(*args, **kwargs): raise KeyboardInterrupt
+    if when == 'card': monkeypatch.setattr(monitor, 'write_atomic', die)
+    else: monkeypatch.setattr(torch, 'save', die)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, .01)
+    assert sorted(p.name for p in folder.iterdir()) == ['epoch_1.pth', 'epoch_2.json', 'epoch_2.pth']
+    assert ((folder/'epoch_1.pth').read_bytes() == old) == (when == 'weights')
+    Teacher.at_epoch(folder, 1, tiny_net())
 
 
 # --- the teacher ---

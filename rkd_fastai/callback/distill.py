@@ -87,9 +87,9 @@ def check_teacher(teacher, dls):
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
         raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of the same classes")
-    vocab = list(getattr(dls, 'vocab', []))
-    if teacher.vocab != vocab and sorted(map(str, teacher.vocab)) == sorted(map(str, vocab)):
-        raise ValueError(f"`teacher` orders the classes {teacher.vocab}, but `dls` {vocab}: build `dls` with that `vocab`")
+    theirs,ours = ([str(o) for o in v] for v in (teacher.vocab, getattr(dls, 'vocab', [])))
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        raise ValueError(f"`teacher` orders the classes {theirs}, but `dls` {ours}: build `dls` with that `vocab`")
 
 # %% ../../nbs/10_callback.distill.ipynb #bfd01db0
 @delegates(RobustCallback)

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['RobustAccuracy', 'KeepEpochs']
 
-# %% ../../nbs/12_callback.monitor.ipynb #f936b109
-import torch
+# %% ../../nbs/12_callback.monitor.ipynb #9049e917
+import json
 from copy import copy
+from importlib.metadata import version
+import torch
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
-from ..core import atomic_path
+from .adversarial import RobustCallback
+from ..core import atomic_path, write_atomic
 from ..evaluation import robust_flags, seeded
 from ..pixel import pixel_model, to_pixels, unwrap
 
@@ -51,18 +54,31 @@ class RobustAccuracy(Metric):
 
 # %% ../../nbs/12_callback.monitor.ipynb #d3200d18
 class KeepEpochs(Callback):
-    "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`"
+    "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`, and a card beside them"
     order = 51 # after the Recorder has validated the epoch
     def __init__(self,
         every=1, # save after each `every`-th epoch
         fname='epoch', # start of the file name
+        card=None, # dict of what else the cards are to say, e.g. `dict(data='cifar10', seed=42)`
     ):
         if every < 1: raise ValueError(f"`every` must be >= 1, got {every}")
-        self.every,self.fname = every,fname
+        self.every,self.fname,self.card = every,fname,card or {}
+        json.dumps(self.card) # a card that cannot be written is to fail now
 
     def before_epoch(self): self.trained = False # `validate` has epochs too, without training
     def before_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
 
     def after_epoch(self):
         if not self.trained or (self.epoch+1) % self.every or rank_distrib(): return
-        with atomic_path(self.path/self.model_dir/f'{self.fname}_{self.epoch+1}.pth') as tmp: torch.save(unwrap(self.model).state_dict(), tmp)
+        path = self.path/self.model_dir/f'{self.fname}_{self.epoch+1}.pth'
+        path.with_suffix('.json').unlink(missing_ok=True) # of an older run, whose weights go now
+        with atomic_path(path) as tmp: torch.save(unwrap(self.model).state_dict(), tmp)
+        write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
+
+    def _card(self):
+        net,dls = unwrap(self.model),self.dls
+        values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
+        method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
+        return self.card | dict(epoch=self.epoch+1, **values, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
+            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None else method.name, attack=repr(getattr(method, 'attack', None)),
+            versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
