@@ -19,7 +19,7 @@ from fastai.vision.data import ImageDataLoaders, get_c
 import rkd_fastai
 from .attacks import FFGSM, PGD
 from .callback.adversarial import TRADES, AdversarialTraining, RobustCallback
-from .callback.monitor import KeepEpochs, RobustAccuracy
+from .callback.monitor import CatastrophicOverfitting, KeepEpochs, RobustAccuracy
 from .core import atomic_path, write_atomic
 from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
 from .learner import sgd_nesterov
@@ -118,7 +118,9 @@ def _run(args, label, turn, fit, cbs=()):
 # %% ../nbs/16_cli.ipynb #2aadca23
 def train(args):
     cb = _how(args.how, PGD(args.eps, args.steps), compile=args.compile, bf16=args.bf16)
-    _run(args, f'training, {args.how}', lambda learn: learn.add_cb(cb), 'fit_exp', [KeepEpochs(args.keep, card={k: getattr(args, k) for k in ('how','data','width','eps','seed')})])
+    cbs = [KeepEpochs(args.keep, card={k: getattr(args, k) for k in ('how','data','width','eps','seed')})]
+    if args.how == 'ffgsm': cbs.append(CatastrophicOverfitting())
+    _run(args, f'training, {args.how}', lambda learn: learn.add_cb(cb), 'fit_exp', cbs)
 
 def distill(args):
     teachers,cards = zip(*map(load_run, args.teacher))

@@ -561,6 +561,49 @@ def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, m
     Teacher.at_epoch(folder, 1, tiny_net())
 
 
+# --- collapse ---
+
+@pytest.mark.parametrize('stop', [False, True], ids=['warns', 'stops'])
+def test_catastrophic_overfitting(stop, make_learner, make_dls, plain_net, robust_net, capsys):
+    "Networks that withstand PGD, and then one that does not: told at once, and undone if asked to; a fall that is allowed is nothing"
+    class Script(Callback):
+        order, run_valid = 60, False
+        def after_train(self): self.model.load_state_dict([robust_net, robust_net, plain_net, plain_net][self.epoch].state_dict())
+    def learner(**kw):
+        cb = CatastrophicOverfitting(stop=stop, **kw)
+        return make_learner(make_dls(n_valid=96), copy.deepcopy(robust_net), cbs=[AdversarialTraining(FFGSM(.1)), cb, Script()]), cb
+    learn, cb = learner()
+    start = torch.get_rng_state()
+    if stop: learn.fit(4, 0.)
+    else:
+        with pytest.warns(UserWarning, match=r'catastrophic overfitting: in epoch 3 the accuracy of 96 images under PGD\(eps=25.5/255, steps=5.* fell from \d'): learn.fit(4, 0.)
+    assert len(learn.recorder.values) == (3 if stop else 4)
+    assert same(weights(learn.model), weights(robust_net if stop else plain_net))
+    assert ('in epoch 3' in capsys.readouterr().out) == stop
+    learn, _ = learner(drop=1.)
+    learn.fit(4, 0.)
+    assert len(learn.recorder.values) == 4
+    other, _ = learner(attack=PGD(0., steps=0, random_start=False)) # clean accuracy does not collapse
+    other.fit(4, 0.)
+    assert len(other.recorder.values) == 4
+
+def test_catastrophic_overfitting_without_an_attack(make_learner, make_dls):
+    with pytest.raises(ValueError, match='finds no training attack'): make_learner(make_dls(), cbs=CatastrophicOverfitting()).fit(1)
+    learn = make_learner(make_dls(), cbs=CatastrophicOverfitting(PGD(.1, steps=1)))
+    learn.fit(1); learn.validate(); learn.get_preds()
+
+@pytest.mark.parametrize('cbs', [[], [CatastrophicOverfitting()]], ids=['', 'watched'])
+def test_watching_changes_nothing(cbs, make_learner, make_dls, tiny_net):
+    "Random numbers, weights and modes are as without"
+    torch.manual_seed(5)
+    learn = make_learner(make_dls(shuffle=False), tiny_net(dropout=.2), cbs=[AdversarialTraining(FFGSM(.1)), *cbs])
+    learn.fit(2, .01)
+    torch.manual_seed(5)
+    plain = make_learner(make_dls(shuffle=False), tiny_net(dropout=.2), cbs=AdversarialTraining(FFGSM(.1)))
+    plain.fit(2, .01)
+    close(weights(learn.model), weights(plain.model), rtol=0, atol=0)
+
+
 # --- the teacher ---
 
 @distilled
