@@ -6,7 +6,6 @@ import faulthandler, os, subprocess, sys
 from collections import Counter
 
 import numpy as np, pytest, torch, torch.nn as nn
-pytest.importorskip('accelerate')
 from fastai.distributed import DistributedDL
 from fastai.vision.all import (SGD, BnFreeze, Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback, num_distrib, rank_distrib,
                                set_seed)
