@@ -803,6 +803,7 @@ def test_cache(name, make_learner, make_dls, tiny_net):
         n, counted = {}, cb.teacher.members[0].model
         counted.n = 0; learn.fit(4); n[4] = counted.n
         counted.n = 0; learn.fit(1); n[1] = counted.n
+        assert cb.kept is None # the answers go with the fit
         found.append((weights(learn.model), n))
     close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
     assert found[0][1][4] >= 4*96 and found[1][1][4] - found[1][1][1] == 0 and 96 <= found[1][1][1] < 110 # `check` looks too
