@@ -97,7 +97,7 @@ class PGD(Attack):
         steps:int=7, # gradient steps
         step_size:float|None=None, # length of a step; None means `eps/4`
         norm:str='Linf', # 'Linf' or 'L2'
-        random_start:bool=True, # start uniformly in the ball, else at `x`
+        random_start:bool|float=True, # start uniformly in the ball; a number: at `x` plus so many times N(0,1); False: at `x`
         restarts:int=1, # attempts, of which each image keeps its worst
         objective:str='ce', # 'ce' against `targ`, or 'kl' from soft `targ`
     ):
@@ -112,6 +112,7 @@ class PGD(Attack):
         check_eps(self.eps, self.norm)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
+        if self.random_start < 0: raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
         if self.steps < 0: raise ValueError(f"`steps` must be >= 0, got {self.steps}")
         if self.restarts < 1: raise ValueError(f"`restarts` must be >= 1, got {self.restarts}")
         if self.restarts > 1 and not self.random_start: raise ValueError("`restarts` without `random_start` would repeat one attempt")
@@ -136,12 +137,15 @@ class PGD(Attack):
     def _ascend(self, model, x, targ):
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) # steps add up in float32; the model sees the dtype of `x`
         ball = _norms[self.norm](wide, self.eps)
-        x_adv = ball.project(wide + ball.noise(wide, self.eps)) if self.random_start else wide
+        x_adv = ball.project(wide + self._noise(ball, wide)) if self.random_start else wide
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_()
             grad, = torch.autograd.grad(self.loss(model(x_adv.to(x.dtype)), targ).sum(), x_adv)
             x_adv = ball.project(x_adv.detach() + self.step_size*ball.unit(grad))
         return x_adv
+
+    def _noise(self, ball, x):
+        return ball.noise(x, self.eps) if self.random_start == 1 else self.random_start*torch.randn_like(x)
 
     @torch.no_grad()
     def _score(self, model, x_adv, targ):

@@ -79,10 +79,11 @@ class ResidentDL(TfmdDL):
         "All items after their item transforms, as one batch on the loader's device"
         if self._items is None:
             self.before_iter() # tells the transforms whether this is training
-            few,again = (self._make(min(self.n, 8), seed) for seed in (0,1))
+            n = getattr(self.dataset, 'n_items', self.n) # a data set may hold more than an epoch
+            few,again = (self._make(min(n, 8), seed) for seed in (0,1))
             if not all(map(torch.equal, few, again)):
                 raise ValueError("an item transform is random, but items are made once: use batch transforms, or `Resize(64, 'squish')`, which crops nothing")
-            self._items = self._make(self.n, 0)
+            self._items = self._make(n, 0)
         if self.device is not None: self._items = to_device(self._items, self.device)
         return self._items
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['resnet18', 'wide_resnet']
 
-# %% ../nbs/04_models.ipynb #92ae9246
-import torch, torch.nn as nn, torch.nn.functional as F
+# %% ../nbs/04_models.ipynb #258cefd9
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 
-# %% ../nbs/04_models.ipynb #5cbc9ad9
+# %% ../nbs/04_models.ipynb #b4e32ce9
 def _conv(n_in, n_out, ks, stride=1): return nn.Conv2d(n_in, n_out, ks, stride=stride, padding=ks//2, bias=False)
 
 class _BasicBlock(nn.Module):
@@ -53,7 +53,7 @@ def resnet18(
     if not 0 < width < 100: raise ValueError(f"`width` is a positive factor on the channels, got {width}")
     return _ResNet((2,2,2,2), n_out, width, n_in)
 
-# %% ../nbs/04_models.ipynb #032fa574
+# %% ../nbs/04_models.ipynb #b08726eb
 class _WideBlock(nn.Module):
     "BatchNorm, activation, convolution, twice; the first activation also feeds the shortcut where the shape changes"
     def __init__(self, n_in, n_out, stride, act):
@@ -76,15 +76,18 @@ class _WideGroup(nn.Module):
     def forward(self, x): return self.block(x)
 
 class _WideResNet(nn.Module):
-    def __init__(self, n, widen, n_out, act, n_in):
+    def __init__(self, n, widen, n_out, act, n_in, mean, std):
         super().__init__()
+        for name,v in (('mean', mean), ('std', std)): # not in the state_dict, as in the published one
+            self.register_buffer(name, torch.tensor(v, dtype=torch.float32).reshape(-1,1,1), persistent=False)
         chans = [16, 16*widen, 32*widen, 64*widen]
         self.init_conv = _conv(n_in, chans[0], 3)
         self.layer = nn.Sequential(*[_WideGroup(n, chans[i], chans[i+1], (1,2,2)[i], act) for i in range(3)])
         self.batchnorm,self.relu,self.logits = nn.BatchNorm2d(chans[-1]), act(), nn.Linear(chans[-1], n_out)
 
     def forward(self, x):
-        x = self.relu(self.batchnorm(self.layer(self.init_conv(x))))
+        x = self.init_conv((x - self.mean)/self.std)
+        x = self.relu(self.batchnorm(self.layer(x)))
         return self.logits(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 def wide_resnet(
@@ -93,8 +96,13 @@ def wide_resnet(
     n_out:int=10, # number of classes
     act=nn.SiLU, # makes an activation when called
     n_in:int=3, # image channels
+    mean=0., # what the network normalises its images by, one number or one per channel; the default is no normalisation
+    std=1., # likewise
 ):
     "WideResNet `(bs, n_in, h, w)` → logits `(bs, n_out)` (Zagoruyko & Komodakis, 2016; Rebuffi et al., 2021)"
     _check_sizes(depth=depth, widen=widen, n_out=n_out, n_in=n_in)
     if depth < 10 or (depth-4) % 6: raise ValueError(f"`depth` of a WideResNet is 6n+4 (10, 16, 22, 28, 34, …), got {depth}")
-    return _WideResNet((depth-4)//6, widen, n_out, act, n_in)
+    for k,v in dict(mean=mean, std=std).items():
+        if np.size(v) not in (1, n_in): raise ValueError(f"`{k}` needs one number, or one per channel: {n_in}, got {v}")
+    if not np.all(np.array(std) > 0): raise ValueError(f"`std` must be positive, got {std}")
+    return _WideResNet((depth-4)//6, widen, n_out, act, n_in, mean, std)

@@ -39,11 +39,11 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
 def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     "Its finished epochs can be distilled from, though the run never ended"
     from rkd_fastai.callback.monitor import KeepEpochs
-    keep = KeepEpochs.after_epoch
+    keep = KeepEpochs.each_epoch
     def die_in_second(self):
         if self.epoch == 1: raise KeyboardInterrupt
         keep(self)
-    monkeypatch.setattr(KeepEpochs, 'after_epoch', die_in_second)
+    monkeypatch.setattr(KeepEpochs, 'each_epoch', die_in_second)
     common = ('--data', 'digits', '--width', '1/16', '--steps', 1)
     with pytest.raises(SystemExit, match='interrupted'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
     assert not (tmp_path/'teacher/model.pth').exists()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_settings', 'own_loss', 'batch_targ', 'weighted_mean', 'RobustCallback', 'AdversarialTraining', 'TRADES']
 
-# %% ../../nbs/10_callback.adversarial.ipynb #e77b3ce0
+# %% ../../nbs/10_callback.adversarial.ipynb #bcdc5db9
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from functools import partial
@@ -24,7 +24,7 @@ from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
 
-# %% ../../nbs/10_callback.adversarial.ipynb #d8a31336
+# %% ../../nbs/10_callback.adversarial.ipynb #1beb5fe0
 def label_settings(loss_func):
     "Label smoothing and class weights `(n_out,)` of a cross-entropy; `(0., None)` of any other loss"
     if isinstance(loss_func, partial) and loss_func.func is F.cross_entropy: return loss_func.keywords.get('label_smoothing', 0.), loss_func.keywords.get('weight')
@@ -64,7 +64,7 @@ def weighted_mean(
     w = onehot(targ, len(weight)).to(losses) @ weight.to(losses)
     return (w*losses).sum()/w.sum()
 
-# %% ../../nbs/10_callback.adversarial.ipynb #a1b60740
+# %% ../../nbs/10_callback.adversarial.ipynb #84ddc833
 def _own_random(device):
     "Within it each of several processes has random numbers of its own; a single one goes on as it is"
     if num_distrib() <= 1: return nullcontext()
@@ -134,7 +134,7 @@ class RobustCallback(Callback):
 
     def after_fit(self): self.pixel = self.images = self.clean_xb = self.targ = None
 
-# %% ../../nbs/10_callback.adversarial.ipynb #b6878c04
+# %% ../../nbs/10_callback.adversarial.ipynb #17133cd4
 @delegates()
 class AdversarialTraining(RobustCallback):
     "Train on adversarial examples in place of clean ones (Madry et al., 2018)"
@@ -156,7 +156,7 @@ class AdversarialTraining(RobustCallback):
 
     def model_images(self): return self.attack(self.pixel, self.images, self.attack_targ())
 
-# %% ../../nbs/10_callback.adversarial.ipynb #c44ff7dc
+# %% ../../nbs/10_callback.adversarial.ipynb #c0f9f6d4
 @delegates(RobustCallback)
 class TRADES(AdversarialTraining):
     "Trade clean accuracy against stability under attack (Zhang et al., 2019; paper, Appendix B.4)"
