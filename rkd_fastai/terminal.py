@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['clock', 'Line', 'LineProgress', 'watching', 'one_line']
 
-# %% ../nbs/16_terminal.ipynb #ef11edca
+# %% ../nbs/16_terminal.ipynb #cfb0d31e
 import sys, time
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 
-# %% ../nbs/16_terminal.ipynb #5d6993b9
+# %% ../nbs/16_terminal.ipynb #810c956e
 def clock(seconds):
     "`seconds` as m:ss"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
@@ -45,10 +45,10 @@ class Line:
         else: text = f'{self.label:<28}{text}'
         print(text.rstrip(' '), end=end, file=self.stream, flush=True)
 
-# %% ../nbs/16_terminal.ipynb #25d6553c
+# %% ../nbs/16_terminal.ipynb #2090dcbb
 class LineProgress(Callback):
     "A fit's progress on one line"
-    order = ProgressCallback.order
+    order,only_shows = ProgressCallback.order,True
     def __init__(self,
         label, # name of the task
         line=None, # a `Line`; None makes one at the start of each fit

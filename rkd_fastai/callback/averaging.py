@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['WeightAveraging']
 
-# %% ../../nbs/12_callback.averaging.ipynb #057cc512
+# %% ../../nbs/12_callback.averaging.ipynb #b5dbe176
 import torch
 from fastai.callback.core import Callback
 from ..pixel import unwrap
 
-# %% ../../nbs/12_callback.averaging.ipynb #a7d2d7e1
+# %% ../../nbs/12_callback.averaging.ipynb #c8aeabd8
 class WeightAveraging(Callback):
     "Exponential moving average of the weights, used for validation and kept at the end (Rebuffi et al., 2021)"
     order,_stateattrs = -5,('ema','raw') # between `TrainEvalCallback` and whatever looks at the model
+    remembers = _stateattrs # for `Resume`
     def __init__(self,
         decay=.995, # weight of the past at each step
         ramp=True, # start with min(decay, (1+t)/(10+t)) at step t

@@ -63,7 +63,17 @@ class _Distillation(AdversarialTraining):
     def before_train(self):
         super().before_train()
         self.teacher.to(model_device(self.model))
-        if self.cache and self.kept is None: self.kept = CleanCache(partial(self.teacher.probs, T=self.T), len(self.dls.train.dataset))
+        if self.cache and self.kept is None: self.kept = self._new_cache()
+
+    def _new_cache(self): return CleanCache(partial(self.teacher.probs, T=self.T), len(self.dls.train.dataset))
+
+    def memory(self):
+        "What `Resume` keeps: the cache, since an answer's last bits depend on the batch it was given in"
+        return dict(keys=list(self.kept.rows), rows=torch.stack(list(self.kept.rows.values())).cpu()) if self.kept and self.kept.rows else {}
+
+    def set_memory(self, memory):
+        self.kept = self._new_cache()
+        self.kept.rows = dict(zip(memory['keys'], memory['rows']))
 
     def clean_probs(self):
         "Teacher probabilities on the clean batch"

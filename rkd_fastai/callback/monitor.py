@@ -68,6 +68,7 @@ class EachEpoch(Callback):
 # %% ../../nbs/13_callback.monitor.ipynb #457b9595
 class KeepEpochs(EachEpoch):
     "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`, and a card beside them"
+    only_shows = True # does nothing to the training, see `Resume`
     def __init__(self,
         every=1, # save after each `every`-th epoch
         fname='epoch', # start of the file name
@@ -107,6 +108,7 @@ class CatastrophicOverfitting(EachEpoch):
         self.attack,self.n,self.drop,self.stop = attack and check_attack(attack),n,drop,stop
 
     def before_fit(self): self.best = self.kept = self.data = None
+    remembers = ('kept',) # with `best`; the images are read again
     def before_train(self):
         super().before_train()
         if self.data is None: self._watched = self._attack()
@@ -151,6 +153,7 @@ class RobustOverfitting(EachEpoch):
         check_fraction(gap=gap)
         self.by,self.gap,self.restore = by,gap,restore
         self.best = self.best_epoch = self.last = self.kept = None
+    remembers = ('kept',)
 
     def before_train(self):
         super().before_train()
@@ -165,8 +168,8 @@ class RobustOverfitting(EachEpoch):
         if self.restore: self.kept = {k: v.clone() for k,v in unwrap(self.model).state_dict().items()}
 
     def after_fit(self):
-        if self.best is None or self.best - self.last <= self.gap: return
-        if self.kept is not None: unwrap(self.model).load_state_dict(self.kept)
-        self.kept = None
+        kept,self.kept = self.kept,None
+        if not self.trained or self.best is None or self.best - self.last <= self.gap: return
+        if kept is not None: unwrap(self.model).load_state_dict(kept)
         print(f"robust overfitting: {self.by} was {self.best:.1%} after {self.best_epoch} epochs and is {self.last:.1%} now"
               + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))
