@@ -17,4 +17,4 @@ from .recipes import *
 
 # `resnet18` is torchvision's to fastai users: ours is importable by name from here, and with `*` from `rkd_fastai.models`
 __all__ = [n for m in (core, losses, fast, attacks, models, data, loaders, pixel, teachers, evaluation, callback, learner, recipes)
-           for n in m.__all__ if not hasattr(_fastai, n)]
+           for n in m.__all__ if not hasattr(_fastai, n)] + ['recipes'] # `recipes.paper_teacher` and the others

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'check_images', 'check_logits', 'onehot', 'hard_labels', 'check_fraction', 'check_T',
-           'check_weights', 'atomic_path', 'write_atomic']
+           'check_weights', 'atomic_path', 'write_atomic', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager
-import os
+import hashlib, os
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 
@@ -136,3 +136,10 @@ def atomic_path(path):
 def write_atomic(path, text):
     "Write `text` to `path`, whole or not at all"
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf8')
+
+# %% ../nbs/00_core.ipynb #426cdccf
+def digest(tensors):
+    "16 hexadecimal digits that tell these tensors from others"
+    h = hashlib.sha256()
+    for t in tensors: h.update(repr((t.dtype, tuple(t.shape))).encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
