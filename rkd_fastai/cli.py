@@ -21,6 +21,7 @@ from fastai.vision.data import ImageDataLoaders, get_c
 import rkd_fastai
 from .attacks import FFGSM, PGD
 from .callback.monitor import CatastrophicOverfitting, KeepEpochs, RobustAccuracy, RobustOverfitting
+from .callback.resume import Resume
 from .core import atomic_path, write_atomic
 from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
 from .learner import method_class
@@ -113,10 +114,11 @@ def _check_vocab(card, dls, name):
     vocab = [str(o) for o in dls.vocab]
     if card.get('vocab', vocab) != vocab: raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, the data have {vocab}")
 
-def _new_folder(out):
-    "`out` as a folder that holds no finished run, which would be lost"
+def _new_folder(out, resume):
+    "`out` as a folder that holds no run which would be lost"
     out = Path(out)
     if (out/'model.pth').exists(): raise ValueError(f"`--out` {out} holds a finished run already: name another folder")
+    if (out/'resume.pth').exists() and not resume: raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to go on with it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -131,7 +133,7 @@ def _loaders(args, recipe):
 
 def _describe(args, recipe, dls):
     "A run's card: what it was told, and what that came to"
-    return {k: v for k,v in vars(args).items() if k not in ('run','out')} | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
+    return {k: v for k,v in vars(args).items() if k not in ('run','out','resume')} | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
         bs=dls.train.bs, lr=args.lr or recipe.lr_for(dls), epochs=recipe.epochs if args.epochs is None else args.epochs, eps=args.eps or _eps, source=recipe.source, attack=repr(recipe.attack))
 
 _eps = 8/255 # of the accuracy under attack that is watched
@@ -139,13 +141,13 @@ _eps = 8/255 # of the accuracy under attack that is watched
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     "Train one network by `recipe` as `args` say and save it"
     if args.epochs is not None and args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
-    out = _new_folder(args.out)
+    out = _new_folder(args.out, args.resume)
     set_seed(args.seed, reproducible=True)
     dls = _loaders(args, recipe)
     for card in teacher_cards: _check_vocab(card, dls, '`--teacher`')
     card = _describe(args, recipe, dls)
     if args.frac is not None: recipe = recipe.but(synthetic=args.frac)
-    cbs = [history := CSVLogger(), KeepEpochs(args.keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}), RobustOverfitting(), *cbs]
+    cbs = [history := CSVLogger(), KeepEpochs(args.keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}), RobustOverfitting(), Resume(out/'resume.pth'), *cbs]
     net = make_net(args.arch, args.width, card['n_in'], card['n_out'])
     learn = recipe.learner(dls, net, synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, cbs=cbs, path=out, model_dir='.',
                            metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=200)], **kwargs)
@@ -155,6 +157,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
         finally:
             if hasattr(history, 'file'): history.file.close() # fastai leaves it open when a fit is cut off
     save_run(learn, out, **card)
+    (out/'resume.pth').unlink(missing_ok=True)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 
 # %% ../nbs/18_cli.ipynb #c5bca8f1
@@ -204,6 +207,7 @@ def _training_args(c):
     c.add_argument('--compile', action='store_true', help='run attack, teacher and training step through torch.compile')
     c.add_argument('--bf16', action='store_true', help='run attack and teacher in bfloat16')
     c.add_argument('--out', required=True, help='folder of the run')
+    c.add_argument('--resume', action='store_true', help='go on with a run that was cut off in that folder; it ends as if it had not been')
 
 def _demo_args(c):
     c.add_argument('--quick', action='store_true', help='on small digits, in a minute or two')
