@@ -112,7 +112,7 @@ class PGD(Attack):
         check_eps(self.eps, self.norm)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
-        if self.random_start < 0: raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
+        if not 0 <= self.random_start < float('inf'): raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
         if self.steps < 0: raise ValueError(f"`steps` must be >= 0, got {self.steps}")
         if self.restarts < 1: raise ValueError(f"`restarts` must be >= 1, got {self.restarts}")
         if self.restarts > 1 and not self.random_start: raise ValueError("`restarts` without `random_start` would repeat one attempt")

@@ -6,7 +6,7 @@
 __all__ = ['robust_flags', 'seeded', 'robust_accuracy', 'wilson', 'Robustness', 'make_attack', 'pixel_data', 'measure_robustness']
 
 # %% ../nbs/09_evaluation.ipynb #f816809e
-import json, math, re, time
+import json, math, random, re, time
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import version
@@ -137,7 +137,10 @@ def pixel_data(
     if dl is None: dl = dls[2] if len(dls.loaders) > 2 else dls.valid
     xs,ys,seen,pm = [],[],0,PixelModel(torch.nn.Identity(), *pixel_stats(dls))
     if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
-    if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False) # not a loader of PyTorch's own
+    if hasattr(dl, 'new'): # not a loader of PyTorch's own
+        state = random.getstate()
+        dl = dl.new(shuffle=False, drop_last=False)
+        random.setstate(state) # from which fastai seeds every loader
     for x,y in dl:
         xs.append(to_pixels(pm, x.cpu()).float()); ys.append(y.as_subclass(torch.Tensor).cpu()) # a GPU holds one batch, not the whole split
         seen += len(y)

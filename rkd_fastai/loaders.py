@@ -10,12 +10,13 @@ import random, zipfile
 from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import DataLoaders, GetAttr, L, PILBase, Pipeline, TensorCategory, TensorImageBase, TfmdDL, image2tensor
-from .data import ResidentDL
+from .data import ResidentDL, check_xy
+from .pixel import check_single_label
 
 # %% ../nbs/06_loaders.ipynb #c6e7922e
 def _with_train(dls, train):
-    "`dls` with another training loader"
-    return type(dls)(train, *dls.loaders[1:], path=dls.path)
+    "`dls` with another training loader; the others are new, too, so that a `Normalize` added here is not added there"
+    return type(dls)(train, *[dl.new() for dl in dls.loaders[1:]], path=dls.path)
 
 class _Part(GetAttr):
     "Some items of a data set"
@@ -30,6 +31,7 @@ def with_subset(
     seed:int=42, # of the choice
 )->DataLoaders:
     "`dls` with `n` of their training images, drawn at random"
+    if isinstance(dls.train, _Mixed): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = len(dls.train_ds),dls.train.bs
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
@@ -41,6 +43,8 @@ def with_bs(
 )->DataLoaders:
     "`dls` with batches of another size"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    if bs > len(dls.train_ds) and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {len(dls.train_ds)} training images")
+    if isinstance(dls.train, _Mixed): _check_share(dls.train.frac, bs)
     return type(dls)(*[dl.new(bs=bs) for dl in dls.loaders], path=dls.path)
 
 def with_batch_tfms(
@@ -48,7 +52,7 @@ def with_batch_tfms(
     *tfms, # transforms of a batch, put in the place their `order` says
 )->DataLoaders:
     "`dls` with further transforms of the training batches"
-    return _with_train(dls, dls.train.new(after_batch=Pipeline([*tfms, *dls.train.after_batch.fs])))
+    return _with_train(dls, dls.train.new(after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
 # %% ../nbs/06_loaders.ipynb #9720593a
 def _npz_arrays(path, **want):
@@ -63,9 +67,12 @@ def _npz_arrays(path, **want):
                 if len(shape) not in ndims or dtype.kind not in kinds or (kinds == 'u' and dtype != np.uint8):
                     raise ValueError(f"`{path}`: `{name}` is {dtype} {shape}: images must be uint8 `(n, h, w, c)` or `(n, h, w)`, labels integers `(n,)`")
                 size = z.getinfo(f'{name}.npy').file_size
-                if size != start + dtype.itemsize*np.prod(shape, dtype=object): raise ValueError(f"`{path}`: `{name}` says it is {dtype} {shape}, but holds {size} bytes: {again}")
-        with np.load(path, allow_pickle=False) as a: return [a[name] for name in want]
-    except (zipfile.BadZipFile, EOFError, OSError) as e: raise ValueError(f"`{path}` is truncated or no .npz file ({e}): {again}") from e
+                most = 1100*path.stat().st_size # what so many bytes can unpack to: the directory may lie as the header does
+                if size != start + dtype.itemsize*np.prod(shape, dtype=object) or size > most: raise ValueError(f"`{path}`: `{name}` says it is {dtype} {shape}, but holds {size} bytes: {again}")
+        with np.load(path, allow_pickle=False) as a: return [a[f'{name}.npy'] for name in want] # not `a[name]`, which may be another entry
+    except Exception as e:
+        if isinstance(e, ValueError) and str(path) in str(e): raise
+        raise ValueError(f"`{path}` is truncated or no .npz file ({type(e).__name__}: {e}): {again}") from e
 
 def _header(f):
     read = {(1,0): np.lib.format.read_array_header_1_0, (2,0): np.lib.format.read_array_header_2_0}
@@ -77,7 +84,9 @@ def read_synthetic(
     "Synthetic images as published, of which nothing is executed"
     x,y = _npz_arrays(Path(path), image=((3,4), 'u'), label=((1,), 'iu'))
     if len(x) != len(y) or not len(x): raise ValueError(f"`{path}` has {len(x)} images and {len(y)} labels: one label per image is needed")
-    return x[...,0] if x.ndim == 4 and x.shape[3] == 1 else x, y
+    return _squeezed(x), y
+
+def _squeezed(x): return x[...,0] if x.ndim == 4 and x.shape[3] == 1 else x
 
 # %% ../nbs/06_loaders.ipynb #09a0b7bb
 class _WithSynthetic(GetAttr):
@@ -119,11 +128,15 @@ class _Mixed:
 class MixedDL(_Mixed, TfmdDL): "A training loader with synthetic images in every batch"
 class ResidentMixedDL(_Mixed, ResidentDL): "A training loader with synthetic images in every batch, all of them on the device"
 
-def _check_synthetic(x, y, dls, bs, frac):
+def _check_share(frac, bs):
     if not 0 < frac < 1: raise ValueError(f"`frac` must lie between 0 and 1, got {frac}")
     if not 0 < round(frac*bs) < bs: raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
+
+def _check_synthetic(x, y, dls):
+    check_single_label(dls)
     if y.min() < 0 or y.max() >= len(dls.vocab): raise ValueError(f"`npz` has labels {y.min()} to {y.max()}, but `dls` have {len(dls.vocab)} classes: labels count from 0")
     img = dls.train_ds[0][0]
+    if isinstance(img, TensorImageBase) and img.dtype != torch.uint8: raise TypeError(f"`dls` hold images of {img.dtype}, to which uint8 ones cannot be added")
     if isinstance(img, TensorImageBase): want,got = tuple(img.shape),tuple(image2tensor(x[0]).shape)
     elif isinstance(img, PILBase): want,got = len(img.getbands()),1 if x.ndim == 3 else x.shape[3]
     else: raise TypeError(f"`dls` hold items of type {type(img).__name__}, not images: synthetic ones cannot be put among them")
@@ -136,8 +149,10 @@ def with_synthetic(
 )->DataLoaders:
     "`dls` with synthetic images in every training batch, and epochs as long as before (Rebuffi et al., 2021; Wang et al., 2023)"
     if type(dls.train) not in (TfmdDL, ResidentDL): raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
+    _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
-    _check_synthetic(x, y, dls, dls.train.bs, frac)
+    x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')
+    _check_synthetic(x, y, dls)
     train = dls.train.new(_WithSynthetic(dls.train_ds, x, y), ResidentMixedDL if isinstance(dls.train, ResidentDL) else MixedDL)
     train.frac = frac
     return _with_train(dls, train)

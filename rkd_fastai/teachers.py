@@ -235,6 +235,7 @@ def from_torchvision(cls:Teacher,
 )->Teacher:
     "A pretrained classifier of torchvision with its own normalisation and the names of its classes"
     weights = get_weight(weights) if isinstance(weights, str) else weights
+    if not weights.meta.get('categories'): raise ValueError(f"`weights` {weights} know no classes: take those of a classifier")
     tfms = weights.transforms()
     teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=tfms.mean, std=tfms.std)
     teacher.vocab = list(weights.meta['categories'])
@@ -244,6 +245,9 @@ def from_torchvision(cls:Teacher,
 def check_teacher(teacher, dls):
     "Raise `ValueError` unless `teacher` runs on the images of `dls` and knows their classes"
     images,n_out = sample_images(dls).to(model_device(teacher)), get_c(dls)
+    channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel) and m.mean is not None} - {1, images.shape[1]}
+    if channels: # a grey image minus three means would be a colour image
+        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it normalises {channels.pop()} channels")
     try: probs = teacher.probs(images)
     except RuntimeError as e:
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e

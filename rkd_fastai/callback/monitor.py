@@ -55,15 +55,20 @@ class RobustAccuracy(Metric):
 # %% ../../nbs/13_callback.monitor.ipynb #2fbc5f15
 class EachEpoch(Callback):
     "Base of the callbacks that do something, `each_epoch`, after every epoch of training and its validation"
-    order = 51 # after the Recorder
+    order,trained = 51,False # after the Recorder
     def before_epoch(self): self.trained = False
     def before_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
     def after_epoch(self):
         if self.trained: self.each_epoch()
 
+    def logged(self):
+        "This epoch's values by name, none where it was cut short: fastai then logs fewer of them, under each other's names"
+        names,values = self.recorder.metric_names[1:],self.recorder.values[-1]
+        return dict(zip(names, values)) if len(values) == len(names) - self.recorder.add_time else {}
+
     def metric(self, name):
         "The value of the metric called `name` after this epoch, or None where it is not measured"
-        return dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1])).get(name)
+        return self.logged().get(name)
 
 # %% ../../nbs/13_callback.monitor.ipynb #457b9595
 class KeepEpochs(EachEpoch):
@@ -87,16 +92,15 @@ class KeepEpochs(EachEpoch):
 
     def _card(self):
         net,dls = unwrap(self.model),self.dls
-        values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return self.card | dict(epoch=self.epoch+1, **values, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
+        return self.card | dict(epoch=self.epoch+1, **self.logged(), arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
             vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None else method.name, attack=repr(getattr(method, 'attack', None)),
             versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
 
 # %% ../../nbs/13_callback.monitor.ipynb #27aa4862
 class CatastrophicOverfitting(EachEpoch):
     "Watch the accuracy of fixed validation images under PGD, and warn, or go back and stop, where it collapses (Wong et al., 2020)"
-    order = EachEpoch.order + 1 # after `KeepEpochs`
+    order,_stateattrs = EachEpoch.order + 1,('kept','data') # after `KeepEpochs`; not exported
     def __init__(self,
         attack=None, # None means PGD-5 at the training attack's `eps` and `norm`
         n=128, # number of images, the first of the validation set
@@ -144,7 +148,8 @@ class CatastrophicOverfitting(EachEpoch):
 # %% ../../nbs/13_callback.monitor.ipynb #0eeb28a3
 class RobustOverfitting(EachEpoch):
     "Say after the fit how far the last epoch's robust accuracy lies below the best one's (Rice et al., 2020)"
-    order = EachEpoch.order + 1 # after `KeepEpochs`
+    order,_stateattrs,kept = EachEpoch.order + 1,('kept',),None # after `KeepEpochs`; not exported
+    remembers = _stateattrs # for `Resume`
     def __init__(self,
         by='robust_accuracy', # metric, the higher the better
         gap=.02, # what the last epoch may lie below the best before it is said
@@ -153,23 +158,25 @@ class RobustOverfitting(EachEpoch):
         check_fraction(gap=gap)
         self.by,self.gap,self.restore = by,gap,restore
         self.best = self.best_epoch = self.last = self.kept = None
-    remembers = ('kept',)
 
     def before_train(self):
         super().before_train()
         if self.trained and self.by not in self.recorder.metric_names:
             raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: measure it by `metrics=[accuracy, RobustAccuracy()]`")
-        if self.trained and self.epoch == 0: self.best = self.best_epoch = self.last = self.kept = None
+        if self.trained and (self.epoch == 0 or self.last is None): self.best = self.best_epoch = self.last = self.kept = None
 
     def each_epoch(self):
-        self.last = self.metric(self.by)
-        if self.best is not None and self.last <= self.best: return
+        now = self.metric(self.by)
+        if now is None: return # an epoch that was cut short
+        self.last = now
+        if self.best is not None and now <= self.best: return
         self.best,self.best_epoch = self.last,self.epoch+1
         if self.restore: self.kept = {k: v.clone() for k,v in unwrap(self.model).state_dict().items()}
 
     def after_fit(self):
-        kept,self.kept = self.kept,None
-        if not self.trained or self.best is None or self.best - self.last <= self.gap: return
+        if not self.trained or self.last is None: return # `validate` and `lr_find` end in an `after_fit`, too
+        last,kept,self.last,self.kept = self.last,self.kept,None,None
+        if self.best - last <= self.gap: return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
-        print(f"robust overfitting: {self.by} was {self.best:.1%} after {self.best_epoch} epochs and is {self.last:.1%} now"
+        print(f"robust overfitting: {self.by} was {self.best:.1%} after {self.best_epoch} epochs and is {last:.1%} now"
               + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))

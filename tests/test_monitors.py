@@ -1,0 +1,260 @@
+"What watches a fit: called once an epoch of training and at no other time, and what `RobustOverfitting` says and puts back."
+import copy
+
+import pytest, torch, torch.nn as nn
+from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, accuracy, load_learner
+
+from rkd_fastai.all import *
+from rkd_fastai.callback.monitor import EachEpoch, RobustOverfitting
+
+def weights(model): return {k: v.detach().clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+class Scripted(Metric):
+    "The values that a test wants an epoch to have"
+    name = 'robust_accuracy'
+    def __init__(self, values): self.values,self.epoch = list(values),-1
+    def reset(self): pass
+    def accumulate(self, learn): self.epoch = learn.epoch
+    @property
+    def value(self): return self.values[self.epoch]
+class Keep(EachEpoch):
+    "The weights that each epoch was validated with"
+    order = 50
+    def __init__(self): self.at = []
+    def each_epoch(self): self.at.append(weights(self.model))
+class Raises(Callback):
+    "Raises `error` at `event` of epoch `at`"
+    order, run_valid = 70, False
+    def __init__(self, event, error, at):
+        def raises():
+            if self.epoch == at: raise error('stopped')
+        setattr(self, event, raises)
+
+@pytest.fixture
+def scripted(make_learner, make_dls, tiny_net):
+    "Factory of Learners of which each epoch's robust accuracy is given"
+    def make(values, cbs=(), **kw):
+        cb, keep = RobustOverfitting(**kw), Keep()
+        return make_learner(make_dls(n=64), tiny_net(), metrics=[accuracy, Scripted(values)], cbs=[cb, keep, *cbs]), cb, keep
+    return make
+
+ANY = 'ignore:.*numpy.core is deprecated' # fastai's `learn.load`, which ends `lr_find`
+
+
+# --- `EachEpoch` ---
+
+class Count(EachEpoch):
+    def __init__(self): self.epochs, self.found = [], []
+    def each_epoch(self): self.epochs.append((self.epoch, len(self.recorder.values))); self.found.append((self.metric('accuracy'), self.metric('no such')))
+
+@pytest.mark.filterwarnings(ANY)
+def test_each_epoch(make_learner, make_dls):
+    "Once each, when the Recorder has its values; never in `validate`, `get_preds`, `predict` or `lr_find`"
+    learn = make_learner(make_dls(n=64), metrics=accuracy, cbs=Count())
+    def others():
+        learn.validate(); learn.get_preds(); learn.get_preds(ds_idx=0); learn.predict(learn.dls.valid_ds[0][0]); learn.lr_find(show_plot=False, num_it=7) # more than one epoch
+    others(); assert learn.count.epochs == []
+    learn.fit(3); assert learn.count.epochs == [(0, 1), (1, 2), (2, 3)]
+    assert learn.count.found == [(v[2], None) for v in learn.recorder.values]
+    others(); assert len(learn.count.epochs) == 3
+    learn.fit(1); assert len(learn.count.epochs) == 4
+    learn.fit(3, start_epoch=2); assert [e for e,_ in learn.count.epochs[4:]] == [2]
+    learn.fine_tune(1); assert len(learn.count.epochs) == 7
+
+def test_each_epoch_that_is_cut_short(make_learner, make_dls):
+    for error,event,want in ((CancelEpochException, 'after_batch', [0, 1, 2]), (CancelTrainException, 'after_batch', [0, 1, 2]), (CancelFitException, 'after_batch', [0]),
+                             (KeyboardInterrupt, 'after_batch', [0]), (CancelEpochException, 'before_epoch', [0, 2]), (CancelFitException, 'after_epoch', [0, 1])):
+        learn = make_learner(make_dls(n=64), cbs=[Count(), Raises(event, error, 1)])
+        try: learn.fit(3)
+        except KeyboardInterrupt: pass
+        assert [e for e,_ in learn.count.epochs] == want
+
+
+# --- what `RobustOverfitting` says ---
+
+@pytest.mark.parametrize('values,said', [([.3, .5, .4], ('50.0% after 2 epochs', '40.0% now')), ([.5, .4, .45], ('50.0% after 1 epochs', '45.0% now')), ([.5, .5, .3], ('after 1 epochs', '30.0%')),
+                                         ([.3, .4, .5], None), ([.5, .4, .49], None), ([.5, .5, .5], None), ([.1], None), ([0., 0., 0.], None)])
+@pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
+def test_says_how_far_it_fell(values, said, restore, scripted, capsys):
+    learn, cb, keep = scripted(values, restore=restore)
+    learn.fit(len(values), .01)
+    out = capsys.readouterr().out
+    if said is None: assert out == ''
+    else:
+        assert out.count('robust overfitting') == 1 and all(s in out for s in said)
+        assert ('back to those weights' in out) == restore and (f'at_epoch(folder, {values.index(max(values))+1}' in out) == (not restore)
+    assert cb.best == max(values) and cb.best_epoch == values.index(max(values)) + 1
+    at = values.index(max(values)) if said and restore else -1
+    assert same(weights(learn.model), keep.at[at]) and (len(values) == 1 or not same(keep.at[0], keep.at[-1]))
+
+@pytest.mark.parametrize('gap,says', [(0., True), (.05, True), (.15, False), (1., False)])
+def test_gap(gap, says, scripted, capsys):
+    learn, _, _ = scripted([.5, .4], gap=gap); learn.fit(2)
+    assert ('robust overfitting' in capsys.readouterr().out) == says
+    for bad in (-.1, 2, float('nan')):
+        with pytest.raises(ValueError, match='`gap`'): RobustOverfitting(gap=bad)
+
+def test_restores_batchnorm_too(scripted):
+    "The running statistics and the step counter are those of the best epoch; the optimiser goes on from there"
+    learn, _, keep = scripted([.5, .2, .1], restore=True)
+    learn.fit(3, .05)
+    bn = learn.model[1]
+    assert bn.num_batches_tracked == keep.at[0]['1.num_batches_tracked'] == 2 and torch.equal(bn.running_var, keep.at[0]['1.running_var'])
+    assert not torch.equal(bn.running_var, keep.at[1]['1.running_var']) and same(weights(learn.model), keep.at[0])
+    ids = {id(p) for g in learn.opt.param_lists for p in g}
+    assert {id(p) for p in learn.model.parameters()} == ids
+
+def test_kept_weights_are_a_copy(scripted):
+    "Which does not follow the model, and goes with the fit: an exported Learner is no larger"
+    for values in ([.5, .2], [.2, .5]):
+        learn, cb, keep = scripted(values, restore=True)
+        learn.fit(2, .05)
+        assert cb.kept is None
+
+@pytest.mark.filterwarnings(ANY)
+@pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
+def test_said_once(restore, scripted, capsys):
+    "What is no fit says nothing, and puts nothing back"
+    learn, _, keep = scripted([.5, .4], restore=restore)
+    learn.validate(); learn.get_preds(); learn.lr_find(show_plot=False, num_it=5)
+    assert 'robust' not in capsys.readouterr().out
+    learn.fit(2, .01)
+    assert capsys.readouterr().out.count('robust overfitting') == 1
+    with torch.no_grad(): learn.model[5].weight.add_(1)
+    before = weights(learn.model)
+    learn.validate(); learn.get_preds(); learn.predict(learn.dls.valid_ds[0][0]); learn.lr_find(show_plot=False, num_it=5); learn.fit(0)
+    with pytest.raises(RuntimeError): learn.fit(1, cbs=Raises('before_epoch', RuntimeError, 0))
+    learn.fit(1, cbs=Raises('before_epoch', CancelFitException, 0))
+    assert 'robust' not in capsys.readouterr().out and same(weights(learn.model), before)
+
+@pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
+def test_second_fit_starts_afresh(restore, scripted, capsys):
+    learn, cb, keep = scripted([.5, .4], restore=restore)
+    learn.fit(2, .01); capsys.readouterr()
+    learn.metrics[1].values = [.2, .3]
+    learn.fit(2, .01)
+    assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.3, 2) and same(weights(learn.model), keep.at[3])
+    learn.metrics[1].values = [.3, .1]
+    learn.fit(2, .01)
+    assert 'was 30.0% after 1 epochs and is 10.0% now' in capsys.readouterr().out and same(weights(learn.model), keep.at[4 if restore else 5])
+
+def test_continued_fit(scripted, capsys):
+    "`start_epoch` after a fit that has ended: that one has been told, and its weights are gone"
+    learn, cb, keep = scripted([.5, .4, .3, .2], restore=True)
+    learn.fit(2, .01); learn.fit(4, .01, start_epoch=2)
+    assert 'was 30.0% after 3 epochs and is 20.0% now: back' in capsys.readouterr().out and same(weights(learn.model), keep.at[2])
+
+@pytest.mark.parametrize('at', [0, 1, 2])
+@pytest.mark.parametrize('event', ['after_batch', 'before_validate', 'after_pred'])
+@pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
+def test_interrupted_fit(restore, event, at, scripted, capsys):
+    "Nothing is put back that nobody waits for, neither then nor by what comes next; a new fit starts afresh"
+    learn, cb, keep = scripted([.5, .4, .3], restore=restore)
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, .01, cbs=Raises(event, KeyboardInterrupt, at))
+    before = weights(learn.model)
+    learn.validate(); learn.get_preds()
+    assert capsys.readouterr().out == '' and same(weights(learn.model), before)
+    learn.metrics[1].values = [.1, .2]
+    learn.fit(2, .01)
+    assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.2, 2)
+
+@pytest.mark.parametrize('error,event', [(e, w) for e,ws in {CancelEpochException: ('before_train', 'after_batch', 'after_train', 'before_validate'), CancelTrainException: ('before_train', 'after_batch'),
+    CancelValidException: ('before_validate',), CancelFitException: ('before_train', 'after_batch', 'after_train', 'before_validate', 'after_epoch')}.items() for w in ws])
+@pytest.mark.parametrize('at', [0, 1, 2])
+def test_fastais_own_ways_to_stop(error, event, at, scripted, capsys):
+    "An epoch that was not validated is none; of the others the last one counts"
+    values = [.5, .4, .3]
+    learn, cb, keep = scripted(values, restore=True)
+    learn.fit(3, .01, cbs=Raises(event, error, at))
+    measured = [v for i,v in enumerate(values) if i != at or event == 'after_epoch']
+    if error is CancelFitException: measured = values[:at + (event == 'after_epoch')]
+    out = capsys.readouterr().out
+    if len(measured) > 1: assert f'was {measured[0]:.1%}' in out and f'is {measured[-1]:.1%} now' in out
+    else: assert out == ''
+
+@pytest.mark.parametrize('error', [CancelEpochException, CancelTrainException, CancelFitException])
+def test_values_of_an_epoch_that_is_cut_short(error, make_learner, make_dls):
+    "Without the training loss fastai logs each value under the name before; a card with that would mislead `at_epoch`"
+    learn = make_learner(make_dls(n=64), metrics=[accuracy, RobustAccuracy(PGD(0., steps=0, random_start=False))], cbs=[Count(), KeepEpochs()])
+    learn.fit(2, cbs=Raises('after_batch', error, 1))
+    cards = [read_card(learn.path/learn.model_dir/f'epoch_{i}.json') for i in range(1, 3 - (error is CancelFitException))]
+    assert learn.count.found[0][0] is not None and all(f == (None, None) for f in learn.count.found[1:])
+    assert 'valid_loss' in cards[0] and not any(k in c for c in cards[1:] for k in ('train_loss', 'valid_loss', 'accuracy', 'robust_accuracy'))
+
+def test_needs_the_metric(make_learner, make_dls, scripted):
+    with pytest.raises(ValueError, match="'robust_accuracy', which is not among the metrics"): make_learner(make_dls(), metrics=accuracy, cbs=RobustOverfitting()).fit(1)
+    learn = make_learner(make_dls(), metrics=accuracy, cbs=RobustOverfitting('accuracy', restore=True)); learn.fit(2)
+    assert learn.robust_overfitting.best == max(v[2] for v in learn.recorder.values)
+    learn = make_learner(make_dls(), cbs=RobustOverfitting()); learn.validate(); learn.get_preds() # which need none
+    learn = make_learner(make_dls(), metrics=RobustAccuracy(PGD(.1, steps=1)), cbs=[RobustOverfitting(), AdversarialTraining(PGD(.1, steps=1))]); learn.fit(2)
+    assert learn.robust_overfitting.best == max(v[2] for v in learn.recorder.values)
+
+@pytest.mark.parametrize('averaging_last', [False, True])
+def test_restores_averaged_weights(averaging_last, scripted, make_dls):
+    "With `WeightAveraging` the best epoch's weights are the average that was validated, whichever callback came first"
+    learn, cb, keep = scripted([.5, .3, .2], restore=True)
+    ema = WeightAveraging(.9)
+    if averaging_last: learn.add_cb(ema)
+    else: learn.cbs.insert(0, ema); ema.learn = learn
+    raw = []
+    class LastStep(Callback):
+        order, run_valid = 60, False
+        def after_step(self): raw.append(weights(self.model))
+    learn.add_cb(LastStep())
+    learn.fit(3, .05)
+    assert same(weights(learn.model), keep.at[0]) and not same(keep.at[0], raw[1]) and not same(keep.at[0], keep.at[1])
+    # another fit goes on from them
+    learn.metrics[1].values = [.1, .2]
+    learn.fit(2, .05)
+    assert same(weights(learn.model), keep.at[4])
+
+def test_restored_weights_are_as_accurate_as_said(make_learner, make_dls, robust_net, plain_net):
+    "Real networks: after the fit the Learner is as robust as in its best epoch"
+    class Script(Callback):
+        order, run_valid = 60, False
+        def after_train(self): self.model.load_state_dict([plain_net, robust_net, plain_net][self.epoch].state_dict())
+    metric = RobustAccuracy(PGD(.1, steps=3))
+    learn = make_learner(make_dls(n=32, n_valid=100), copy.deepcopy(plain_net), metrics=metric, cbs=[RobustOverfitting(restore=True), Script()])
+    learn.fit(3, 0.)
+    values = [v[2] for v in learn.recorder.values]
+    assert values[1] > values[2] + .05 and learn.validate()[1] == values[1] and same(weights(learn.model), weights(robust_net))
+
+@pytest.mark.filterwarnings('ignore:.*load_learner')
+@pytest.mark.parametrize('interrupted', [False, True])
+def test_export(interrupted, make_learner, make_dls, tmp_path):
+    "No weights but the model's, after an interrupted fit neither"
+    big = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 1000), nn.Linear(1000, 10)) # 300 kB
+    def export(name, cbs):
+        learn = make_learner(make_dls(), big(), metrics=accuracy, cbs=cbs)
+        try: learn.fit(2, .01, cbs=Raises('after_batch', KeyboardInterrupt, 1) if interrupted else None)
+        except KeyboardInterrupt: pass
+        learn.export(name)
+        return (tmp_path/name).stat().st_size
+    size = export('plain.pkl', None)
+    for i,cb in enumerate((RobustOverfitting('accuracy', restore=True), CatastrophicOverfitting(PGD(.1, steps=1), stop=True))):
+        assert abs(export(f'{i}.pkl', cb) - size) < 10_000
+        again = load_learner(tmp_path/f'{i}.pkl')
+        again.dls = make_dls()
+        with again.no_bar(), again.no_logging(): again.fit(1); again.validate()
+
+def test_watching_changes_nothing(make_learner, make_dls, tiny_net):
+    "Weights and random numbers are as without"
+    def train(cbs):
+        torch.manual_seed(5)
+        learn = make_learner(make_dls(shuffle=False), tiny_net(dropout=.2), metrics=RobustAccuracy(PGD(.1, steps=1)), cbs=[AdversarialTraining(FFGSM(.1)), *cbs])
+        learn.fit(2, .01)
+        return weights(learn.model), torch.get_rng_state()
+    a, b = train([]), train([RobustOverfitting()])
+    assert same(a[0], b[0]) and torch.equal(a[1], b[1])
+
+@pytest.mark.parametrize('cb', [RobustAccuracy, CatastrophicOverfitting])
+def test_monitors_leave_pythons_random_numbers(cb, make_learner, make_dls):
+    "From which fastai seeds the loaders made next"
+    import random
+    def train(watched):
+        kw = dict(cbs=CatastrophicOverfitting(PGD(.1, steps=1))) if watched and cb is CatastrophicOverfitting else dict(metrics=RobustAccuracy(PGD(.1, steps=1))) if watched else {}
+        learn = make_learner(make_dls(n=64), **kw)
+        random.seed(3); learn.fit(1)
+        return random.random()
+    assert train(True) == train(False)
