@@ -87,7 +87,7 @@ def student_recipe(args):
     recipe = all_recipes[args.recipe]
     if args.method and args.method != recipe.method:
         knows = signature(method_class(args.method)).parameters
-        recipe = recipe.but(method=args.method, settings={k: v for k,v in recipe.settings.items() if k in knows}, **({} if args.method != 'ckd' else dict(attack=None)))
+        recipe = recipe.but(method=args.method, mean_over_classes=False, settings={k: v for k,v in recipe.settings.items() if k in knows}, **({} if args.method != 'ckd' else dict(attack=None)))
     return with_args(recipe, args)
 
 # %% ../nbs/18_cli.ipynb #a12fbabe
@@ -120,12 +120,13 @@ def _new_folder(out, resume):
     if (out/'model.pth').exists(): raise ValueError(f"`--out` {out} holds a finished run already: name another folder")
     if (out/'resume.pth').exists() and not resume: raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to go on with it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
+    for half in out.glob('.*.tmp'): half.unlink() # being written when the run was killed
     return out
 
 def _loaders(args, recipe):
     "The data that `args` name, in batches as the recipe's where at least eight of them fill an epoch"
-    dls = make_dls(args.data, args.data_path, size=args.size)
-    if args.n is not None: dls = with_subset(with_bs(dls, 1), args.n, args.seed)
+    dls = make_dls(args.data, args.data_path, bs=1, size=args.size)
+    if args.n is not None: dls = with_subset(dls, args.n, args.seed)
     n = len(dls.train_ds)
     dls = with_bs(dls, args.bs if args.bs is not None else recipe.bs if 8*recipe.bs <= n else min(125, n))
     if not len(dls.train): raise ValueError(f"`--bs` {args.bs} is more than the {n} training images")
@@ -134,19 +135,22 @@ def _loaders(args, recipe):
 def _describe(args, recipe, dls):
     "A run's card: what it was told, and what that came to"
     return {k: v for k,v in vars(args).items() if k not in ('run','out','resume')} | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
-        bs=dls.train.bs, lr=args.lr or recipe.lr_for(dls), epochs=recipe.epochs if args.epochs is None else args.epochs, eps=args.eps or _eps, source=recipe.source, attack=repr(recipe.attack))
+        bs=dls.train.bs, lr=recipe.lr_for(dls) if args.lr is None else args.lr, epochs=recipe.epochs if args.epochs is None else args.epochs, eps=_eps if args.eps is None else args.eps,
+        frac=recipe.synthetic if args.synthetic else None, source=recipe.source, method=recipe.method, **recipe.settings, attack=repr(recipe.attack))
 
 _eps = 8/255 # of the accuracy under attack that is watched
 
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     "Train one network by `recipe` as `args` say and save it"
     if args.epochs is not None and args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
+    if args.frac is not None:
+        if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
+        recipe = recipe.but(synthetic=args.frac)
     out = _new_folder(args.out, args.resume)
     set_seed(args.seed, reproducible=True)
     dls = _loaders(args, recipe)
     for card in teacher_cards: _check_vocab(card, dls, '`--teacher`')
     card = _describe(args, recipe, dls)
-    if args.frac is not None: recipe = recipe.but(synthetic=args.frac)
     cbs = [history := CSVLogger(), KeepEpochs(args.keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}), RobustOverfitting(), Resume(out/'resume.pth'), *cbs]
     net = make_net(args.arch, args.width, card['n_in'], card['n_out'])
     learn = recipe.learner(dls, net, synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, cbs=cbs, path=out, model_dir='.',

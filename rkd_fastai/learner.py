@@ -23,7 +23,7 @@ from .callback.adversarial import AdversarialTraining, RobustCallback
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
 
 # %% ../nbs/14_learner.ipynb #9e11baf0
-_methods = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
+distil_methods = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
 
 def _turn(learn, cb):
     "Replace the Learner's training method by `cb`, which is checked before anything is changed"
@@ -35,8 +35,8 @@ def method_class(
     method, # 'akd', 'rslad', 'ard' or 'ckd'
 ):
     "The callback class that distils by `method`"
-    if method not in _methods: raise ValueError(f"unknown `method` {method!r}: use one of {list(_methods)}")
-    return _methods[method]
+    if method not in distil_methods: raise ValueError(f"unknown `method` {method!r}: use one of {list(distil_methods)}")
+    return distil_methods[method]
 
 @patch
 def to_rkd(self:Learner,
@@ -130,12 +130,17 @@ class ExpDecay:
         if not 0 < self.decay <= 1: raise ValueError(f"`decay` must lie in (0, 1], got {self.decay}")
     def __call__(self, pct, n_epoch): return self.decay**int(pct*n_epoch + 1e-6) # `pct` of an epoch's start may be rounded down
 
+def _check_pct(**kwargs):
+    for k,v in kwargs.items():
+        if not 0 < v < 1: raise ValueError(f"`{k}` is a part of the training between 0 and 1, got {v}")
+
 @dataclass(frozen=True)
 class OneCycle:
     "From `1/div` up to 1 at `pct_start`, and down to `1/div_final`, by cosines"
     pct_start:float=.3
     div:float=25.
     div_final:float=2.5e5
+    def __post_init__(self): _check_pct(pct_start=self.pct_start)
     def __call__(self, pct, n_epoch): return combined_cos(self.pct_start, 1/self.div, 1., 1/self.div_final)(pct)
 
 @dataclass(frozen=True)
@@ -150,12 +155,14 @@ class Steps:
 class WarmupCosine:
     "In a straight line from 0 to 1 at `pct_start`, and down to 0 by a cosine"
     pct_start:float=.025
+    def __post_init__(self): _check_pct(pct_start=self.pct_start)
     def __call__(self, pct, n_epoch): return combine_scheds([self.pct_start, 1-self.pct_start], [SchedLin(0., 1.), SchedCos(1., 0.)])(pct)
 
 @dataclass(frozen=True)
 class Triangle:
     "In straight lines from 0 to 1 at `pct_peak`, and back"
     pct_peak:float=.5
+    def __post_init__(self): _check_pct(pct_peak=self.pct_peak)
     def __call__(self, pct, n_epoch): return min(pct/self.pct_peak, (1-pct)/(1-self.pct_peak))
 
 # %% ../nbs/14_learner.ipynb #ccfd3ea4

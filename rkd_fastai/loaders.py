@@ -49,7 +49,7 @@ def with_bs(
 
 def with_batch_tfms(
     dls, # DataLoaders
-    *tfms, # transforms of a batch, put in the place their `order` says
+    *tfms, # transforms of a batch, put in the place their `order` says, behind those of the same
 )->DataLoaders:
     "`dls` with further transforms of the training batches"
     return _with_train(dls, dls.train.new(after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))

@@ -21,7 +21,7 @@ from .attacks import FFGSM, PGD
 from .callback.adversarial import TRADES, AdversarialTraining, RobustCallback
 from .callback.averaging import WeightAveraging
 from .data import Cutout
-from .learner import ExpDecay, OneCycle, Steps, Triangle, WarmupCosine, batchnorm_splitter, method_class, sgd
+from .learner import ExpDecay, OneCycle, Steps, Triangle, WarmupCosine, batchnorm_splitter, distil_methods, sgd
 from .loaders import with_batch_tfms, with_synthetic
 from .models import resnet18, wide_resnet
 from .pixel import sample_images
@@ -78,15 +78,24 @@ def _shown(v):
 # %% ../nbs/15_recipes.ipynb #516693ef
 _own_methods = dict(st=RobustCallback, at=AdversarialTraining, trades=TRADES) # 'st': the Learner's own images and loss
 
+def _check(recipe, teacher):
+    known = [*_own_methods, *distil_methods]
+    if recipe.method not in known: raise ValueError(f"unknown `method` {recipe.method!r}: use one of {known}")
+    attacks = recipe.method not in ('st','ckd')
+    if attacks == (recipe.attack is None): raise ValueError(f"`attack`: {recipe.method!r} " + ("needs one, e.g. `PGD()`" if attacks else "takes none, set it to None"))
+    if recipe.needs_teacher and teacher is None: raise ValueError(f"`teacher`: {recipe.method!r} distils, and needs one, e.g. `Teacher.at_epoch(folder, 20, net)`")
+    if not recipe.needs_teacher and teacher is not None:
+        raise ValueError(f"`teacher`: {recipe.method!r} takes none; recipes that do are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
+
 def _callback(recipe, teacher, **kwargs):
     "The training callback of a recipe"
     if recipe.attack is not None: kwargs['attack'] = recipe.attack
-    if recipe.needs_teacher: return method_class(recipe.method)(teacher, **recipe.settings, **kwargs)
+    if recipe.needs_teacher: return distil_methods[recipe.method](teacher, **recipe.settings, **kwargs)
     return _own_methods[recipe.method](**recipe.settings, **kwargs)
 
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
-        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set a part of the batch by `recipe.but(synthetic=.7)`")
+        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the batch by `recipe.but(synthetic=.7)`, `--frac .7`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 
@@ -104,8 +113,8 @@ def learner(self:Recipe,
     **kwargs, # of `Learner`, e.g. `metrics`, `path`
 )->Learner:
     "A Learner that trains by this recipe, once `recipe.fit(learn)` is called"
-    if self.needs_teacher and teacher is None: raise ValueError(f"`teacher`: {self.method!r} distils, and needs one, e.g. `Teacher.at_epoch(folder, 20, net)`")
-    if not self.needs_teacher and teacher is not None: raise ValueError(f"`teacher`: {self.method!r} takes none; recipes that do are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
+    _check(self, teacher)
+    if not self.bn_wd and 'splitter' in kwargs: raise ValueError("`splitter`: this recipe's own takes BatchNorm out of the weight decay: leave yours out, or use `recipe.but(bn_wd=True)`")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
     dls = _loaders(self, dls, synthetic)
@@ -121,11 +130,11 @@ def learner(self:Recipe,
 def fit(self:Recipe,
     learn, # from `learner`
     n_epoch=None, # epochs; None means the recipe's
-    lr_max=None, # learning rate where the schedule is 1; None means the recipe's
+    lr_max=None, # learning rate where the schedule is 1, as the optimiser sees it; None means `lr_for(learn.dls)`
     **kwargs, # of `fit_sched`, e.g. `cbs`
 )->Learner:
     "Train `learn` by this recipe's schedule"
-    return learn.fit_sched(n_epoch or self.epochs, self.lr_for(learn.dls) if lr_max is None else lr_max, self.schedule, **kwargs)
+    return learn.fit_sched(self.epochs if n_epoch is None else n_epoch, self.lr_for(learn.dls) if lr_max is None else lr_max, self.schedule, **kwargs)
 
 @patch
 def lr_for(self:Recipe,
@@ -147,21 +156,23 @@ rebuffi_at_plus = Recipe('Rebuffi et al., Fixing Data Augmentation to Improve Ad
     epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025), arch=_wrn, bn_wd=False, ema=.995, synthetic=.7, cutout=18,
     note='the average ramps up from the first step, where the authors start it after the warm-up; `but(cutout=0, cutmix=True)` is their other augmentation')
 wang_at_plus = rebuffi_at_plus.but(source='Wang et al., Better Diffusion Models Further Improve Adversarial Training (2023), training settings; the paper, Section 4 (AT+, EDM data)',
-    bs=512, lr=.2, lr_bs=512, cutout=0, label_smoothing=.1,
+    bs=512, lr=.2, lr_bs=512, cutout=0,
     note="the cross-entropy of adversarial examples, as the paper's AT+; the authors' command trains by TRADES, which is `wang_trades`")
 wang_trades = wang_at_plus.but(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)', method='trades',
-    attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), note='attacks in eval mode, the script with the statistics of the batch')
+    attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), label_smoothing=.1,
+    note="attacks in eval mode, the script with the statistics of the batch; BatchNorm sees x' before x")
 
 # %% ../nbs/15_recipes.ipynb #b5b94b83
+_start = 'the random start is clipped to [0, 1] before the first step, in the script after it'
 rslad_official = Recipe('Zi et al., Revisiting Adversarial Robustness Distillation (2021), resnet18_rslad_cifar10.py', 'rslad',
     PGD(steps=10, step_size=2/255, random_start=.001, objective='kl'), epochs=300, bs=128, lr=.1, schedule=Steps((215,260,285), 300),
-    wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=5/6), mean_over_classes=True)
+    wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=5/6), mean_over_classes=True, note=_start)
 ard_official = Recipe('Goldblum et al., Adversarially Robust Distillation (2020), main.py', 'ard', PGD(steps=10, step_size=2/255), epochs=200, bs=128, lr=.1,
     schedule=Steps((100,), 200), wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=1., T=30.), mean_over_classes=True,
     note='attacks a student in eval mode, the script one in train mode. Its second step, at epoch 150, sets the rate of the first once more. The default student there is a MobileNetV2')
 trades_official = Recipe('Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy (2019), train_trades_cifar10.py', 'trades',
     PGD(.031, steps=10, step_size=.007, random_start=.001, objective='kl'), epochs=76, bs=128, lr=.1, schedule=Steps((74,), 76),
-    arch=partial(wide_resnet, 34, 10, act=nn.ReLU), wd=2e-4, nesterov=False, settings=dict(beta=6.))
+    arch=partial(wide_resnet, 34, 10, act=nn.ReLU), wd=2e-4, nesterov=False, settings=dict(beta=6.), note=_start)
 fast_at = Recipe('Wong et al., Fast is better than free (2020), CIFAR10/train_fgsm.py', 'at', FFGSM(8/255), epochs=15, bs=128, lr=.2, schedule=Triangle(.5), nesterov=False,
     note='attacks in eval mode, the script in train mode and half precision. The network there is a PreActResNet-18')
 

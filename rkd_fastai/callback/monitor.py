@@ -94,7 +94,7 @@ class KeepEpochs(EachEpoch):
         net,dls = unwrap(self.model),self.dls
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
         return self.card | dict(epoch=self.epoch+1, **self.logged(), arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
-            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None else method.name, attack=repr(getattr(method, 'attack', None)),
+            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
             versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
 
 # %% ../../nbs/13_callback.monitor.ipynb #27aa4862
