@@ -5,7 +5,8 @@ import pytest, torch, torch.nn as nn
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, accuracy, load_learner
 
 from rkd_fastai.all import *
-from rkd_fastai.callback.monitor import EachEpoch, RobustOverfitting
+from rkd_fastai.callback.core import EachEpoch
+from rkd_fastai.callback.monitor import RobustOverfitting
 
 def weights(model): return {k: v.detach().clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
@@ -46,7 +47,7 @@ ANY = 'ignore:.*numpy.core is deprecated' # fastai's `learn.load`, which ends `l
 
 class Count(EachEpoch):
     def __init__(self): self.epochs, self.found = [], []
-    def each_epoch(self): self.epochs.append((self.epoch, len(self.recorder.values))); self.found.append((self.metric('accuracy'), self.metric('no such')))
+    def each_epoch(self): self.epochs.append((self.epoch, len(self.recorder.values))); self.found.append((self.logged().get('accuracy'), self.logged().get('no such')))
 
 @pytest.mark.filterwarnings(ANY)
 def test_each_epoch(make_learner, make_dls):
