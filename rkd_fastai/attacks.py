@@ -84,7 +84,12 @@ class _L2:
 
 _norms = dict(Linf=_Linf, L2=_L2)
 
-# %% ../nbs/03_attacks.ipynb #d1acfd7b
+# %% ../nbs/03_attacks.ipynb #60251feb
+def _margin(logits, label):
+    "How far the best wrong logit is above the right one: `(bs,)`"
+    right = F.one_hot(label, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
 def check_attack(attack):
     "`attack`, or a `TypeError` where it can only be the name or the class of one"
     if isinstance(attack, type) or not callable(attack): raise TypeError(f"`attack` must be an attack such as `PGD()`, got {attack!r}")
@@ -99,7 +104,7 @@ class PGD(Attack):
         norm:str='Linf', # 'Linf' or 'L2'
         random_start:bool|float=True, # start uniformly in the ball; a number: at `x` plus so many times N(0,1); False: at `x`
         restarts:int=1, # attempts, of which each image keeps its worst
-        objective:str='ce', # 'ce' against `targ`, or 'kl' from soft `targ`
+        objective:str='ce', # 'ce' against `targ`, 'kl' from soft `targ`, or 'cw', the margin of Carlini and Wagner, which no saturation hides
     ):
         self.eps,self.steps,self.norm,self.random_start = eps,steps,norm,random_start
         self.restarts,self.objective = restarts,objective
@@ -108,7 +113,7 @@ class PGD(Attack):
 
     def _check_settings(self):
         if self.norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {self.norm!r}")
-        if self.objective not in ('ce','kl'): raise ValueError(f"`objective` must be 'ce' or 'kl', got {self.objective!r}")
+        if self.objective not in ('ce','kl','cw'): raise ValueError(f"`objective` must be 'ce', 'kl' or 'cw', got {self.objective!r}")
         check_eps(self.eps, self.norm)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
@@ -122,6 +127,7 @@ class PGD(Attack):
         logits = check_logits(logits)
         if targ.is_floating_point(): targ = onehot(targ, logits.shape[1]).to(logits)
         if self.objective == 'ce': return F.cross_entropy(logits, targ, reduction='none')
+        if self.objective == 'cw': return _margin(logits, hard_labels(targ))
         return F.kl_div(logits.log_softmax(1), onehot(targ, logits.shape[1]).to(logits), reduction='none').sum(1)
 
     def perturb(self, model, x, targ):
@@ -171,9 +177,15 @@ class FFGSM(PGD):
         step_size:float|None=None, # length of the step; None means `1.25*eps`
     ): super().__init__(eps, steps=1, step_size=1.25*eps if step_size is None else step_size)
 
-# %% ../nbs/03_attacks.ipynb #8466365e
+# %% ../nbs/03_attacks.ipynb #e6c4e055
+_parts = ('apgd-ce','apgd-dlr','apgd-t','fab','fab-t','square')
+
 def _autoattack_parts(version, n_out):
-    "The published composition of `version`, as far as it is defined for `n_out` classes"
+    "The published composition of `version`, or the one part that it names, as far as it is defined for `n_out` classes"
+    if version in _parts:
+        least = {'apgd-dlr': 3, 'apgd-t': 4}.get(version, 2)
+        if n_out < least: raise ValueError(f"{version} is defined for {least} classes and more, but `model` has {n_out}")
+        return [version]
     parts = dict(standard=['apgd-ce','apgd-t','fab-t','square'], plus=['apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'],
                  rand=['apgd-ce','apgd-dlr'])[version]
     if n_out == 3: parts = ['apgd-dlr' if p == 'apgd-t' else p for p in parts]
@@ -187,19 +199,20 @@ class AutoAttack(Attack):
     def __init__(self,
         eps:float=8/255, # radius of the ball, in pixel space
         norm:str='Linf', # 'Linf' or 'L2'
-        version:str='standard', # 'standard', 'plus', or 'rand' for randomised models
+        version:str='standard', # 'standard', 'plus', 'rand' for randomised models, or one part: 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square'
         seed:int=0, # seed of each of its parts
         bs:int=250, # images at a time
     ):
         check_eps(eps, norm)
         if norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {norm!r}")
-        if version not in ('standard','plus','rand'): raise ValueError(f"`version` must be 'standard', 'plus' or 'rand', got {version!r}")
+        if version not in ('standard','plus','rand',*_parts): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_parts}, got {version!r}")
         if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
         self.eps,self.norm,self.version,self.seed,self.bs = eps,norm,version,seed,bs
 
     def _published(self, model, x, n_out):
         "The package's own attack object and the call that runs it"
-        kw = dict(norm=self.norm, eps=self.eps, seed=self.seed, version=self.version, device=x.device)
+        version = 'standard' if self.version in _parts else self.version
+        kw = dict(norm=self.norm, eps=self.eps, seed=self.seed, version=version, device=x.device)
         try:
             from pyautoattack import AutoAttack as Published
             aa,bs_name = Published(model, **kw), 'batch_size'

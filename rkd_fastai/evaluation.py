@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['robust_flags', 'seeded', 'robust_accuracy', 'wilson', 'Robustness', 'make_attack', 'pixel_data', 'measure_robustness']
 
-# %% ../nbs/09_evaluation.ipynb #f816809e
+# %% ../nbs/09_evaluation.ipynb #986ffec1
 import json, math, random, re, time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -111,9 +111,11 @@ def _version(package):
     try: return version(package)
     except ImportError: return None
 
-# %% ../nbs/09_evaluation.ipynb #13f0b2d9
+# %% ../nbs/09_evaluation.ipynb #8feefb5b
+_published = dict(autoattack='standard', apgd='apgd-ce', square='square') # by the names that tables use
+
 def make_attack(
-    name:str, # 'clean', 'fgsm', 'pgd20', 'pgd50x10' (steps × restarts), 'autoattack'
+    name:str, # 'clean', 'fgsm', 'pgd20', 'pgd50x10' (steps × restarts), 'cw', 'apgd', 'square', 'autoattack'
     eps=8/255, # radius in pixel space
     norm='Linf', # 'Linf' or 'L2'
     seed=0, # AutoAttack's seed
@@ -121,11 +123,12 @@ def make_attack(
 ):
     "The `Attack` that tables call `name`"
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
-    if name == 'autoattack': return AutoAttack(eps, norm, seed=seed, bs=bs)
+    if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs)
+    if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
     if name == 'fgsm': return FGSM(eps) if norm == 'Linf' else PGD(eps, steps=1, step_size=eps, norm=norm, random_start=False)
     m = re.fullmatch(r'pgd(\d+)(?:x(\d+))?', name)
     if m: return PGD(eps, steps=int(m[1]), norm=norm, restarts=int(m[2] or 1))
-    raise ValueError(f"unknown attack {name!r} in `attacks`: use 'clean', 'fgsm', 'pgd<steps>', 'pgd<steps>x<restarts>' or 'autoattack'")
+    raise ValueError(f"unknown attack {name!r} in `attacks`: use 'clean', 'fgsm', 'pgd<steps>', 'pgd<steps>x<restarts>', 'cw', 'apgd', 'square' or 'autoattack'")
 
 def pixel_data(
     learn, # any single-label vision Learner, or its DataLoaders

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import (SGD, AdaptiveAvgPool, BnFreeze, Callback, ClassificationInterpretation, CSVLogger, EarlyStoppingCallback,
-                               GradientAccumulation, GradientClip, PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback,
+                               GradientAccumulation, GradientClip, L, PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback,
                                ValueMetric, accuracy, params, set_seed)
 from fastprogress.fastprogress import ConsoleMasterBar
 
@@ -401,3 +401,20 @@ def test_training_draws_the_attacks_noise_only(method, make_learner, make_dls, t
     torch.set_rng_state(states[0])
     if not isinstance(cb, CKDCallback): x = noisy(start, x, y)
     assert torch.equal(seen.images[0], x) and torch.equal(torch.get_rng_state(), states[1])
+
+@pytest.mark.parametrize('cbs', [lambda net: AKDCallback(net, attack=still), lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
+    lambda net: [RSLADCallback(net, cache=True, attack=still), CatastrophicOverfitting(stop=True)]], ids=['akd','averaged','cached and watched'])
+def test_validate_in_the_middle_of_a_fit(cbs, make_learner, make_dls, tiny_net):
+    "What another callback measures between two batches is not the end of the fit to ours"
+    class Nosy(Callback):
+        order, run_valid = 200, False
+        def after_batch(self):
+            self.learn.validate()
+            self.learn.training = True; self.model.train()
+    ends = []
+    for nosy in ([], [Nosy()]):
+        torch.manual_seed(0)
+        learn = make_learner(make_dls(shuffle=False), tiny_net(), cbs=[*L(cbs(tiny_net(seed=7))), *nosy])
+        learn.fit(2, .01)
+        ends.append(weights(learn.model))
+    assert same(*ends)
