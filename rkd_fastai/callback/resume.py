@@ -5,113 +5,141 @@
 # %% auto #0
 __all__ = ['describe_training', 'Resume']
 
-# %% ../../nbs/15_callback.resume.ipynb #c4cb9cb4
-import random, re
+# %% ../../nbs/15_callback.resume.ipynb #01d9c4d8
+import random, re, tempfile
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 import numpy as np, torch
-from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from ..core import atomic_path, digest
+from ..evaluation import seeded
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain
+from .adversarial import label_settings
+from .core import FitCallback
 
-# %% ../../nbs/15_callback.resume.ipynb #f98833d2
+# %% ../../nbs/15_callback.resume.ipynb #59841436
 def _said(o):
     "A setting as something that can be written and compared"
     if isinstance(o, Teacher): return f'{o} with weights {digest([*o.parameters(), *o.buffers()])}'
+    if isinstance(o, torch.Tensor): return digest([o])
+    if isinstance(o, np.generic): return o.item()
     if isinstance(o, (list, tuple, L)): return [_said(v) for v in o]
     if isinstance(o, dict): return {str(k): _said(v) for k,v in o.items()}
-    if isinstance(o, (bool, int, float, str, type(None))): return o
+    if type(o) in _simple: return o
     if isinstance(o, partial): return [_said(o.func), _said(o.args), _said(o.keywords)]
     return getattr(o, '__qualname__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o)) # the address changes from process to process
 
-def _settings(cb):
-    "The arguments that made a callback, as far as it keeps them; a schedule as its values at some points"
-    if isinstance(cb, ParamScheduler): return {k: [float(np.max(f(pct))) for pct in (0., .1, .3, .5, .7, .9)] for k,f in cb.scheds.items()}
-    return {k: _said(getattr(cb, k)) for k in signature(type(cb)).parameters if k in vars(cb)}
+_simple = (bool, int, float, str, type(None)) # and no subclass, which `torch.load` would refuse
 
-def _items_digest(dl):
-    "Of the first and last item of a data set that can be indexed"
-    ds = getattr(dl, 'dataset', None)
-    try: return digest(torch.as_tensor(np.array(o)) for i in (0, len(ds)-1) for o in ds[i])
+def _settings(o):
+    "The arguments that made a callback or a transform, as far as it keeps them; a schedule as its values, four an epoch"
+    if isinstance(o, ParamScheduler): return {k: [np.ravel(f(i/(4*o.n_epoch))).tolist() for i in range(4*o.n_epoch)] for k,f in o.scheds.items()}
+    if isinstance(o, MixHandler): return dict(alpha=o.distrib.concentration0.item())
+    return {k: _said(vars(o)[k]) for k in signature(type(o)).parameters if k in vars(o)}
+
+def _by_name(cbs):
+    "Callbacks by name, a further one of the same name with a number"
+    names = [cb.name for cb in cbs]
+    return {f'{n} {names[:i].count(n)+1}' if n in names[:i] else n: cb for i,(n,cb) in enumerate(zip(names, cbs))}
+
+def _items_digest(dls):
+    "Of the first and last item of a training set that can be indexed; where items are random, they are the same here each time"
+    ds,state = getattr(dls.train, 'dataset', None),_random_states(dls)
+    try:
+        random.seed(0); np.random.seed(0)
+        last = {len(ds)-1, getattr(ds, 'n_items', len(ds))-1} # a data set may hold more than an epoch
+        with seeded(0): return digest(torch.as_tensor(np.array(o)) for i in (0, *sorted(last)) for o in ds[i])
     except (TypeError, NotImplementedError): return None # a stream
+    finally: _set_random_states(state)
+
+def _transforms(dl):
+    "What is done to an item and to a batch: a name and the settings of each"
+    return [[type(t).__name__, _settings(t)] for k in ('after_item','after_batch') for t in getattr(getattr(dl, k, None), 'fs', [])]
 
 def describe_training(learn):
     "What must be the same for a training to go on: a dict of what can be written and compared"
-    dls,scheduled = learn.dls,{k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds} | {'lr'}
+    dls,net,loss,scheduled = learn.dls,unwrap(learn.model),learn.loss_func,{k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
     return dict(n_epoch=learn.n_epoch, batches=len(dls.train), bs=getattr(dls.train, 'bs', None), vocab=[str(o) for o in getattr(dls, 'vocab', [])],
-        images=_items_digest(dls.train), transforms=[type(t).__name__ for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', [])],
-        network={k: list(v.shape) for k,v in unwrap(learn.model).state_dict().items()}, loss=_said(learn.loss_func), metrics=list(learn.recorder.metric_names),
+        images=_items_digest(dls), synthetic=getattr(dls.train, 'frac', None), transforms=_transforms(dls.train),
+        network={k: list(v.shape) for k,v in net.state_dict().items()}, frozen=[k for k,p in net.named_parameters() if not p.requires_grad],
+        loss=dict(zip(('function','smoothing','weights'), map(_said, (loss, *label_settings(loss))))), metrics=list(learn.recorder.metric_names),
         optimiser=[{k: _said(v) for k,v in h.items() if k not in scheduled} for h in learn.opt.hypers],
-        callbacks={cb.name: _settings(cb) for cb in learn.cbs if not isinstance(cb, only_show) and not getattr(cb, 'only_shows', False)})
+        callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, only_show) and not getattr(type(cb), 'only_shows', False)})
 
 def _difference(there, here, name=''):
     "The first difference of two such dicts, in words, or None"
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here): there,here = dict(enumerate(there)),dict(enumerate(here))
     if isinstance(there, dict) and isinstance(here, dict):
         for k in [*there, *(k for k in here if k not in there)]:
             d = _difference(there.get(k, 'nothing'), here.get(k, 'nothing'), f'{name}.{k}' if name else str(k))
             if d: return d
     elif there != here: return f'{name} is {there} there and {here} here'
 
-# %% ../../nbs/15_callback.resume.ipynb #5e7710e9
+# %% ../../nbs/15_callback.resume.ipynb #c3ce8d3b
 class _NotPlain(TypeError): pass
 
 def _plain(o, tensors=True):
     "`o` in what `torch.load` reads without executing anything, or `_NotPlain`"
     if isinstance(o, np.generic): return o.item()
-    if isinstance(o, (bool, int, float, str, type(None))): return o
+    if type(o) in _simple: return o
     if isinstance(o, torch.Tensor) and tensors: return o.detach().as_subclass(torch.Tensor).cpu().clone()
     if isinstance(o, np.ndarray) and tensors: return torch.from_numpy(o.copy())
     if isinstance(o, tuple): return tuple(_plain(v, tensors) for v in o)
-    if isinstance(o, (list, L)): return [_plain(v, tensors) for v in o]
+    if isinstance(o, (list, L)): return (L if isinstance(o, L) else list)(_plain(v, tensors) for v in o)
     if isinstance(o, dict): return {_plain(k, False): _plain(v, tensors) for k,v in o.items()}
     raise _NotPlain(type(o).__name__)
 
 def _on(o, device):
     "`o` with its tensors on `device`"
     if isinstance(o, torch.Tensor): return o.to(device)
-    if isinstance(o, (list, tuple)): return type(o)(_on(v, device) for v in o)
+    if isinstance(o, (list, tuple, L)): return type(o)(_on(v, device) for v in o)
     return {k: _on(v, device) for k,v in o.items()} if isinstance(o, dict) else o
 
-def _memory(cb):
-    "What a callback remembers"
-    if hasattr(cb, 'memory'): return cb.memory()
+def _memory(cb, tensors=False):
+    "What a callback remembers" # its class is asked, since fastai looks up what a callback lacks in the Learner and the network
+    if hasattr(type(cb), 'memory'): return cb.memory()
     out,told = {},signature(type(cb)).parameters
     for k,v in vars(cb).items():
-        named = k in getattr(cb, 'remembers', ())
+        named = k in getattr(type(cb), 'remembers', ())
         if k in ('learn','run') or (k in told and not named): continue
-        try: out[k] = _plain(v, tensors=named)
+        try: out[k] = _plain(v, tensors=tensors or named)
         except _NotPlain: pass
     return out
 
+def _set_memory(cb, memory):
+    if hasattr(type(cb), 'set_memory'): return cb.set_memory(memory) if memory else None
+    for k,v in memory.items():
+        now = vars(cb).get(k)
+        if isinstance(now, dict) and isinstance(v, dict): now.clear(); now.update(v) # perhaps a `Counter` or a `defaultdict`
+        else: setattr(cb, k, v)
+
 def _random_states(dls):
-    "Of Python, NumPy, PyTorch and fastai's DataLoaders"
+    "Of Python, NumPy, PyTorch and the DataLoaders"
+    own = lambda dl: dl.rng.getstate() if hasattr(dl, 'rng') else dl.generator.get_state() if getattr(dl, 'generator', None) is not None else None
     return dict(python=random.getstate(), numpy=_plain(np.random.get_state()), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in dls.loaders])
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], loaders=[own(dl) for dl in dls.loaders])
 
 def _set_random_states(s, dls=None):
     random.setstate(s['python'])
     kind,keys,*rest = s['numpy']
     np.random.set_state((kind, keys.numpy(), *rest))
     torch.set_rng_state(s['torch'])
-    if s['cuda']: torch.cuda.set_rng_state_all(s['cuda'])
+    for i,state in zip(range(torch.cuda.device_count()), s['cuda']): torch.cuda.set_rng_state(state, i)
     for dl,state in zip(dls.loaders if dls else [], s['loaders']):
-        if state is not None: dl.rng.setstate(state)
+        if isinstance(state, torch.Tensor): dl.generator.set_state(state)
+        elif state is not None: dl.rng.setstate(state)
 
-def _set_memory(cb, memory):
-    if hasattr(cb, 'set_memory') and memory: cb.set_memory(memory)
-    elif not hasattr(cb, 'set_memory'):
-        for k,v in memory.items(): setattr(cb, k, v)
-
-# %% ../../nbs/15_callback.resume.ipynb #f83c31f6
+# %% ../../nbs/15_callback.resume.ipynb #19d1d939
 def _recorded(rec):
     losses = torch.stack(rec.losses).as_subclass(torch.Tensor) if rec.losses else torch.empty(0) # one tensor, which is a thousand times smaller on disk than its elements
     return {k: _plain(getattr(rec, k)) for k in ('lrs','iters','values')} | dict(losses=losses, count=rec.smooth_loss.count, val=_plain(rec.smooth_loss.val))
@@ -120,20 +148,17 @@ def _set_recorded(rec, s):
     rec.lrs,rec.iters,rec.losses,rec.values = s['lrs'],s['iters'],list(s['losses']),[L(v) for v in s['values']]
     rec.smooth_loss.count,rec.smooth_loss.val = s['count'],s['val']
 
-def _validating(learn):
-    "Is this `validate` or `get_preds`, perhaps in the middle of a fit?"
-    return learn.lock.locked()
-
-class _FromEpoch(Callback):
-    "Counts epochs from `first`, in a fit whose loop counts from 0"
+class _FromEpoch(FitCallback):
+    "Counts epochs from `first`, and the batches of the first of them from `batch`, in loops that count from 0"
     order = -1000
-    def __init__(self, first, n_epoch): self.first,self.total = first,n_epoch
-    def before_epoch(self):
-        if not _validating(self.learn): self.learn.n_epoch,self.learn.epoch = self.total,self.learn.epoch + self.first
-    def before_fit(self):
-        if not _validating(self.learn): self.learn.remove_cb(self) # the fit it belongs to was interrupted
-    def after_fit(self):
-        if not _validating(self.learn): self.learn.n_epoch = self.total; self.learn.remove_cb(self)
+    def __init__(self, first, n_epoch): self.first,self.total,self.batch,self.puts_back = first,n_epoch,0,ExitStack()
+    def before_fit(self): self._leave() # the fit it belongs to was interrupted
+    def before_epoch(self): self.learn.n_epoch,self.learn.epoch = self.total,self.learn.epoch + self.first
+    def before_train(self): self.batch = 0 # `Resume`, which comes later, knows better in the first
+    def before_batch(self):
+        if self.learn.training: self.learn.iter += self.batch
+    def after_fit(self): self.learn.n_epoch = self.total; self._leave()
+    def _leave(self): self.puts_back.close(); self.learn.remove_cb(self)
 
 @contextmanager
 def _once(obj, **methods):
@@ -145,7 +170,12 @@ def _once(obj, **methods):
         for k in methods: vars(obj).pop(k, None)
         for k,v in had.items(): setattr(obj, k, v)
 
-class Resume(Callback):
+@contextmanager
+def _writing(path):
+    try: yield
+    except (OSError, RuntimeError) as e: raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
+
+class Resume(FitCallback):
     "Keep a training in the file `path`, and go on from there if it is one"
     order = 1000 # the last to act at the end of an epoch
     def __init__(self,
@@ -157,24 +187,31 @@ class Resume(Callback):
         self.on = False
 
     def before_fit(self):
-        if _validating(self.learn): return
-        self.on,self.loaded,self.done,self.puts_back = not hasattr(self.learn, 'lr_finder'),None,0,ExitStack()
+        self.on,self.loaded,self.epochs,self.done = not hasattr(self.learn, 'lr_finder'),None,0,0
         if not self.on: return
         self._check()
-        self.training = describe_training(self.learn)
+        self.described = describe_training(self.learn)
         if self.path.exists(): self._go_on(self._read())
 
     def _check(self):
         if num_distrib() > 1: raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
+        if self.every and not self.can_go_on_in_epoch:
+            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere random numbers are out of reach in the middle of an epoch")
+        with _writing(self.path): # or not: better said now than after an epoch
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path.parent).close()
+
+    @property
+    def can_go_on_in_epoch(self):
         dl = self.dls.train
-        if self.every and (not hasattr(dl, 'rng') or dl.fake_l.num_workers):
-            raise ValueError("`every` needs a fastai DataLoader with `num_workers=0`: elsewhere random numbers are out of reach in the middle of an epoch")
+        return hasattr(dl, 'rng') and dl.indexed and not dl.fake_l.num_workers
 
     def _read(self):
         s = load_plain(self.path)
         if not isinstance(s, dict) or s.get('what') != _what: raise ValueError(f"`{self.path}` is not a training that `Resume` kept: name another file")
-        d = _difference(s['training'], self.training)
+        d = _difference(s['training'], self.described)
         if d: raise ValueError(f"`{self.path}` is of another training ({d}): name another file, or delete it")
+        if s['done'] and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
         return s
 
     def _go_on(self, s):
@@ -183,62 +220,58 @@ class Resume(Callback):
         learn.opt.load_state_dict(_on(s['opt'], device))
         if s['scaler'] is not None: learn.scaler.load_state_dict(s['scaler'])
         _set_recorded(learn.recorder, s['recorder'])
-        for cb in learn.cbs:
-            _set_memory(cb, _on(s['memory'].get(cb.name, {}), device))
-            if isinstance(cb, CSVLogger): cb.file.write(s['csv'].partition('\n')[2]); cb.file.flush()
-        learn.train_iter,self.loaded = s['train_iter'],s
+        for name,cb in _by_name(learn.cbs).items():
+            _set_memory(cb, _on(s['memory'].get(name, {}), device))
+            if isinstance(cb, CSVLogger) and s['csv']: cb.file.seek(0); cb.file.truncate(); cb.file.write(s['csv']); cb.file.flush()
+            if isinstance(cb, ProgressCallback) and 'mbar' in vars(cb): cb.mbar.update(0) # it counts from there
+        learn.epoch,learn.train_iter = max(s['epoch']-1, 0),s['train_iter']
+        self.loaded,self.epochs = s,s['epoch']
         _set_random_states(s['random'], learn.dls)
         learn.add_cb(_FromEpoch(s['epoch'], learn.n_epoch))
         learn.n_epoch -= s['epoch'] # how often the loop is to run, see `_FromEpoch`
 
     def before_train(self):
         if not self.on: return
-        s,self.loaded = self.loaded,None
-        self.done = s['done'] if s else 0
-        if self.done: self._go_on_in_epoch(s)
-        self.epoch_rng = s['epoch_rng'] if self.done else self.dls.train.rng.getstate() if hasattr(self.dls.train, 'rng') else None
+        s,self.loaded,self.done = self.loaded,None,0
+        self.epoch_random = _random_states(self.dls)
+        if s is None: return
+        for p,g in zip(self.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p) if isinstance(g, torch.Tensor) else torch.zeros_like(p)
+        if s['done']: self._go_on_in_epoch(s)
 
     def _go_on_in_epoch(self, s):
         "Leave out the batches that are done: the same order of images, and then the random numbers of that moment"
-        dl,rest_from = self.dls.train,s['done']*self.dls.train.bs
-        self.learn.pct_train = s['pct_train']
-        for p,g in zip(self.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p)
-        dl.rng.setstate(s['epoch_rng'])
-        get_idxs,create_batches = dl.get_idxs,dl.create_batches
+        learn,dls,counts = self.learn,self.dls,self.learn._from_epoch
+        learn.pct_train,self.epoch_random = s['pct_train'],s['epoch_random']
+        self.done = counts.batch = s['done']
+        for m,memory in zip(learn.metrics, s['metrics']): _set_memory(m, memory)
+        _set_random_states(s['epoch_random'], dls) # the order is drawn from them
         def from_there(samps):
-            _set_random_states(s['random'])
-            yield from create_batches(samps)
-        self.first = self.done
-        self.puts_back.enter_context(_once(dl, get_idxs=lambda: list(get_idxs())[rest_from:], create_batches=from_there))
-
-    def before_batch(self):
-        if self.on and self.training_now: self.learn.iter = self.done
+            counts.puts_back.close() # once only
+            _set_random_states(s['random'], dls)
+            yield from dls.train.create_batches(islice(samps, s['done']*(dls.train.bs or 1), None))
+        counts.puts_back.enter_context(_once(dls.train, create_batches=from_there))
 
     def after_batch(self):
-        if not self.on or not self.training_now: return
+        if not (self.on and self.learn.training): return
         self.done += 1
-        if self.every and self.done % self.every == 0 and self.done < self.n_iter: self._save(self.epoch, self.done)
-
-    def after_train(self):
-        if self.on: self.puts_back.close()
+        if self.every and self.done % self.every == 0 and self.done < self.n_iter: self._save()
 
     def after_epoch(self):
-        if self.on and not _validating(self.learn): self._save(self.epoch+1, 0)
+        if not self.on: return
+        self.epochs,self.done = self.epochs+1,0 # not from the Learner, whose `epoch` a `validate` in between sets to 0
+        self._save()
 
-    def after_fit(self):
-        if not _validating(self.learn): self.on = False
+    def after_fit(self): self.on,self.loaded = False,None
 
-    @property
-    def training_now(self): return self.learn.training and not _validating(self.learn)
-
-    def _save(self, epoch, done):
-        learn,scaler = self.learn,vars(self.learn).get('scaler')
+    def _save(self):
+        learn,scaler,done = self.learn,vars(self.learn).get('scaler'),self.done
         csv = next((cb for cb in learn.cbs if isinstance(cb, CSVLogger)), None)
-        state = dict(what=_what, training=self.training, epoch=epoch, done=done, pct_train=learn.pct_train, train_iter=learn.train_iter,
+        state = dict(what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train, train_iter=learn.train_iter,
             model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()), scaler=None if scaler is None else scaler.state_dict(),
-            grads=[None if p.grad is None else p.grad.detach() for p in learn.model.parameters()] if done else None, recorder=_recorded(learn.recorder),
-            memory={cb.name: _memory(cb) for cb in learn.cbs if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
-            csv='' if csv is None else (learn.path/csv.fname).read_text(), epoch_rng=self.epoch_rng, random=_random_states(learn.dls))
-        with atomic_path(self.path) as tmp: torch.save(state, tmp)
+            grads=[None if p.grad is None else p.grad.detach() if p.grad.any() else 0 for p in learn.model.parameters()], recorder=_recorded(learn.recorder),
+            memory={k: _memory(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
+            metrics=[_memory(m, tensors=True) for m in learn.metrics] if done and learn.recorder.train_metrics else [],
+            csv='' if csv is None else (learn.path/csv.fname).read_text(), epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
+        with _writing(self.path), atomic_path(self.path) as tmp: torch.save(state, tmp)
 
 _what = 'a training, kept by rkd_fastai'
