@@ -1,14 +1,12 @@
 "`Resume`: whatever is killed wherever goes on with the same bits; another training, a bad file and a full disk are refused and change nothing."
-import errno, gc, os, pickle, random, signal, subprocess, sys, textwrap, time, warnings, weakref
-from types import SimpleNamespace
+import errno, gc, os, pickle, random, signal, subprocess, sys, time, warnings, weakref
 
-import numpy as np, pandas as pd, pytest, torch, torch.nn as nn
-from fastai.vision.all import (SGD, Callback, CancelEpochException, CrossEntropyLossFlat, CSVLogger, CutMix, DataLoaders, EarlyStoppingCallback, GradientAccumulation,
-                               GradientClip, L, LabelSmoothingCrossEntropyFlat, Learner, MixUp, OptimWrapper, PartialDL, ProgressCallback, ReduceLROnPlateau,
+import numpy as np, pytest, torch, torch.nn as nn
+from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, DataLoaders, EarlyStoppingCallback, GradientAccumulation,
+                               GradientClip, L, LabelSmoothingCrossEntropyFlat, MixUp, OptimWrapper, PartialDL, ProgressCallback, ReduceLROnPlateau,
                                SaveModelCallback, TensorImage, Transform, accuracy, aug_transforms, load_learner, params, set_seed)
 
 from rkd_fastai.all import *
-import rkd_fastai.callback.resume as resume_module
 
 loads = pytest.mark.filterwarnings('ignore:.*numpy.core is deprecated') # fastai's `learn.load`
 attack = PGD(.1, steps=2)
@@ -205,6 +203,20 @@ def test_what_callbacks_are_told(base, tmp_path):
     for step in (6, 8, 9): # the last of what was kept is the end of an epoch, and the third batch of one
         places([Resume(tmp_path/f'{step}.pth', 3), Die(step)], dies=True)
         assert places([Resume(tmp_path/f'{step}.pth', 3)]) == whole # the list itself is remembered
+
+@pytest.mark.parametrize('step,known', [(2, 64), (6, 128)])
+def test_the_cache_is_kept(step, known, base, tmp_path):
+    "The teacher is asked about no image again, since in another batch its answer may have other last bits"
+    asked = []
+    class Asked(Callback):
+        order, only_shows = 2000, True
+        def before_train(self):
+            kept = next(cb for cb in self.learn.cbs if isinstance(cb, RSLADCallback)).kept
+            if self.epoch == step//4: kept.probs = lambda x, probs=kept.probs: (asked.append(len(x)), probs(x))[1]
+    make = lambda **kw: base(**kw, teacher=lambda t: RSLADCallback(t, attack=attack, cache=True))
+    run(make, one_cycle, [Resume(tmp_path/'run.pth', 2), Die(step)], dies=True)
+    run(make, one_cycle, [Resume(tmp_path/'run.pth'), Asked()])
+    assert sum(asked) == 128 - known
 
 def test_train_metrics(base, tmp_path):
     "A mean over the training images takes in those of before"
@@ -574,8 +586,6 @@ def refused(base, make_dls, tiny_net):
         return learn
     return make
 
-def one_cycle_of_groups(l, cbs): l.fit_one_cycle(3, .01, cbs=cbs)
-
 @pytest.mark.parametrize('other', others)
 def test_another_training(other, refused, tmp_path):
     "Refused by what differs, and the Learner, the random numbers and the file stay as they are"
@@ -632,7 +642,7 @@ def test_every_must_be_positive(every):
 
 class Runs:
     def __reduce__(self): return os.system, (f'touch {os.environ["RKD_MARKER"]}',)
-@pytest.mark.parametrize('bad', ['empty', 'short', 'half', 'long', 'random', 'pickle', 'hidden', 'weights', 'list', 'folder', 'text'])
+@pytest.mark.parametrize('bad', ['empty', 'short', 'half', 'long', 'random', 'pickle', 'hidden', 'weights', 'list', 'folder', 'text', 'flipped'])
 def test_bad_files(bad, base, tmp_path, monkeypatch):
     "A clear error that names the file; nothing in it is executed, and the Learner stays as it is"
     path, marker = tmp_path/'run.pth', tmp_path/'executed'
@@ -647,6 +657,9 @@ def test_bad_files(bad, base, tmp_path, monkeypatch):
     elif bad == 'weights': torch.save(base().model.state_dict(), path)
     elif bad == 'list': torch.save([1, 2], path)
     elif bad == 'text': path.write_text('hello')
+    elif bad == 'flipped': # one bit of one weight
+        i = data.index(next(iter(load_plain(path)['model'].values())).numpy().tobytes())
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i+1:])
     else: path.unlink(); path.mkdir()
     learn = base(net=5)
     before = weights(learn)

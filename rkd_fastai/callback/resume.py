@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['describe_training', 'Resume']
 
-# %% ../../nbs/15_callback.resume.ipynb #01d9c4d8
-import random, re, tempfile
+# %% ../../nbs/15_callback.resume.ipynb #0033312a
+import random, re, tempfile, zipfile
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
@@ -200,6 +200,7 @@ class Resume(FitCallback):
         with _writing(self.path): # or not: better said now than after an epoch
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path.parent).close()
+            for half in self.path.parent.glob(f'.{self.path.name}.*.tmp'): half.unlink() # being written at the kill
 
     @property
     def can_go_on_in_epoch(self):
@@ -209,6 +210,8 @@ class Resume(FitCallback):
     def _read(self):
         s = load_plain(self.path)
         if not isinstance(s, dict) or s.get('what') != _what: raise ValueError(f"`{self.path}` is not a training that `Resume` kept: name another file")
+        with zipfile.ZipFile(self.path) as z: # PyTorch does not look at the checksums
+            if z.testzip(): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
         d = _difference(s['training'], self.described)
         if d: raise ValueError(f"`{self.path}` is of another training ({d}): name another file, or delete it")
         if s['done'] and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
