@@ -128,9 +128,8 @@ def _loaders(args, recipe):
     dls = make_dls(args.data, args.data_path, bs=1, size=args.size)
     if args.n is not None: dls = with_subset(dls, args.n, args.seed)
     n = len(dls.train_ds)
-    dls = with_bs(dls, args.bs if args.bs is not None else recipe.bs if 8*recipe.bs <= n else min(125, n))
-    if not len(dls.train): raise ValueError(f"`--bs` {args.bs} is more than the {n} training images")
-    return dls
+    if args.bs is not None and args.bs > n: raise ValueError(f"`--bs` {args.bs} is more than the {n} training images")
+    return with_bs(dls, args.bs if args.bs is not None else recipe.bs if 8*recipe.bs <= n else min(125, n))
 
 def _describe(args, recipe, dls):
     "A run's card: what it was told, and what that came to"
@@ -236,7 +235,7 @@ def _distill_args(c):
 def _evaluate_args(c):
     _data_args(c, bs=250)
     c.add_argument('model', help='run folder or checkpoint')
-    c.add_argument('--attacks', default='clean,pgd20,autoattack', help='clean, fgsm, pgdN, pgdNxRESTARTS, autoattack')
+    c.add_argument('--attacks', default='clean,pgd20,autoattack', help='clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack')
     c.add_argument('--eps', type=number, default=8/255, help='radius of the attacks in pixel units, e.g. 8/255')
     c.add_argument('--norm', choices=['Linf','L2'], default='Linf', help='norm of the attacks')
     c.add_argument('--n', type=int, help='the first so many test images; left out, all')

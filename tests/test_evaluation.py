@@ -183,7 +183,7 @@ def test_state_file_that_is_none(text, learn, tmp_path):
     (tmp_path/'s.json').write_text(text)
     with pytest.raises(ValueError, match='state_path'): learn.robustness(**small, state_path=tmp_path/'s.json')
 
-@pytest.mark.parametrize('kw,word', [(dict(attacks=('pgd',)), 'pgd'), (dict(attacks=('cw',)), 'cw'), (dict(eps=8), 'eps'), (dict(norm='L1'), 'norm'), (dict(n=0), '`n`'),
+@pytest.mark.parametrize('kw,word', [(dict(attacks=('pgd',)), 'pgd'), (dict(attacks=('deepfool',)), 'deepfool'), (dict(eps=8), 'eps'), (dict(norm='L1'), 'norm'), (dict(n=0), '`n`'),
                                      (dict(n=-1), '`n`'), (dict(n=10_000), '`n`'), (dict(bs=0), '`bs`')], ids=str)
 def test_robustness_errors(kw, word, learn):
     with pytest.raises(ValueError, match=word): learn.robustness(**({'attacks': ('clean', 'pgd2')} | kw))

@@ -471,7 +471,7 @@ def test_loss_function_and_network(make_dls, tiny_net):
     learn = paper_teacher.but(arch=lambda n_out, n_in: tiny_net(n_in, n_out)).learner(dls)
     assert learn.model[0].in_channels == 3 and learn.model[-1].out_features == 10
     one = wang_at_plus.learner(dls, tiny_net(n_in=3), loss_func=CrossEntropyLossFlat())
-    assert type(one.loss_func) is CrossEntropyLossFlat and wang_at_plus.learner(dls, tiny_net(n_in=3)).loss_func.eps == .1
+    assert type(one.loss_func) is CrossEntropyLossFlat and wang_trades.learner(dls, tiny_net(n_in=3)).loss_func.eps == .1
     assert type(paper_teacher.learner(dls, tiny_net(n_in=3)).loss_func) is CrossEntropyLossFlat
 
 def test_network_without_batchnorm(make_dls, tiny_net):

@@ -99,8 +99,11 @@ class RobustCallback(FitCallback):
             raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the Learner `CrossEntropyLossFlat` "
                              "(class weights and label smoothing are used), or train by `AdversarialTraining`, which keeps the Learner's loss")
 
+    def __call__(self, event_name):
+        if event_name == 'before_fit': self.after_batch() # a step that was interrupted left the model compiled
+        return super().__call__(event_name)
+
     def before_fit(self):
-        self.after_batch()
         self.pixel = self.full_bs = None
 
     def before_train(self):
