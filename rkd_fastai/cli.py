@@ -154,7 +154,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     net = make_net(args.arch, args.width, card['n_in'], card['n_out'])
     learn = recipe.learner(dls, net, synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, cbs=cbs, path=out, model_dir='.',
                            metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=200)], **kwargs)
-    write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
+    if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
     with one_line(learn, label):
         try: recipe.fit(learn, card['epochs'], card['lr'])
         finally:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_subset', 'with_bs', 'with_batch_tfms', 'read_synthetic', 'MixedDL', 'ResidentMixedDL', 'with_synthetic']
 
-# %% ../nbs/07_loaders.ipynb #c01c62f9
+# %% ../nbs/07_loaders.ipynb #d624d89f
 import random, zipfile
 from pathlib import Path
 import numpy as np, torch
@@ -13,7 +13,7 @@ from fastai.vision.all import DataLoaders, GetAttr, L, PILBase, Pipeline, Tensor
 from .data import ResidentDL, check_xy
 from .pixel import check_single_label
 
-# %% ../nbs/07_loaders.ipynb #c6e7922e
+# %% ../nbs/07_loaders.ipynb #1234cf7c
 def _with_train(dls, train):
     "`dls` with another training loader; the others are new, too, so that a `Normalize` added here is not added there"
     return type(dls)(train, *[dl.new() for dl in dls.loaders[1:]], path=dls.path)
@@ -31,7 +31,7 @@ def with_subset(
     seed:int=42, # of the choice
 )->DataLoaders:
     "`dls` with `n` of their training images, drawn at random"
-    if isinstance(dls.train, _Mixed): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
+    if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = len(dls.train_ds),dls.train.bs
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
@@ -44,7 +44,7 @@ def with_bs(
     "`dls` with batches of another size"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     if bs > len(dls.train_ds) and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {len(dls.train_ds)} training images")
-    if isinstance(dls.train, _Mixed): _check_share(dls.train.frac, bs)
+    if getattr(dls.train, 'frac', None): _check_share(dls.train.frac, bs)
     return type(dls)(*[dl.new(bs=bs) for dl in dls.loaders], path=dls.path)
 
 def with_batch_tfms(
@@ -54,7 +54,7 @@ def with_batch_tfms(
     "`dls` with further transforms of the training batches"
     return _with_train(dls, dls.train.new(after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
-# %% ../nbs/07_loaders.ipynb #9720593a
+# %% ../nbs/07_loaders.ipynb #92ea49d6
 def _npz_arrays(path, **want):
     "The arrays named in `want`, whose number of dimensions and kind of dtype it tells; nothing is read before the headers have been looked at"
     again = "download or write it again"
@@ -88,7 +88,7 @@ def read_synthetic(
 
 def _squeezed(x): return x[...,0] if x.ndim == 4 and x.shape[3] == 1 else x
 
-# %% ../nbs/07_loaders.ipynb #09a0b7bb
+# %% ../nbs/07_loaders.ipynb #d4ef329d
 class _WithSynthetic(GetAttr):
     "The items of `real`, and behind them synthetic ones; its length, an epoch's, is that of `real`"
     _default = 'real'
