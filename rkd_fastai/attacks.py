@@ -202,12 +202,14 @@ class AutoAttack(Attack):
         version:str='standard', # 'standard', 'plus', 'rand' for randomised models, or one part: 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square'
         seed:int=0, # seed of each of its parts
         bs:int=250, # images at a time
+        queries:int=5000, # of Square, an image
     ):
         check_eps(eps, norm)
         if norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {norm!r}")
         if version not in ('standard','plus','rand',*_parts): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_parts}, got {version!r}")
         if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
-        self.eps,self.norm,self.version,self.seed,self.bs = eps,norm,version,seed,bs
+        if queries < 1: raise ValueError(f"`queries` must be >= 1, got {queries}")
+        self.eps,self.norm,self.version,self.seed,self.bs,self.queries = eps,norm,version,seed,bs,queries
 
     def _published(self, model, x, n_out):
         "The package's own attack object and the call that runs it"
@@ -221,6 +223,7 @@ class AutoAttack(Attack):
             except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
             aa,bs_name = Published(model, **kw, verbose=False), 'bs'
         aa.attacks_to_run = _autoattack_parts(self.version, n_out)
+        aa.square.n_queries = self.queries
         aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, n_out-1)
         return lambda x,targ: aa.run_standard_evaluation(x, targ, **{bs_name: self.bs})
 

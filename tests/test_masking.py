@@ -1,0 +1,73 @@
+"Masked gradients are found, whatever hides them; small ones are not taken for masked."
+import pytest, torch, torch.nn as nn
+from rkd_fastai.all import *
+
+class Behind(nn.Module):
+    "A network behind something that hides its gradient"
+    def __init__(self, net, before=lambda x: x, after=lambda o: o):
+        super().__init__()
+        self.net,self.before,self.after = net,before,after
+    def forward(self, x): return self.after(self.net(self.before(x)))
+
+blind = {'larger radius','along the gradient'} # what every mask of the gradient shows
+shows = dict(quantised=blind | {'zero gradients','no gradient needed'}, saturated=blind | {'zero gradients'}, sawtooth=blind | {'no gradient needed'},
+    detached=blind | {'zero gradients','no gradient needed'}, misled=blind | {'no gradient needed'})
+masks = dict(
+    quantised = dict(before=lambda x: (x*10).round()/10),
+    saturated = dict(after=lambda o: o*1e3),
+    sawtooth  = dict(before=lambda x: x + .03*torch.sin(x*2e3)),
+    detached  = dict(before=lambda x: x.detach() + 0*x),
+    misled    = dict(before=lambda x: 2*x.detach() - x)) # the gradient points the other way
+
+@pytest.mark.parametrize('name', masks)
+def test_masks_are_seen(name, robust_net, test_images):
+    "By each symptom that it has"
+    x, y = (t[:80] for t in test_images)
+    report = check_masking(Behind(robust_net, **masks[name]).eval(), x, y, .1)
+    assert not report.ok and {s.name for s in report.symptoms if s.suspicious} == shows[name]
+    assert repr(report).count('SUSPICIOUS') == len(shows[name]) == report.to_df().suspicious.sum()
+
+@pytest.mark.parametrize('check, accs, suspicious', [('_more_steps', [.6, .5, .5], False), ('_more_steps', [.5, .5, .6], True),
+    ('_more_steps', [.5, .51, .5], False), ('_one_step', [.6, .5], False), ('_one_step', [.5, .6], True)])
+def test_accuracies_in_the_wrong_order(check, accs, suspicious, monkeypatch):
+    "More steps, or many in place of one, must not help the defender by more than chance"
+    from rkd_fastai import masking
+    left = iter(accs)
+    monkeypatch.setattr(masking, '_accuracy', lambda *_: next(left))
+    assert getattr(masking, check)(None, torch.zeros(200), None, .1)[1] == suspicious
+
+@pytest.mark.parametrize('eps', [.05, .1])
+def test_robust_and_plain_networks_are_not_suspicious(eps, robust_net, plain_net, test_images, snapshot):
+    "A network that falls is not one that hides; neither is changed by being looked at"
+    x, y = (t[:80] for t in test_images)
+    for net in (robust_net, plain_net):
+        before, rng = snapshot.take(net), torch.get_rng_state()
+        report = check_masking(net, x, y, eps)
+        assert report.ok, report
+        assert snapshot.same(before, snapshot.take(net)) and torch.equal(rng, torch.get_rng_state())
+        assert repr(check_masking(net, x, y, eps)) == repr(report)
+
+def test_of_a_normalised_learner(make_learner, make_dls, robust_net):
+    "In pixels, whatever the DataLoaders do; on validation images"
+    class Denormalised(nn.Module):
+        def __init__(self): super().__init__(); self.net = robust_net
+        def forward(self, x): return self.net(x*.25 + .5)
+    plain, normalised = (make_learner(make_dls(n_valid=60, stats=stats), net).check_robustness(eps=.1, n=50)
+                         for stats,net in ((None, robust_net), (([.5], [.25]), Denormalised())))
+    assert plain.ok and plain.n == normalised.n and repr(plain) == repr(normalised)
+
+def test_noise_in_the_network_is_seen(robust_net, test_images):
+    "A randomised network is attacked less the more steps are taken"
+    class Noisy(nn.Module):
+        def __init__(self): super().__init__(); self.net = robust_net
+        def forward(self, x): return self.net(x + .3*torch.randn_like(x))
+    x, y = (t[:80] for t in test_images)
+    assert {'noise','along the gradient'} <= {s.name for s in check_masking(Noisy().eval(), x, y, .1).symptoms if s.suspicious}
+
+def test_a_check_of_ones_own(robust_net, test_images):
+    from rkd_fastai import masking
+    @masking.symptom('weather', 'Take an umbrella.')
+    def weather(model, x, y, eps): return 'rain', True
+    try: report = check_masking(robust_net, *(t[:40] for t in test_images), .1)
+    finally: masking._symptoms.pop()
+    assert not report.ok and 'Take an umbrella.' in repr(report)
