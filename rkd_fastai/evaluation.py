@@ -98,6 +98,19 @@ class Robustness:
         if path is not None: write_atomic(path, text)
         return text
 
+    @staticmethod
+    def compare(
+        results, # `Robustness` of several models, as a list, or as a dict by name
+    )->pd.DataFrame:
+        "Accuracies side by side, a row per model; only what was measured alike can be compared"
+        results = results if isinstance(results, dict) else dict(enumerate(results, 1))
+        settings = {name: dict(n=r.n, eps=r.eps, norm=r.norm) for name,r in results.items()}
+        if not settings: raise ValueError("`results` is empty: there is nothing to compare")
+        first = next(iter(settings))
+        for name,s in settings.items():
+            if s != settings[first]: raise ValueError(f"`results`: {name!r} was measured with {s}, {first!r} with {settings[first]}: measure them alike")
+        return pd.DataFrame({name: r.results for name,r in results.items()}).T.rename_axis('model')
+
     @property
     def _caption(self): return f'{self.n} images, {self.norm} eps {self.eps*255:.4g}/255, seed {self.seed}'
     def _shown(self):
