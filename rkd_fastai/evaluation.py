@@ -198,12 +198,13 @@ def measure_robustness(
     state_path=None, # file that keeps the progress of a long run, to resume it
     bs=250, # images at a time
     bar:bool=False, # a progress bar with the accuracy so far
+    logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     made = {name: make_attack(name, eps, norm, seed, bs) for name in attacks}
-    model,seconds = _in_float32(model),{}
+    model,seconds = _as_logits(_in_float32(model), x[:bs], logits),{}
     run = _fingerprint(model, x, y, attacks={k: repr(v) for k,v in made.items()}, seed=seed, bs=bs) if state_path else {}
     state = _State(state_path, run)
     for name,attack in made.items():
@@ -211,6 +212,18 @@ def measure_robustness(
         _attack_batches(model, x, y, name, attack, state, seed, bs, bar)
         seconds[name] = time.time() - start
     return Robustness({k: _mean(state.done(k)) for k in attacks}, {k: repr(v) for k,v in made.items()}, len(x), eps, norm, seed, seconds)
+
+class _LogProbs(torch.nn.Module):
+    "A model that returns probabilities, as one that returns logits"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x): return self.model(x).clamp_min(1e-38).log()
+
+def _as_logits(model, x, logits):
+    if not logits: return _LogProbs(model)
+    with torch.no_grad(), frozen(model): out = check_logits(model(x.to(model_device(model))))
+    if (out >= 0).all() and (out.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError("`model` returns probabilities, not logits: attacks need logits, or their gradients vanish. Take the softmax off the model, or say `logits=False`")
+    return model
 
 def _attack_batches(model, x, y, name, attack, state, seed, bs, bar):
     "Add to `state` the flags of the batches that it lacks"
@@ -238,13 +251,14 @@ def robustness(self:Learner,
     dl=None, # DataLoader; None means the test split where there is one, else the validation set
     state_path=None, # file that keeps the progress of a long run, to resume it
     bs=250, # images at a time
+    logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
 )->Robustness:
     "Accuracy clean and under `attacks`, of the Learner's network in eval mode and float32"
     for name in L(attacks): make_attack(name, eps, norm, seed, bs) # a wrong name fails before the images are read
     check_single_label(self.dls)
     self.model.to(getattr(self.dls, 'device', None) or model_device(self.model)) # as `fit` and `validate` do
     with seeded(seed): x,y = pixel_data(self, dl, n) # a DataLoader draws a random number
-    return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, bar=any(isinstance(cb, ProgressCallback) for cb in self.cbs))
+    return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, any(isinstance(cb, ProgressCallback) for cb in self.cbs), logits)
 
 # %% ../nbs/09_evaluation.ipynb #c1b40001
 @patch

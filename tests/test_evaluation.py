@@ -1,7 +1,7 @@
 "The number that is reported: against a loop written by hand, resumed, and with the Learner as it was."
 import json
 
-import pytest, torch
+import pytest, torch, torch.nn as nn
 from fastai.vision.all import accuracy, imagenet_stats
 
 from rkd_fastai import evaluation
@@ -231,3 +231,13 @@ def test_seeded_leaves_every_gpu_alone(monkeypatch):
         with seeded(0): a = torch.rand(2)
         with seeded(0): assert torch.equal(torch.rand(2), a)
     assert torch.equal(torch.rand(2), want)
+
+def test_probabilities_are_not_logits(make_learner, make_dls, robust_net):
+    "Said before anything is attacked; by their logarithm they give what the logits give"
+    plain = make_learner(make_dls(n_valid=60), robust_net)
+    soft = make_learner(make_dls(n_valid=60), nn.Sequential(robust_net, nn.Softmax(1)))
+    with pytest.raises(ValueError, match='returns probabilities.*`logits=False`'): soft.robustness('clean')
+    want = plain.robustness(('clean','pgd7','cw'), eps=.1).results
+    assert soft.robustness(('clean','pgd7','cw'), eps=.1, logits=False).results == want and want['pgd7'] < want['clean']
+    logps = make_learner(make_dls(n_valid=60), nn.Sequential(robust_net, nn.LogSoftmax(1))) # are logits, too
+    assert logps.robustness('pgd7', eps=.1).pgd7 == want['pgd7']
