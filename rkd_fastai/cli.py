@@ -217,13 +217,12 @@ def _demo_args(c):
     c.add_argument('--out', default='demo', help='folder for the results')
 
 def _train_args(c):
-    _training_args(c)
     own = [k for k,r in all_recipes.items() if not r.needs_teacher]
     c.add_argument('--how', choices=[*teacher_kinds, *own], default='at', metavar='HOW',
                    help=f"{', '.join(teacher_kinds)}: standard, adversarial (PGD), adversarial with eps 2/255, FFGSM, TRADES, averaged weights; or a recipe: {', '.join(own)}")
+    _training_args(c)
 
 def _distill_args(c):
-    _training_args(c)
     c.add_argument('--teacher', required=True, action='append', help='run folder or checkpoint; repeat for an ensemble')
     c.add_argument('--betas', type=number, nargs='+', help='weights of the ensemble')
     c.add_argument('--recipe', choices=[k for k,r in all_recipes.items() if r.needs_teacher], default='paper_student', help='whose numbers')
@@ -231,6 +230,7 @@ def _distill_args(c):
     c.add_argument('--alpha', type=number, help="weight of the teacher in the soft target; left out, the recipe's")
     c.add_argument('--lam', type=number, help='weight of the adversarial term (RSLAD, ARD), of the distilled one (CKD)')
     c.add_argument('--T', type=float, help='temperature')
+    _training_args(c)
 
 def _evaluate_args(c):
     _data_args(c, bs=250)
@@ -247,12 +247,16 @@ _commands = [(demo, _demo_args, 'the main job from end to end, on real images th
              (distill, _distill_args, 'distil a student from a teacher, or from several'),
              (evaluate, _evaluate_args, 'measure a run, clean and under attack')]
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    "Defaults where there are such: what is left out is explained in words"
+    def _get_help_string(self, action): return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
 def _parser():
     p = argparse.ArgumentParser('rkd', description='Robust knowledge distillation and adversarial training with fastai')
     p.add_argument('--version', action='version', version=f'rkd_fastai {rkd_fastai.__version__}')
     subs = p.add_subparsers(required=True, metavar='command')
     for run,add_args,help in _commands:
-        c = subs.add_parser(run.__name__, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c = subs.add_parser(run.__name__, help=help, description=help, formatter_class=_Help)
         c.set_defaults(run=run)
         c.add_argument('--seed', type=int, default=42, help='of weights, data order and attacks')
         add_args(c)
