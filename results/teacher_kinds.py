@@ -2,7 +2,7 @@
 
     python results/teacher_kinds.py --data-path /path/to/fashion-mnist --out runs/teacher_kinds
 
-Trains each kind with each seed by `rkd train`, measures it by `rkd evaluate` and prints a table. What is finished is not done again.
+Trains each kind with each seed by `rkd train`, measures it by `rkd evaluate` and prints a table. What is finished is not done again, and what was cut off goes on.
 """
 import argparse, json, subprocess, sys
 from pathlib import Path
@@ -16,7 +16,7 @@ def one(kind, seed, a):
     "The card of one teacher, trained and measured where that is not done yet"
     run,card = a.out/f'{kind}_{seed}', a.out/f'{kind}_{seed}.json'
     data = ['--data', 'fashion_mnist', *(['--data-path', a.data_path] if a.data_path else [])]
-    if not (run/'model.pth').exists(): rkd('train', *data, '--how', kind, '--n', a.n, '--epochs', a.epochs, '--eps', a.eps, '--width', a.width, '--seed', seed, '--keep', a.epochs, '--compile', '--bf16', '--out', run)
+    if not (run/'model.pth').exists(): rkd('train', *data, '--how', kind, '--n', a.n, '--epochs', a.epochs, '--eps', a.eps, '--width', a.width, '--seed', seed, '--keep', a.epochs, '--compile', '--bf16', '--resume', '--out', run)
     if not card.exists(): rkd('evaluate', run, *data[2:], '--attacks', 'clean,pgd20', '--eps', a.eps, '--json', card, *(['--n', a.n_test] if a.n_test else []))
     return json.loads(card.read_text())
 
@@ -32,11 +32,11 @@ def main():
     p.add_argument('--data-path', help="Fashion-MNIST's folder; left out, it is found or downloaded")
     p.add_argument('--out', type=Path, default=Path('runs/teacher_kinds'))
     p.add_argument('--seeds', type=int, nargs='+', default=[1, 2])
-    p.add_argument('--kinds', nargs='+', default=list(kinds))
-    p.add_argument('--n', type=int, default=4000, help='training images')
+    p.add_argument('--kinds', nargs='+', choices=list(kinds), default=['st','lat','ffgsm','at'])
+    p.add_argument('--n', type=int, default=3000, help='training images')
     p.add_argument('--n-test', type=int, help='test images; left out, all 10,000')
-    p.add_argument('--epochs', type=int, default=20)
-    p.add_argument('--eps', default='16/255')
+    p.add_argument('--epochs', type=int, default=40)
+    p.add_argument('--eps', default='8/255')
     p.add_argument('--width', default='1/8')
     a = p.parse_args()
     cards = {k: [] for k in a.kinds}

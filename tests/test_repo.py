@@ -33,3 +33,13 @@ def test_tests_that_are_named_exist(page):
     defined = {m for f in (root/'tests').glob('test_*.py') for m in re.findall(r'^def (test_\w+)', f.read_text(encoding='utf8'), re.M)}
     named = set(re.findall(r'`(test_\w+)`', (root/page).read_text(encoding='utf8')))
     assert len(named) > 10 and named <= defined, named - defined
+
+def test_table_of_teachers_is_that_of_its_cards():
+    import importlib.util, json
+    spec = importlib.util.spec_from_file_location('teacher_kinds', root/'results/teacher_kinds.py')
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    found = {k: [json.loads(f.read_text()) for f in sorted((root/'results/teacher_kinds').glob(f'{k}_*.json'))] for k in module.kinds}
+    cards = {k: v for k,v in found.items() if v}
+    assert len(cards) >= 4 and all(len(v) >= 2 for v in cards.values())
+    page = ''.join(json.loads((root/'nbs/choosing_a_teacher.ipynb').read_text(encoding='utf8'))['cells'][2]['source'])
+    for row in module.table(cards).splitlines(): assert row in page
