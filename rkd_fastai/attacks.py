@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Attack', 'check_attack', 'PGD', 'check_eps', 'FGSM', 'FFGSM', 'AutoAttack']
 
-# %% ../nbs/03_attacks.ipynb #59f6f65b
-import sys
+# %% ../nbs/03_attacks.ipynb #3f7e70fc
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import frozen, check_images, check_logits, hard_labels, onehot
-from .fast import folded
+from .core import PixelModel, frozen, check_images, check_logits, hard_labels, onehot
+from .fast import faster, folded, has_bf16
+from .search import apgd, fab, square
 
 # %% ../nbs/03_attacks.ipynb #a13053b5
 def _fraction(v):
@@ -32,6 +33,11 @@ def _settle(x_adv, x):
 class Attack:
     "Base of all attacks: subclass it, keep the settings as attributes, define `perturb`"
     folds = True # let `folded` speed the model up; a subclass that must see the model as it is says False
+    cost = 1 # forward passes an image, a gradient counted as two more: what the time left is reckoned by
+
+    def parts(self, model, n_out):
+        "The attacks it is made of for `model` with `n_out` classes, in their order, each for what the ones before left standing"
+        return [self]
 
     def perturb(self, model, x, targ):
         "x′ for checked images `x` and a `model` in eval mode without parameter gradients; gradients are enabled"
@@ -122,6 +128,9 @@ class PGD(Attack):
         if self.restarts < 1: raise ValueError(f"`restarts` must be >= 1, got {self.restarts}")
         if self.restarts > 1 and not self.random_start: raise ValueError("`restarts` without `random_start` would repeat one attempt")
 
+    @property
+    def cost(self): return self.restarts*max(3*self.steps, 1)
+
     def loss(self, logits, targ):
         "What each image's attack climbs: `(bs,)`"
         logits = check_logits(logits)
@@ -177,20 +186,106 @@ class FFGSM(PGD):
         step_size:float|None=None, # length of the step; None means `1.25*eps`
     ): super().__init__(eps, steps=1, step_size=1.25*eps if step_size is None else step_size)
 
-# %% ../nbs/03_attacks.ipynb #e6c4e055
-_parts = ('apgd-ce','apgd-dlr','apgd-t','fab','fab-t','square')
+# %% ../nbs/03_attacks.ipynb #e7dbe211
+_names = ('apgd-ce','apgd-dlr','apgd-t','fab','fab-t','square')
+_least = {'apgd-dlr': 3, 'apgd-t': 4} # classes that a loss is defined for
 
 def _autoattack_parts(version, n_out):
     "The published composition of `version`, or the one part that it names, as far as it is defined for `n_out` classes"
-    if version in _parts:
-        least = {'apgd-dlr': 3, 'apgd-t': 4}.get(version, 2)
+    if version in _names:
+        least = _least.get(version, 2)
         if n_out < least: raise ValueError(f"{version} is defined for {least} classes and more, but `model` has {n_out}")
         return [version]
     parts = dict(standard=['apgd-ce','apgd-t','fab-t','square'], plus=['apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'],
                  rand=['apgd-ce','apgd-dlr'])[version]
     if n_out == 3: parts = ['apgd-dlr' if p == 'apgd-t' else p for p in parts]
-    if n_out == 2: parts = [p for p in parts if p not in ('apgd-t','apgd-dlr')]
-    return list(dict.fromkeys(parts))
+    return list(dict.fromkeys(p for p in parts if n_out >= _least.get(p, 2)))
+
+class _Part(Attack):
+    "One part of the AutoAttack `whole`, on networks of `n_out` classes"
+    def __init__(self, whole, name, n_out, fast=False):
+        self.whole,self.name,self.n_out,self.folds = whole,name,n_out,fast
+        self.cost = self._cost()
+
+    def published(self, model, device):
+        "The package's own object for this part"
+        aa = self.whole.published(model, device)
+        o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted, 'square': aa.square}.get(self.name, aa.fab)
+        o.seed = self.whole.seed
+        if o is aa.apgd: o.loss = self.name[5:]
+        if o is aa.fab: o.targeted,o.n_restarts = self.name == 'fab-t', 1 if self.name == 'fab-t' else o.n_restarts
+        if self.name.endswith('-t'): o.n_target_classes = min(9, self.n_out-1)
+        if o is aa.square: o.n_queries = self.whole.queries
+        return o
+
+    def _cost(self):
+        o = self.published(None, 'cpu')
+        if self.name == 'square': return o.n_queries
+        runs = o.n_restarts*(o.n_target_classes if self.name.endswith('-t') else 1)
+        return runs*o.n_iter*(4 if self.name.startswith('fab') else 3*o.eot_iter)
+
+    def __repr__(self):
+        o,fast = self.published(None, 'cpu'), ', fast search' if self.folds else ''
+        if self.name == 'square': return f'square: {o.n_queries} queries{fast}'
+        how = f'{o.n_target_classes} targets' if self.name.endswith('-t') else f'{o.n_restarts} restart(s)'
+        eot = f', each gradient a mean of {o.eot_iter}' if getattr(o, 'eot_iter', 1) > 1 else ''
+        return f'{self.name}: {o.n_iter} steps, {how}{eot}{fast}'
+
+    def search(self, o):
+        "Our own search that takes the steps of the package's `o`; where there is none, that itself"
+        if self.whole.norm != 'Linf' or self.name == 'fab' or getattr(o, 'eot_iter', 1) > 1: return lambda model, x, y, eps: o.perturb(x, y)
+        if self.name == 'square': return partial(square, queries=o.n_queries, seed=o.seed)
+        if self.name == 'fab-t': return partial(fab, targets=o.n_target_classes, steps=o.n_iter)
+        if self.name == 'apgd-t': return partial(apgd, targets=o.n_target_classes, steps=o.n_iter, seed=o.seed)
+        return partial(apgd, loss=o.loss, restarts=o.n_restarts, steps=o.n_iter, seed=o.seed)
+
+    def perturb(self, model, x, targ):
+        dtype = x.dtype
+        net = lambda o: model(o.to(dtype)) # the package computes in float32 whatever it is given
+        if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
+        o,x,targ = self.published(net, x.device), x.float(), targ.long()
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
+
+    def __call__(self, model, x, targ):
+        if not self.folds: return super().__call__(model, x, targ)
+        with faster(compile=x.is_cuda, bf16=has_bf16(x.device)): x_adv = super().__call__(model, x, targ)
+        with torch.no_grad(), frozen(model): doubtful = (x_adv != x).flatten(1).any(1) & (model(x_adv).argmax(1) == targ)
+        if doubtful.any(): x_adv[doubtful] = _Part(self.whole, self.name, self.n_out)(model, x[doubtful], targ[doubtful])
+        return x_adv
+
+def _in_few_sizes(net, bs):
+    "`net` asked in batches of at most four sizes: compiled code is for one size each"
+    sizes = [max(bs//k, 1) for k in (8,4,2,1)]
+    def ask(x):
+        more = next((s for s in sizes if s >= len(x)), len(x)) - len(x)
+        return net(torch.cat([x, x[:1].expand(more, -1, -1, -1)]))[:len(x)] if more else net(x)
+    return ask
+
+def _members(model):
+    "The members of an ensemble, each from what `model` takes to logits; none for a single network"
+    if isinstance(model, PixelModel): return [PixelModel(m, model.mean, model.std) for m in _members(model.model)]
+    members = getattr(model, 'members', ())
+    return list(members) if len(members) > 1 else []
+
+class _Transfer(Attack):
+    "Images that fool the members of an ensemble, one after another and all on average: do they fool the ensemble?"
+    folds = False # each member is
+    def __init__(self, whole, n_members):
+        self.whole,self.n_members = whole,n_members
+        self.pgd = PGD(whole.eps, 50, whole.eps/8, whole.norm, objective='cw')
+        self.cost = (n_members + 1)*self.pgd.cost
+
+    def __repr__(self): return f'transfer: {self.pgd!r} on each of {self.n_members} members, and on the mean of their logits'
+
+    def perturb(self, model, x, targ):
+        members,x_adv = _members(model),x.clone()
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(self.whole.seed)
+            for net in (*members, lambda x: sum(m(x) for m in members)/len(members)):
+                with torch.no_grad(): left = (model(x_adv).argmax(1) == targ).nonzero()[:,0]
+                if len(left): x_adv[left] = self.pgd(net, x[left], targ[left])
+        return x_adv
 
 class AutoAttack(Attack):
     "AutoAttack as published, through `pyautoattack` or `autoattack` (Croce & Hein, 2020)"
@@ -203,37 +298,45 @@ class AutoAttack(Attack):
         seed:int=0, # seed of each of its parts
         bs:int=250, # images at a time
         queries:int=5000, # of Square, an image
+        fast:bool=False, # search on a faster model; what is found is confirmed on the plain one
     ):
         check_eps(eps, norm)
         if norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {norm!r}")
-        if version not in ('standard','plus','rand',*_parts): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_parts}, got {version!r}")
+        if version not in ('standard','plus','rand',*_names): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
         if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
         if queries < 1: raise ValueError(f"`queries` must be >= 1, got {queries}")
-        self.eps,self.norm,self.version,self.seed,self.bs,self.queries = eps,norm,version,seed,bs,queries
+        self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast
 
-    def _published(self, model, x, n_out):
-        "The package's own attack object and the call that runs it"
-        version = 'standard' if self.version in _parts else self.version
-        kw = dict(norm=self.norm, eps=self.eps, seed=self.seed, version=version, device=x.device)
+    def published(self, model, device):
+        "The package's own AutoAttack for `model`"
+        kw = dict(norm=self.norm, eps=self.eps, seed=self.seed, version='standard' if self.version in _names else self.version, device=device)
         try:
             from pyautoattack import AutoAttack as Published
-            aa,bs_name = Published(model, **kw), 'batch_size'
-        except ImportError:
-            try: from autoattack import AutoAttack as Published
-            except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
-            aa,bs_name = Published(model, **kw, verbose=False), 'bs'
-        aa.attacks_to_run = _autoattack_parts(self.version, n_out)
-        aa.square.n_queries = self.queries
-        aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, n_out-1)
-        return lambda x,targ: aa.run_standard_evaluation(x, targ, **{bs_name: self.bs})
+            return Published(model, **kw)
+        except ImportError: pass
+        try: from autoattack import AutoAttack as Published
+        except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
+        return Published(model, **kw, verbose=False)
+
+    def parts(self, model, n_out):
+        if n_out < 2: raise ValueError("AutoAttack needs at least two classes, but `model` returns one logit")
+        parts = [_Part(self, name, n_out, self.fast) for name in _autoattack_parts(self.version, n_out)]
+        if self.version not in _names and (members := _members(model)): parts.append(_Transfer(self, len(members)))
+        return parts + [_Part(self, 'apgd-ce', n_out)]*self.fast # once more, on the plain model
+
+    def composition(self, model, n_out):
+        "`parts` in words, and what is left out where there are few classes"
+        said = [repr(p) for p in self.parts(model, n_out)]
+        lacking = [] if self.version in _names else [p for p in _autoattack_parts(self.version, 10) if n_out < _least.get(p, 2)]
+        return said + [f'without {p}: its loss needs {_least[p]} classes' for p in lacking]
 
     def perturb(self, model, x, targ):
         if targ.is_floating_point(): raise ValueError("AutoAttack needs class indices as `targ`: soft labels have no defined success")
-        with torch.no_grad(): n_out = check_logits(model(x[:1])).shape[1]
-        if n_out < 2: raise ValueError("AutoAttack needs at least two classes, but `model` returns one logit")
-        # the package computes in float32 whatever it is given
-        run,trace = self._published(lambda o: model(o.to(x.dtype)), x, n_out), sys.gettrace()
-        try:
-            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []): res = run(x.float(), targ.long())
-        finally: sys.settrace(trace)
-        return res[0] if isinstance(res, tuple) else res # pyautoattack also returns the predictions
+        with torch.no_grad(): logits = check_logits(model(x))
+        x_adv,stands = x.clone(), logits.argmax(1) == targ
+        for part in self.parts(model, logits.shape[1]):
+            for idx in stands.nonzero()[:,0].split(self.bs):
+                found = part(model, x[idx], targ[idx])
+                with torch.no_grad(): fell = model(found).argmax(1) != targ[idx]
+                x_adv[idx[fell]],stands[idx[fell]] = found[fell],False
+        return x_adv

@@ -6,8 +6,8 @@
 __all__ = ['robust_flags', 'seeded', 'robust_accuracy', 'wilson', 'Robustness', 'make_attack', 'pixel_data', 'measure_robustness']
 
 # %% ../nbs/09_evaluation.ipynb #986ffec1
-import json, math, random, re, time
-from contextlib import contextmanager
+import json, math, random, re, time, warnings
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,11 @@ def seeded(seed, device='cpu'):
             with torch.cuda.device(device): torch.cuda.manual_seed(seed)
         yield
 
+def _check_data(x, targ):
+    if not len(x): raise ValueError("`x` holds no images")
+    if len(x) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
+    check_images(x)
+
 def robust_accuracy(
     model, # maps pixel space to logits; any callable
     x, # images in [0, 1], `(n, c, h, w)`
@@ -61,9 +66,7 @@ def robust_accuracy(
     bs:int=256, # images at a time
 )->float:
     "Fraction of all images that `model` classifies rightly under `attack`"
-    if not len(x): raise ValueError("`x` holds no images")
-    if len(x) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
-    check_images(x)
+    _check_data(x, targ)
     attack = attack or PGD(steps=20)
     return sum(robust_flags(model, xb, yb, attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
 
@@ -75,10 +78,17 @@ def wilson(p, n, z=1.96):
 
 class Robustness:
     "Accuracies of one model, clean and under attack, with what they were measured by"
-    def __init__(self, results, attacks, n, eps, norm, seed, seconds):
-        self.results,self.attacks,self.seconds = results,attacks,seconds
-        self.n,self.eps,self.norm,self.seed = n,eps,norm,seed
-        for name,acc in results.items(): setattr(self, name, acc)
+    def __init__(self,
+        flags, # name of an attack: which images stand, bool `(n,)`
+        attacks, # name: what it is made of, a list of texts
+        seconds, # name: how long it took
+        eps, # radius
+        norm, # of the radius
+        seed, # of every attack
+    ):
+        self.flags,self.attacks,self.seconds,self.eps,self.norm,self.seed = flags,attacks,seconds,eps,norm,seed
+        self.results,self.n = {k: f.sum().item()/len(f) for k,f in flags.items()}, len(next(iter(flags.values())))
+        for name,acc in self.results.items(): setattr(self, name, acc)
 
     def to_df(self):
         "One row per attack: accuracy, its 95 % interval, seconds"
@@ -133,10 +143,11 @@ def make_attack(
     norm='Linf', # 'Linf' or 'L2'
     seed=0, # AutoAttack's seed
     bs=250, # AutoAttack's batch size
+    fast=False, # AutoAttack and its parts on a faster model, confirmed on the plain one
 ):
     "The `Attack` that tables call `name`"
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
-    if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs)
+    if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
     if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
     if name == 'fgsm': return FGSM(eps) if norm == 'Linf' else PGD(eps, steps=1, step_size=eps, norm=norm, random_start=False)
     m = re.fullmatch(r'pgd(\d+)(?:x(\d+))?', name)
@@ -165,27 +176,75 @@ def pixel_data(
     if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
-# %% ../nbs/09_evaluation.ipynb #39857ae7
-def _fingerprint(model, x, y, **settings):
-    "Settings of a run, with hashes of its weights and images: what must agree for a state file to be its own"
-    return dict(settings, weights=digest(model.state_dict().values()), images=digest([x, y]))
+# %% ../nbs/09_evaluation.ipynb #a394a474
+def _out_of_memory(e):
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
 
-class _State:
-    "Flags of the finished batches, on disk where a path is given"
-    def __init__(self, path, run):
-        self.path,self.run,self.flags = None if path is None else Path(path), run, {}
-        if self.path is None or not self.path.exists(): return
-        try: saved = json.loads(self.path.read_text()); saved_run,self.flags = dict(saved['run']),dict(saved['flags'])
+class _Run:
+    "Attacks on one model, batch by batch: how far each has come and which images stand, on disk where a path is given"
+    def __init__(self, model, x, y, attacks, settings, seed, bs, path, progress):
+        self.model,self.x,self.y,self.seed,self.progress,self.device = model,x,y,seed,progress or (lambda *_: None),model_device(model)
+        with torch.no_grad(), frozen(model): n_out = check_logits(model(x[:1].to(self.device))).shape[1]
+        self.parts = {name: a.parts(model, n_out) for name,a in attacks.items()}
+        self.composed = {name: a.composition(model, n_out) if hasattr(a, 'composition') else [repr(a)] for name,a in attacks.items()}
+        self.new = dict(part=0, next=0, bs=bs, seconds=0., stands=[1]*len(x))
+        self.at,self.path = {}, None if path is None else Path(path)
+        # all that a file's owner must have in common with this run
+        self.id = {} if path is None else dict(settings, attacks=self.composed, seed=seed, bs=bs, weights=digest(model.state_dict().values()), images=digest([x, y]))
+        if self.path is not None: self._load() if self.path.exists() else self._save() # where it cannot be written, better now
+
+    def _load(self):
+        try:
+            saved = json.loads(self.path.read_text())
+            run,self.at = dict(saved['run']), {k: dict(v, stands=[int(c) for c in v['stands']]) for k,v in saved['attacks'].items()}
+            if any(set(v) != set(self.new) for v in self.at.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
-        other = {k: (saved_run.get(k), v) for k,v in run.items() if saved_run.get(k) != v}
+        other = {k: (run.get(k), v) for k,v in self.id.items() if run.get(k) != v}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())
             raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, or delete it")
 
-    def done(self, name): return self.flags.get(name, [])
-    def add(self, name, flags):
-        self.flags.setdefault(name, []).append([int(f) for f in flags])
-        if self.path is not None: write_atomic(self.path, json.dumps(dict(run=self.run, flags=self.flags)))
+    def _save(self):
+        if self.path is None: return
+        text = json.dumps(dict(run=self.id, attacks={k: dict(v, stands=''.join(map(str, v['stands']))) for k,v in self.at.items()}))
+        try: write_atomic(self.path, text)
+        except OSError as e: raise OSError(f"`state_path` {self.path} cannot be written ({e.strerror or e}): what it held before is still there, go on from it when there is room") from e
+
+    def run(self, name):
+        "All parts of the attack `name`"
+        at = self.at.setdefault(name, dict(self.new, stands=list(self.at['clean']['stands'] if 'clean' in self.at else self.new['stands'])))
+        while at['part'] < len(self.parts[name]):
+            self._show(name, at)
+            todo = [i for i in range(at['next'], len(self.x)) if at['stands'][i]][:at['bs']]
+            if todo: self._batch(at, self.parts[name][at['part']], todo)
+            else: at.update(part=at['part']+1, next=0)
+            self._save()
+        return at
+
+    def _batch(self, at, part, todo):
+        "Attack the images `todo`, or see to it that there will be fewer"
+        start,too_many = time.time(), False
+        try:
+            with seeded(self.seed + todo[0], self.device):
+                flags = robust_flags(self.model, self.x[todo].to(self.device), self.y[todo].to(self.device), part).tolist()
+        except (RuntimeError, MemoryError) as e:
+            if not _out_of_memory(e) or len(todo) == 1: raise
+            too_many = True # the traceback holds the tensors: out of here before going on
+        if too_many:
+            at['bs'] = len(todo)//2
+            torch.cuda.empty_cache()
+            warnings.warn(f"out of memory with {len(todo)} images at a time: going on with {at['bs']}")
+            return
+        for i,stands in zip(todo, flags): at['stands'][i] = int(stands)
+        at.update(next=todo[-1]+1, seconds=at['seconds'] + time.time() - start)
+
+    def _show(self, name, at):
+        "Tell `progress` the share of the work that is done, and what is known"
+        left = sum(part.cost*sum(at['stands'][at['next'] if i == at['part'] else 0:]) for i,part in enumerate(self.parts[name]) if i >= at['part'])
+        later = [k for k in self.parts if k not in self.at]
+        left += sum(part.cost for k in later for part in self.parts[k])*sum(self.at['clean']['stands'] if 'clean' in self.at else at['stands'])
+        self.most = max(getattr(self, 'most', 0), left)
+        self.progress(1 - left/self.most if left else 1., f"{name} ≤ {sum(at['stands'])/len(self.x):.1%}")
 
 def measure_robustness(
     model:torch.nn.Module, # maps pixel space to logits
@@ -197,21 +256,21 @@ def measure_robustness(
     seed=0, # of every attack
     state_path=None, # file that keeps the progress of a long run, to resume it
     bs=250, # images at a time
-    bar:bool=False, # a progress bar with the accuracy so far
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
+    fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
+    progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
-    made = {name: make_attack(name, eps, norm, seed, bs) for name in attacks}
-    model,seconds = _as_logits(_in_float32(model), x[:bs], logits),{}
-    run = _fingerprint(model, x, y, attacks={k: repr(v) for k,v in made.items()}, seed=seed, bs=bs) if state_path else {}
-    state = _State(state_path, run)
-    for name,attack in made.items():
-        start = time.time()
-        _attack_batches(model, x, y, name, attack, state, seed, bs, bar)
-        seconds[name] = time.time() - start
-    return Robustness({k: _mean(state.done(k)) for k in attacks}, {k: repr(v) for k,v in made.items()}, len(x), eps, norm, seed, seconds)
+    if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
+    made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]} # whoever is wrong already needs no attack
+    _check_data(x, y)
+    model = _as_logits(_in_float32(model), x[:bs], logits)
+    run = _Run(model, x, y, made, dict(eps=eps, norm=norm), seed, bs, state_path, progress)
+    at = {name: run.run(name) for name in made}
+    return Robustness({k: torch.tensor(at[k]['stands']).bool() for k in attacks}, {k: run.composed[k] for k in attacks},
+                      {k: at[k]['seconds'] for k in attacks}, eps, norm, seed)
 
 class _LogProbs(torch.nn.Module):
     "A model that returns probabilities, as one that returns logits"
@@ -225,21 +284,21 @@ def _as_logits(model, x, logits):
         raise ValueError("`model` returns probabilities, not logits: attacks need logits, or their gradients vanish. Take the softmax off the model, or say `logits=False`")
     return model
 
-def _attack_batches(model, x, y, name, attack, state, seed, bs, bar):
-    "Add to `state` the flags of the batches that it lacks"
-    first,device = len(state.done(name)),model_device(model)
-    batches = list(zip(x.split(bs), y.split(bs)))[first:]
-    if bar: batches = progress_bar(batches, leave=False)
-    for i,(xb,yb) in enumerate(batches, first):
-        with seeded(seed+i, device): state.add(name, robust_flags(model, xb.to(device), yb.to(device), attack).tolist())
-        if bar: batches.comment = f'{name} {_mean(state.done(name)):.1%}'
-
 def _in_float32(model):
     "`model`, or a float32 copy of it where it has weights in another precision"
     if all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point()): return model
     return deepcopy(model).float()
 
-def _mean(flags): return sum(map(sum, flags))/sum(map(len, flags))
+@contextmanager
+def _bar(learn):
+    "fastai's progress bar as a function of share and comment, where `learn` shows any"
+    if not any(isinstance(cb, ProgressCallback) for cb in learn.cbs): yield None; return
+    bar = progress_bar(range(1000), leave=False)
+    def progress(share, comment):
+        bar.comment = comment
+        bar.update(round(1000*share))
+    try: yield progress
+    finally: bar.on_iter_end()
 
 @patch
 def robustness(self:Learner,
@@ -252,13 +311,16 @@ def robustness(self:Learner,
     state_path=None, # file that keeps the progress of a long run, to resume it
     bs=250, # images at a time
     logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
+    fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
+    progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text; None means fastai's bar
 )->Robustness:
     "Accuracy clean and under `attacks`, of the Learner's network in eval mode and float32"
     for name in L(attacks): make_attack(name, eps, norm, seed, bs) # a wrong name fails before the images are read
     check_single_label(self.dls)
     self.model.to(getattr(self.dls, 'device', None) or model_device(self.model)) # as `fit` and `validate` do
     with seeded(seed): x,y = pixel_data(self, dl, n) # a DataLoader draws a random number
-    return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, any(isinstance(cb, ProgressCallback) for cb in self.cbs), logits)
+    with nullcontext(progress) if progress else _bar(self) as progress:
+        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast, progress)
 
 # %% ../nbs/09_evaluation.ipynb #c1b40001
 @patch

@@ -137,29 +137,31 @@ def test_plain_pytorch_loaders(make_learner, digits, tiny_net):
     learn.to_rkd(tiny_net(seed=3), attack=PGD(steps=1)).fit(1)
     assert learn.robustness(('clean',)).n == 64
 
-@pytest.mark.parametrize('at', range(1, 7))
-def test_resume(at, learn, tmp_path):
-    "Killed in any batch and started again, a run ends with the same flags, batch by batch"
-    def run(path): return learn.robustness(('clean', 'pgd3'), eps=.1, bs=14, seed=4, state_path=path)
+def watched(run, path, die_at=None):
+    "What `run(path)` returns, and the random seed of each of its batches, until it is killed in one"
     class Killed(BaseException): pass
-    real = evaluation.robust_flags
-    def watched(path, die_at=None):
-        "A run, and the random seed of each of its batches"
-        seeds = []
-        def flags(*args):
-            if len(seeds)+1 == die_at: raise Killed
-            seeds.append(torch.initial_seed())
-            return real(*args)
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(evaluation, 'robust_flags', flags)
-            try: return run(path), seeds
-            except Killed: return None, seeds
-    want, all_seeds = watched(tmp_path/'whole.json')
-    _, before = watched(tmp_path/'state.json', die_at=at)
-    got, after = watched(tmp_path/'state.json')
-    assert len(all_seeds) == 6 and before + after == all_seeds, 'no batch twice, each with its own random numbers'
-    assert got.results == want.results
-    assert json.loads((tmp_path/'state.json').read_text())['flags'] == json.loads((tmp_path/'whole.json').read_text())['flags']
+    real, seeds = evaluation.robust_flags, []
+    def flags(*args):
+        if len(seeds)+1 == die_at: raise Killed
+        seeds.append(torch.initial_seed())
+        return real(*args)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, 'robust_flags', flags)
+        try: return run(path), seeds
+        except Killed: return None, seeds
+
+def images_of(path): return {k: v['stands'] for k,v in json.loads(path.read_text())['attacks'].items()}
+
+@pytest.mark.parametrize('at', range(1, 8))
+def test_resume(at, learn, tmp_path):
+    "Killed in any batch and started again, a run ends with the same flags, image by image"
+    def run(path): return learn.robustness(('clean', 'pgd3', 'cw'), eps=.1, bs=14, seed=4, state_path=path)
+    want, all_seeds = watched(run, tmp_path/'whole.json')
+    _, before = watched(run, tmp_path/'state.json', die_at=at)
+    got, after = watched(run, tmp_path/'state.json')
+    assert len(all_seeds) >= 7 and before + after == all_seeds, 'no batch twice, each with its own random numbers'
+    assert got.results == want.results and all(torch.equal(got.flags[k], want.flags[k]) for k in want.flags)
+    assert images_of(tmp_path/'state.json') == images_of(tmp_path/'whole.json')
     assert sorted(p.name for p in tmp_path.glob('*state*')) == ['state.json'] # no temporary file is left
 
 def test_a_finished_run_is_read_back(learn, tmp_path):
