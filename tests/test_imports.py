@@ -109,7 +109,7 @@ def test_rkd_learner_takes_what_vision_learner_takes():
     assert set(inspect.signature(vision_learner).parameters) - {'kwargs'} <= ours
 
 def test_every_name_in_all_exists():
-    for name in ('core', 'losses', 'attacks', 'models', 'data', 'pixel', 'loaders', 'teachers', 'evaluation', 'masking', 'callback', 'learner', 'recipes', 'all'):
+    for name in ('core', 'losses', 'attacks', 'models', 'data', 'pixel', 'loaders', 'teachers', 'evaluation', 'masking', 'callback', 'learner', 'recipes', 'interpret', 'all'):
         module = importlib.import_module(f'rkd_fastai.{name}')
         assert len(set(module.__all__)) == len(module.__all__)
         for o in module.__all__: assert hasattr(module, o), (name, o)
