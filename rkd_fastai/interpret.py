@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['robustness_curve', 'plot_robustness_curve', 'AdversarialInterpretation']
 
-# %% ../nbs/22_interpret.ipynb #54cd8ed4
+# %% ../nbs/22_interpret.ipynb #275e672a
 from copy import deepcopy
+from matplotlib.cbook import normalize_kwargs
+from matplotlib.lines import Line2D
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import (CategoryMap, Categorize, ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders, Datasets, ItemGetter, L,
                                Learner, ProgressCallback, TensorImage, TensorImageBW, TfmdDL, get_grid, ifnone, no_random, patch, show_title)
@@ -54,7 +56,8 @@ def robustness_curve(
     rows = {}
     for e in _check_radii(eps, attack, norm, seed, bs):
         name = attack if e else 'clean' # a ball of one point needs no search
-        acc = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, bar=bar, logits=logits).results[name]
+        with seeded(seed, model_device(model)): # a network may be random
+            acc = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, bar=bar, logits=logits).results[name]
         rows[e] = acc,*wilson(acc, len(x))
     curve = pd.DataFrame.from_dict(rows, orient='index', columns=['accuracy','low','high']).rename_axis('eps')
     curve.attrs.update(attack=attack, norm=norm, n=len(x), seed=seed)
@@ -92,7 +95,7 @@ def plot_robustness_curve(
     if ax is None: _,ax = plt.subplots(figsize=(5.5,3.6), layout='constrained')
     at,norm = len(ax.lines) % len(_colours),curve.attrs.get('norm', 'Linf')
     radii = curve.index*(255 if norm == 'Linf' else 1)
-    kwargs = dict(color=_colours[at], marker=_markers[at], markersize=5) | kwargs
+    kwargs = dict(color=_colours[at], marker=_markers[at], markersize=5) | normalize_kwargs(kwargs, Line2D)
     line, = ax.plot(radii, 100*curve.accuracy, label=label or curve.attrs.get('attack'), **kwargs)
     ax.fill_between(radii, 100*curve.low, 100*curve.high, color=line.get_color(), alpha=.18, lw=0)
     ax.set(xlabel='radius ε (L∞), in 1/255' if norm == 'Linf' else 'radius ε (L2)', ylabel='accuracy, %', ylim=(-2,102)) # all of a marker at either end
@@ -129,8 +132,8 @@ def _attacked(model, x, y, attack, seed, bs):
     x_adv,device = x.clone(),model_device(model)
     for i,(xb,yb,out) in enumerate(zip(x.split(bs), y.split(bs), x_adv.split(bs))):
         xb,yb = xb.to(device),yb.to(device)
-        standing = robust_flags(model, xb, yb, lambda model, x, targ: x)
         with seeded(seed+i, device): # as in `measure_robustness`, batch by batch
+            standing = robust_flags(model, xb, yb, lambda model, x, targ: x)
             if standing.any(): out[standing.cpu()] = attack(model, xb[standing], yb[standing]).cpu()
     return x_adv
 
@@ -138,11 +141,13 @@ def _before_after(learn, attack, dl, n, seed, bs=250):
     "A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and their classes"
     x,y = _images(learn, dl, n, seed)
     model = PixelModel(deepcopy(unwrap(learn.model)).float(), *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
-    measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs) # raises where the model returns anything but logits
+    with seeded(seed, model_device(model)): measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs) # raises where the model returns anything but logits
     return model, x, _attacked(model, x, y, attack, seed, bs), y
 
 @torch.no_grad()
-def _logits(model, x): return model(x.to(model_device(model))).cpu()
+def _logits(model, x):
+    device = model_device(model)
+    with seeded(0, device): return model(x.to(device)).cpu()
 
 class _Grey(TensorImageBW):
     "A grey image that is shown on the scale from 0 to 1, whatever its values"

@@ -139,7 +139,7 @@ def test_several_in_one_picture(learner):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['a','b','c']
     assert len({l.get_color() for l in ax.lines}) == len({l.get_marker() for l in ax.lines}) == 3
     for l,band in zip(ax.lines, ax.collections): assert plt.matplotlib.colors.to_rgb(l.get_color()) == tuple(band.get_facecolor()[0][:3])
-    learner().plot_robustness_curve((0,.1), 'fgsm', n=20, ax=ax, color='black', ls='--')
+    learner().plot_robustness_curve((0,.1), 'fgsm', n=20, ax=ax, c='black', ls='--')
     assert ax.lines[3].get_color() == 'black' and ax.lines[3].get_linestyle() == '--' and tuple(ax.collections[3].get_facecolor()[0][:3]) == (0,0,0)
 
 def test_a_table_is_drawn_without_a_network(learner):
@@ -417,6 +417,19 @@ def test_looking_changes_nothing(look, train, stats, make_dls, make_learner, tin
     before,was = snapshot.take(learn.model),state(learn)
     looks[look](learn, None)
     assert snapshot.same(before, snapshot.take(learn.model)) and state(learn) == was
+
+class Noisy(nn.Module):
+    "`net` behind noise"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x + .3*torch.randn_like(x))
+
+@pytest.mark.parametrize('look', looks)
+def test_random_networks_draw_nothing(look, make_dls, make_learner, robust_net):
+    "From the random numbers of others"
+    learn = make_learner(make_dls(), Noisy(robust_net))
+    was = state(learn)
+    looks[look](learn, None)
+    assert state(learn) == was
 
 @pytest.mark.parametrize('look', looks)
 def test_looking_twice_shows_the_same(look, learner):
