@@ -1,6 +1,6 @@
 """Everything: `from rkd_fastai.all import *` beside `from fastai.vision.all import *`, of which it shadows no name."""
 import fastai.vision.all as _fastai
-from . import attacks, callback, core, data, evaluation, fast, interpret, learner, loaders, losses, masking, models, pixel, recipes, teachers
+from . import attacks, callback, core, data, evaluation, export, fast, interpret, learner, loaders, losses, masking, models, pixel, recipes, teachers
 from .core import *
 from .losses import *
 from .fast import *
@@ -11,12 +11,13 @@ from .loaders import *
 from .pixel import *
 from .teachers import *
 from .evaluation import *
-from .masking import *
 from .callback import *
 from .learner import *
 from .recipes import *
+from .masking import *
 from .interpret import *
+from .export import *
 
 # `resnet18` is torchvision's to fastai users: ours is importable by name from here, and with `*` from `rkd_fastai.models`
-__all__ = [n for m in (core, losses, fast, attacks, models, data, loaders, pixel, teachers, evaluation, masking, callback, learner, recipes, interpret)
+__all__ = [n for m in (core, losses, fast, attacks, models, data, loaders, pixel, teachers, evaluation, callback, learner, recipes, masking, interpret, export)
            for n in m.__all__ if not hasattr(_fastai, n)] + ['recipes'] # `recipes.paper_teacher` and the others
