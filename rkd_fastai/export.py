@@ -62,17 +62,18 @@ def _on_cpu(model, hooks=True):
 
 class _Mixture(nn.Module):
     "A `Teacher`'s forward pass, without its checks"
-    def __init__(self, members, betas):
+    def __init__(self, teacher):
         super().__init__()
-        self.members,self.logs = nn.ModuleList(members), [math.log(b) for b in betas]
+        used = [(m,b) for m,b in zip(teacher.members, teacher.betas) if b > 0]
+        self.members,self.logs,self.alone = nn.ModuleList(m for m,_ in used), [math.log(b) for _,b in used], len(teacher.members) == 1
     def forward(self, x):
-        if len(self.members) == 1: return self.members[0](x)
+        if self.alone: return self.members[0](x)
         return torch.stack([m(x).float().log_softmax(1) + l for m,l in zip(self.members, self.logs)]).logsumexp(0)
 
 def _traceable(net):
     "`net` with a `_Mixture` in place of each `Teacher` in it"
     for name,child in net.named_children(): setattr(net, name, _traceable(child))
-    return _Mixture(*zip(*[(m,b) for m,b in zip(net.members, net.betas) if b > 0])) if isinstance(net, Teacher) else net
+    return _Mixture(net) if isinstance(net, Teacher) else net
 
 def _passes(model):
     "How many networks an image goes through"
@@ -91,7 +92,7 @@ def _traced(model, shape):
                          f"and however many ({type(e).__name__}: {why})") from e
     program.example_inputs = None # they would be pickled
     for m in program.graph_module.modules():
-        for node in m.graph.nodes: node.meta.pop('stack_trace', None) # the paths of this machine
+        for node in getattr(getattr(m, 'graph', None), 'nodes', ()): node.meta.pop('stack_trace', None) # the paths of this machine
     return program
 
 # %% ../nbs/23_export.ipynb #a13822b0

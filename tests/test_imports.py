@@ -54,13 +54,15 @@ public = { # module: name: argument: default
         ARDCallback=dict(teacher=no, alpha=.8, lam=5/6, attack=pgd, T=1.), CKDCallback=dict(teacher=no, lam=.9, T=1.),
         WeightAveraging=dict(decay=.995), KeepEpochs=dict(every=1, fname='epoch'), RobustAccuracy=dict(attack=pgd, n=None)),
     'learner': dict(rkd_learner=dict(dls=no, arch=no, teacher=no, method='akd', alpha=.8, lam=5/6, attack=None, T=1.)),
+    'export': dict(export_robustbench=dict(model=no, x=no, folder=no, robustness=None, norm='Linf', n_test=None)),
     'evaluation': dict(robust_accuracy=dict(model=no, x=no, targ=no, attack=None, bs=256)),
     'models': dict(resnet18=dict(n_out=10, width=1., n_in=3), wide_resnet=dict(depth=28, widen=10, n_out=10, act=nn.SiLU, n_in=3)),
     'data': dict(digits_dls=dict(bs=128, valid_pct=.2, seed=42), fashion_sample_dls=dict(bs=125, size=14), fashion_mnist_dls=dict(path=None, bs=256),
                  cifar10_dls=dict(path=None, bs=256), cifar100_dls=dict(path=None, bs=256), tiny_imagenet_dls=dict(path=None, bs=256))}
 patched = dict(to_rkd=dict(teacher=no, method='akd'), to_adversarial=dict(attack=None), to_natural={}, fit_exp=dict(n_epoch=no, lr_max=.1, decay=.9),
                fit_rkd=dict(n_epoch=no, lr_max=.21),
-               robustness=dict(attacks=('clean', 'pgd20', 'autoattack'), eps=e, norm='Linf', n=None, seed=0, dl=None, state_path=None))
+               robustness=dict(attacks=('clean', 'pgd20', 'autoattack'), eps=e, norm='Linf', n=None, seed=0, dl=None, state_path=None),
+               to_robustbench=dict(folder=no, robustness=None, norm='Linf'))
 pgd_settings = dict(TRADES=dict(steps=10, objective='kl'), RobustAccuracy=dict(steps=20))
 
 def check_signature(name, f, want):
@@ -109,7 +111,7 @@ def test_rkd_learner_takes_what_vision_learner_takes():
     assert set(inspect.signature(vision_learner).parameters) - {'kwargs'} <= ours
 
 def test_every_name_in_all_exists():
-    for name in ('core', 'losses', 'attacks', 'models', 'data', 'pixel', 'loaders', 'teachers', 'evaluation', 'masking', 'callback', 'learner', 'recipes', 'interpret', 'all'):
+    for name in ('core', 'losses', 'search', 'attacks', 'models', 'data', 'pixel', 'loaders', 'teachers', 'evaluation', 'callback', 'learner', 'recipes', 'masking', 'interpret', 'export', 'all'):
         module = importlib.import_module(f'rkd_fastai.{name}')
         assert len(set(module.__all__)) == len(module.__all__)
         for o in module.__all__: assert hasattr(module, o), (name, o)
