@@ -335,6 +335,7 @@ class AutoAttack(Attack):
         with torch.no_grad(): logits = check_logits(model(x))
         x_adv,stands = x.clone(), logits.argmax(1) == targ
         for part in self.parts(model, logits.shape[1]):
+            if not stands.any(): break
             for idx in stands.nonzero()[:,0].split(self.bs):
                 found = part(model, x[idx], targ[idx])
                 with torch.no_grad(): fell = model(found).argmax(1) != targ[idx]

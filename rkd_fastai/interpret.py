@@ -49,7 +49,6 @@ def robustness_curve(
     norm='Linf', # 'Linf' or 'L2'
     seed=0, # of the attack at each radius
     bs=250, # images at a time
-    bar:bool=False, # a progress bar for each radius
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
 )->pd.DataFrame:
     "Accuracy under `attack`, with its 95 % interval from `low` to `high`, for each radius by itself; at 0 the clean one"
@@ -57,7 +56,7 @@ def robustness_curve(
     for e in _check_radii(eps, attack, norm, seed, bs):
         name = attack if e else 'clean' # a ball of one point needs no search
         with seeded(seed, model_device(model)): # a network may be random
-            acc = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, bar=bar, logits=logits).results[name]
+            acc = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, logits=logits).results[name]
         rows[e] = acc,*wilson(acc, len(x))
     curve = pd.DataFrame.from_dict(rows, orient='index', columns=['accuracy','low','high']).rename_axis('eps')
     curve.attrs.update(attack=attack, norm=norm, n=len(x), seed=seed)
@@ -78,8 +77,7 @@ def robustness_curve(self:Learner,
     eps = _check_radii(eps, attack, norm, seed, bs) # before the images are read
     if dl is None: dl = self.dls[2] if len(self.dls.loaders) > 2 else self.dls.valid
     x,y = _images(self, dl, _at_most(n, dl), seed)
-    bar = any(isinstance(cb, ProgressCallback) for cb in self.cbs)
-    return robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, bar, logits)
+    return robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits)
 
 # %% ../nbs/22_interpret.ipynb #46ac102f
 _colours = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9'.split() # Okabe and Ito's
@@ -129,13 +127,17 @@ def _made(attack, eps, norm, seed, bs=250):
 
 def _attacked(model, x, y, attack, seed, bs):
     "`x` under `attack` on the CPU: the images that `robust_flags` would see, of which those that are wrong already stay as they are"
-    x_adv,device = x.clone(),model_device(model)
-    for i,(xb,yb,out) in enumerate(zip(x.split(bs), y.split(bs), x_adv.split(bs))):
-        xb,yb = xb.to(device),yb.to(device)
-        with seeded(seed+i, device): # as in `measure_robustness`, batch by batch
-            standing = robust_flags(model, xb, yb, lambda model, x, targ: x)
-            if standing.any(): out[standing.cpu()] = attack(model, xb[standing], yb[standing]).cpu()
-    return x_adv
+    device = model_device(model)
+    x,y = x.to(device),y.to(device)
+    with seeded(seed, device): stands = torch.cat([robust_flags(model, xb, yb, lambda model, x, targ: x) for xb,yb in zip(x.split(bs), y.split(bs))])
+    x_adv = x.clone()
+    for part in attack.parts(model, _logits(model, x[:1]).shape[1]): # as `measure_robustness` goes about it
+        for idx in stands.nonzero()[:,0].split(bs):
+            if not len(idx): break
+            with seeded(seed + idx[0].item(), device):
+                x_adv[idx] = found = part(model, x[idx], y[idx])
+                with torch.no_grad(): stands[idx] = model(found).argmax(1) == y[idx]
+    return x_adv.cpu()
 
 def _before_after(learn, attack, dl, n, seed, bs=250):
     "A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and their classes"
