@@ -18,7 +18,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders, get_c
-import rkd_fastai
+import rkd_fastai, rkd_fastai.masking
 from .attacks import FFGSM, PGD
 from .callback.monitor import CatastrophicOverfitting, KeepEpochs, RobustAccuracy, RobustOverfitting
 from .callback.resume import Resume
@@ -179,11 +179,12 @@ def evaluate(args):
     _check_vocab(card, dls, '`--data`')
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
-    with learn.no_bar(), watching(model, line, lambda: ', '.join(attacks)):
-        res = learn.robustness(attacks, eps=args.eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state)
+    with learn.no_bar(), watching(model, line):
+        res = learn.robustness(attacks, eps=args.eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.update)
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
+    if args.check: print(f'\n{learn.check_robustness(args.eps)}')
 
 def demo(args):
     from rkd_fastai.demo import demo # matplotlib, which no other command needs
@@ -241,6 +242,8 @@ def _evaluate_args(c):
     c.add_argument('--n', type=int, help='the first so many test images; left out, all')
     c.add_argument('--json', help='file for the result card')
     c.add_argument('--state', help='file that keeps the progress, to resume')
+    c.add_argument('--fast', action='store_true', help='AutoAttack on a faster copy of the network; what it finds is confirmed on the network itself')
+    c.add_argument('--check', action='store_true', help='look for masked gradients as well')
 
 _commands = [(demo, _demo_args, 'the main job from end to end, on real images that come with the package'),
              (train, _train_args, 'train a teacher, with a checkpoint per epoch'),

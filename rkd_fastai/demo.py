@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'train_models', 'measure', 'measure_models', 'as_markdown', 'verdict', 'plot_curves', 'plot_adversarial',
            'demo']
 
-# %% ../nbs/19_demo.ipynb #23210a2e
+# %% ../nbs/19_demo.ipynb #c1bd585e
 import json, time
 from contextlib import contextmanager
 from collections import namedtuple
@@ -27,7 +27,7 @@ from .pixel import model_device, pixel_model
 from .teachers import Teacher
 from .terminal import Line, clock, one_line, watching
 
-# %% ../nbs/19_demo.ipynb #c5d5d3c4
+# %% ../nbs/19_demo.ipynb #f7589a25
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
 _setups = dict(
     full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, stop=15, student=30, n_auto=100, n_curve=200),
@@ -57,12 +57,12 @@ def train_models(
     train('student', s.student, turn=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))
     return learners
 
-# %% ../nbs/19_demo.ipynb #3605bbe8
+# %% ../nbs/19_demo.ipynb #2b1b3898
 def measure(learn, name, attacks, s, seed, n=None):
     "`learn.robustness` with its progress on one line"
     line = Line(f'attacking {name}')
-    with learn.no_bar(), watching(learn.model, line, lambda: attacks[-1]):
-        res = learn.robustness(attacks, eps=s.eps, n=n, seed=seed)
+    with learn.no_bar(), watching(learn.model, line):
+        res = learn.robustness(attacks, eps=s.eps, n=n, seed=seed, progress=line.update)
     line.finish(', '.join(f'{k} {v:.1%}' for k,v in res.results.items()) + f' of {res.n} images')
     return res
 
@@ -97,7 +97,7 @@ def verdict(df, n, n_auto):
     return (f'Against PGD-20 the AKD+ student is {won} than the baseline of equal compute ({100*d.pgd20:+.1f} points, '
             f'{within("pgd20", n)}), clean {100*d.clean:+.1f}, AutoAttack {100*d.autoattack:+.1f} ({within("autoattack", n_auto)}).')
 
-# %% ../nbs/19_demo.ipynb #c1037022
+# %% ../nbs/19_demo.ipynb #017393fc
 def plot_curves(learners, path):
     "Clean and robust accuracy after every epoch, to `path`"
     fig,axs = plt.subplots(1, 2, figsize=(9,3.2), sharex=True, layout='constrained')
@@ -139,7 +139,7 @@ def plot_adversarial(learners, s, seed, path, n=5, names=('standard','student'))
                 if preds is not None: ax.set_title(str(learn.dls.vocab[preds[i]]), size=8, color='tab:green' if preds[i] == y[i] else 'tab:red')
     fig.savefig(path, dpi=110); plt.close(fig)
 
-# %% ../nbs/19_demo.ipynb #dc0dfded
+# %% ../nbs/19_demo.ipynb #b93cdc85
 @contextmanager
 def _one_thread():
     "Within it PyTorch computes on one CPU thread: images this small lose more to sharing than they gain"

@@ -122,7 +122,9 @@ class Robustness:
         return pd.DataFrame({name: r.results for name,r in results.items()}).T.rename_axis('model')
 
     @property
-    def _caption(self): return f'{self.n} images, {self.norm} eps {self.eps*255:.4g}/255, seed {self.seed}'
+    def _caption(self):
+        unusual = [f'; {name} {p}' for name,parts in self.attacks.items() for p in parts if p.startswith(('without','transfer'))]
+        return f"{self.n} images, {self.norm} eps {self.eps*255:.4g}/255, seed {self.seed}{''.join(unusual)}"
     def _shown(self):
         df = self.to_df()
         return pd.DataFrame({'accuracy': df.accuracy.map('{:.1%}'.format), 'seconds': df.seconds.map('{:.1f}'.format),
@@ -266,8 +268,9 @@ def measure_robustness(
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
     made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]} # whoever is wrong already needs no attack
     _check_data(x, y)
-    model = _as_logits(_in_float32(model), x[:bs], logits)
-    run = _Run(model, x, y, made, dict(eps=eps, norm=norm), seed, bs, state_path, progress)
+    with seeded(seed, model_device(model)): # a network may draw random numbers
+        model = _as_logits(_in_float32(model), x[:8], logits)
+        run = _Run(model, x, y, made, dict(eps=eps, norm=norm), seed, bs, state_path, progress)
     at = {name: run.run(name) for name in made}
     return Robustness({k: torch.tensor(at[k]['stands']).bool() for k in attacks}, {k: run.composed[k] for k in attacks},
                       {k: at[k]['seconds'] for k in attacks}, eps, norm, seed)
@@ -322,7 +325,7 @@ def robustness(self:Learner,
     with nullcontext(progress) if progress else _bar(self) as progress:
         return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast, progress)
 
-# %% ../nbs/09_evaluation.ipynb #c1b40001
+# %% ../nbs/09_evaluation.ipynb #15eab378
 @patch
 def check(self:Teacher,
     dls, # the student's DataLoaders, normalised or not

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['clock', 'Line', 'LineProgress', 'watching', 'one_line']
 
-# %% ../nbs/18_terminal.ipynb #cfb0d31e
+# %% ../nbs/18_terminal.ipynb #6329b6d1
 import sys, time
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 
-# %% ../nbs/18_terminal.ipynb #810c956e
+# %% ../nbs/18_terminal.ipynb #5badf191
 def clock(seconds):
     "`seconds` as m:ss"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
@@ -26,10 +26,11 @@ class Line:
         self.label,self.stream,self.start = label,stream or sys.stdout,time.time()
         self.live = self.stream.isatty()
         self.every,self.last = (.2 if self.live else quiet),self.start
+        self.share,self.comment = None,''
 
     def update(self, share=None, comment=''):
         "Show `share` (a fraction, or None where it is unknown) and `comment`, unless it is too soon"
-        now = time.time()
+        self.share,self.comment,now = share,comment,time.time()
         if now - self.last < self.every: return
         self.last,spent = now,now-self.start
         left = '' if not share else f', {clock(spent*(1-share)/share)} left'
@@ -45,7 +46,7 @@ class Line:
         else: text = f'{self.label:<28}{text}'
         print(text.rstrip(' '), end=end, file=self.stream, flush=True)
 
-# %% ../nbs/18_terminal.ipynb #2090dcbb
+# %% ../nbs/18_terminal.ipynb #144edb9f
 class LineProgress(Callback):
     "A fit's progress on one line"
     order,only_shows = ProgressCallback.order,True
@@ -67,9 +68,9 @@ class LineProgress(Callback):
     def after_fit(self): self.line.finish(f'{self.n_epoch} epochs{self.note}')
 
 @contextmanager
-def watching(model, line, comment):
-    "Within it every forward pass of `model` moves `line`, with what `comment()` says"
-    hook = model.register_forward_hook(lambda *_: line.update(None, comment()))
+def watching(model, line):
+    "Within it every forward pass of `model` moves the clock on `line`"
+    hook = model.register_forward_hook(lambda *_: line.update(line.share, line.comment))
     try: yield
     finally: hook.remove()
 
