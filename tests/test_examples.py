@@ -1,0 +1,18 @@
+"What the examples print is what they say they show."
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+def example(name):
+    spec = spec_from_file_location(name, Path(__file__).parent.parent/'examples'/f'{name}.py')
+    module = module_from_spec(spec); spec.loader.exec_module(module)
+    return module
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (find_spec('foolbox') and find_spec('pyautoattack')), reason='needs the images of foolbox and the checkpoint of pyautoattack')
+def test_foreign_checkpoint(capsys):
+    "A plainly trained network: right on all 20 images, and on none under attack"
+    res = example('foreign_checkpoint').main()
+    assert res.results == dict(clean=1., pgd20=0., autoattack=0.) and res.n == 20
+    assert '20 images, Linf eps 8/255' in capsys.readouterr().out
