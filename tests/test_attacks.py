@@ -389,3 +389,44 @@ def test_default_settings():
     assert (p.eps, p.steps, p.norm, p.random_start, p.restarts, p.objective) == (8/255, 7, 'Linf', True, 1, 'ce')
     assert p.step_size == pytest.approx(2/255) and PGD(.4).step_size == pytest.approx(.1)
     assert FFGSM(.1).step_size == pytest.approx(.125) and FGSM().eps == FFGSM().eps == 8/255
+
+# --- found by changing operators one at a time (tools/mutate.py) ---
+
+@pytest.mark.parametrize('norm,e', [('Linf', .1), ('L2', 1.)])
+def test_restarts_keep_the_worst(norm, e, robust_net, test_images):
+    "The first attempt that changes the prediction, else the one with the highest loss"
+    x, y = (o[:80] for o in test_images)
+    torch.manual_seed(3); got = PGD(e, steps=2, norm=norm, restarts=3)(robust_net, x, y)
+    torch.manual_seed(3); runs = [PGD(e, steps=2, norm=norm)(robust_net, x, y) for _ in range(3)]
+    chosen = []
+    with torch.no_grad():
+        for i in range(len(x)):
+            losses = [float('inf') if robust_net(r[i:i+1]).argmax() != y[i] else F.cross_entropy(robust_net(r[i:i+1]), y[i:i+1]).item() for r in runs]
+            chosen.append(losses.index(max(losses)))
+            torch.testing.assert_close(got[i], runs[chosen[-1]][i], rtol=0, atol=1e-6)
+    assert set(chosen) == {0, 1, 2}
+
+def test_losses_that_are_climbed():
+    "Against loops in float64"
+    torch.manual_seed(0)
+    logits, y = torch.randn(30, 7)*4, torch.randint(0, 7, (30,))
+    soft = torch.rand(30, 7).softmax(1)
+    rows = logits.double()
+    margin = [max(v for c,v in enumerate(row.tolist()) if c != t) - row[t].item() for row,t in zip(rows, y.tolist())]
+    torch.testing.assert_close(PGD(objective='cw').loss(logits, y), torch.tensor(margin))
+    torch.testing.assert_close(PGD(objective='cw').loss(logits, F.one_hot(y, 7).float()), torch.tensor(margin))
+    ce = lambda targ: torch.tensor([-(t*row.log_softmax(0)).sum().item() for row,t in zip(rows, targ.double())])
+    torch.testing.assert_close(PGD().loss(logits, y), ce(F.one_hot(y, 7)))
+    torch.testing.assert_close(PGD().loss(logits, soft), ce(soft))
+    torch.testing.assert_close(PGD(objective='kl').loss(logits, soft), ce(soft) + (soft.double()*soft.double().log()).sum(1).float())
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_rounding_leaves_what_needs_none(dtype):
+    "Numbers of half precision are not moved; others go to a neighbour, never away from the image"
+    from rkd_fastai.attacks import _settle
+    x = torch.rand(500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    there = torch.rand(500, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(_settle(there.float(), x), there)
+    between = there.float() + 1e-5
+    got = _settle(between, x).float()
+    assert ((got - x.float()).abs() <= (between - x.float()).abs()).all()
