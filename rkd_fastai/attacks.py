@@ -211,7 +211,6 @@ class _Part(Attack):
         "The package's own object for this part"
         aa = self.whole.published(model, device)
         o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted, 'square': aa.square}.get(self.name, aa.fab)
-        o.seed = self.whole.seed
         if o is aa.apgd: o.loss = self.name[5:]
         if o is aa.fab: o.targeted,o.n_restarts = self.name == 'fab-t', 1 if self.name == 'fab-t' else o.n_restarts
         if self.name.endswith('-t'): o.n_target_classes = min(9, self.n_out-1)
@@ -249,7 +248,8 @@ class _Part(Attack):
 
     def __call__(self, model, x, targ):
         if not self.folds: return super().__call__(model, x, targ)
-        with faster(compile=x.is_cuda, bf16=has_bf16(x.device)): x_adv = super().__call__(model, x, targ)
+        # Square needs a ranking of its squares and no more; gradients in bfloat16 miss images that float32 finds
+        with faster(compile=x.is_cuda, bf16=self.name == 'square' and has_bf16(x.device)): x_adv = super().__call__(model, x, targ)
         with torch.no_grad(), frozen(model): doubtful = (x_adv != x).flatten(1).any(1) & (model(x_adv).argmax(1) == targ)
         if doubtful.any(): x_adv[doubtful] = _Part(self.whole, self.name, self.n_out)(model, x[doubtful], targ[doubtful])
         return x_adv
@@ -265,8 +265,8 @@ def _in_few_sizes(net, bs):
 def _members(model):
     "The members of an ensemble, each from what `model` takes to logits; none for a single network"
     if isinstance(model, PixelModel): return [PixelModel(m, model.mean, model.std) for m in _members(model.model)]
-    members = getattr(model, 'members', ())
-    return list(members) if len(members) > 1 else []
+    members = list(getattr(model, 'members', ()))
+    return _members(members[0]) if len(members) == 1 else members # a Teacher of one is what it wraps
 
 class _Transfer(Attack):
     "Images that fool the members of an ensemble, one after another and all on average: do they fool the ensemble?"
@@ -322,7 +322,8 @@ class AutoAttack(Attack):
         if n_out < 2: raise ValueError("AutoAttack needs at least two classes, but `model` returns one logit")
         parts = [_Part(self, name, n_out, self.fast) for name in _autoattack_parts(self.version, n_out)]
         if self.version not in _names and (members := _members(model)): parts.append(_Transfer(self, len(members)))
-        return parts + [_Part(self, 'apgd-ce', n_out)]*self.fast # once more, on the plain model
+        once_more = self.fast and self.version not in _names # on the plain model
+        return parts + [_Part(self, 'apgd-ce', n_out)]*once_more
 
     def composition(self, model, n_out):
         "`parts` in words, and what is left out where there are few classes"

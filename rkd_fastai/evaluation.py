@@ -282,7 +282,8 @@ class _LogProbs(torch.nn.Module):
 
 def _as_logits(model, x, logits):
     if not logits: return _LogProbs(model)
-    with torch.no_grad(), frozen(model): out = check_logits(model(x.to(model_device(model))))
+    with torch.no_grad(), frozen(model): # one at a time: the size that fits into memory is found later
+        out = torch.cat([check_logits(model(xb.to(model_device(model)))) for xb in x.split(1)])
     if (out >= 0).all() and (out.sum(1) - 1).abs().max() < 1e-3:
         raise ValueError("`model` returns probabilities, not logits: attacks need logits, or their gradients vanish. Take the softmax off the model, or say `logits=False`")
     return model

@@ -221,7 +221,7 @@ def _try_square(model, r, eps, query, rng):
     x = r['best'][new]
     x[at] = patch[new]
     margin = _margin(model, x, r['y'][new])
-    better = (margin < r['margin'][new]) | (margin <= 0)
+    better = margin < r['margin'][new]
     idx = new[better]
     r['best'][idx],r['margin'][idx] = x[better],margin[better]
     return r

@@ -430,3 +430,9 @@ def test_rounding_leaves_what_needs_none(dtype):
     between = there.float() + 1e-5
     got = _settle(between, x).float()
     assert ((got - x.float()).abs() <= (between - x.float()).abs()).all()
+
+def test_start_of_a_given_width():
+    "So many times N(0,1), clipped to the ball and the pixel range"
+    x = torch.rand(4, 3, 8, 8)
+    torch.manual_seed(5); got = PGD(.1, steps=0, random_start=.04)(lambda x: x.flatten(1), x, torch.arange(4))
+    torch.manual_seed(5); torch.testing.assert_close(got, (x + (.04*torch.randn_like(x)).clamp(-.1, .1)).clamp(0, 1))
