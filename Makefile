@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-nbs test-py test-all export readme check clean
+.PHONY: demo test test-nbs test-py test-all mutants export readme check clean
 
 demo: .venv/installed
 	$(BIN)/rkd demo
@@ -17,6 +17,10 @@ test-py: .venv/dev
 test-all: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cuda"
+
+# does a test fail for every operator that is wrong?
+mutants: .venv/dev
+	$(BIN)/python tools/mutate.py
 
 # notebooks -> modules, index.ipynb -> README.md
 export: .venv/dev
