@@ -514,11 +514,11 @@ if how == 'kills':
         if not pid:
             try: measure(path)
             finally: os._exit(0)
-        time.sleep(rng.random()*.5)
+        time.sleep(rng.random()*2.5) # a batch takes a tenth of a second, or two
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         seen.append(state())
-    assert len(set(seen)) > 8, 'it gets on between kills'
+    assert len(set(seen)) > 5, 'it gets on between kills'
 else: torch.save(measure(path).flags, out)
 '''
 
