@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['robust_flags', 'seeded', 'robust_accuracy', 'wilson', 'Robustness', 'make_attack', 'pixel_data', 'measure_robustness']
 
-# %% ../nbs/10_evaluation.ipynb #986ffec1
+# %% ../nbs/10_evaluation.ipynb #77d62977
 import json, math, random, re, time, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -22,7 +22,7 @@ from .core import PixelModel, check_images, check_logits, digest, frozen, hard_l
 from .pixel import check_single_label, model_device, pixel_model, pixel_stats, to_pixels
 from .teachers import Teacher, check_teacher
 
-# %% ../nbs/10_evaluation.ipynb #28136348
+# %% ../nbs/10_evaluation.ipynb #4371559a
 def robust_flags(
     model, # maps pixel space to logits
     x, # images in [0, 1], `(bs, c, h, w)`
@@ -70,7 +70,7 @@ def robust_accuracy(
     attack = attack or PGD(steps=20)
     return sum(robust_flags(model, xb, yb, attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
 
-# %% ../nbs/10_evaluation.ipynb #d69e00f1
+# %% ../nbs/10_evaluation.ipynb #4e8bbf09
 def wilson(p, n, z=1.96):
     "95 % Wilson score interval of a fraction `p` seen on `n` images (Wilson, 1927)"
     mid,half,scale = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n)), 1 + z*z/n
@@ -136,7 +136,7 @@ def _version(package):
     try: return version(package)
     except ImportError: return None
 
-# %% ../nbs/10_evaluation.ipynb #8feefb5b
+# %% ../nbs/10_evaluation.ipynb #5e70f223
 _published = dict(autoattack='standard', apgd='apgd-ce', square='square') # by the names that tables use
 
 def make_attack(
@@ -178,7 +178,7 @@ def pixel_data(
     if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
-# %% ../nbs/10_evaluation.ipynb #a394a474
+# %% ../nbs/10_evaluation.ipynb #04309dd8
 def _out_of_memory(e):
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
 
@@ -199,7 +199,7 @@ class _Run:
         try:
             saved = json.loads(self.path.read_text())
             run,self.at = dict(saved['run']), {k: dict(v, stands=[int(c) for c in v['stands']]) for k,v in saved['attacks'].items()}
-            if any(set(v) != set(self.new) for v in self.at.values()): raise KeyError
+            if any(set(v) != set(self.new) or len(v['stands']) != len(self.x) for v in self.at.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
         other = {k: (run.get(k), v) for k,v in self.id.items() if run.get(k) != v}
         if other:
@@ -326,7 +326,7 @@ def robustness(self:Learner,
     with nullcontext(progress) if progress else _bar(self) as progress:
         return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast, progress)
 
-# %% ../nbs/10_evaluation.ipynb #15eab378
+# %% ../nbs/10_evaluation.ipynb #04854358
 @patch
 def check(self:Teacher,
     dls, # the student's DataLoaders, normalised or not

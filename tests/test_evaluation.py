@@ -185,6 +185,15 @@ def test_state_file_that_is_none(text, learn, tmp_path):
     (tmp_path/'s.json').write_text(text)
     with pytest.raises(ValueError, match='state_path'): learn.robustness(**small, state_path=tmp_path/'s.json')
 
+def test_state_file_with_other_images(learn, tmp_path):
+    "Whatever else agrees: it must say of each image whether it stands"
+    path = tmp_path/'s.json'
+    learn.robustness(**small, state_path=path)
+    state = json.loads(path.read_text())
+    state['attacks']['clean']['stands'] = state['attacks']['clean']['stands'][:-1]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match='is not a state file'): learn.robustness(**small, state_path=path)
+
 @pytest.mark.parametrize('kw,word', [(dict(attacks=('pgd',)), 'pgd'), (dict(attacks=('deepfool',)), 'deepfool'), (dict(eps=8), 'eps'), (dict(norm='L1'), 'norm'), (dict(n=0), '`n`'),
                                      (dict(n=-1), '`n`'), (dict(n=10_000), '`n`'), (dict(bs=0), '`bs`')], ids=str)
 def test_robustness_errors(kw, word, learn):
