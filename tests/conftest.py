@@ -79,7 +79,10 @@ def _train(digits, attack_steps):
                     x_adv = (x + (x_adv + .04*g.sign() - x).clamp(-.1, .1)).clamp(0, 1).detach()
                 opt.zero_grad(); F.cross_entropy(model(x_adv), y).backward(); opt.step()
     model.zero_grad()
+    _shared.append((model, copy.deepcopy(model.state_dict())))
     return model.eval()
+
+_shared = [] # networks of the whole session, and their weights
 
 @pytest.fixture(scope='session')
 def plain_net(digits):
@@ -89,6 +92,14 @@ def plain_net(digits):
 def robust_net(digits):
     "The same, trained on PGD-3 examples of radius 0.1"
     return _train(digits, 3)
+@pytest.fixture(autouse=True)
+def shared_networks_stay():
+    "Whatever a test did to a network that all share, the next one finds it as it was trained"
+    yield
+    for net,state in _shared:
+        if any(not torch.equal(v, state[k]) for k,v in net.state_dict().items()): net.load_state_dict(state)
+        net.eval()
+
 @pytest.fixture(scope='session')
 def test_images(digits): return digits.x[1297:], digits.y[1297:]
 

@@ -1,4 +1,5 @@
 "Pictures of robustness show what `robustness` measures, and leave everything as it was."
+import copy
 import random
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, MixUp, ProgressCallback
@@ -29,7 +30,8 @@ class First(nn.Module):
 def learner(make_dls, make_learner, robust_net):
     "Factory of Learners of `robust_net`, for grey or colour images, normalised or not"
     def make(channels=1, stats=None, n_valid=60, **kwargs):
-        net = robust_net if channels == 1 else First(robust_net)
+        net = copy.deepcopy(robust_net) # who trains it must not train everybody's
+        if channels != 1: net = First(net)
         return make_learner(make_dls(n_valid=n_valid, channels=channels, stats=stats, **kwargs), Denormalised(net, stats[0][0], stats[1][0]) if stats else net)
     return make
 
