@@ -148,7 +148,7 @@ def test_settings_reach_the_method(args, method, settings, attack, teacher, plan
     (('--method', 'ckd', '--alpha', .5), '`--alpha` means nothing to ckd'),
     (('--recipe', 'ard_official', '--method', 'akd', '--lam', .5), '`--lam` means nothing to akd'), (('--alpha', 2), '`alpha`'), (('--T', 0), '`T`'),
     (('--recipe', 'rslad_official', '--lam', 1.5), '`lam`'),
-    (('--bs', 65), '`--bs` 65 is more than the 64'), (('--bs', 0), '`bs` must be >= 1'), (('--frac', .5), '`--frac`'),
+    (('--bs', 65), '`bs` must be from 1 to 64'), (('--bs', 0), '`bs` must be from 1'), (('--frac', .5), '`--frac`'),
     (('--synthetic', 'no.npz'), 'synthetic'), (('--synthetic', 'no.npz', '--frac', .5), 'no.npz'),
     (('--steps', -1), '`steps`'), (('--eps', -1), '`eps`'), (('--epochs', 0), '`--epochs`'), (('--keep', 0), '`every`'),
     (('--betas', .5, .5), '`betas`'), (('--arch', 'wrn-11-1'), '`depth`')])
@@ -158,8 +158,8 @@ def test_mistakes_in_distilling(args, line, teacher, tmp_path, monkeypatch):
     assert not (tmp_path/'out').exists() or not list((tmp_path/'out').iterdir())
 
 @pytest.mark.parametrize('args, line', [
-    (('--n', 1438), '`n` must be from 1 to 1437'), (('--n', 0), '`n` must be'), (('--n', 10, '--bs', 11), 'more than the 10 training images'),
-    (('--bs', 1438), '`--bs` 1438 is more than the 1437 training images'),
+    (('--n', 1438), '`n` must be from 1 to 1437'), (('--n', 0), '`n` must be'), (('--n', 10, '--bs', 11), '`bs` must be from 1 to 10'),
+    (('--bs', 1438), '`bs` must be from 1 to 1437'),
     (('--how', 'ffgsm', '--steps', 2), 'FFGSM has one step'), (('--how', 'fast_at', '--steps', 2), 'FFGSM has one step'),
     (('--how', 'at+', '--frac', .5), '`--frac`')])
 def test_mistakes_in_training(args, line, tmp_path):
