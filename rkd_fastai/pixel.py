@@ -44,7 +44,7 @@ def to_pixels(
     x = pm.denormalize(x.detach().as_subclass(torch.Tensor))
     try: check_images(x, 'images', tol=1e-3)
     except ValueError as e:
-        raise ValueError(f"{e}. After undoing the DataLoaders' Normalize they should be pixels: normalise with fastai's `Normalize` in "
+        raise type(e)(f"{e}. After undoing the DataLoaders' Normalize they should be pixels: normalise with fastai's `Normalize` in "
                          "`batch_tfms` and nowhere else, and keep transforms that add values after it (RandomErasing) out") from e
     return x.clamp(0, 1)
 

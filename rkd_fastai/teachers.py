@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import load_file
 from torchvision.models import get_model, get_weight
-from .core import PixelModel, check_T, check_logits, check_weights
+from .core import NotFinite, PixelModel, check_T, check_logits, check_weights
 from .fast import folded
 from .losses import ensemble_probs
 from .pixel import model_device, pixel_model, sample_images
@@ -68,7 +68,8 @@ class Teacher(nn.Module):
         check_T(T)
         p = ensemble_probs([m.probs(x, T) if isinstance(m, Teacher) else _probs(m, x, T) for m in self.members], self.betas)
         if not p.isfinite().all():
-            raise ValueError(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of {len(p)} images: "
+            if not x.isfinite().all(): raise NotFinite("`teacher` was given images that contain NaN or infinite values: look at the attack that made them")
+            raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of {len(p)} images: "
                              "check its weights and its normalisation (`mean`, `std`)")
         return p
 

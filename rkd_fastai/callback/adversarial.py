@@ -17,7 +17,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastai.vision.data import get_c
 from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
-from .core import FitCallback
+from .core import FitCallback, told_where
 from ..core import check_logits, frozen, onehot
 from ..evaluation import seeded
 from ..fast import compiled, faster
@@ -116,10 +116,11 @@ class RobustCallback(FitCallback):
     def before_batch(self):
         if len(self.xb) != 1: raise ValueError(f"robust training needs one image input per batch, got {len(self.xb)} inputs")
         x = self.xb[0].as_subclass(torch.Tensor)
-        self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
         self.full_bs = self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
-        with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
+        with told_where(self.learn):
+            self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
+            with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
         self.learn.xb = (self.pixel.normalize(x),)
         self._compiled = ExitStack()
         if compile: self._compiled.enter_context(compiled(unwrap(self.model)))
