@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack
-from .core import PixelModel, check_images, check_logits, digest, frozen, hard_labels, write_atomic
+from .core import NotFinite, PixelModel, check_images, check_logits, digest, frozen, hard_labels, write_atomic
 from .pixel import check_single_label, model_device, pixel_model, pixel_stats, to_pixels
 from .teachers import Teacher, check_teacher
 
@@ -33,7 +33,7 @@ def robust_flags(
     label = hard_labels(targ)
     with torch.no_grad(), frozen(model):
         logits = check_logits(model(x))
-        if not logits.isfinite().all(): raise ValueError("`model` returned NaN or infinite logits: its accuracy would mean nothing")
+        if not logits.isfinite().all(): raise NotFinite("`model` returned NaN or infinite logits: its accuracy would mean nothing")
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
             raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
         flags = logits.argmax(1) == label
