@@ -286,7 +286,7 @@ def run(self:Study,
 )->pd.DataFrame:
     "Train and measure what is not done yet, and return the rows of all that is"
     todo = _part(self.cells, cell)
-    for c in todo: cell_dls(c, self.path) # what cannot be loaded is said before anything is trained
+    for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}: cell_dls(c, self.path) # what cannot be loaded is said before anything is trained
     write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, device=str(default_device()))))
     table = _Table(self, todo)
     while todo:

@@ -1,0 +1,212 @@
+"Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
+import json, os, random, signal, subprocess, sys, time
+
+import pandas as pd, pytest, torch
+
+from rkd_fastai.callback.distill import AKDCallback
+from rkd_fastai.evaluation import measure_robustness, pixel_data
+from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
+from rkd_fastai.runs import load_run, make_dls
+from rkd_fastai.study import Study, cell_dls, read_rows
+from rkd_fastai.teachers import Teacher
+
+settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
+measured = dict(attacks=['clean','pgd2'], n=50)
+
+def spec(*grids, measure={}, **more): return settings | more | dict(measure=measured | measure, grid=list(grids))
+
+def weights(study, c): return torch.load(study.folder(c)/'model.pth')
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+def table(df): return df.sort_values('id').reset_index(drop=True)
+
+grids = (dict(method='at', epochs=4), dict(method=['akd','rslad'], stop=[1,3]), dict(method='teacher', teacher='st, at', beta=[.25, 1.]))
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A small study that ran through undisturbed"
+    s = Study(spec(*grids), tmp_path_factory.mktemp('study')/'s')
+    s.run()
+    return s
+
+def test_cells_are_the_product_of_their_lists():
+    cells,_,_ = read_study(spec(dict(method='akd', alpha=[.5,1.], stop=[1,2,3]), dict(method=['at','st']), seed=[1,2]))
+    assert len(cells) == 2*(2*3 + 2) and len({c.id for c in cells}) == len(cells)
+    assert [c.seed for c in cells] == sorted(c.seed for c in cells)
+
+def test_the_same_cell_is_there_once():
+    assert len(read_study(spec(dict(method='akd', alpha=[.8, .8]), dict(method='akd'), dict(method='akd', teacher='at', T=1.)))[0]) == 1
+
+def test_settings_at_the_top_are_for_whom_they_mean_something():
+    cells = read_study(spec(dict(method=['at','ckd','rslad']), alpha=.3, lam=.4))[0]
+    assert [(c.alpha, c.lam) for c in cells] == [(None, None), (None, .4), (.3, .4)]
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(metod='akd'), "did you mean 'method'"), (dict(method='akdd'), "did you mean 'akd'"), (dict(method='akd', teacher='att'), "did you mean 'at'"),
+    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', stop=4), 'beyond the teacher'), (dict(method='akd', schedule='exp'), 'means nothing'),
+    (dict(method='akd', alpha='much'), '`alpha` is a number'), (dict(method='akd', alpha=[.5, 1.5]), '`alpha` lies'), (dict(method='akd', eps=8), 'write 8/255'),
+    (dict(method='akd', n=2.5), '`n` is of type int'), (dict(method='akd', n=True), '`n` is of type int'), (dict(method='akd', noise=-.1), '`noise` lies'),
+    (dict(method='at', schedule='cosine'), 'unknown `schedule`'), (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'means nothing'),
+    (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "unknown setting 'member'"), (dict(alpha=.5), 'has no `method`'),
+    (dict(method='akd', epochs=0), '`epochs` is more than 0')])
+def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
+    with pytest.raises(ValueError) as e: Study(spec(wrong), tmp_path/'s')
+    assert says in str(e.value), e.value
+    assert not (tmp_path/'s').exists()
+
+@pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack')])
+def test_mistakes_in_what_is_measured(measure, says, tmp_path):
+    with pytest.raises(ValueError, match=says): Study(spec(dict(method='at'), measure=measure), tmp_path/'s')
+
+def test_file_that_is_no_toml(tmp_path):
+    (tmp_path/'s.toml').write_text('method = [')
+    with pytest.raises(ValueError, match='is no TOML file'): Study(tmp_path/'s.toml')
+
+def test_data_are_looked_at_before_anything_is_trained(tmp_path):
+    s = Study(spec(dict(method='at'), dict(method='akd', n=5000)), tmp_path/'s')
+    with pytest.raises(ValueError, match='`n` must be from 1'): s.run()
+    assert not (tmp_path/'s').exists()
+
+def test_teachers_are_shared(finished):
+    assert {(t.method, t.seed) for t in finished.teachers} == {('at',0), ('st',0)}
+    assert finished.teachers[teachers_of(finished.cells[1])[0]] == {1, 3}
+
+def test_members_differ_in_their_start_and_not_in_their_data(tmp_path):
+    first,second = teachers_of(make_cell(**settings, method='akd', teacher='2 at', seed=1))
+    a,b = cell_dls(first),cell_dls(second)
+    assert a.train_ds.idxs == b.train_ds.idxs
+    starts = [next(recipe_of(c).learner(cell_dls(c)).model.parameters()) for c in (first, second, first)]
+    assert not torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
+
+def test_students_are_those_of_their_settings(finished):
+    "A cell's card says how it was trained, and its numbers are those of its weights"
+    df = finished.to_df()
+    x,y = pixel_data(make_dls('digits'))
+    for c in [c for c in finished.cells if c.distils]:
+        net,card = load_run(finished.folder(c))
+        r = measure_robustness(net, x[:50], y[:50], ['clean','pgd2'], c.eps, fast=True)
+        row = df[df.id == c.id].iloc[0]
+        assert (row.clean, row.pgd2, row.n_clean, row.compute) == (r.clean, r.pgd2, 50, 2 + c.stop)
+        assert (card['method'], card['alpha'], card['attack']) == (c.method, .8, repr(recipe_of(c).attack))
+
+def test_ensemble_is_measured_by_its_weights(finished):
+    "`beta` is the weight of the last kind: with all of it the ensemble is that teacher"
+    st,at = [c for c in finished.cells if c.method == 'teacher']
+    x,y = pixel_data(make_dls('digits'))
+    nets = {t.method: load_run(finished.folder(t)/'epoch_3.pth')[0] for t in teachers_of(st)}
+    alone = measure_robustness(nets['at'], x[:50], y[:50], ['clean','pgd2'], at.eps)
+    assert finished.results(at)['last']['clean']['accuracy'] == alone.clean
+    mixed = finished._teacher(st)
+    probs = .75*nets['st'].probs(x[:5]) + .25*nets['at'].probs(x[:5])
+    torch.testing.assert_close(mixed.probs(x[:5]), probs)
+
+def test_best_epoch_and_last(finished):
+    c = finished.cells[0]
+    res = finished.results(c)
+    kept = sorted(p.name for p in finished.folder(c).glob('epoch_*.pth'))
+    assert kept == [f"epoch_{res['best_epoch']}.pth"]
+    assert set(finished.to_df().query('method == "at"').which) == {'last','best'}
+
+def test_nothing_is_done_twice(finished, monkeypatch):
+    monkeypatch.setattr(Study, '_train', lambda *_: pytest.fail('trains again'))
+    monkeypatch.setattr('rkd_fastai.study.measure_robustness', lambda *_, **__: pytest.fail('measures again'))
+    before = table(finished.to_df())
+    again = Study(spec(*grids), finished.out)
+    pd.testing.assert_frame_equal(table(again.run()), before)
+    assert again.work() == {}
+
+def test_another_attack_is_all_that_is_added(tmp_path, monkeypatch):
+    s = Study(spec(dict(method='at')), tmp_path/'s')
+    first = s.run()
+    monkeypatch.setattr(Study, '_train', lambda *_: pytest.fail('trains again'))
+    more = Study(spec(dict(method='at'), measure=dict(attacks=['clean','pgd2','fgsm'])), tmp_path/'s').run()
+    assert list(more.clean) == list(first.clean) and more.fgsm.notna().all()
+    other = Study(spec(dict(method='at'), measure=dict(n=20)), tmp_path/'s').run()
+    assert set(other.n_clean) == {20}
+
+def test_earlier_epoch_of_a_teacher_is_trained_for_again(tmp_path):
+    "Checkpoints that nobody asked for are not kept: who asks later gets the same teacher"
+    s = Study(spec(dict(method='akd', stop=3)), tmp_path/'s')
+    s.run()
+    t = next(iter(s.teachers)); before = weights(s, t)
+    later = Study(spec(dict(method='akd', stop=[2,3])), tmp_path/'s')
+    later.run()
+    assert (s.folder(t)/'epoch_2.pth').exists() and same(before, weights(later, t))
+
+@pytest.mark.parametrize('half', ['', '{"last": {"cl', '[]', '{"last": {}}'])
+def test_half_written_results_are_not_trusted(half, finished, tmp_path):
+    import shutil
+    shutil.copytree(finished.out, tmp_path/'s')
+    s = Study(spec(*grids), tmp_path/'s')
+    c = s.cells[1]
+    (s.folder(c)/'results.json').write_text(half)
+    assert not s.is_done(c)
+    pd.testing.assert_frame_equal(table(s.run()), table(finished.to_df()))
+
+def test_a_cell_that_diverges_is_marked_and_the_grid_goes_on(tmp_path):
+    s = Study(spec(dict(method='akd', lr=[1e30, .1])), tmp_path/'s')
+    df = s.run()
+    assert df.diverged.notna().tolist() == [True, False] and 'epoch' in df.diverged[0] and 0 <= df.clean[1] <= 1
+    assert s.is_done(s.cells[0]) and not (s.folder(s.cells[0])/'resume.pth').exists()
+
+def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
+    train = Study._train
+    def diverging(self, c, label):
+        if c.schedule == 'teacher': raise FloatingPointError('the loss is NaN')
+        return train(self, c, label)
+    monkeypatch.setattr(Study, '_train', diverging)
+    df = Study(spec(dict(method='akd'), dict(method='at')), tmp_path/'s').run()
+    assert 'its teacher' in df.diverged[0] and 'the loss is NaN' in df.diverged[0] and pd.isna(df.diverged[1])
+
+def test_other_version(finished, tmp_path):
+    (tmp_path/'s').mkdir(); (tmp_path/'s/study.json').write_text(json.dumps(dict(rkd_fastai='99.0')))
+    with pytest.raises(ValueError, match='made by rkd_fastai 99.0, this is'): Study(spec(*grids), tmp_path/'s')
+
+def test_parts_of_a_job_array(finished, tmp_path):
+    "Any split of the cells ends in the same table"
+    for part in ('2/3','3/3','1/3'): Study(spec(*grids), tmp_path/'s').run(cell=part)
+    pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
+
+def test_label_noise_and_subset_are_the_same_for_teacher_and_student():
+    c = make_cell(**settings, method='akd', noise=.2, seed=3)
+    ours,theirs = ([int(y) for _,y in cell_dls(o).train_ds] for o in (c, teachers_of(c)[0]))
+    clean = [int(y) for _,y in cell_dls(make_cell(**settings, method='akd', seed=3)).train_ds]
+    assert ours == theirs and sum(a != b for a,b in zip(ours, clean)) == 40
+
+def test_plan_trains_nothing(tmp_path):
+    s = Study(spec(*grids), tmp_path/'s')
+    plan = s.plan()
+    assert len(plan) == len(s.cells) and (plan.seconds > 0).all() and not (tmp_path/'s').exists()
+
+_child = '''
+import sys, json, warnings
+warnings.simplefilter('ignore')
+import torch; torch.set_num_threads(1)
+from rkd_fastai.study import Study
+Study(json.loads(sys.argv[1]), sys.argv[2]).run(wait=.2)
+'''
+
+def start(out, *gs, **more):
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, '-c', _child, json.dumps(spec(*gs, **more)), str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True)
+
+def test_two_processes_share_a_folder(finished, tmp_path):
+    both = [start(tmp_path/'s', *grids) for _ in range(2)]
+    said = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
+    trained = sum(text.count('2 epochs,') for text in said) # the last line of each student's training
+    assert trained == sum(c.distils for c in finished.cells), said
+
+@pytest.mark.slow
+def test_killed_at_random_moments(finished, tmp_path):
+    rng,kills = random.Random(0),0
+    while True:
+        p = start(tmp_path/'s', *grids)
+        try: p.communicate(timeout=6 + rng.random()*8)
+        except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL); p.wait(); kills += 1
+        if p.returncode == 0: break
+        assert kills < 60
+    assert kills >= 3
+    pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
+    s = Study(spec(*grids), tmp_path/'s')
+    for c in [c for c in s.cells if c.method != 'teacher'] + list(s.teachers): assert same(weights(s, c), weights(finished, c))
