@@ -32,6 +32,7 @@ class Cell:
     size:int|None=None # side of a folder's images
     n:int|None=None # training images; None takes all
     noise:float=0. # part of the training labels that are wrong
+    augment:str|None=None # 'none', 'flip'; None: what is usual with the data
     seed:int=0 # of data, weights, order and attacks
     arch:str='resnet18'
     width:float=1/8
@@ -85,7 +86,7 @@ def _nearest(word, words):
 def takes(method):
     "Names of the settings that mean something to `method`"
     _known('`method`', method, [*distil_methods, *teacher_kinds, 'teacher'])
-    every = {'method','data','size','n','noise','seed','arch','width','eps'}
+    every = {'method','data','size','n','noise','augment','seed','arch','width','eps'}
     if method == 'teacher': return every | _teacher_settings | {'compile','bf16'}
     every |= _of_training | ({'attack'} if method in ('at','akd','rslad','ard') else set())
     if method not in distil_methods: return every | {'schedule'}
@@ -129,6 +130,7 @@ def _check(c):
     for k in ('n','epochs','teacher_epochs','width','teacher_width','stop','bs','lr','T'):
         v = getattr(c, k)
         if v is not None and not v > 0: raise ValueError(f"`{k}` is more than 0, got {v}")
+    if c.augment is not None: _known('`augment`', c.augment, ['none','flip'])
     if c.schedule is not None: _known('`schedule`', c.schedule, _schedules)
     if c.attack is not None: training_attack(c.attack, c.eps)
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
@@ -167,7 +169,7 @@ def teachers_of(c):
     "The cells of the teachers that `c` needs, one by one"
     if not c.has_teacher: return []
     kinds = members(c.teacher)
-    return [Cell(kind, c.data, c.size, c.n, c.noise, c.seed, c.teacher_arch, c.teacher_width, c.eps, c.teacher_epochs, compile=c.compile, bf16=c.bf16,
+    return [Cell(kind, c.data, c.size, c.n, c.noise, c.augment, c.seed, c.teacher_arch, c.teacher_width, c.eps, c.teacher_epochs, compile=c.compile, bf16=c.bf16,
                  schedule='teacher', member=kinds[:i].count(kind)) for i,kind in enumerate(kinds)]
 
 def recipe_of(c):
