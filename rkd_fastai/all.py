@@ -1,6 +1,6 @@
 """Everything: `from rkd_fastai.all import *` beside `from fastai.vision.all import *`, of which it shadows no name."""
 import fastai.vision.all as _fastai
-from . import attacks, callback, core, data, evaluation, export, fast, interpret, learner, loaders, losses, masking, models, pixel, recipes, teachers
+from . import attacks, callback, core, data, evaluation, export, fast, interpret, learner, loaders, losses, masking, models, pixel, recipes, teachers, trajectories
 from .core import *
 from .losses import *
 from .fast import *
@@ -17,7 +17,9 @@ from .recipes import *
 from .masking import *
 from .interpret import *
 from .export import *
+from .trajectories import *
+from .study import Study, read_rows, report
 
 # `resnet18` is torchvision's to fastai users: ours is importable by name from here, and with `*` from `rkd_fastai.models`
-__all__ = [n for m in (core, losses, fast, attacks, models, data, loaders, pixel, teachers, evaluation, callback, learner, recipes, masking, interpret, export)
-           for n in m.__all__ if not hasattr(_fastai, n)] + ['recipes'] # `recipes.paper_teacher` and the others
+__all__ = [n for m in (core, losses, fast, attacks, models, data, loaders, pixel, teachers, evaluation, callback, learner, recipes, masking, interpret, export, trajectories)
+           for n in m.__all__ if not hasattr(_fastai, n)] + ['Study', 'read_rows', 'report', 'recipes'] # `recipes.paper_teacher` and the others

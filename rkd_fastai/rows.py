@@ -16,9 +16,9 @@ class NotEnough(ValueError):
     "The rows do not hold what a table or figure is about"
 
 methods = dict(akd='AKD⁺', rslad='RSLAD⁺', ard='ARD⁺', ckd='CKD') # of students
-task = ['data','eps','n','noise','width'] # only networks for the same one can be compared
-settings = [*task, 'method','teacher','members','teacher_width','teacher_epochs','teacher_eps','stop','alpha','lam','T','beta','epochs','which']
-_texts = ['data','method','teacher','which','diverged']
+task = ['data','size','augment','eps','n','noise','arch','width'] # only networks for the same one can be compared
+settings = [*task, 'method','schedule','attack','lr','bs','teacher','members','teacher_arch','teacher_width','teacher_epochs','teacher_eps','stop','alpha','lam','T','beta','epochs','which']
+_texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','which','diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')
 
@@ -107,6 +107,7 @@ def cells_of(df, robust=None):
     return over_seeds(df).dropna(subset=['clean', robust]).reset_index(drop=True), robust
 
 def students_of(cells):
+    "Those of `cells` that have a teacher; raises where there is none"
     s = cells[cells['method'].isin(methods)]
     if not len(s): raise NotEnough(f"`df` has no students: rows whose `method` is one of {list(methods)}")
     return s
@@ -127,15 +128,17 @@ def pareto(
 
 # %% ../nbs/28_rows.ipynb #49a2abe9
 _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES')
-_heads = dict(data='Data', eps='ε', n='Training images', noise='Wrong labels', width='Layer size', method='Method', teacher='Teacher', alpha='α', stop='ES',
+_heads = dict(data='Data', augment='Augmentation', arch='Network', schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', eps='ε', n='Training images', noise='Wrong labels', width='Layer size', method='Method', teacher='Teacher', alpha='α', stop='ES',
               lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
               which='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
 
-def fraction(x): # 1/16 rather than 0.0625
+def fraction(x):
+    "1/16 rather than 0.0625"
     f = Fraction(x).limit_denominator(64)
     return str(f) if abs(f - x) < 1e-9 else f'{x:g}'
 
-def radius(eps): # 8/255 rather than 0.031
+def radius(eps):
+    "8/255 rather than 0.031"
     return f'{eps:g}' if abs(eps - round(eps, 3)) < 1e-9 else f'{255*eps:.3g}/255'
 
 def kind_name(teacher):
@@ -177,7 +180,9 @@ def span(df, c):
     shown = [said(c, v) for v in values]
     return ', '.join(shown) if len(shown) <= 3 else f'{shown[0]} to {shown[-1]}'
 
-def counted(n, one, many=None): return f'{n:,} {one if n == 1 else many or one + "s"}'
+def counted(n, one, many=None):
+    "'1 student', '2 students'"
+    return f'{n:,} {one if n == 1 else many or one + "s"}'
 
 def _images(df, names):
     "On how many images the accuracies `names` were measured"
@@ -208,7 +213,7 @@ def caption(
     df = rows(df)
     kept = measured(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := span(kept, c)) else ''
-    facts = [fact('data', 'Data: {}'), fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
+    facts = [fact('data', 'Data: {}'), fact('augment', 'augmentation: {}'), fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
              fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept)]
     facts = '; '.join(f for f in facts if f)
     return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.', *_left_out(df, robust)])
@@ -219,7 +224,9 @@ def make_table(lines, df, what, robust, **attrs):
     table.attrs.update(caption=caption(df, what, robust), **attrs)
     return table
 
-def varying(df, columns): return [c for c in columns if df[c].nunique(dropna=False) > 1]
+def varying(df, columns):
+    "Those of `columns` that are not the same in all rows"
+    return [c for c in columns if df[c].nunique(dropna=False) > 1]
 
 def is_number(column):
     "Do all texts of a column begin like numbers?"

@@ -51,7 +51,9 @@ def spread(cell, c):
     n = cell.get(f'n_{c}', np.nan)
     return (cell[c]*(1-cell[c])/n)**.5 if pd.notna(n) and n > 0 else 0.
 
-def gain_over(row, base, c): return {'gain': row[c] - base[c], 'gain_std': (spread(row, c)**2 + spread(base, c)**2)**.5}
+def gain_over(row, base, c):
+    "Gain in the accuracy `c` of one row over another, and what chance does to it"
+    return {'gain': row[c] - base[c], 'gain_std': (spread(row, c)**2 + spread(base, c)**2)**.5}
 
 _marks = "† more than 10 % fewer epochs in all than the baseline, ‡ more than 10 % more."
 

@@ -42,8 +42,8 @@ class Line:
         self._print(f'{clock(time.time()-self.start)}  {comment}', end='\n')
 
     def _print(self, text, end):
-        if self.live: text = f'\r\033[K{self.label:<28}{text}' # back to the start, clear the line
-        else: text = f'{self.label:<28}{text}'
+        if self.live: text = f'\r\033[K{self.label:<26}  {text}' # back to the start, clear the line
+        else: text = f'{self.label:<26}  {text}'
         print(text.rstrip(' '), end=end, file=self.stream, flush=True)
 
 # %% ../nbs/25_terminal.ipynb #b35805f1

@@ -59,6 +59,10 @@ def test_missing_columns_are_empty_ones():
     pd.testing.assert_frame_equal(over_seeds(short), over_seeds(full))
     assert select(short).Method.tolist() == select(full).Method.tolist() == ['Only teacher, last epoch','RKD-Acc.','RKD-Rob.']
 
+def test_what_diverged_counts_nowhere():
+    df = frame(student(.7, .4), student(.9, .9, seed=1, diverged='loss is NaN'), student(.9, .9, alpha=.9, diverged='loss is NaN'), at(.7, .4))
+    assert over_seeds(df).clean.tolist() == [.7, .7] and '2 diverged trainings are left out.' in gain(df).attrs['caption'] and len(gain(df)) == 1
+
 def test_the_same_seed_twice():
     with pytest.raises(ValueError, match='seed 0 twice for .*method=akd'): over_seeds(frame(student(.7, .4), student(.71, .4)))
     assert over_seeds(frame(student(.7, .4, seed=None), student(.72, .4, seed=None))).clean_std.notna().all()
@@ -89,12 +93,12 @@ def test_pareto_against_all_pairs(seed):
     assert set(got.index) == want and len(got) == len(want) and got.clean.is_monotonic_increasing
 
 def test_main_is_the_task_of_most_students():
-    df = pd.concat([study(), study(n=500, stops=(10,)), study(noise=.2, stops=(10,)), study(width=.25), frame(student(.7, .4, T=4.), base | dict(method='teacher', teacher='at', n=500, clean=.5, pgd20=.3))])
+    df = pd.concat([study(width=.25), frame(student(.7, .4, width=.25, T=4.)), study(), study(n=500, stops=(10,)), study(noise=.2, stops=(10,)), frame(student(.7, .4, T=4.), base | dict(method='teacher', teacher='at', n=500, clean=.5, pgd20=.3))])
     got = main(df) # as many of width 1/4
     assert len(got) == len(study()) + 1 and set(got[got.method != 'teacher'].width) == {1.} and not (got['T'] == 4).any()
     assert set(main(df, free=['n']).n) == {1000, 500} and set(main(df, free=['noise']).noise.dropna()) == {0., .2}
     for f in (front_table, map_table, table3, plot_pareto):
-        with pytest.raises(ValueError, match='different `n`: 500, 1,000|different `n`: 500, 1000'): f(df)
+        with pytest.raises(ValueError, match='different `n`: 500, 1000'): f(df)
 
 # --- the best students ---
 
@@ -301,7 +305,7 @@ def test_what_is_far_below_is_counted():
     ax, = plot_pareto(df).axes
     assert len(dots(ax)) == 1 and '2 far below' in [t.get_text() for t in ax.texts]
     assert len(dots(plot_pareto(df, below=.4).axes[0])) == 3
-    with pytest.raises(ValueError, match='`below`'): plot_pareto(frame(at(.9, .9), student(.7, .1), student(.7, .1, alpha=1.)))
+    assert len(dots(plot_pareto(frame(at(.9, .9), student(.7, .1), student(.7, .1, alpha=1.))).axes[0])) == 2 # all are far below
 
 def test_front_in_the_figure_is_a_staircase():
     df = frame(at(.5, .3), student(.7, .40, alpha=.1), student(.75, .35, alpha=.2), student(.72, .30, alpha=.3))
@@ -345,6 +349,13 @@ def test_figures_leave_matplotlib_as_it_was():
     before = dict(plt.rcParams)
     plot_pareto(study()); plot_map(study())
     assert dict(plt.rcParams) == before
+
+def test_a_figure_that_fails_is_closed(monkeypatch):
+    def fails(*args, **kwargs): raise RuntimeError('no room')
+    plt.figure()
+    monkeypatch.setattr(plt.Axes, 'set_title', fails)
+    with pytest.raises(RuntimeError, match='no room'): plot_pareto(study(seeds=1))
+    assert len(plt.get_fignums()) == 1 # that which was there before
 
 # --- the page ---
 

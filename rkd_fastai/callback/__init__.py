@@ -1,5 +1,5 @@
 """The training callbacks, one idea per module."""
-from . import adversarial, averaging, core, distill, finite, monitor, resume
+from . import adversarial, averaging, core, distill, finite, monitor, resume, trajectory
 from .core import *
 from .adversarial import *
 from .distill import *
@@ -7,5 +7,6 @@ from .averaging import *
 from .monitor import *
 from .resume import *
 from .finite import *
+from .trajectory import *
 
-__all__ = core.__all__ + adversarial.__all__ + distill.__all__ + averaging.__all__ + monitor.__all__ + resume.__all__ + finite.__all__
+__all__ = [n for m in (core, adversarial, distill, averaging, monitor, resume, finite, trajectory) for n in m.__all__]
