@@ -30,13 +30,16 @@ def with_subset(
     dls, # DataLoaders
     n:int, # number of training images
     seed:int=42, # of the choice
+    n_valid:int=None, # the first so many validation images, or all where there are fewer; None takes all
 )->DataLoaders:
     "`dls` with `n` of their training images, drawn at random"
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = len(dls.train_ds),dls.train.bs
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
-    return _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))
+    dls = _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))
+    if n_valid is not None and n_valid < len(dls.valid_ds): dls.loaders[1] = dls.valid.new(_Part(dls.valid_ds, range(n_valid)))
+    return dls
 
 def with_bs(
     dls, # DataLoaders

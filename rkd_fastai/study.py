@@ -55,7 +55,7 @@ def _test_images(data, path, size): return pixel_data(_all_images(data, path, si
 def cell_dls(c, path=None):
     "The DataLoaders that a cell is trained on"
     dls = _all_images(c.data, path, c.size)
-    if c.n is not None: dls = with_subset(dls, c.n, c.seed)
+    if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, 200)) # no more to look at after each epoch than to learn from
     if c.augment: dls = with_augmentation(dls, c.augment)
     if c.noise: dls = with_label_noise(dls, c.noise, c.seed)
     set_seed(1000*c.seed + c.member, reproducible=True) # from here on the members of an ensemble differ

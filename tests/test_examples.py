@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from rkd_fastai.grid import read_study, teachers_of
+
 def example(name):
     spec = spec_from_file_location(name, Path(__file__).parent.parent/'examples'/f'{name}.py')
     module = module_from_spec(spec); spec.loader.exec_module(module)
@@ -16,3 +18,12 @@ def test_foreign_checkpoint(capsys):
     res = example('foreign_checkpoint').main()
     assert res.results == dict(clean=1., pgd20=0., autoattack=0.) and res.n == 20
     assert '20 images, Linf eps 8/255' in capsys.readouterr().out
+
+@pytest.mark.parametrize('file', sorted((Path(__file__).parent.parent/'examples').glob('*.toml')), ids=lambda f: f.stem)
+def test_studies_can_be_read(file):
+    "Every study has a title, students, and a baseline with the compute of teacher and student"
+    cells,measure,title = read_study(file)
+    students = [c for c in cells if c.distils]
+    assert students and title != file.stem and 'autoattack' in measure['attacks']
+    most = max(c.epochs + c.stop*len(teachers_of(c)) for c in students)
+    assert any(c.method == 'at' and c.epochs == most for c in cells)

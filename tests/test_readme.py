@@ -45,12 +45,30 @@ def test_rkd_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {'fashion_sample':'digits', '--epochs 40':'--epochs 1', 'epoch_20':'epoch_1', ',autoattack':''}
     lines = [l for b in blocks('bash') for l in b.splitlines() if l.startswith('rkd ')]
-    assert len(lines) == 3
+    assert len(lines) == 3 # `rkd study` has a test of its own
     for line in lines:
         for a,b in small.items(): line = line.replace(a, b)
         if 'evaluate' not in line and '--epochs' not in line: line += ' --epochs 1'
         main(shlex.split(line)[1:])
     assert '100 images' in capsys.readouterr().out
+
+def test_the_study(tmp_path, monkeypatch, capsys):
+    "The study's file, on digits, for one epoch, without AutoAttack: from the plan to the page"
+    monkeypatch.chdir(tmp_path)
+    block, = blocks('toml')
+    small = {'"fashion_sample"': '"digits"\nwidth = "1/16"\neps = "25/255"', '[1, 2, 3]': '1', '= 30': '= 1', '= 60': '= 2', '[0.5, 0.8, 1.0]': '[0.5, 0.8]', '[15, 30]': '1',
+             ', "pgd20", "autoattack"': ', "pgd2"', 'n_autoattack = 100': 'n = 60'}
+    for a,b in small.items():
+        assert a in block
+        block = block.replace(a, b)
+    Path('my.toml').write_text(block)
+    main(['study','my.toml','--dry-run'])
+    assert capsys.readouterr().out.count('alpha 0.8') == 2 and not Path('studies').exists()
+    main(['study','my.toml'])
+    said = capsys.readouterr().out
+    assert 'Only teacher' in said and 'without a teacher' in said and Path('studies/my/report/index.html').exists()
+    main(['study','report','studies/my'])
+    assert capsys.readouterr().out in said
 
 def test_make_lines():
     lines = [l.split('#')[0].split() for b in blocks('bash') for l in b.splitlines() if l.startswith('make ')]
