@@ -74,7 +74,7 @@ class _Linf:
     @staticmethod
     def noise(x, eps): return torch.empty_like(x).uniform_(-eps, eps)
     @staticmethod
-    def unit(grad): return grad.sign()
+    def unit(grad): return grad.sign().nan_to_num() # no gradient, no step
 
 class _L2:
     def __init__(self, x, eps): self.x,self.eps = x,eps
@@ -86,7 +86,7 @@ class _L2:
         d = torch.randn_like(x)
         return d/_lengths(d) * eps * torch.rand_like(x[:,:1,:1,:1])
     @staticmethod
-    def unit(grad): return grad/_lengths(grad)
+    def unit(grad): return (grad/_lengths(grad)).nan_to_num()
 
 _norms = dict(Linf=_Linf, L2=_L2)
 
@@ -134,7 +134,7 @@ class PGD(Attack):
     def loss(self, logits, targ):
         "What each image's attack climbs: `(bs,)`"
         logits = check_logits(logits)
-        if targ.is_floating_point(): targ = onehot(targ, logits.shape[1]).to(logits)
+        targ = onehot(targ, logits.shape[1]).to(logits) if targ.is_floating_point() else targ.long()
         if self.objective == 'ce': return F.cross_entropy(logits, targ, reduction='none')
         if self.objective == 'cw': return _margin(logits, hard_labels(targ))
         return F.kl_div(logits.log_softmax(1), onehot(targ, logits.shape[1]).to(logits), reduction='none').sum(1)

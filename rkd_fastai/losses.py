@@ -26,6 +26,7 @@ def _kl(logits, target):
 
 def _reduce(loss, reduction):
     if reduction not in ('mean','sum','none'): raise ValueError(f"`reduction` is 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction == 'mean' and not len(loss): raise ValueError("the mean loss of no images is undefined: take `reduction='sum'`")
     return loss if reduction == 'none' else getattr(loss, reduction)()
 
 # %% ../nbs/01_losses.ipynb #43cca4eb
@@ -59,7 +60,7 @@ def ckd_loss(
     "Clean knowledge distillation, Eq. 1 (Hinton et al., 2015)"
     _check(s_logits, t_probs, targ=targ); check_fraction(lam=lam); check_T(T)
     hard = _ce(s_logits, onehot(targ, s_logits.shape[1]))
-    return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits/T, t_probs.float()), reduction)
+    return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits.float()/T, t_probs.float()), reduction)
 
 # %% ../nbs/01_losses.ipynb #99f1aa86
 def ard_loss(
@@ -75,7 +76,7 @@ def ard_loss(
     "Adversarially robust distillation, Eq. 2, with `alpha < 1` ARD⁺, Eq. 5 (Goldblum et al., 2020)"
     _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
     hard = _ce(s_logits, onehot(targ, s_logits.shape[1]))
-    return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits_adv/T, soft_targets(t_probs, targ, alpha)), reduction)
+    return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits_adv.float()/T, soft_targets(t_probs, targ, alpha)), reduction)
 
 def rslad_loss(
     s_logits, # student logits on x `(bs, n_out)`
@@ -90,7 +91,7 @@ def rslad_loss(
     "Robust soft label adversarial distillation, Eq. 3, with `alpha < 1` RSLAD⁺, Eq. 6 (Zi et al., 2021)"
     _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
     target = soft_targets(t_probs, targ, alpha)
-    return _reduce(T**2*((1-lam)*_kl(s_logits/T, target) + lam*_kl(s_logits_adv/T, target)), reduction)
+    return _reduce(T**2*((1-lam)*_kl(s_logits.float()/T, target) + lam*_kl(s_logits_adv.float()/T, target)), reduction)
 
 def akd_loss(
     s_logits_adv, # student logits on x′ `(bs, n_out)`
@@ -102,7 +103,7 @@ def akd_loss(
 ):
     "Adversarial knowledge distillation, Eq. 4, with `alpha < 1` AKD⁺, Eq. 7"
     _check(s_logits_adv, t_probs_adv, 's_logits_adv', targ); check_T(T)
-    return _reduce(T**2*_ce(s_logits_adv/T, soft_targets(t_probs_adv, targ, alpha)), reduction)
+    return _reduce(T**2*_ce(s_logits_adv.float()/T, soft_targets(t_probs_adv, targ, alpha)), reduction)
 
 # %% ../nbs/01_losses.ipynb #fca5dfdd
 def trades_loss(

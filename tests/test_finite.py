@@ -97,6 +97,13 @@ def test_logits(make_learner, tiny_net, method, value):
     said = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the learning rate")
     assert 'The weights are those before this batch' in said
 
+@pytest.mark.parametrize('method', ['at','akd','rslad','trades'])
+def test_logits_that_overflow_under_the_attack_too(make_learner, method):
+    "The attack is not blamed: where there is no gradient it leaves the image in its ball"
+    learn = make_learner(cbs=[NonFinite(), methods()[method]])
+    with torch.no_grad(): learn.model[-1].weight.fill_(3e38)
+    stops(learn, "epoch 1, batch 1: the student's logits contain NaN")
+
 class OddLoss(nn.Module):
     "Cross-entropy that once is `value`, or whose gradient is"
     def __init__(self, n, value, gradient): super().__init__(); self.later, self.value, self.gradient = Later(n), value, gradient
