@@ -51,13 +51,16 @@ def frozen(model):
     is_module = isinstance(model, nn.Module)
     modes  = [(m, m.training) for m in model.modules()] if is_module else []
     params = [p for p in model.parameters() if p.requires_grad] if is_module else []
+    def put_back():
+        for p in params: p.requires_grad_(True)
+        for m,mode in modes: m.training = mode
     try:
         for m,_ in modes: m.training = False
         for p in params: p.requires_grad_(False)
         yield model
     finally:
-        for p in params: p.requires_grad_(True)
-        for m,mode in modes: m.training = mode
+        try: put_back()
+        except KeyboardInterrupt: put_back(); raise # Ctrl-C fell into it
 
 # %% ../nbs/00_core.ipynb #5bbca109
 class NotFinite(FloatingPointError, ValueError): "A number that should be finite is NaN or infinite"

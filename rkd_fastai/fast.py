@@ -112,13 +112,17 @@ def _is_plain(m):
 
 def _calls(model, x):
     "Every call of a layer or BatchNorm in one forward pass, as (module, input, and who made input and output), and the pass's result"
-    calls = []
+    calls,hooks = [],[]
+    def put_back(): [h.remove() for h in hooks]
     watched = [m for m in model.modules() if type(m) in _layers + _norms and _is_plain(m)]
     # `grad_fn` at once: an activation in place would put itself in the layer's stead
-    hooks = [m.register_forward_hook(lambda m,args,out: calls.append((m, args[0], args[0].grad_fn, out.grad_fn))) for m in watched]
-    try: return calls, model(x)
+    record = lambda m,args,out: calls.append((m, args[0], args[0].grad_fn, out.grad_fn))
+    try:
+        for m in watched: hooks.append(m.register_forward_hook(record))
+        return calls, model(x)
     finally:
-        for h in hooks: h.remove()
+        try: put_back()
+        except KeyboardInterrupt: put_back(); raise # Ctrl-C fell into it
 
 def _n_uses(out):
     "How often each node of the autograd graph of `out` feeds another"
@@ -159,11 +163,13 @@ def _agree(model, x, stand_ins):
 
 @contextmanager
 def _wearing(stand_ins, *how):
+    def put_back(): [s.take_off() for s in stand_ins]
     try:
         for s in stand_ins: s.put_on(*how)
         yield
     finally:
-        for s in stand_ins: s.take_off()
+        try: put_back()
+        except KeyboardInterrupt: put_back(); raise # Ctrl-C fell into it
 
 def _network(model): return model.model if isinstance(model, PixelModel) else model # it outlives the `PixelModel` around it
 
