@@ -108,7 +108,9 @@ def distill(args):
 
 def evaluate(args):
     model,card = load_run(args.model)
-    dls = make_dls(args.data or card['data'], args.data_path or card['data_path'], args.bs, args.size or card['size'])
+    data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
+    if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))): raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
+    dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')

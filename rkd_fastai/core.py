@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'onehot', 'hard_labels', 'check_fraction',
-           'check_T', 'check_weights', 'atomic_path', 'write_atomic', 'digest']
+           'check_T', 'check_weights', 'writing', 'atomic_path', 'write_atomic', 'read_json', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager
 from math import isfinite
-import hashlib, os
+import hashlib, json, os
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 
@@ -128,20 +128,38 @@ def check_weights(betas, n):
 
 # %% ../nbs/00_core.ipynb #dd49bd68
 @contextmanager
+def writing(path):
+    "Within it whatever keeps `path` from being written is an `OSError` that says so"
+    try: yield
+    except (OSError, RuntimeError) as e: # PyTorch's own of a full disk is a RuntimeError
+        raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
+
+@contextmanager
 def atomic_path(path):
     "A temporary path next to `path`: what is written there becomes `path` if the body succeeds, and is deleted if it does not"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield tmp
+            with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+            os.replace(tmp, path)
+        finally: tmp.unlink(missing_ok=True)
 
 def write_atomic(path, text):
     "Write `text` to `path`, whole or not at all"
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf8')
+
+def read_json(
+    path, # file
+    most=2**20, # bytes that a file of its kind may have
+):
+    "What a JSON file holds, or a `ValueError` that says why it cannot be read"
+    size = Path(path).stat().st_size
+    if size > most: raise ValueError(f"{size} bytes are more than such a file has")
+    try: return json.loads(Path(path).read_text(encoding='utf8'))
+    except RecursionError as e: raise ValueError("its brackets are nested too deeply") from e
 
 # %% ../nbs/00_core.ipynb #426cdccf
 def digest(tensors):

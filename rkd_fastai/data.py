@@ -8,7 +8,7 @@ __all__ = ['fashion_vocab', 'OpenImage', 'PadCropFlip', 'Cutout', 'ResidentDL', 
            'cifar100_dls', 'tiny_imagenet_dls']
 
 # %% ../nbs/06_data.ipynb #a8db288d
-import codecs,gzip,pickle,zlib
+import gzip,pickle,zlib
 from importlib.resources import files
 from fastai.vision.all import *
 from sklearn.datasets import load_digits
@@ -204,12 +204,15 @@ def read_idx(
 ) -> ndarray: # uint8 `(n, *shape)`
     "Array in the IDX file `path`, the format of MNIST"
     path,nd = Path(path),len(shape) + 1
-    try: raw = (gzip.decompress if path.suffix == '.gz' else noop)(path.read_bytes())
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
+            head = f.read(4 + 4*nd)
+            n = int.from_bytes(head[4:8], 'big')
+            size = min(n*math.prod(shape), 1100*path.stat().st_size) # so many bytes unpack to no more
+            data = f.read(size + 1) if head[8:] == np.array(shape, '>i4').tobytes() else None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from e
-    if raw[:4] != bytes([0,0,8,nd]): raise ValueError(f"{path} is no IDX file of unsigned bytes in {nd} dimensions")
-    n = int.from_bytes(raw[4:8], 'big')
-    dims,data = np.array([n,*shape], '>i4').tobytes(), raw[4 + 4*nd:]
-    if raw[4:4 + 4*nd] != dims or len(data) != n*math.prod(shape):
+    if head[:4] != bytes([0,0,8,nd]): raise ValueError(f"{path} is no IDX file of unsigned bytes in {nd} dimensions")
+    if data is None or len(head) != 4 + 4*nd or len(data) != n*math.prod(shape):
         raise ValueError(f"{path} does not hold {n} elements of shape {tuple(shape)}: download it again")
     return np.frombuffer(data, np.uint8).reshape(n, *shape)
 
@@ -242,15 +245,29 @@ def fashion_mnist_dls(
     return _published_dls(read_fashion(path,'train'), read_fashion(path,'t10k'), fashion_vocab, 2, valid_pct, seed, bs=bs, **kwargs)
 
 # %% ../nbs/06_data.ipynb #bedb9f6e
-_rebuild = np.empty(0).__reduce__()[0]   # NumPy has moved it; old files name the old place
-_array_names = {('numpy.core.multiarray','_reconstruct'): _rebuild, ('numpy._core.multiarray','_reconstruct'): _rebuild,
-                ('numpy','ndarray'): ndarray, ('numpy','dtype'): np.dtype, ('_codecs','encode'): codecs.encode}
+def _number_dtype(kind, *_):
+    "The dtype of a number: one of objects would have NumPy fill memory with them"
+    if not re.fullmatch(r'[|<>=]?[biuf]\d', kind if isinstance(kind, str) else kind.decode()): raise pickle.UnpicklingError(f'it asks for a dtype {kind}')
+    return np.dtype(kind, copy=True) # whose state may be set
 
-class _ArrayUnpickler(pickle.Unpickler):
+def _rebuild(*_): return np.empty(0)
+def _encode(s, encoding): return s.encode('latin1') # as Python 3 writes bytes for Python 2
+# NumPy has moved `_reconstruct`; old files name the old place
+_array_names = {('numpy.core.multiarray','_reconstruct'): _rebuild, ('numpy._core.multiarray','_reconstruct'): _rebuild,
+                ('numpy','ndarray'): 'ndarray', ('numpy','dtype'): _number_dtype, ('_codecs','encode'): _encode}
+
+class _ArrayUnpickler(pickle._Unpickler): # in Python: the one in C takes the memory that a file names, before it reads
     "Rebuilds containers, strings, numbers and arrays, and nothing else"
+    dispatch = {k: f for k,f in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
     def find_class(self, module, name):
         if (module,name) not in _array_names: raise pickle.UnpicklingError(f'it asks for {module}.{name}')
         return _array_names[module,name]
+
+    def load_build(self):
+        o,state = self.stack[-2:]
+        if isinstance(o, np.dtype) and not (state[0] == 3 and state[2:7] == (None, None, None, -1, -1)) or not isinstance(o, (np.dtype, ndarray)): raise pickle.UnpicklingError(f'it sets {type(o)}')
+        super().load_build()
+    dispatch[pickle.BUILD[0]] = load_build
 
 def read_pickle(
     path, # pickle that holds containers, strings, numbers and arrays
@@ -331,6 +348,6 @@ def tiny_imagenet_dls(
     labels = train.itemgot(1)
     vocab = labels.unique().sorted()
     for f,c in test:
-        if c not in vocab or not f.exists(): raise ValueError(f"{ann} lists {f.name} of class {c}, one of which is missing: unpack the archive again")
+        if c not in vocab or f.parent != ann.parent/'images' or f.name == '..' or not f.exists(): raise ValueError(f"{ann} lists {f.name} of class {c}, one of which is missing: unpack the archive again")
     held = [train[i] for i in _split(labels, valid_pct, seed)]
     return _pairs_dls([*held, test], PILImage, vocab, bs, [PadCropFlip(4), *L(batch_tfms)], **kwargs)

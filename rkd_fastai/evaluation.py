@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack
-from .core import NotFinite, PixelModel, check_images, check_logits, digest, frozen, hard_labels, write_atomic
+from .core import NotFinite, PixelModel, check_images, check_logits, digest, frozen, hard_labels, read_json, write_atomic
 from .pixel import check_single_label, model_device, pixel_model, pixel_stats, to_pixels
 from .teachers import Teacher, check_teacher
 
@@ -197,20 +197,26 @@ class _Run:
 
     def _load(self):
         try:
-            saved = json.loads(self.path.read_text())
+            saved = read_json(self.path, 2**26)
+            if not all(self._is_progress(v) for v in saved['attacks'].values()): raise KeyError
             run,self.at = dict(saved['run']), {k: dict(v, stands=[int(c) for c in v['stands']]) for k,v in saved['attacks'].items()}
-            if any(set(v) != set(self.new) or len(v['stands']) != len(self.x) for v in self.at.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
         other = {k: (run.get(k), v) for k,v in self.id.items() if run.get(k) != v}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())
             raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, or delete it")
 
+    def _is_progress(self, v):
+        "Can `v` be how far an attack on these images has come?"
+        whole = all(type(v[k]) is int for k in ('part','next','bs')) and type(v['seconds']) is float
+        return (whole and set(v) == set(self.new) and v['part'] >= 0 and 0 <= v['next'] <= len(self.x) and v['bs'] > 0 and v['seconds'] >= 0
+                and len(v['stands']) == len(self.x) and set(v['stands']) <= set('01'))
+
     def _save(self):
         if self.path is None: return
         text = json.dumps(dict(run=self.id, attacks={k: dict(v, stands=''.join(map(str, v['stands']))) for k,v in self.at.items()}))
         try: write_atomic(self.path, text)
-        except OSError as e: raise OSError(f"`state_path` {self.path} cannot be written ({e.strerror or e}): what it held before is still there, go on from it when there is room") from e
+        except OSError as e: raise OSError(f"`state_path`: {e}: go on from it when there is room") from e
 
     def run(self, name):
         "All parts of the attack `name`"

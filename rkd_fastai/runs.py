@@ -17,11 +17,11 @@ import rkd_fastai
 from .attacks import PGD
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .callback.resume import Resume
-from .core import atomic_path, write_atomic
+from .core import atomic_path, read_json, write_atomic
 from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
 from .models import resnet18, wide_resnet
 from .pixel import sample_images, unwrap
-from .teachers import MissingFile, load_teacher
+from .teachers import MissingFile, fitting_state, load_teacher, read_state
 from .terminal import one_line
 
 # %% ../nbs/26_runs.ipynb #b9a5d2f4
@@ -43,7 +43,7 @@ def make_dls(data, path=None, bs=125, size=None):
 def make_net(arch, width, n_in, n_out):
     "'resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
     if arch == 'resnet18': return resnet18(n_out, width, n_in)
-    if wrn := re.fullmatch(r'wrn-(\d+)-(\d+)', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
+    if wrn := re.fullmatch(r'wrn-(\d{1,3})-(\d{1,3})', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
     try: import timm
     except ImportError: raise ValueError(f"`--arch` {arch!r} is not resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
     if not timm.is_model(arch): raise ValueError(f"`--arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
@@ -62,6 +62,16 @@ def save_run(learn, out, **card):
     last = {n: v for n,v in zip(names, values) if v is not None}
     write_atomic(out/'card.json', json.dumps(dict(card, last_epoch=last, versions=dict(rkd_fastai=rkd_fastai.__version__, torch=torch.__version__)), indent=2))
 
+def _described(card_path, path):
+    "Card and network of the checkpoint `path`: no larger a one than the checkpoint is"
+    card = read_json(card_path)
+    told = [card[k] for k in ('arch','width','n_in','n_out')]
+    sizes = {n for t in read_state(path).values() for n in t.shape}
+    if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{card['n_in']} channels and {card['n_out']} classes are not those of {path.name}")
+    if told[0] == 'resnet18' or str(told[0]).startswith('wrn-'): # timm's are of one size
+        with torch.device('meta'): fitting_state(path, make_net(*told))
+    return card, make_net(*told)
+
 def load_run(path):
     "`(Teacher, card)` of a run folder or of one checkpoint in it"
     path = Path(path)
@@ -69,8 +79,8 @@ def load_run(path):
     if path.is_dir(): path = path/'model.pth'
     card_path = path.parent/'card.json'
     if not card_path.is_file(): raise MissingFile(f"no card.json beside `{path}`: name a folder that `rkd train` or `rkd distill` made, or a checkpoint in it")
-    try: card = json.loads(card_path.read_text()); net = make_net(*(card[k] for k in ('arch','width','n_in','n_out')))
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
+    try: card,net = _described(card_path, path)
+    except (ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
     return load_teacher(path, net), card
 
 def check_vocab(card, dls, name):

@@ -69,8 +69,9 @@ class KeepEpochs(EachEpoch):
     def each_epoch(self):
         if (self.epoch+1) % self.every or rank_distrib(): return
         path = self.path/self.model_dir/f'{self.fname}_{self.epoch+1}.pth'
-        path.with_suffix('.json').unlink(missing_ok=True) # of an older run, whose weights go now
-        with atomic_path(path) as tmp: torch.save(unwrap(self.model).state_dict(), tmp)
+        with atomic_path(path) as tmp:
+            torch.save(unwrap(self.model).state_dict(), tmp)
+            path.with_suffix('.json').unlink(missing_ok=True) # of an older run, whose weights go now
         write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
 
     def _card(self):

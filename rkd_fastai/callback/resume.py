@@ -19,7 +19,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest
+from ..core import atomic_path, digest, writing
 from ..evaluation import seeded
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain
@@ -116,9 +116,16 @@ def _memory(cb, tensors=False):
         except _NotPlain: pass
     return out
 
+def _is_memory(cb, k):
+    "Is `k` something that `_memory` writes, rather than a setting, a method or what is the Learner's?"
+    if k in ('learn','run') or not k.isidentifier() or callable(getattr(type(cb), k, None)): return False
+    if k in signature(type(cb)).parameters: return k in getattr(type(cb), 'remembers', ())
+    return k in vars(cb) or hasattr(type(cb), k) or not hasattr(cb.learn, k)
+
 def _set_memory(cb, memory):
     if hasattr(type(cb), 'set_memory'): return cb.set_memory(memory) if memory else None
     for k,v in memory.items():
+        if not _is_memory(cb, k): raise ValueError(f"`{k}` of {cb.name} is nothing that `Resume` keeps: the file is damaged, delete it")
         now = vars(cb).get(k)
         if isinstance(now, dict) and isinstance(v, dict): now.clear(); now.update(v) # perhaps a `Counter` or a `defaultdict`
         else: setattr(cb, k, v)
@@ -170,11 +177,6 @@ def _once(obj, **methods):
         for k in methods: vars(obj).pop(k, None)
         for k,v in had.items(): setattr(obj, k, v)
 
-@contextmanager
-def _writing(path):
-    try: yield
-    except (OSError, RuntimeError) as e: raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
-
 class Resume(FitCallback):
     "Keep a training in the file `path`, and go on from there if it is one"
     order = 1000 # the last to act at the end of an epoch
@@ -197,7 +199,7 @@ class Resume(FitCallback):
         if num_distrib() > 1: raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
         if self.every and not self.can_go_on_in_epoch:
             raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere random numbers are out of reach in the middle of an epoch")
-        with _writing(self.path): # or not: better said now than after an epoch
+        with writing(self.path): # or not: better said now than after an epoch
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path.parent).close()
             for half in self.path.parent.glob(f'.{self.path.name}.*.tmp'): half.unlink() # being written at the kill
@@ -210,10 +212,10 @@ class Resume(FitCallback):
     def _read(self):
         s = load_plain(self.path)
         if not isinstance(s, dict) or s.get('what') != _what: raise ValueError(f"`{self.path}` is not a training that `Resume` kept: name another file")
-        with zipfile.ZipFile(self.path) as z: # PyTorch does not look at the checksums
-            if z.testzip(): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
-        d = _difference(s['training'], self.described)
+        with zipfile.ZipFile(self.path) as z: damaged = z.testzip() or set(s) != _kept # PyTorch does not look at the checksums
+        d = None if damaged else _difference(s['training'], self.described)
         if d: raise ValueError(f"`{self.path}` is of another training ({d}): name another file, or delete it")
+        if damaged or not (0 <= s['epoch'] <= self.learn.n_epoch and 0 <= s['done'] < len(self.dls.train)): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
         if s['done'] and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
         return s
 
@@ -275,6 +277,7 @@ class Resume(FitCallback):
             memory={k: _memory(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
             metrics=[_memory(m, tensors=True) for m in learn.metrics] if done and learn.recorder.train_metrics else [],
             csv='' if csv is None else (learn.path/csv.fname).read_text(), epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
-        with _writing(self.path), atomic_path(self.path) as tmp: torch.save(state, tmp)
+        with atomic_path(self.path) as tmp: torch.save(state, tmp)
 
 _what = 'a training, kept by rkd_fastai'
+_kept = set('what training epoch done pct_train train_iter model opt scaler grads recorder memory metrics csv epoch_random random'.split())
