@@ -129,7 +129,7 @@ def study(args):
     if len(args.study) != 1: raise ValueError(f"one study at a time, got {args.study}")
     s = Study(args.study[0], args.out, args.data_path)
     if args.dry_run: print(s.plan()); return
-    s.run(args.cell)
+    s.run(args.cell, args.processes)
     print(report(s.out))
 
 def demo(args):
@@ -196,6 +196,7 @@ def _study_args(c):
     c.add_argument('--out', help="folder; left out, studies/ and the file's name")
     c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
     c.add_argument('--cell', metavar='I/N', help='every N-th cell from the I-th, for job arrays')
+    c.add_argument('--processes', type=int, default=1, help='so many at a time, which share the cores; what the others print is in process_K.log of the folder')
     c.add_argument('--dry-run', action='store_true', help='print the cells, and about how long they will take, measured here')
 
 _commands = [(demo, _demo_args, 'the main job from end to end, on real images that come with the package'),

@@ -7,7 +7,7 @@ __all__ = ['faster', 'has_bf16', 'compiled', 'folded']
 
 # %% ../nbs/02_fast.ipynb #a90ae46f
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import FunctionType

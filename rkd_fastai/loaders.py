@@ -10,7 +10,7 @@ __all__ = ['with_subset', 'with_bs', 'with_label_noise', 'with_batch_tfms', 'wit
 import random, zipfile
 from pathlib import Path
 import numpy as np, torch
-from fastai.vision.all import DataLoaders, GetAttr, L, PILBase, Pipeline, RandTransform, TensorCategory, TensorImageBase, TfmdDL, image2tensor
+from fastai.vision.all import DataLoaders, GetAttr, PILBase, Pipeline, RandTransform, TensorCategory, TensorImageBase, TfmdDL, image2tensor
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss', 'rslad_loss', 'akd_loss', 'trades_loss']
 
-# %% ../nbs/01_losses.ipynb #9a6c1a46
-import torch, torch.nn.functional as F
+# %% ../nbs/01_losses.ipynb #17724fde
+import torch.nn.functional as F
 from .core import onehot, check_fraction, check_T, check_weights
 
 # %% ../nbs/01_losses.ipynb #c041a8d4

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['pixel_stats', 'unwrap', 'pixel_model', 'model_device', 'to_pixels', 'check_single_label', 'sample_images']
 
-# %% ../nbs/07_pixel.ipynb #c6e27b55
+# %% ../nbs/07_pixel.ipynb #c0f53735
 import torch, torch.nn as nn
-from fastai.vision.all import Learner, Normalize, TensorCategory, TensorMultiCategory
-from .core import PixelModel, check_images, frozen
+from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory
+from .core import PixelModel, check_images
 
-# %% ../nbs/07_pixel.ipynb #2c8e1821
+# %% ../nbs/07_pixel.ipynb #1397b313
 def _undistributed(dl): return getattr(dl, '__dict__', {}).get('dl', dl) # fastai's `DistributedDL` hides transforms and batch of the loader inside
 
 def pixel_stats(dls):
@@ -35,7 +35,7 @@ def model_device(model):
     "Device of the first parameter (or buffer) of `model`, the CPU for a model without any"
     return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
 
-# %% ../nbs/07_pixel.ipynb #8dc77415
+# %% ../nbs/07_pixel.ipynb #dfa1e4a5
 def to_pixels(
     pm, # the learner's `PixelModel`
     x, # a batch in the learner's space `(bs, c, h, w)`
@@ -48,7 +48,7 @@ def to_pixels(
                          "`batch_tfms` and nowhere else, and keep transforms that add values after it (RandomErasing) out") from e
     return x.clamp(0, 1)
 
-# %% ../nbs/07_pixel.ipynb #c801b43d
+# %% ../nbs/07_pixel.ipynb #f3b12bcf
 def _sample_targ(dls):
     "The target of one validation (else training) item, or None where the data set cannot be indexed"
     for dl in (dls.valid, dls.train):
@@ -66,7 +66,7 @@ def check_single_label(dls):
     else: return
     raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a `CategoryBlock`")
 
-# %% ../nbs/07_pixel.ipynb #b14ceb19
+# %% ../nbs/07_pixel.ipynb #d11cadb2
 def sample_images(dls, n=2):
     "`n` validation images in pixel space `(n, c, h, w)`, on the CPU; draws no random numbers"
     dl = _undistributed(dls.valid if len(dls.valid) else dls.train)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cell_dls', 'Study', 'passes', 'read_rows', 'pareto_text', 'report']
 
-# %% ../nbs/33_study.ipynb #54779b26
-import json, math, re, time
+# %% ../nbs/33_study.ipynb #10136e1e
+import json, math, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
@@ -71,6 +71,7 @@ class Study:
     ):
         if out is None and isinstance(spec, dict): raise ValueError("`out`: name a folder for a study that has no file")
         self.cells,self.measure,self.title = read_study(spec)
+        self.spec = spec if isinstance(spec, dict) else str(spec)
         self.out,self.path,self._speeds = Path(out or Path('studies')/Path(spec).stem), path, {}
         made_by = _read_json(self.out/'study.json').get('rkd_fastai', rkd_fastai.__version__)
         if made_by != rkd_fastai.__version__:
@@ -283,24 +284,45 @@ def _part(cells, part):
     if not m or not 1 <= int(m[1]) <= int(m[2]): raise ValueError(f"`cell` {part!r}: the first of eight parts is '1/8', the last '8/8'")
     return cells[int(m[1])-1::int(m[2])]
 
+@contextmanager
+def _company(study, n, cell):
+    "Within it `n`-1 further processes work on the study's cells, and all share the processor's cores; what they print is in `process_k.log`"
+    threads,before = max((os.cpu_count() or 1)//n, 1),torch.get_num_threads()
+    code = 'import json,sys; from rkd_fastai.study import Study; spec,out,path,cell = json.loads(sys.argv[1]); Study(spec, out, path).run(cell)'
+    told,env = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell]),os.environ | dict(OMP_NUM_THREADS=str(threads))
+    logs = [open(study.out/f'process_{k}.log', 'w') for k in range(2, n+1)]
+    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, told], stdout=f, stderr=f, env=env) for f in logs]
+    if n > 1: torch.set_num_threads(threads)
+    try: yield
+    finally:
+        for p,f in zip(others, logs): p.terminate(); p.wait(); f.close() # done, or it can go on another time
+        torch.set_num_threads(before)
+
 @patch
 def run(self:Study,
     cell=None, # 'i/n': every n-th cell from the i-th, for job arrays; None: all
+    processes:int=1, # so many at a time on this machine, which share its cores; on a CPU small networks want as many as there are cores
     wait=5., # seconds between looks at cells that other processes are at
 )->pd.DataFrame:
     "Train and measure what is not done yet, and return the rows of all that is"
+    if processes < 1: raise ValueError(f"`processes` must be >= 1, got {processes}")
     todo = _part(self.cells, cell)
     for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}: cell_dls(c, self.path) # what cannot be loaded is said before anything is trained
     write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, device=str(default_device()))))
     table = _Table(self, todo)
-    while todo:
-        busy = []
-        for c in todo:
-            if self._finish(c, table.label(c)): table.done(c)
-            else: busy.append(c)
-        if len(busy) == len(todo): time.sleep(wait)
-        todo = busy
+    with _company(self, processes, cell):
+        while todo:
+            busy = [c for c in todo if not self._turn(c, table)]
+            if len(busy) == len(todo): time.sleep(wait)
+            todo = busy
     return self.to_df()
+
+@patch
+def _turn(self:Study, c, table):
+    "Finish a cell and say so: False while another process is at it"
+    done = self._finish(c, table.label(c))
+    if done: table.done(c)
+    return done
 
 class _Table:
     "What a person sees while a study runs: a row for each finished cell, and the time left"

@@ -3,7 +3,7 @@ import copy, random, sys, types
 from unittest.mock import patch
 
 import numpy as np, pytest, timm, torch, torch.nn as nn, torch.nn.functional as F, torchvision
-from fastai.vision.all import BCEWithLogitsLossFlat, CategoryBlock, DataBlock, ImageBlock, MultiCategoryBlock, Normalize, PILImage, Resize, Image
+from fastai.vision.all import DataBlock, ImageBlock, MultiCategoryBlock, Image
 from torchvision.models._api import WeightsEnum
 
 from rkd_fastai.all import *

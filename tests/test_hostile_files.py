@@ -1,16 +1,15 @@
 "Files made to harm: nothing in them is executed, none takes more memory than it is large, none reaches out of its folder; a full disk leaves what was there."
-import argparse, builtins, errno, gzip, io, json, os, pickle, shutil, struct, zipfile
-from collections import OrderedDict
+import builtins, errno, gzip, json, os, pickle, shutil, struct, zipfile
 from pathlib import Path
 
-import numpy as np, pytest, safetensors.torch, torch, torch.nn as nn
+import numpy as np, pytest, safetensors.torch, torch
 from fastai.vision.all import Callback
 
 from rkd_fastai import cli
 from rkd_fastai.all import *
 from rkd_fastai.cli import load_run
-from rkd_fastai.core import atomic_path, read_json, write_atomic
-from rkd_fastai.data import read_fashion, read_idx, read_pickle
+from rkd_fastai.core import atomic_path, write_atomic
+from rkd_fastai.data import read_idx, read_pickle
 from rkd_fastai.loaders import read_synthetic
 from rkd_fastai.models import resnet18
 from rkd_fastai.teachers import best_epoch, load_plain, read_card, read_state

@@ -1,14 +1,12 @@
 "Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, subprocess, sys
 
 import pandas as pd, pytest, torch
 
-from rkd_fastai.callback.distill import AKDCallback
 from rkd_fastai.evaluation import measure_robustness, pixel_data
 from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.runs import load_run, make_dls
 from rkd_fastai.study import Study, cell_dls, read_rows
-from rkd_fastai.teachers import Teacher
 
 settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
 measured = dict(attacks=['clean','pgd2'], n=50)
@@ -69,6 +67,13 @@ def test_data_are_looked_at_before_anything_is_trained(tmp_path):
 def test_teachers_are_shared(finished):
     assert {(t.method, t.seed) for t in finished.teachers} == {('at',0), ('st',0)}
     assert finished.teachers[teachers_of(finished.cells[1])[0]] == {1, 3}
+
+def test_teachers_stop_where_the_cell_says(finished):
+    x,_ = pixel_data(make_dls('digits'))
+    for c in [c for c in finished.cells if c.distils]:
+        teacher = load_run(finished.folder(teachers_of(c)[0])/f'epoch_{c.stop}.pth')[0]
+        torch.testing.assert_close(finished._teacher(c).probs(x[:5]), teacher.probs(x[:5]))
+    assert {c.stop for c in finished.cells if c.distils} == {1, 3}
 
 def test_members_differ_in_their_start_and_not_in_their_data(tmp_path):
     first,second = teachers_of(make_cell(**settings, method='akd', teacher='2 at', seed=1))
@@ -196,6 +201,14 @@ def test_two_processes_share_a_folder(finished, tmp_path):
     pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
     trained = sum(text.count('2 epochs,') for text in said) # the last line of each student's training
     assert trained == sum(c.distils for c in finished.cells), said
+
+def test_processes(finished, tmp_path, capfd):
+    "Two at a time end in the same table, and none is left behind"
+    df = Study(spec(*grids), tmp_path/'s').run(processes=2, wait=.2)
+    pd.testing.assert_frame_equal(table(df), table(finished.to_df()))
+    assert (tmp_path/'s'/'process_2.log').exists() and torch.get_num_threads() == 1
+    assert not subprocess.run(['pgrep','-f',str(tmp_path)], capture_output=True).stdout
+    with pytest.raises(ValueError, match='`processes`'): Study(spec(*grids), tmp_path/'s').run(processes=0)
 
 @pytest.mark.slow
 def test_killed_at_random_moments(finished, tmp_path):
