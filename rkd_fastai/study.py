@@ -18,7 +18,7 @@ from fastcore.basics import patch
 import rkd_fastai
 from .attacks import PGD
 from .callback.finite import NonFinite
-from .core import write_atomic
+from .core import read_json, write_atomic
 from .evaluation import make_attack, measure_robustness, pixel_data
 from .fast import faster
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
@@ -43,9 +43,18 @@ def _lock(folder):
 
 def _read_json(path):
     "The dict in `path`, {} where there is none that can be read"
-    try: d = json.loads(path.read_text(encoding='utf8'))
+    try: d = read_json(path)
     except (FileNotFoundError, ValueError): return {}
     return d if isinstance(d, dict) else {}
+
+def _read_results(path):
+    "What was measured of the cell whose folder `path` is in; {} where the file is not whole, or of another cell"
+    res = _read_json(path)
+    try:
+        found = [v for which in ('last','best') for v in res.get(which, {}).values()]
+        whole = Cell(**res['cell']).id == path.parent.name and all(type(v['accuracy']) is float and type(v['n']) is int and len(v['asked']) == 2 for v in found)
+    except (KeyError, TypeError, ValueError, AttributeError): whole = False
+    return res if whole else {}
 
 @lru_cache(maxsize=4)
 def _all_images(data, path, size): return make_dls(data, path, bs=1, size=size)
@@ -93,7 +102,7 @@ class Study:
 
     def results(self, c):
         "What has been measured of a cell"
-        return _read_json(self.folder(c)/'results.json')
+        return _read_results(self.folder(c)/'results.json')
 
     def is_done(self, c):
         "Is a cell trained and measured, or has it diverged?"
@@ -246,7 +255,7 @@ def read_rows(
 )->pd.DataFrame:
     "A row per network that has been measured there, or has diverged: settings, accuracies as fractions, and `compute`, the epochs of teachers and student together"
     if not (Path(folder)/'study.json').is_file(): raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
-    found = [_read_json(f) for f in sorted(Path(folder).glob('cells/*/results.json'))]
+    found = [res for f in sorted(Path(folder).glob('cells/*/results.json')) if (res := _read_results(f))]
     return pd.DataFrame([_row(Cell(**res['cell']), res, which) for res in found for which in ('last','best') if which in res or (which == 'last' and res.get('diverged'))])
 
 @patch
