@@ -285,12 +285,12 @@ def training(make_learner, path, dies=True):
     if not dies: return learn.fit(4) or learn
     with pytest.raises(AssertionError): learn.fit(4)
 
-@pytest.mark.parametrize('said', [dict(keep_epochs=dict(model_dir='/')), dict(keep_epochs=dict(path='..')), dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)), dict(keep_epochs=dict(card={})),
+@pytest.mark.parametrize('said', [dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')), dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)), dict(keep_epochs=dict(card={})),
     dict(keep_epochs=dict(each_epoch=3)), dict(keep_epochs=dict(learn=3)), dict(keep_epochs=dict(run=False)), dict(keep_epochs={'a b': 1}), dict(keep_epochs=dict(__class__=3)), dict(keep_epochs=dict(dls=3)),
     dict(weight_averaging=dict(decay=2.)), dict(weight_averaging=dict(model=3)), dict(keep_epochs=dict(opt=3))], ids=str)
 def test_a_training_that_sets_what_it_did_not_keep(said, make_learner, tmp_path):
     "The memory of a callback is its memory, neither its settings nor the Learner's folders"
-    path = tmp_path/'run.pth'
+    path = tmp_path/'run'/'run.pth'
     training(make_learner, path)
     changed(path, memory=lambda m: {k: v | said.get(k, {}) for k,v in m.items()})
     before = sorted(p for p in tmp_path.rglob('*'))
