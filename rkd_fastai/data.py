@@ -7,7 +7,7 @@ __all__ = ['fashion_vocab', 'OpenImage', 'PadCropFlip', 'Cutout', 'ResidentDL', 
            'fashion_sample_dls', 'read_idx', 'read_fashion', 'fashion_mnist_dls', 'read_pickle', 'cifar10_dls',
            'cifar100_dls', 'tiny_imagenet_dls']
 
-# %% ../nbs/06_data.ipynb #a8db288d
+# %% ../nbs/06_data.ipynb #88c60452
 import gzip,pickle,zlib
 from importlib.resources import files
 from fastai.vision.all import *
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets as tvd
 
-# %% ../nbs/06_data.ipynb #52a9b35f
+# %% ../nbs/06_data.ipynb #48953665
 class OpenImage(ItemTransform):
     "The image of an (image, label) pair, or anything that `cls.create` opens, as a uint8 tensor `(c, h, w)`"
     _retain,input_types = False,object   # any item of a `test_dl` enters here
@@ -30,7 +30,7 @@ class OpenImage(ItemTransform):
         if not isinstance(o, ndarray) or o.ndim != self.ndim: o = self.cls.create(o).convert(self.mode)
         return self.cls._tensor_cls(image2tensor(o))
 
-# %% ../nbs/06_data.ipynb #739ab613
+# %% ../nbs/06_data.ipynb #4c98f322
 class PadCropFlip(RandTransform):
     "Random crop of each image of a batch `(bs, c, h, w)` padded with `pad` zeros a side, flipped left to right half the time"
     def __init__(self,
@@ -47,7 +47,7 @@ class PadCropFlip(RandTransform):
         pick = rows[:,:,None]*(w + 2*self.pad) + cols[:,None]   # places in the padded image, flattened
         return F.pad(x, [self.pad]*4).flatten(2).gather(2, pick.view(n,1,-1).expand(-1,c,-1)).view(x.shape)
 
-# %% ../nbs/06_data.ipynb #28be2760
+# %% ../nbs/06_data.ipynb #f94e9028
 class Cutout(RandTransform):
     "A black square of `side` pixels at a random place of each image of a batch `(bs, c, h, w)` (DeVries & Taylor, 2017)"
     def __init__(self,
@@ -64,7 +64,7 @@ class Cutout(RandTransform):
             return (place < first) | (place >= first + self.side)
         return x * (outside(h)[:,None,:,None] | outside(w)[:,None,None,:])
 
-# %% ../nbs/06_data.ipynb #6d54a68a
+# %% ../nbs/06_data.ipynb #46d73496
 class ResidentDL(TfmdDL):
     "A `DataLoader` that makes each item once and keeps them all on its device"
     _items = None
@@ -98,7 +98,7 @@ class ResidentDL(TfmdDL):
         if isinstance(res, ResidentDL) and res.dataset is self.dataset and not {'after_item','before_batch'} & set(kwargs): res._items = self._items
         return res
 
-# %% ../nbs/06_data.ipynb #51591549
+# %% ../nbs/06_data.ipynb #b23bee4c
 def _pairs_dls(parts, cls, vocab, bs, batch_tfms=None, device_resident=False, **kwargs):
     "`DataLoaders` with one loader for each list of (image, class name) pairs in `parts`"
     n = len(parts[0])
@@ -108,7 +108,7 @@ def _pairs_dls(parts, cls, vocab, bs, batch_tfms=None, device_resident=False, **
                      splits=[slice(a,b) for a,b in zip(ends, ends[1:])])
     return dsets.dataloaders(bs=bs, after_batch=[*L(batch_tfms), IntToFloatTensor()], dl_type=ResidentDL if device_resident else None, **kwargs)
 
-# %% ../nbs/06_data.ipynb #79b10ecc
+# %% ../nbs/06_data.ipynb #a05bd3b7
 def check_xy(xy, name):
     "`xy` as arrays, writeable where PyTorch is to share them, or a `ValueError` that starts with `name`"
     x,y = map(np.asarray, xy)
@@ -123,7 +123,7 @@ def _check_labels(y, c, name):
     if y.max() >= c: raise ValueError(f"{name}: label {y.max()} is outside the {c} classes")
     return y
 
-# %% ../nbs/06_data.ipynb #1846a79c
+# %% ../nbs/06_data.ipynb #13073935
 def arrays_dls(
     train, # (images, labels): uint8 `(n, h, w)` or `(n, h, w, 3)`, and integers from 0, `(n,)`
     valid, # the same, to select on
@@ -146,7 +146,7 @@ def arrays_dls(
     pairs = [[(img, vocab[i]) for img,i in zip(*xy)] for xy in parts.values()]
     return _pairs_dls(pairs, PILImageBW if len(shape) == 2 else PILImage, vocab, bs, batch_tfms, device_resident, num_workers=num_workers, **kwargs)
 
-# %% ../nbs/06_data.ipynb #fc9af945
+# %% ../nbs/06_data.ipynb #9229f9fa
 def _split(y, valid_pct, seed):
     "Indices of the training and of the held-out part of labels `y`, stratified"
     if not 0 < valid_pct < 1: raise ValueError(f"`valid_pct` must lie between 0 and 1, got {valid_pct}")
@@ -164,7 +164,7 @@ def digits_dls(
     trn,val = _split(o.target, valid_pct, seed)
     return arrays_dls((x[trn],o.target[trn]), (x[val],o.target[val]), bs=bs, **kwargs)
 
-# %% ../nbs/06_data.ipynb #fcde3496
+# %% ../nbs/06_data.ipynb #6bcf6e60
 fashion_vocab = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
 
 def fashion_sample_dls(
@@ -182,7 +182,7 @@ def fashion_sample_dls(
     return arrays_dls(*[(images(f'x_{o}'), a[f'y_{o}']) for o in ('train','test')], vocab=fashion_vocab, bs=bs,
                       batch_tfms=[PadCropFlip(), *L(batch_tfms)], **kwargs)
 
-# %% ../nbs/06_data.ipynb #a46d63c1
+# %% ../nbs/06_data.ipynb #7d3ac407
 def _find(path, sub, name):
     "File or folder `name`, or `name`.gz, in `path` or in its published sub-folder `sub`"
     for d in (Path(path), Path(path)/sub):
@@ -197,7 +197,7 @@ def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **
     trn,val = _split(y, valid_pct, seed)
     return arrays_dls((x[trn],y[trn]), (x[val],y[val]), test, vocab=vocab, batch_tfms=[PadCropFlip(pad), *L(batch_tfms)], **kwargs)
 
-# %% ../nbs/06_data.ipynb #5f01ef52
+# %% ../nbs/06_data.ipynb #b35cd104
 def read_idx(
     path, # IDX file of unsigned bytes, plain or .gz
     shape=(), # expected shape of one element: `(28, 28)` for images, `()` for labels
@@ -216,7 +216,7 @@ def read_idx(
         raise ValueError(f"{path} does not hold {n} elements of shape {tuple(shape)}: download it again")
     return np.frombuffer(data, np.uint8).reshape(n, *shape)
 
-# %% ../nbs/06_data.ipynb #7752472d
+# %% ../nbs/06_data.ipynb #9f62d982
 def read_fashion(
     path, # folder of the four `-ubyte` or `-ubyte.gz` files, or the one above `FashionMNIST/raw`
     split, # 'train' or 't10k', the test split
@@ -244,7 +244,7 @@ def fashion_mnist_dls(
     if path is None: path = _get_fashion()
     return _published_dls(read_fashion(path,'train'), read_fashion(path,'t10k'), fashion_vocab, 2, valid_pct, seed, bs=bs, **kwargs)
 
-# %% ../nbs/06_data.ipynb #bedb9f6e
+# %% ../nbs/06_data.ipynb #b972e844
 def _number_dtype(kind, *_):
     "The dtype of a number: one of objects would have NumPy fill memory with them"
     if not re.fullmatch(r'[|<>=]?[biuf]\d', kind if isinstance(kind, str) else kind.decode()): raise pickle.UnpicklingError(f'it asks for a dtype {kind}')
@@ -277,7 +277,7 @@ def read_pickle(
         try: return _ArrayUnpickler(f, encoding='bytes').load()
         except Exception as e: raise ValueError(f"{path} is no file of CIFAR ({e}): download it again") from e
 
-# %% ../nbs/06_data.ipynb #95bcb508
+# %% ../nbs/06_data.ipynb #58750c7b
 _cifar = {
     10: dict(sub='cifar-10-batches-py', train=[f'data_batch_{i}' for i in range(1,6)], test=['test_batch'],
              labels=b'labels', meta='batches.meta', names=b'label_names'),
@@ -300,7 +300,7 @@ def _class_names(path, c, sub, meta, names, **kwargs):
     if len(res) != c: raise ValueError(f"{meta} in {path} does not name {c} classes: download it again")
     return [s.decode() for s in res]
 
-# %% ../nbs/06_data.ipynb #65872eb1
+# %% ../nbs/06_data.ipynb #d86309d3
 def _cifar_dls(c, path, download, bs, valid_pct, seed, **kwargs):
     "CIFAR with `c` classes from `path`, else from fastai's data folder after `download`"
     o = _cifar[c]
@@ -330,7 +330,7 @@ def cifar100_dls(
     "[CIFAR-100](https://www.cs.toronto.edu/~kriz/cifar.html), the Python version, with its 100 fine labels"
     return _cifar_dls(100, path, tvd.CIFAR100, bs, valid_pct, seed, **kwargs)
 
-# %% ../nbs/06_data.ipynb #a2e1e971
+# %% ../nbs/06_data.ipynb #bd62d48c
 def tiny_imagenet_dls(
     path=None, # folder of `train` and `val`, or the one above `tiny-imagenet-200`; None: download
     bs:int=256, # images per batch
