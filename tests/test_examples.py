@@ -27,3 +27,8 @@ def test_studies_can_be_read(file):
     assert students and title != file.stem and 'autoattack' in measure['attacks']
     most = max(c.epochs + c.stop*len(teachers_of(c)) for c in students)
     assert any(c.method == 'at' and c.epochs == most for c in cells)
+
+@pytest.mark.parametrize('file', sorted((Path(__file__).parent.parent/'results').glob('*/*.toml')), ids=lambda f: f.stem)
+def test_studies_behind_the_results_can_be_read(file):
+    cells,_,title = read_study(file)
+    assert title != file.stem and {c.method for c in cells} >= {'at','akd'} and len({c.data for c in cells}) == 1
