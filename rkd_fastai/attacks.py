@@ -74,7 +74,7 @@ class _Linf:
     @staticmethod
     def noise(x, eps): return torch.empty_like(x).uniform_(-eps, eps)
     @staticmethod
-    def unit(grad): return grad.sign().nan_to_num() # no gradient, no step
+    def unit(grad): return grad.sign() # of NaN it is 0
 
 class _L2:
     def __init__(self, x, eps): self.x,self.eps = x,eps
@@ -86,7 +86,7 @@ class _L2:
         d = torch.randn_like(x)
         return d/_lengths(d) * eps * torch.rand_like(x[:,:1,:1,:1])
     @staticmethod
-    def unit(grad): return (grad/_lengths(grad)).nan_to_num()
+    def unit(grad): return (grad/_lengths(grad)).nan_to_num() # no gradient, no step
 
 _norms = dict(Linf=_Linf, L2=_L2)
 

@@ -92,15 +92,16 @@ _numpy_numbers = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(t)) f
 _wrappings = ('state_dict', 'model_state_dict', 'model', 'net', 'ema')
 _prefixes  = ('module.', '_orig_mod.', 'model.')
 
+class _TakesMore(Exception): pass
+
 def _check_size(path):
-    "Raise `UnpicklingError` where a checkpoint would take more memory than it takes on disk"
+    "Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z: entries = z.infolist()
-        packed = any(i.compress_type != zipfile.ZIP_STORED for i in entries) or sum(i.file_size for i in entries) > Path(path).stat().st_size
-        if packed: raise pickle.UnpicklingError("its entries are packed, or one inside another")
+        with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
+        if size > Path(path).stat().st_size: raise _TakesMore("its entries are packed, or one inside another")
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         # the one thing PyTorch lets a file call that takes as much memory as it is told
-        if m.find(b'bytearray\n') >= 0: raise pickle.UnpicklingError('it asks for a bytearray')
+        if m.find(b'bytearray\n') >= 0: raise _TakesMore('it asks for a bytearray')
 
 def load_plain(
     path, # file that `torch.save` wrote
@@ -110,6 +111,7 @@ def load_plain(
         _check_size(path)
         # learn.save keeps the optimiser's settings in fastcore lists, which are harmless
         with torch.serialization.safe_globals([L, *_numpy_numbers]): return torch.load(path, map_location='cpu', weights_only=True)
+    except _TakesMore as e: raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` by `torch.save`") from e
     except pickle.UnpicklingError as e:
         raise ValueError(f"`{path}` holds more than weights, and would execute it: save `model.state_dict()` instead") from e
     except Exception as e: raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or save it again") from e

@@ -205,8 +205,9 @@ def test_gradients_that_a_scaler_leaves_out(make_learner, scaler, trips):
 @pytest.mark.filterwarnings('ignore:.*numpy.core is deprecated') # fastai's `learn.load`, which ends `lr_find`
 def test_asleep_where_nothing_is_trained(make_learner):
     "`lr_find` may overflow, and `validate` and `get_preds` look at what they like"
-    learn = make_learner(cbs=NonFinite(), opt_func=SGD)
+    learn = make_learner(cbs=NonFinite(), opt_func=SGD, loss_func=OddLoss(3, inf, False))
     learn.lr_find(end_lr=1e35, num_it=12, stop_div=False, show_plot=False, suggest_funcs=())
+    assert learn.loss_func.later.left < -1 # it was there, and was passed
     learn.model.eval()[-1].bias.data[0] = nan
     learn.validate(); learn.get_preds()
 

@@ -227,19 +227,21 @@ def test_ctrl_c_at_some_lines(name, make_learner, make_dls, tiny_net):
 def test_ctrl_c_at_every_seventh_line(name, make_learner, make_dls, tiny_net):
     assert at_every(range(1, 100_000, 7), name, make_learner, make_dls, tiny_net) > 1500
 
-@pytest.mark.parametrize('step', [1, 5])
-def test_interrupted_attack_leaves_the_model(step, tiny_net, snapshot):
-    "At whatever line; and random numbers go on where they were with those that draw none"
-    net, x, y = tiny_net(), torch.rand(4, 1, 8, 8), torch.arange(4)
-    net[0].weight.requires_grad_(False); net[1].eval()
-    was, n = snapshot.take(net), step
-    attack = PGD(.1, steps=2, random_start=False)
-    while (where := interrupted(lambda: attack(net, x, y), n)) is not None:
+@pytest.mark.parametrize('known', [False, True])
+def test_interrupted_attack_leaves_the_model(known, tiny_net, snapshot):
+    "At every line, of the first attack on a network and of a later one"
+    x, y, attack, n = torch.rand(4, 1, 8, 8), torch.arange(4), PGD(.1, steps=1, random_start=False), 0
+    while True:
+        net = tiny_net()
+        net[0].weight.requires_grad_(False); net[2].eval()
+        if known: attack(net, x, y)
+        was, n = snapshot.take(net), n + 1
+        where = interrupted(lambda: attack(net, x, y), n)
         assert snapshot.same(snapshot.take(net), was) and torch.is_grad_enabled(), where
         assert not any('forward' in vars(m) or m._forward_hooks for m in net.modules()), where
-        n += 7
-    assert n > 300
-    assert torch.equal(attack(net, x, y), attack(copy.deepcopy(net), x, y))
+        if where is None: break
+        assert torch.equal(attack(net, x, y), attack(copy.deepcopy(net), x, y)), where
+    assert n > (100 if known else 300)
 
 def test_interrupted_measurement_goes_on(plain_net, test_images, tmp_path):
     "`robustness` with a state file: cut off at any line, it ends with the same flags"
