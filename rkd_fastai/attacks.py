@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attack', 'check_attack', 'PGD', 'check_eps', 'FGSM', 'FFGSM', 'AutoAttack']
 
-# %% ../nbs/04_attacks.ipynb #3f7e70fc
+# %% ../nbs/04_attacks.ipynb #32f1d320
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
@@ -14,7 +14,7 @@ from .core import PixelModel, frozen, check_images, check_logits, hard_labels, o
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, square
 
-# %% ../nbs/04_attacks.ipynb #a13053b5
+# %% ../nbs/04_attacks.ipynb #6ab8cde5
 def _fraction(v):
     "`v` as people write it: `8/255` rather than 0.03137254901960784"
     n = v*255 if isinstance(v, float) else 0.
@@ -65,7 +65,7 @@ class Attack:
             with folded(model, x) if self.folds else nullcontext(): x_adv = self.perturb(model, x, targ)
             return _settle(x_adv.detach(), x)
 
-# %% ../nbs/04_attacks.ipynb #c822b7b5
+# %% ../nbs/04_attacks.ipynb #a6bff65b
 def _lengths(d): return d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 class _Linf:
@@ -90,7 +90,7 @@ class _L2:
 
 _norms = dict(Linf=_Linf, L2=_L2)
 
-# %% ../nbs/04_attacks.ipynb #60251feb
+# %% ../nbs/04_attacks.ipynb #b9b3bef1
 def _margin(logits, label):
     "How far the best wrong logit is above the right one: `(bs,)`"
     right = F.one_hot(label, logits.shape[1]).bool()
@@ -172,7 +172,7 @@ def check_eps(eps, norm='Linf'):
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1: raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
 
-# %% ../nbs/04_attacks.ipynb #9e9ca961
+# %% ../nbs/04_attacks.ipynb #f7974e34
 class FGSM(PGD):
     "Fast gradient sign method: one step of `eps` from `x` (Goodfellow et al., 2014)"
     def __init__(self,
@@ -186,7 +186,7 @@ class FFGSM(PGD):
         step_size:float|None=None, # length of the step; None means `1.25*eps`
     ): super().__init__(eps, steps=1, step_size=1.25*eps if step_size is None else step_size)
 
-# %% ../nbs/04_attacks.ipynb #e7dbe211
+# %% ../nbs/04_attacks.ipynb #852e062c
 _names = ('apgd-ce','apgd-dlr','apgd-t','fab','fab-t','square')
 _least = {'apgd-dlr': 3, 'apgd-t': 4} # classes that a loss is defined for
 

@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'MissingFile', 'load_plain', 'read_state', 'fitting_state', 'load_teacher', 'read_card', 'best_epoch',
            'check_teacher']
 
-# %% ../nbs/09_teachers.ipynb #8358ac8c
+# %% ../nbs/09_teachers.ipynb #f10d9b51
 import math, mmap, pickle, re, zipfile
 from importlib import import_module
 from copy import deepcopy
@@ -24,7 +24,7 @@ from .fast import folded
 from .losses import ensemble_probs
 from .pixel import model_device, pixel_model, sample_images
 
-# %% ../nbs/09_teachers.ipynb #fa638cbf
+# %% ../nbs/09_teachers.ipynb #75b373de
 def _as_member(model, mean, std):
     "One teacher as a module from pixel space to logits, sharing nothing with `model`"
     if isinstance(model, Teacher): return model
@@ -84,7 +84,7 @@ class Teacher(nn.Module):
         n = len(self.members)
         return f"Teacher({type(self.members[0]).__name__ if n == 1 else f'{n} members, betas={[round(b, 4) for b in self.betas]}'})"
 
-# %% ../nbs/09_teachers.ipynb #0ff8d9f0
+# %% ../nbs/09_teachers.ipynb #5159cd47
 class MissingFile(FileNotFoundError, ValueError): "A file that was named is not there"
 
 # hyper-parameters that a schedule set: numbers, which execute nothing
@@ -180,7 +180,7 @@ def load_teacher(
     model.load_state_dict(state, strict=False) # only BatchNorm's step counters may be missing, which eval mode does not read
     return Teacher(model, mean=mean, std=std)
 
-# %% ../nbs/09_teachers.ipynb #cd371c9e
+# %% ../nbs/09_teachers.ipynb #40b4d339
 def _saved(folder, fname, suffix):
     "Files of the epochs in `folder`, by epoch"
     found = {p: re.fullmatch(rf'{re.escape(fname)}_(\d+)', p.stem) for p in Path(folder).glob(f'*{suffix}')}
@@ -230,7 +230,7 @@ def at_epoch(cls:Teacher,
     if card.exists(): teacher.vocab = _vocab(card)
     return teacher
 
-# %% ../nbs/09_teachers.ipynb #054746bf
+# %% ../nbs/09_teachers.ipynb #a1c46a1f
 def _import(module, package):
     try: return import_module(module)
     except ImportError as e: raise ImportError(f"this teacher needs {package}: `pip install {package}`") from e
@@ -272,7 +272,7 @@ def from_torchvision(cls:Teacher,
     teacher.vocab = list(weights.meta['categories'])
     return teacher
 
-# %% ../nbs/09_teachers.ipynb #ebe17af7
+# %% ../nbs/09_teachers.ipynb #06fd0a82
 def check_teacher(teacher, dls):
     "Raise `ValueError` unless `teacher` runs on the images of `dls` and knows their classes"
     images,n_out = sample_images(dls).to(model_device(teacher)), get_c(dls)
