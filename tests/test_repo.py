@@ -15,7 +15,7 @@ def test_version_is_one():
 def test_requirements_come_from_settings():
     cfg = ConfigParser(delimiters=['='], interpolation=None)
     cfg.read(root/'settings.ini')
-    wanted = {re.split('[<>=]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
+    wanted = {re.split('[<>=;]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
     assert wanted == {re.split('[<>=;! ]', r)[0] for r in requires('rkd_fastai') if 'extra' not in r}
 
 def test_command_is_installed():
