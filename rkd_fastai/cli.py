@@ -22,7 +22,7 @@ from .recipes import all_recipes, teacher_kinds
 from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, load_run, make_dls
 from .study import Study, report
 from .teachers import Teacher
-from .terminal import Line, watching
+from .terminal import Line, reason, watching
 
 # %% ../nbs/35_cli.ipynb #3db3fceb
 def number(text):
@@ -224,5 +224,5 @@ def main(argv=None):
     "Entry point of `rkd`"
     args = _parser().parse_args(argv)
     try: args.run(args)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {e}')
+    except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {reason(e)}')
     except KeyboardInterrupt: sys.exit('\nrkd: interrupted')

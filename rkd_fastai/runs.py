@@ -15,6 +15,7 @@ from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders, get_c
 import rkd_fastai
 from .attacks import PGD
+from .callback.finite import NonFinite
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .callback.resume import Resume
 from .core import atomic_path, read_json, write_atomic
@@ -113,7 +114,7 @@ def fit_run(
     for half in out.glob('.*.tmp'): half.unlink() # being written when the run was killed
     epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')})]
     learn = recipe.learner(dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
-        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
+        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite(), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
     if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
     with one_line(learn, label):
         try: recipe.fit(learn, card['epochs'], card['lr'])

@@ -17,7 +17,6 @@ from fastai.torch_core import default_device, set_seed
 from fastcore.basics import patch
 import rkd_fastai
 from .attacks import PGD
-from .callback.finite import NonFinite
 from .core import read_json, write_atomic
 from .evaluation import make_attack, measure_robustness, pixel_data
 from .fast import faster
@@ -28,7 +27,7 @@ from .report import views, write_report
 from .rows import over_seeds, pareto, strongest
 from .runs import batch_size, describe_run, fit_run, load_run, make_dls, make_net
 from .teachers import MissingFile, Teacher, best_epoch
-from .terminal import Line, clock
+from .terminal import Line, clock, reason
 
 # %% ../nbs/33_study.ipynb #6c21bcca
 @contextmanager
@@ -162,7 +161,7 @@ def _train(self:Study, c, label):
     card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=asdict(c)))
     keep = math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1 if self.measure['best'] and not c.distils else None
     kwargs = dict(teacher=self._teacher(c)) if c.distils else {}
-    fit_run(recipe, dls, out, card, label, cbs=[NonFinite()], keep=keep, compile=c.compile, bf16=c.bf16, **kwargs)
+    fit_run(recipe, dls, out, card, label, keep=keep, compile=c.compile, bf16=c.bf16, **kwargs)
 
 @patch
 def _has(self:Study, c):
@@ -184,7 +183,7 @@ def _make(self:Study, c, label):
                 if gone: self._write(c, dict(diverged=f'its teacher {t.id}: {gone}')); return True
             if c.method != 'teacher':
                 try: self._train(c, label)
-                except FloatingPointError as e: self._write(c, dict(diverged=str(e))); (self.folder(c)/'resume.pth').unlink(missing_ok=True)
+                except FloatingPointError as e: self._write(c, dict(diverged=reason(e))); (self.folder(c)/'resume.pth').unlink(missing_ok=True)
     return True
 
 @patch

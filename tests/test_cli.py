@@ -36,6 +36,12 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     assert says in e.value.code and e.value.code.startswith('rkd: error: ') and '\n' not in e.value.code
     assert not (tmp_path/'out/model.pth').exists()
 
+def test_a_training_that_diverges_is_one_line(tmp_path):
+    with pytest.raises(SystemExit) as e: rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30, '--out', tmp_path/'out')
+    said = e.value.code
+    assert said.startswith('rkd: error: ') and '\n' not in said and 'learning rate' in said and 'epoch 1' in said and 'batch' in said
+    assert not (tmp_path/'out/model.pth').exists()
+
 def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     "Its finished epochs can be distilled from, though the run never ended"
     from rkd_fastai.callback.monitor import KeepEpochs

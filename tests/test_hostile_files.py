@@ -460,7 +460,7 @@ def test_rkd_on_a_full_disk(error, tmp_path, monkeypatch):
     with monkeypatch.context() as mp:
         no_room(mp, error, after=1)
         with pytest.raises(SystemExit, match='cannot be written') as e: cli.main(args)
-    assert str(e.value).startswith('rkd: error: ') and str(error) in str(e.value)
+    assert str(e.value).startswith('rkd: error: ') and str(error) in str(e.value) and '\n' not in str(e.value)
     assert not list((tmp_path/'run').glob('.*')) and not (tmp_path/'run'/'model.pth').exists()
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or not Path('/dev/full').exists(), reason='needs /dev/full')
