@@ -175,7 +175,7 @@ def _verdict(g, within):
         seen = [_outcome(s, name, other, within, _name(s, g)) for _,s in g.groupby(key_of(g, task), sort=False)]
         won,lost = [[t for ok,t in seen if ok == wanted] for wanted in (True, False)]
         found += [f"A student is {word} than the baseline {'; '.join(won)}."] if won else []
-        found += [f"Distillation does not win, no student is {word} {'; '.join(lost)}."] if lost else []
+        found += [f"Distillation does not win, no student is shown to be {word} {'; '.join(lost)}."] if lost else []
     return '\n'.join(found)
 
 def gain(

@@ -175,11 +175,11 @@ def test_spread_of_a_gain():
 
 @pytest.mark.parametrize('clean, robust, result, verdict', [
     (.8, .6, 'better in both', 'A student is more robust than the baseline here (+20.0 ± 3.5).\nA student is more accurate than the baseline here (+10.0 ± 3.0).'),
-    (.7, .6, 'more robust', 'A student is more robust than the baseline here (+20.0 ± 3.5).\nDistillation does not win, no student is more accurate here (+0.0 ± 3.2).'),
-    (.6, .6, 'more robust, less accurate', 'Distillation does not win, no student is more robust here (none keeps the other accuracy to within 2 points).'),
-    (.8, .3, 'more accurate, less robust', 'Distillation does not win, no student is more robust here (−10.0 ± 3.4).'),
-    (.71, .41, 'level', 'Distillation does not win, no student is more robust here (+1.0 ± 3.5).\nDistillation does not win, no student is more accurate here (+1.0 ± 3.2).'),
-    (.7, .3, 'worse', 'Distillation does not win, no student is more robust here (−10.0 ± 3.4).')])
+    (.7, .6, 'more robust', 'A student is more robust than the baseline here (+20.0 ± 3.5).\nDistillation does not win, no student is shown to be more accurate here (+0.0 ± 3.2).'),
+    (.6, .6, 'more robust, less accurate', 'Distillation does not win, no student is shown to be more robust here (none keeps the other accuracy to within 2 points).'),
+    (.8, .3, 'more accurate, less robust', 'Distillation does not win, no student is shown to be more robust here (−10.0 ± 3.4).'),
+    (.71, .41, 'level', 'Distillation does not win, no student is shown to be more robust here (+1.0 ± 3.5).\nDistillation does not win, no student is shown to be more accurate here (+1.0 ± 3.2).'),
+    (.7, .3, 'worse', 'Distillation does not win, no student is shown to be more robust here (−10.0 ± 3.4).')])
 def test_what_a_gain_means(clean, robust, result, verdict):
     got = gain(frame(at(.7, .4), student(clean, robust)))
     assert got.Result[0] == result and got.attrs['verdict'].startswith(verdict)
@@ -188,7 +188,7 @@ def test_verdict_names_where_distillation_does_not_win():
     good,bad = [(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., 1/4)],(at(.5, .3, width=1/16), student(.6, .2, width=1/16))
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
     assert verdict[0].startswith('A student is more robust than the baseline at layer size 1 (+20.0') and '1/4 (+20.0' in verdict[0] and '1/16' not in verdict[0]
-    assert verdict[1].startswith('Distillation does not win, no student is more robust at layer size 1/16 (')
+    assert verdict[1].startswith('Distillation does not win, no student is shown to be more robust at layer size 1/16 (')
 
 # --- one choice per teacher ---
 
