@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-nbs test-py test-all mutants export readme check clean
+.PHONY: demo test test-nbs test-py coverage test-all mutants export readme check clean
 
 demo: .venv/installed
 	$(BIN)/rkd demo
@@ -13,6 +13,13 @@ test-nbs: .venv/dev
 
 test-py: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# test-py, and which lines it leaves out
+coverage: .venv/dev
+	rm -rf build/coverage && mkdir -p build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 test-all: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
