@@ -1,7 +1,9 @@
 "The public names: where they are, what they take, and what importing them costs."
-import importlib, inspect, subprocess, sys, textwrap
-
+import ast, importlib, inspect, json, re, subprocess, sys, textwrap
+from pathlib import Path
 import pytest, torch.nn as nn
+
+root = Path(__file__).parent.parent
 
 def python(code):
     "What `code` prints in a fresh interpreter"
@@ -122,3 +124,21 @@ def test_default_attacks_are_not_shared():
     for cls in (AdversarialTraining, TRADES, RobustAccuracy):
         a = cls(); a.attack.steps = 99
         assert cls().attack.steps != 99
+
+def test_imports_point_down():
+    "A module imports from notebooks of lower numbers only, also inside its functions"
+    place = {re.search(r'^#\| ?default_exp (.+)$', src, re.M)[1]: f.name for f in sorted((root/'nbs').glob('[0-9]*.ipynb')) if (src := first_code(f))}
+    assert len(place) > 30
+    for module,nb in place.items():
+        tree = ast.parse((root/'rkd_fastai'/(module.replace('.', '/') + '.py')).read_text(encoding='utf8'))
+        package = ['rkd_fastai', *module.split('.')[:-1]]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level: name = '.'.join([*package[:len(package)-node.level+1], node.module or ''])
+            elif isinstance(node, ast.ImportFrom): name = node.module
+            else: continue
+            other = name.removeprefix('rkd_fastai').strip('.')
+            if name.startswith('rkd_fastai') and other: assert place[other] < nb, f'{nb} imports from {place[other]}'
+
+def first_code(f):
+    "The code of a notebook's first code cell"
+    return next(''.join(c['source']) for c in json.loads(f.read_text(encoding='utf8'))['cells'] if c['cell_type'] == 'code')
