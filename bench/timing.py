@@ -3,6 +3,7 @@ import argparse, platform, statistics, time
 from importlib.metadata import version
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from rkd_fastai.runs import machine
 
 # how ours is run: name and the arguments of `faster`
 HOW = {'ours': {}, 'ours, compiled': dict(compile=True), 'ours, bf16': dict(bf16=True), 'ours, both': dict(compile=True, bf16=True)}
@@ -26,13 +27,9 @@ def parse(doc, args=None, **more):
 def setting(a):
     "Network, hardware and versions, in two lines"
     cuda = a.device.startswith('cuda')
-    what = torch.cuda.get_device_name() if cuda else f'{_cpu()}, {torch.get_num_threads()} thread(s)'
+    what = machine() + ('' if cuda else f', {torch.get_num_threads()} thread(s)')
     return (f"ResNet-18 width {a.width:g}, {a.size}×{a.size}, batch {a.bs}\n"
             f"{what}; torch {torch.__version__}, fastai {version('fastai')}, Python {platform.python_version()}")
-
-def _cpu():
-    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 def seconds(fn, device):
     "Seconds that one call of `fn` takes, the device's work included"

@@ -1,0 +1,28 @@
+"""Bring what a study found into `results/`: settings, cards, learning curves and accuracies of its networks, and their report; weights stay where they are.
+
+    python tools/collect.py results/fashion_mnist/headline.toml runs/fashion_mnist
+
+The folder beside the study's file, here `results/fashion_mnist/headline`, is a study's folder itself: `rkd study report results/fashion_mnist/headline` makes the tables again.
+"""
+import shutil, sys
+from pathlib import Path
+from rkd_fastai.study import Study, report
+
+kept = ('card.json', 'history.csv', 'results.json')
+
+def collect(spec, folder):
+    "The new folder, with those cells of `folder`, and their teachers, that the study `spec` asks for; an older one is replaced"
+    study,out = Study(spec, folder),Path(spec).with_suffix('')
+    undone = [c.id for c in study.cells if not study.is_done(c)]
+    if undone: raise SystemExit(f"{len(undone)} of {len(study.cells)} cells in {folder} are not done: {', '.join(undone)}")
+    shutil.rmtree(out, ignore_errors=True)
+    for c in [*study.cells, *study.teachers]:
+        was = study.folder(c)
+        to = out/was.relative_to(study.out)
+        to.mkdir(parents=True, exist_ok=True)
+        for name in kept:
+            if (was/name).exists(): shutil.copy(was/name, to)
+    shutil.copy(study.out/'study.json', out)
+    return out
+
+if __name__ == '__main__': print(report(collect(*sys.argv[1:])))
