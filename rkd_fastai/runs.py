@@ -138,6 +138,6 @@ def train_seconds(
 def machine()->str:
     "What trains here: the GPU, or processor and number of cores"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    try: name = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
+    try: name = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
     return f'{name}, {os.cpu_count()} cores'

@@ -1,5 +1,6 @@
 "Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
-import json, os, random, signal, subprocess, sys
+import json, os, random, runpy, signal, subprocess, sys
+from pathlib import Path
 
 import pandas as pd, pytest, torch
 
@@ -223,3 +224,35 @@ def test_killed_at_random_moments(finished, tmp_path):
     pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
     s = Study(spec(*grids), tmp_path/'s')
     for c in [c for c in s.cells if c.method != 'teacher'] + list(s.teachers): assert same(weights(s, c), weights(finished, c))
+
+# --- tools/collect.py ---
+
+_toml = """
+title = "Collected"
+data = "digits"
+n = 200
+width = "1/16"
+eps = "25/255"
+epochs = 2
+teacher_epochs = 3
+bs = 50
+[measure]
+attacks = ["clean", "pgd2"]
+n = 50
+[[grid]]
+method = "akd"
+stop = [1, 3]
+"""
+
+def test_collected_is_the_study_without_weights(finished, tmp_path):
+    root = Path(__file__).parent.parent
+    collect = runpy.run_path(str(root/'tools/collect.py'))['collect']
+    (tmp_path/'mine.toml').write_text(_toml)
+    out = collect(tmp_path/'mine.toml', finished.out)
+    assert out == tmp_path/'mine' and json.loads((out/'study.json').read_text())['title'] == 'Collected'
+    s = Study(tmp_path/'mine.toml', out)
+    assert {f.name for f in out.rglob('*') if f.is_file()} == {'study.json','card.json','history.csv','results.json'} and len(s.cells) == 2
+    assert all((s.folder(c)/'card.json').exists() for c in [*s.cells, *s.teachers])
+    theirs = finished.to_df()
+    pd.testing.assert_frame_equal(table(s.to_df()), table(theirs[theirs.id.isin([c.id for c in s.cells])]), check_dtype=False)
+    assert '2 of 2 cells' in str(pytest.raises(SystemExit, collect, tmp_path/'mine.toml', tmp_path/'nowhere').value) and (out/'study.json').exists()

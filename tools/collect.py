@@ -4,7 +4,7 @@
 
 The folder beside the study's file, here `results/fashion_mnist/headline`, is a study's folder itself: `rkd study report results/fashion_mnist/headline` makes the tables again.
 """
-import shutil, sys
+import json, shutil, sys
 from pathlib import Path
 from rkd_fastai.study import Study, report
 
@@ -22,7 +22,8 @@ def collect(spec, folder):
         to.mkdir(parents=True, exist_ok=True)
         for name in kept:
             if (was/name).exists(): shutil.copy(was/name, to)
-    shutil.copy(study.out/'study.json', out)
+    made = json.loads((study.out/'study.json').read_text(encoding='utf8'))
+    (out/'study.json').write_text(json.dumps(made | dict(title=study.title), indent=2), encoding='utf8') # several studies may share `folder`
     return out
 
 if __name__ == '__main__': print(report(collect(*sys.argv[1:])))
