@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 from .core import atomic_path, write_atomic
-from .rows import NotEnough, as_markdown, main, methods, over_seeds, rows
-from .rows import is_number
+from .rows import NotEnough, as_markdown, is_number, main, methods, over_seeds, rows
 from .tables import gain, table2, table3, table5, table12
 from .curves import axis_table, beta_table, capacity_table, plot_axis, plot_beta, plot_capacity
 from .figures import front_table, map_table, plot_map, plot_pareto
