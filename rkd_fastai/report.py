@@ -25,8 +25,14 @@ def _singles(df):
     df = main(df)
     return df[~df['method'].isin(methods) | (df['members'].fillna(1) == 1)]
 
+def _kinds(df):
+    "`_singles(df)`, if they are by several kinds of teachers"
+    df = _singles(df)
+    if df.loc[df['method'].isin(methods), 'teacher'].nunique() < 2: raise NotEnough("`df` has students of fewer than two kinds of single teachers")
+    return df
+
 def _grid(df):
-    "Of these, the teachers that were tried with two values of α or of the stopping epoch"
+    "Of `_singles(df)` the teachers that were tried with two values of α or of the stopping epoch"
     df = _singles(df)
     s = df[df['method'].isin(methods)].groupby('teacher')
     tried = [t for t,o in s if max(o['alpha'].nunique(), o['stop'].nunique()) > 1]
@@ -47,7 +53,7 @@ _views = dict(
     trade_off=_view('Early stopping and label mixing', _grid, front_table, partial(plot_pareto, color='stop')),
     map_clean=_view('Clean accuracy over α and stopping epoch', _grid, partial(map_table, value='clean'), partial(plot_map, value='clean')),
     map_robust=_view('Robust accuracy over α and stopping epoch', _grid, map_table, plot_map),
-    teachers=_view('Trade-offs by kind of teacher', _singles, partial(front_table, by='teacher'), partial(plot_pareto, color='teacher')),
+    teachers=_view('Trade-offs by kind of teacher', _kinds, partial(front_table, by='teacher'), partial(plot_pareto, color='teacher')),
     teacher_kinds=_view('One student per kind of teacher', main, table3),
     ensembles=_view('One teacher against several', main, table5),
     mixture=_view('Mixed ensembles', main, beta_table, plot_beta),
