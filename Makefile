@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-nbs test-py coverage test-all mutants export readme check clean
+.PHONY: demo test test-nbs test-py coverage test-all mutants export tutorials readme check clean
 
 demo: .venv/installed
 	$(BIN)/rkd demo
@@ -34,6 +34,11 @@ export: .venv/dev
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
+
+# run the tutorials and store what they show
+tutorials: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test nbs/tutorials --save --n-workers 2
+	$(BIN)/nbdev-clean
 
 # are notebooks, modules and README in step?
 check: .venv/dev

@@ -1,5 +1,5 @@
 "Facts that stand in two places agree; what is shipped is complete."
-import re, subprocess, sys
+import json, re, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -23,9 +23,38 @@ def test_command_is_installed():
     out = subprocess.run([rkd, '--version'], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == f'rkd_fastai {rkd_fastai.__version__}' and out.stderr == ''
 
+notebooks = sorted(f for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+tutorials = [f for f in notebooks if f.parent.name == 'tutorials']
+
+def cells(nb): return json.loads(nb.read_text(encoding='utf8'))['cells']
+
 def test_notebooks_are_small_and_without_outputs():
-    for nb in (root/'nbs').glob('*.ipynb'):
-        assert nb.stat().st_size < 400_000 and '"output_type"' not in nb.read_text(encoding='utf8'), nb
+    "But for the tutorials, which show theirs"
+    for nb in notebooks:
+        assert nb.stat().st_size < 400_000 and (nb in tutorials) == any(c.get('outputs') for c in cells(nb)), nb
+
+def test_tutorials_are_numbered_and_export_nothing():
+    assert [f.name[0] for f in tutorials] == [str(i+1) for i in range(len(tutorials))] and len(tutorials) >= 6
+    for nb in tutorials: assert not any(re.search(r'^#\| ?(default_exp|export)', ''.join(c['source']), re.M) for c in cells(nb)), nb
+
+@pytest.mark.parametrize('nb', tutorials, ids=lambda f: f.stem)
+def test_stored_outputs_make_no_noise(nb):
+    "No errors or warnings, paths of a machine, addresses, progress bars or timings: what changes from run to run without meaning anything"
+    outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
+    assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
+    texts = [''.join(o.get('text', '')) + ''.join(''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text/')) for o in outputs]
+    noise = re.compile(r'/(?:home|root|tmp|work|usr|Users|private)/|site-packages|\.venv| at 0x[0-9a-f]+|[█\r]|\b\d+:\d\d\b|\bseconds\b|<style')
+    assert not [m for t in texts for m in [noise.search(t)] if m]
+    assert all(c.get('execution_count') is None for c in cells(nb)) # as `nbdev-clean` leaves them
+
+@pytest.mark.parametrize('nb', tutorials, ids=lambda f: f.stem)
+def test_tutorials_assert_and_describe_their_figures(nb):
+    "A caption in prose, in italics, follows each cell that shows a figure"
+    found = cells(nb)
+    assert sum(len(re.findall(r'^\s*(?:for .*: ?)?(?:assert |test_\w+\()', ''.join(c['source']), re.M)) for c in found) >= 4
+    for c,after in zip(found, found[1:]):
+        if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])):
+            assert after['cell_type'] == 'markdown' and re.match(r'\*[^*]', ''.join(after['source'])), ''.join(c['source'])
 
 @pytest.mark.parametrize('page', ['nbs/works_with.ipynb', 'tests/README.md'])
 def test_tests_that_are_named_exist(page):
@@ -35,7 +64,7 @@ def test_tests_that_are_named_exist(page):
     assert len(named) > 10 and named <= defined, named - defined
 
 def test_table_of_teachers_is_that_of_its_cards():
-    import importlib.util, json
+    import importlib.util
     spec = importlib.util.spec_from_file_location('teacher_kinds', root/'results/teacher_kinds.py')
     module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
     found = {k: [json.loads(f.read_text()) for f in sorted((root/'results/teacher_kinds').glob(f'{k}_*.json'))] for k in module.kinds}

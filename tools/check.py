@@ -1,4 +1,4 @@
-"Fail if notebooks, modules or README.md are out of step, or a notebook carries outputs or other noise."
+"Fail if notebooks, modules or README.md are out of step, or a notebook carries noise."
 import shutil, subprocess, sys, tempfile
 from pathlib import Path
 from readme import readme, root
