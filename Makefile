@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-nbs test-py coverage test-all mutants export tutorials readme check clean
+.PHONY: demo test test-nbs test-py coverage test-all mutants export tutorials readme check docs docs-check clean
 
 demo: .venv/installed
 	$(BIN)/rkd demo
@@ -21,7 +21,7 @@ coverage: .venv/dev
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
-test-all: .venv/dev
+test-all: .venv/dev .venv/docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cuda"
 
@@ -44,6 +44,14 @@ tutorials: .venv/dev
 check: .venv/dev
 	$(BIN)/python tools/check.py
 
+# the site in _docs, from notebooks and Markdown pages
+docs: .venv/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/docs.py
+
+# opens every page in headless Chromium, which has to be installed
+docs-check: docs
+	$(BIN)/python tools/site_check.py _docs
+
 .venv/uv:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
@@ -55,6 +63,10 @@ check: .venv/dev
 
 .venv/dev: .venv/installed
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[docs]'
 	touch $@
 
 clean:

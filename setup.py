@@ -20,6 +20,6 @@ setup(
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['rkd_fastai', 'rkd_fastai.*']), package_data={'rkd_fastai': ['samples/*']},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'docs': cfg['docs_requirements'].split()},
     entry_points={'console_scripts': ['rkd = rkd_fastai.cli:main'], 'nbdev': ['rkd_fastai = rkd_fastai._modidx:d']},
 )
