@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-nbs test-py coverage test-all mutants export tutorials readme check docs docs-check clean
+.PHONY: demo test test-nbs test-py coverage test-all mutants export tutorials check docs docs-check clean
 
 demo: .venv/installed
 	$(BIN)/rkd demo
