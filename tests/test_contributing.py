@@ -5,7 +5,7 @@ import pytest
 
 root,bin = Path(__file__).parent.parent, Path(sys.executable).parent
 page = (root/'CONTRIBUTING.md').read_text(encoding='utf8')
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 def walkthrough(title):
     "The notebook that the section `title` makes, its cells as (language, text), and what it says to do from then on"
@@ -51,16 +51,20 @@ def repo(tmp_path_factory):
     repo.run(bin/'nbdev-export'); repo.run(bin/'nbdev-clean'); repo.run(sys.executable, 'tools/readme.py')
     return repo
 
+@slow
 def test_nothing_but_the_notebooks_and_their_modules_changes(repo):
     after,new = repo.files(), {walkthrough(t)[0] for t in walks} | {f'rkd_fastai/{m}.py' for m in walks.values()}
     changed = {f for f in {*after, *repo.before} if after.get(f) != repo.before.get(f)}
     assert changed == new | {'rkd_fastai/_modidx.py'}
 
+@slow
 def test_all_is_in_step(repo): assert 'in step' in repo.run(sys.executable, 'tools/check.py')
 
+@slow
 @pytest.mark.parametrize('title', walks)
 def test_the_notebook_passes(title, repo): assert 'Success' in repo.run(bin/'nbdev-test', walkthrough(title)[0])
 
+@slow
 @pytest.mark.parametrize('title,callback', [('Add a loss', 'BrierCallback'), ('Add an attack', 'AdversarialTraining')])
 def test_the_new_name_trains(title, callback, repo):
     "One epoch on the digits, with the loss or the attack that was added, from the copy; the callback is the last"
