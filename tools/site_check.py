@@ -28,8 +28,10 @@ look = r"""(async () => {
 measure = r"""(() => {
   const light = c => { const [r,g,b] = c.match(/[\d.]+/g).map(Number); return (.3*r + .6*g + .1*b)/255 }
   const pre = document.querySelector('.highlight')
-  const wide = [...document.querySelectorAll('article *')].filter(o => o.getBoundingClientRect().right > innerWidth + 1)
-  return {over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  const scrolls = o => o && o.tagName != 'ARTICLE' && (/auto|scroll/.test(getComputedStyle(o).overflowX) || scrolls(o.parentElement))
+  const past = o => Math.ceil(o.getBoundingClientRect().right - innerWidth)
+  const wide = [...document.querySelectorAll('article *')].filter(o => past(o) > 1 && !o.closest('mjx-container') && !scrolls(o.parentElement))
+  return {over: Math.max(document.documentElement.scrollWidth - document.documentElement.clientWidth, ...wide.map(past)),
           widest: wide.slice(0, 1).map(o => o.outerHTML.slice(0, 80)).join(),
           page: light(getComputedStyle(document.body).backgroundColor), code: pre ? light(getComputedStyle(pre).backgroundColor) : null,
           ink: light(getComputedStyle(document.body).color)}
@@ -78,6 +80,7 @@ class Browser:
         target = self.call('Target.createTarget', url='about:blank')['targetId']
         self.session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
         for domain in ('Page', 'Runtime', 'Network', 'Log'): self.call(f'{domain}.enable')
+        self.call('Network.setCacheDisabled', cacheDisabled=True)
 
     def __exit__(self, *args):
         self.stack.close()
@@ -176,7 +179,7 @@ def check_page(browser, home, page, shots=None):
 
 def check(site, shots=None, only=None):
     "All that is wrong with the site in folder `site`, a line each; with pictures of every page in the folder `shots`"
-    pages = sorted(f.relative_to(site).as_posix() for f in site.rglob('*.html') if f.name not in ('search.html', 'genindex.html'))
+    pages = sorted({f.relative_to(site).as_posix() for f in site.rglob('*.html')} - {'search.html', 'genindex.html'}) # Sphinx's own
     problems, links, ids = [], {}, {}
     if shots: shots.mkdir(parents=True, exist_ok=True)
     with served(site) as home, Browser() as browser:
