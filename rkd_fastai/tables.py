@@ -111,8 +111,9 @@ def select(
         for label,row,other in zip(('RKD-Acc.','RKD-Rob.'), chosen, (head(robust), 'clean')):
             of_task.append(_student_line(label, row, bases.iloc[0], names, everyone, f'none: every student loses more than {100*within:g} points {other}'))
         lines += [{head(c): said(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
+    among = f"; chosen by {head(robust)} and these very numbers among {counted(len(everyone), 'setting')}, which flatters them a little" if len(everyone) > 1 else ''
     what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust than the baseline, RKD-Rob. the most robust one that is "
-            f"at most {100*within:g} points less accurate; chosen by {head(robust)} and these very numbers among {counted(len(everyone), 'setting')}, which flatters them a little. "
+            f"at most {100*within:g} points less accurate{among}. "
             f"ES: epoch the teacher was stopped after. {_marks}")
     return make_table(lines, _about(df, everyone, picks[0][1]['method'].unique()), what, robust)
 
