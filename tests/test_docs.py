@@ -46,10 +46,9 @@ def test_new_and_lost_notebooks_are_noticed(base, monkeypatch):
     with pytest.raises(ValueError, match="names .*'faq'"): docs.check_navigation(base)
 
 def test_tutorials_are_picked_up(base):
-    (base/'nbs/tutorials').mkdir()
-    (base/'nbs/tutorials/01_first.ipynb').write_text('{}')
+    (base/'nbs/tutorials/7_seventh.ipynb').write_text('{}')
     docs.check_navigation(base)
-    assert ('Tutorials', ['tutorials/01_first']) in docs.navigation(base)
+    assert 'tutorials/7_seventh' in dict(docs.navigation(base))['Tutorials']
 
 def slugs(links, page):
     "The anchors of a page: its headings, and the symbols that it documents"
