@@ -1,5 +1,5 @@
 "What the test files share: one thread, fixed seeds, small digits `DataLoaders`, tiny networks and two trained ones."
-import copy, random
+import copy, random, sys
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -15,7 +15,10 @@ torch.set_num_threads(1)
 def pytest_pyfunc_call(pyfuncitem):
     "The same random numbers in every test, whatever ran before; here and not in a fixture, after which pytest-randomly seeds once more"
     random.seed(0); np.random.seed(0); torch.manual_seed(0)
-    return (yield)
+    trace = sys.gettrace()
+    try: return (yield)
+    finally:
+        if sys.gettrace() is not trace: sys.settrace(trace) # `make coverage` would count nothing more after a test that compiles
 
 @pytest.fixture(scope='session')
 def digits():
