@@ -78,7 +78,7 @@ def rkd_learner(
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
     alpha=.8, # weight of the teacher inside the soft target; CKD has none
     lam=5/6, # weight of the adversarial term, of ARD and RSLAD; of the distilled term in CKD
-    attack=None, # the attack on the training images; None means `PGD()`
+    attack=None, # the attack on the training images; None means the method's own, `PGD()`
     T=1., # temperature
     compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
     bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
@@ -87,9 +87,9 @@ def rkd_learner(
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
     check_fraction(alpha=alpha, lam=lam)
-    settings = dict(alpha=alpha, lam=lam, attack=attack or PGD(), T=T)
-    takes = dict(akd=('alpha','attack','T'), ckd=('lam','T')).get(method, settings)
-    cb = cls(teacher, **{k: settings[k] for k in takes}, compile=compile, bf16=bf16)
+    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, compile=compile, bf16=bf16)
+    takes = signature(cls).parameters
+    cb = cls(teacher, **{k: v for k,v in settings.items() if k in takes and v is not None})
     cb.check(dls) # before `vision_learner` adds its Normalize to them
     return _build_learner(dls, arch, **kwargs).add_cb(cb)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_settings', 'own_loss', 'batch_targ', 'weighted_mean', 'RobustCallback', 'AdversarialTraining', 'TRADES']
 
-# %% ../../nbs/15_callback.adversarial.ipynb #d079fd6b
+# %% ../../nbs/15_callback.adversarial.ipynb #87cdb985
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from functools import partial
@@ -24,7 +24,7 @@ from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
 
-# %% ../../nbs/15_callback.adversarial.ipynb #c74433ac
+# %% ../../nbs/15_callback.adversarial.ipynb #c145ae19
 def label_settings(loss_func):
     "Label smoothing and class weights `(n_out,)` of a cross-entropy; `(0., None)` of any other loss"
     if isinstance(loss_func, partial) and loss_func.func is F.cross_entropy: return loss_func.keywords.get('label_smoothing', 0.), loss_func.keywords.get('weight')
@@ -64,7 +64,7 @@ def weighted_mean(
     w = onehot(targ, len(weight)).to(losses) @ weight.to(losses)
     return (w*losses).sum()/w.sum()
 
-# %% ../../nbs/15_callback.adversarial.ipynb #f5e01342
+# %% ../../nbs/15_callback.adversarial.ipynb #058e385a
 def _own_random(device):
     "Within it each of several processes has random numbers of its own; a single one goes on as it is"
     if num_distrib() <= 1: return nullcontext()
@@ -138,7 +138,7 @@ class RobustCallback(FitCallback):
 
     def after_fit(self): self.pixel = self.images = self.clean_xb = self.targ = None
 
-# %% ../../nbs/15_callback.adversarial.ipynb #a1a35fa4
+# %% ../../nbs/15_callback.adversarial.ipynb #472b18a1
 @delegates()
 class AdversarialTraining(RobustCallback):
     "Train on adversarial examples in place of clean ones (Madry et al., 2018)"
@@ -160,10 +160,10 @@ class AdversarialTraining(RobustCallback):
 
     def model_images(self): return self.attack(self.pixel, self.images, self.attack_targ())
 
-# %% ../../nbs/15_callback.adversarial.ipynb #ccc2f682
-@delegates(RobustCallback)
+# %% ../../nbs/15_callback.adversarial.ipynb #ae58a97a
 class TRADES(AdversarialTraining):
     "Trade clean accuracy against stability under attack (Zhang et al., 2019; paper, Appendix B.4)"
+    @delegates(RobustCallback.__init__)
     def __init__(self,
         attack=PGD(steps=10, objective='kl'), # `objective='kl'` climbs KL(f(x) ‖ f(x′)), 'ce' the labels' cross-entropy
         beta=6., # weight of the robust term
