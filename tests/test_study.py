@@ -6,6 +6,7 @@ import pandas as pd, pytest, torch
 
 from rkd_fastai.evaluation import measure_robustness, pixel_data
 from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
+from rkd_fastai.loaders import with_label_noise
 from rkd_fastai.runs import load_run, make_dls
 from rkd_fastai.study import Study, cell_dls, read_rows
 
@@ -174,9 +175,9 @@ def test_parts_of_a_job_array(finished, tmp_path):
 
 def test_label_noise_and_subset_are_the_same_for_teacher_and_student():
     c = make_cell(**settings, method='akd', noise=.2, seed=3)
-    ours,theirs = ([int(y) for _,y in cell_dls(o).train_ds] for o in (c, teachers_of(c)[0]))
-    clean = [int(y) for _,y in cell_dls(make_cell(**settings, method='akd', seed=3)).train_ds]
-    assert ours == theirs and sum(a != b for a,b in zip(ours, clean)) == 40
+    plain = cell_dls(make_cell(**settings, method='akd', seed=3))
+    ours,theirs,clean,wanted = ([int(y) for _,y in dls.train_ds] for dls in (cell_dls(c), cell_dls(teachers_of(c)[0]), plain, with_label_noise(plain, .2, seed=3)))
+    assert ours == theirs == wanted and sum(a != b for a,b in zip(ours, clean)) == 40
 
 def test_plan_trains_nothing(tmp_path):
     s = Study(spec(*grids), tmp_path/'s')
