@@ -114,7 +114,10 @@ def _axis_words(lines, x, robust):
     return f"Accuracy along the {axis_text(x)}, from {said(x, lines[0][x].iloc[0])} to {said(x, lines[0][x].iloc[-1])}. {'; '.join(each)}."
 
 # %% ../nbs/31_curves.ipynb #859d0ad5
-def beta_table(df, robust=None):
+def beta_table(
+    df, # a row per measured network, see `rows`
+    robust=None, # the attack to show; None: the strongest
+):
     "The paper's Figure 3 as a table: accuracies of students of mixed ensembles, by the weight β of the last kind"
     return axis_table(_mixed(df), 'beta', robust)
 

@@ -40,7 +40,9 @@ def _check_rows(df):
         if not v.between(0, 1).all(): raise ValueError(f"`df`: {c!r} must hold fractions in [0, 1], got {v[~v.between(0, 1)].iloc[0]:g}: divide percentages by 100")
     if df['method'].isna().any(): raise ValueError(f"`df`: 'method' is empty in {df['method'].isna().sum()} rows: say how each model was trained")
 
-def rows(df):
+def rows(
+    df, # a row per measured network, as `read_rows` gives them, or your own with `method`, `clean` and an attack
+):
     "A copy of `df` in which every column is there, what is missing at its default"
     _check_rows(df)
     df = df.copy().reset_index(drop=True)
@@ -65,11 +67,15 @@ def _strength(name):
     m = _attack.fullmatch(name)
     return (0, 0) if name == 'autoattack' else (1, -int(m[1])*int(m[2] or 1)) if m[1] else (2, 0)
 
-def measures(df):
+def measures(
+    df, # a row per measured network, see `rows`
+):
     "The columns of `df` with accuracies: 'clean', then attacks, the strongest first"
     return ['clean', *sorted([c for c in df.columns if isinstance(c, str) and _attack.fullmatch(c) and df[c].notna().any()], key=_strength)]
 
-def strongest(df):
+def strongest(
+    df, # a row per measured network, see `rows`
+):
     "The strongest attack that all models in `df` were measured by; where there is none, the one that most of them were"
     df = df[df['clean'].notna()]
     trained = df[df['method'] != 'teacher']
@@ -86,7 +92,9 @@ def check_column(df, name, arg):
     return name
 
 # %% ../nbs/28_rows.ipynb #d63ef81c
-def over_seeds(df):
+def over_seeds(
+    df, # a row per measured network, see `rows`
+):
     "One row per setting in `df`: of each accuracy mean, standard deviation (`clean_std`), number (`clean_seeds`) and fewest images (`n_clean`); `seeds` and `compute`"
     df = measured(df)
     twice = df[df['seed'].notna() & df.duplicated([*settings, 'seed'])]

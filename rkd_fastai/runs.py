@@ -33,7 +33,12 @@ _published = dict(fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls, cifar100
 
 data_names = [*_packaged, *_published]
 
-def make_dls(data, path=None, bs=125, size=None):
+def make_dls(
+    data, # 'digits', 'fashion_sample', 'fashion_mnist', 'cifar10', 'cifar100', 'tiny_imagenet', or the path of a folder
+    path=None, # where the data set lies; None: where it is usually found, or a download
+    bs=125, # images in a batch
+    size=None, # of a folder's images, which are cropped to `size`×`size` pixels; None: 64
+):
     "The DataLoaders called `data`, or those of a folder with a sub-folder per class (in `train` and `valid`, `val` or `test`, where there are such)"
     if data in _packaged: return _packaged[data](bs=bs, device_resident=True)
     if data in _published: return _published[data](path, bs=bs, device_resident=True)
@@ -43,7 +48,12 @@ def make_dls(data, path=None, bs=125, size=None):
     split = dict(train='train', valid=held) if held and (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
     return ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
 
-def make_net(arch, width, n_in, n_out):
+def make_net(
+    arch, # 'resnet18', 'wrn-28-10' or timm's name of a network
+    width, # times the usual number of channels, of 'resnet18'
+    n_in, # channels of the images
+    n_out, # classes
+):
     "'resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
     if arch == 'resnet18': return resnet18(n_out, width, n_in)
     if wrn := re.fullmatch(r'wrn-(\d{1,3})-(\d{1,3})', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
@@ -75,7 +85,9 @@ def _described(card_path, path):
         with torch.device('meta'): fitting_state(path, make_net(*told))
     return card, make_net(*told)
 
-def load_run(path):
+def load_run(
+    path, # what `rkd train` or `rkd distill` wrote, or a `.pth` in it
+):
     "`(Teacher, card)` of a run folder or of one checkpoint in it"
     path = Path(path)
     if not path.exists(): raise MissingFile(f"no run and no checkpoint at `{path}`")

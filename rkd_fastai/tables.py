@@ -124,7 +124,10 @@ def own_students(df):
     own = (df['members'].fillna(1) == 1) & (df['teacher_width'].isna() | df['width'].isna() | (df['teacher_width'] == df['width']))
     return df[own | ~df['method'].isin(methods)]
 
-def table2(df, **kwargs):
+def table2(
+    df, # a row per measured network, see `rows`
+    **kwargs
+):
     "The paper's Tables 2 and 9: `select` among students of one teacher as wide as they are; `kwargs` go to `select`"
     return select(own_students(df), **kwargs)
 
@@ -280,7 +283,10 @@ def table5(
     if not lines: raise NotEnough("`df` has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
     return make_table(lines, df, f'One teacher against an ensemble, out of the same α and ES where both were tried with them. {_rule(within)} {comparison}', robust)
 
-def table12(df, robust=None):
+def table12(
+    df, # a row per measured network, see `rows`
+    robust=None, # the attack that the table is about; None: the strongest
+):
     "The paper's Table 12: teachers and ensembles as they are, by every attack"
     df = rows(df)
     df = df[df['method'] == 'teacher']
