@@ -168,16 +168,27 @@ def fitting_state(
     if problem: raise ValueError(f"`{path}` does not fit `model` ({problem}): build `model` with the checkpoint's architecture and number of classes")
     return state
 
+def _normalisation(path):
+    "`(mean, std)` on the card that `KeepEpochs` wrote beside a checkpoint, else `(None, None)`"
+    path = Path(path).with_suffix('.json')
+    try: card = read_json(path)
+    except (OSError, ValueError): return None,None # none, or no card
+    if not isinstance(card, dict) or not {'mean','std'} <= set(card): return None,None
+    for k in ('mean','std'):
+        if not isinstance(card[k], list) or not all(isinstance(v, float) for v in card[k]): raise ValueError(f"`{path}` is damaged (its `{k}` is no list of numbers): delete it, and give `mean` and `std`")
+    return card['mean'],card['std']
+
 def load_teacher(
     path, # `.pth`, `.pt`, `.ckpt` or `.safetensors` file of weights
     model:nn.Module, # network of the checkpoint's architecture; it is copied, not changed
-    mean=None, # per-channel mean that the network expects its input to be normalised by; None: it takes pixel space
+    mean=None, # per-channel mean that the network expects its input to be normalised by; None: what the card of `KeepEpochs` says, or it takes pixel space
     std=None, # per-channel standard deviation, likewise
 ):
     "A `Teacher` with the weights in `path`, which is never executed"
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module of the checkpoint's architecture, got {model!r}")
     state,model = fitting_state(path, model),deepcopy(model)
     model.load_state_dict(state, strict=False) # only BatchNorm's step counters may be missing, which eval mode does not read
+    if mean is None and std is None: mean,std = _normalisation(path)
     return Teacher(model, mean=mean, std=std)
 
 # %% ../nbs/09_teachers.ipynb #40b4d339
@@ -219,7 +230,7 @@ def at_epoch(cls:Teacher,
     epoch, # number of finished epochs, or 'best': that of the highest robust accuracy
     model, # network of the checkpoint's architecture; it is copied, not changed
     fname='epoch', # start of the files' names
-    **kwargs, # `mean` and `std`, see `load_teacher`
+    **kwargs, # `mean` and `std`, where the card beside the checkpoint does not say them, see `load_teacher`
 )->Teacher:
     "The teacher as it was after `epoch` epochs (early stopping of teachers: paper, Section 3.2)"
     if epoch == 'best': epoch = best_epoch(folder, fname=fname)

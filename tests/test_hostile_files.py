@@ -255,6 +255,13 @@ def test_vocab_that_is_none(vocab, tmp_path, tiny_net):
     (tmp_path/'epoch_1.json').write_text(json.dumps(dict(robust_accuracy=.5, vocab=vocab)))
     with pytest.raises(ValueError, match='epoch_1.json.*vocab'): Teacher.at_epoch(tmp_path, 'best', tiny_net())
 
+@pytest.mark.parametrize('mean', [3, 'abc', {'a': 1}, [None], ['1'], [[.5]], [float('nan')], [.5]*5 + [True]], ids=str)
+def test_normalisation_that_is_none(mean, tmp_path, tiny_net):
+    torch.save(tiny_net().state_dict(), tmp_path/'epoch_1.pth')
+    (tmp_path/'epoch_1.json').write_text(json.dumps(dict(robust_accuracy=.5, vocab=[], mean=mean, std=[.5])))
+    for f in (lambda: Teacher.at_epoch(tmp_path, 'best', tiny_net()), lambda: load_teacher(tmp_path/'epoch_1.pth', tiny_net())):
+        with pytest.raises(ValueError, match='mean'): f()
+
 @pytest.mark.parametrize('said', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9), dict(bs=0), dict(bs=-1), dict(bs=None), dict(seconds=-1.), dict(seconds='1'), dict(seconds=float('nan')),
     dict(stands='9999'), dict(stands='111'), dict(stands='11x1'), dict(stands=['1']*4 + ['']), dict(more=1), dict(part=True)], ids=str)
 def test_state_files_that_lie(said, tmp_path, plain_net, test_images):

@@ -74,7 +74,7 @@ def test_each_epoch_that_is_cut_short(make_learner, make_dls):
 
 # --- what `RobustOverfitting` says ---
 
-@pytest.mark.parametrize('values,said', [([.3, .5, .4], ('50.0% after 2 epochs', '40.0% now')), ([.5, .4, .45], ('50.0% after 1 epochs', '45.0% now')), ([.5, .5, .3], ('after 1 epochs', '30.0%')),
+@pytest.mark.parametrize('values,said', [([.3, .5, .4], ('50.0% after epoch 2', '40.0% now')), ([.5, .4, .45], ('50.0% after epoch 1', '45.0% now')), ([.5, .5, .3], ('after epoch 1', '30.0%')),
                                          ([.3, .4, .5], None), ([.5, .4, .49], None), ([.5, .5, .5], None), ([.1], None), ([0., 0., 0.], None)])
 @pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
 def test_says_how_far_it_fell(values, said, restore, scripted, capsys):
@@ -138,13 +138,13 @@ def test_second_fit_starts_afresh(restore, scripted, capsys):
     assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.3, 2) and same(weights(learn.model), keep.at[3])
     learn.metrics[1].values = [.3, .1]
     learn.fit(2, .01)
-    assert 'was 30.0% after 1 epochs and is 10.0% now' in capsys.readouterr().out and same(weights(learn.model), keep.at[4 if restore else 5])
+    assert 'was 30.0% after epoch 1 and is 10.0% now' in capsys.readouterr().out and same(weights(learn.model), keep.at[4 if restore else 5])
 
 def test_continued_fit(scripted, capsys):
     "`start_epoch` after a fit that has ended: that one has been told, and its weights are gone"
     learn, cb, keep = scripted([.5, .4, .3, .2], restore=True)
     learn.fit(2, .01); learn.fit(4, .01, start_epoch=2)
-    assert 'was 30.0% after 3 epochs and is 20.0% now: back' in capsys.readouterr().out and same(weights(learn.model), keep.at[2])
+    assert 'was 30.0% after epoch 3 and is 20.0% now: back' in capsys.readouterr().out and same(weights(learn.model), keep.at[2])
 
 @pytest.mark.parametrize('at', [0, 1, 2])
 @pytest.mark.parametrize('event', ['after_batch', 'before_validate', 'after_pred'])

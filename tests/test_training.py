@@ -9,6 +9,7 @@ from fastai.vision.all import (Callback, CancelEpochException, CancelFitExceptio
                                imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
+from rkd_fastai.evaluation import pixel_data
 
 PLAIN_STATS = ([.3], [.25])
 def make_cb(name, teacher, attack=None, **kw):
@@ -543,6 +544,28 @@ def test_keep_epochs(make_learner, make_dls, tiny_net):
         make_learner(cbs=AKDCallback(teacher, attack=PGD(.1, steps=1))).fit(1) # classes in the order of the card
     best = best_epoch(folder, fname='teacher')
     assert best == max((2, 4), key=lambda n: json.loads((folder/f'teacher_{n}.json').read_text())['robust_accuracy'])
+
+def test_an_early_teacher_normalises_as_its_learner_did(make_learner, make_dls, tiny_net):
+    "The card says by what; without Normalize it says nothing, and what the caller says comes first"
+    learn = make_learner(make_dls(stats=([.3], [.4])), tiny_net(), cbs=KeepEpochs())
+    learn.fit(1, .01)
+    path,x = learn.path/learn.model_dir/'epoch_1.pth', pixel_data(learn)[0]
+    want,other = Teacher(learn).probs(x), load_teacher(path, tiny_net(), mean=.5, std=.25).probs(x)
+    for teacher in (Teacher.at_epoch(path.parent, 1, tiny_net()), load_teacher(path, tiny_net())): close(teacher.probs(x), want, rtol=1e-6, atol=1e-7)
+    close(other, learn.model.eval()((x-.5)/.25).softmax(1), rtol=1e-5, atol=1e-6)
+    assert (other-want).abs().max() > .01
+    learn = make_learner(make_dls(), tiny_net(), cbs=KeepEpochs(fname='plain'))
+    learn.fit(1, .01)
+    assert 'mean' not in json.loads((path.parent/'plain_1.json').read_text())
+    close(Teacher.at_epoch(path.parent, 1, tiny_net(), fname='plain').probs(x), Teacher(learn).probs(x), rtol=1e-6, atol=1e-7)
+
+def test_two_methods_at_once_are_refused(make_learner, tiny_net):
+    "They would attack what is attacked already: twice the radius"
+    learn = make_learner(model=tiny_net()).to_adversarial(PGD(.1, steps=1))
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match='AdversarialTraining and AKDCallback would both|AKDCallback and AdversarialTraining would both'): learn.fit(1, cbs=make_cb('akd', tiny_net(seed=7)))
+    assert same(before, weights(learn.model)) and [type(cb) for cb in learn.cbs if isinstance(cb, RobustCallback)] == [AdversarialTraining]
+    learn.to_rkd(tiny_net(seed=7), attack=PGD(.1, steps=1)).fit(1)
 
 @pytest.mark.parametrize('when', ['weights', 'card'])
 def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, monkeypatch):

@@ -99,6 +99,11 @@ class RobustCallback(FitCallback):
             raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the Learner `CrossEntropyLossFlat` "
                              "(class weights and label smoothing are used), or train by `AdversarialTraining`, which keeps the Learner's loss")
 
+    def _check_alone(self):
+        other = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback) and cb is not self), None)
+        if other: raise ValueError(f"{type(other).__name__} and {type(self).__name__} would both attack each batch: `learn.to_adversarial`, `learn.to_rkd` and "
+                                   "`learn.to_natural` put one method in the place of another")
+
     def __call__(self, event_name):
         if event_name == 'before_fit': self.after_batch() # a step that was interrupted left the model compiled
         return super().__call__(event_name)
@@ -108,6 +113,7 @@ class RobustCallback(FitCallback):
 
     def before_train(self):
         if self.pixel is not None: return # not the first epoch
+        self._check_alone()
         self.check(self.dls)
         self.check_loss(own_loss(self.learn))
         self.opt.zero_grad() # what an interrupted backward pass left behind

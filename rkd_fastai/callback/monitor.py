@@ -18,7 +18,7 @@ from .adversarial import RobustCallback
 from .core import EachEpoch
 from ..core import atomic_path, check_fraction, write_atomic
 from ..evaluation import pixel_data, robust_accuracy, robust_flags, seeded
-from ..pixel import model_device, pixel_model, to_pixels, unwrap
+from ..pixel import model_device, pixel_model, pixel_stats, to_pixels, unwrap
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -75,9 +75,10 @@ class KeepEpochs(EachEpoch):
         write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
 
     def _card(self):
-        net,dls = unwrap(self.model),self.dls
+        net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
+        normalised = {} if mean is None else dict(mean=mean.tolist(), std=std.tolist()) # `load_teacher` reads them
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return self.card | dict(epoch=self.epoch+1, **self.logged(), arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
+        return self.card | normalised | dict(epoch=self.epoch+1, **self.logged(), arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
             vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
             versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
 
@@ -162,5 +163,5 @@ class RobustOverfitting(EachEpoch):
         last,kept,self.last,self.kept = self.last,self.kept,None,None
         if self.best - last <= self.gap: return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
-        print(f"robust overfitting: {self.by} was {self.best:.1%} after {self.best_epoch} epochs and is {last:.1%} now"
+        print(f"robust overfitting: {self.by} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
               + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))
