@@ -148,6 +148,7 @@ def make_attack(
     fast=False, # AutoAttack and its parts on a faster model, confirmed on the plain one
 ):
     "The `Attack` that tables call `name`"
+    if not isinstance(name, str): raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and `robust_accuracy` take attacks themselves")
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
     if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
@@ -174,7 +175,7 @@ def pixel_data(
         xs.append(to_pixels(pm, x.cpu()).float()); ys.append(y.as_subclass(torch.Tensor).cpu()) # a GPU holds one batch, not the whole split
         seen += len(y)
         if n is not None and seen >= n: break
-    if not seen: raise ValueError("there are no images to evaluate: `dl` is empty")
+    if not seen: raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its images behind, give it `dl=dls.valid`")
     if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 

@@ -214,7 +214,8 @@ class Resume(FitCallback):
         if not isinstance(s, dict) or s.get('what') != _what: raise ValueError(f"`{self.path}` is not a training that `Resume` kept: name another file")
         with zipfile.ZipFile(self.path) as z: damaged = z.testzip() or set(s) != _kept # PyTorch does not look at the checksums
         d = None if damaged else _difference(s['training'], self.described)
-        if d: raise ValueError(f"`{self.path}` is of another training ({d}): name another file, or delete it")
+        seed = ', and give a random split of the images its `seed`' if d and d.startswith('images') else ''
+        if d: raise ValueError(f"`{self.path}` is of another training ({d}): name another file, or delete it{seed}")
         if damaged or not (0 <= s['epoch'] <= self.learn.n_epoch and 0 <= s['done'] < len(self.dls.train)): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
         if s['done'] and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
         return s
