@@ -2,6 +2,7 @@
 import copy, gc, linecache, os, random, statistics, sys, threading, time
 
 import numpy as np, pytest, torch, torch.nn as nn
+from torch._subclasses import FakeTensor
 from fastai.callback.core import event
 from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                CancelTrainException, CancelValidException)
@@ -28,9 +29,9 @@ def resident():
     "Bytes of this process that are in memory"
     with open('/proc/self/statm') as f: return int(f.read().split()[1])*os.sysconf('SC_PAGE_SIZE')
 def alive():
-    "Bytes of all tensors that Python knows, one-element ones left out: fastai's Recorder keeps each loss"
+    "Bytes of all tensors that Python knows, one-element ones left out, as fastai's Recorder keeps each loss, and the ones without memory that torch.compile keeps"
     gc.collect()
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.layout == torch.strided and t.numel() > 1}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor) and t.layout == torch.strided and t.numel() > 1}
     return sum(found.values())
 
 class Watch(Callback):

@@ -1,5 +1,5 @@
 "Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
-import json, os, random, runpy, signal, subprocess, sys
+import json, os, random, runpy, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -214,10 +214,12 @@ def test_processes(finished, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(finished, tmp_path):
-    rng,kills = random.Random(0),0
+    rng,kills,begun = random.Random(0),0,tmp_path/'s/study.json'
     while True:
+        begun.unlink(missing_ok=True)
         p = start(tmp_path/'s', *grids)
-        try: p.communicate(timeout=6 + rng.random()*8)
+        while not begun.exists() and p.poll() is None: time.sleep(.02)
+        try: p.communicate(timeout=rng.random()*(2 + kills)) # later and later, or nothing would ever be finished
         except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL); p.wait(); kills += 1
         if p.returncode == 0: break
         assert kills < 60
