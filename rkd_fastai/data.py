@@ -167,6 +167,11 @@ def digits_dls(
 # %% ../nbs/06_data.ipynb #6bcf6e60
 fashion_vocab = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
 
+def _of_size(x, size):
+    "Images `(n, 28, 28)` as they are, or the rounded mean of each 2×2 square"
+    if size not in (14,28): raise ValueError(f"`size` must be 14 or 28, got {size}")
+    return x if size == 28 else x.reshape(-1,14,2,14,2).mean((2,4)).round().astype(np.uint8)
+
 def fashion_sample_dls(
     bs:int=125, # images per batch
     size:int=14, # 14: the rounded mean of each 2×2 square, 28: as published
@@ -174,12 +179,8 @@ def fashion_sample_dls(
     **kwargs # passed to `arrays_dls`, e.g. `device_resident`
 ) -> DataLoaders: # two loaders of 1,000 images `(1, size, size)`, `dls.valid` from the test split
     "The sample of Fashion-MNIST in this package; nothing to download"
-    if size not in (14,28): raise ValueError(f"`size` must be 14 or 28, got {size}")
     with files('rkd_fastai').joinpath('samples/fashion_sample.npz').open('rb') as f: a = dict(np.load(f, allow_pickle=False))
-    def images(k):
-        if size == 28: return a[k]
-        return a[k].reshape(-1,14,2,14,2).mean((2,4)).round().astype(np.uint8)
-    return arrays_dls(*[(images(f'x_{o}'), a[f'y_{o}']) for o in ('train','test')], vocab=fashion_vocab, bs=bs,
+    return arrays_dls(*[(_of_size(a[f'x_{o}'], size), a[f'y_{o}']) for o in ('train','test')], vocab=fashion_vocab, bs=bs,
                       batch_tfms=[PadCropFlip(), *L(batch_tfms)], **kwargs)
 
 # %% ../nbs/06_data.ipynb #7d3ac407
@@ -238,11 +239,13 @@ def fashion_mnist_dls(
     bs:int=256, # images per batch
     valid_pct:float=.1, # fraction of the training split held out as `dls.valid`
     seed:int=42, # of the split
+    size:int=28, # 28: as published, 14: the rounded mean of each 2×2 square
     **kwargs # passed to `arrays_dls`, e.g. `device_resident`, `batch_tfms`
-) -> DataLoaders: # three loaders, images `(1, 28, 28)`
+) -> DataLoaders: # three loaders, images `(1, size, size)`
     "[Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist): 60,000 + 10,000 images of 10 kinds of garment"
     if path is None: path = _get_fashion()
-    return _published_dls(read_fashion(path,'train'), read_fashion(path,'t10k'), fashion_vocab, 2, valid_pct, seed, bs=bs, **kwargs)
+    train,test = [(_of_size(x, size), y) for x,y in (read_fashion(path, split) for split in ('train','t10k'))]
+    return _published_dls(train, test, fashion_vocab, size//14, valid_pct, seed, bs=bs, **kwargs)
 
 # %% ../nbs/06_data.ipynb #b972e844
 def _number_dtype(kind, *_):

@@ -37,11 +37,13 @@ def make_dls(
     data, # 'digits', 'fashion_sample', 'fashion_mnist', 'cifar10', 'cifar100', 'tiny_imagenet', or the path of a folder
     path=None, # where the data set lies; None: where it is usually found, or a download
     bs=125, # images in a batch
-    size=None, # of a folder's images, which are cropped to `size`×`size` pixels; None: 64
+    size=None, # side of the images: a folder's are cropped to it (None: 64), Fashion-MNIST comes in 14 and 28
 ):
     "The DataLoaders called `data`, or those of a folder with a sub-folder per class (in `train` and `valid`, `val` or `test`, where there are such)"
-    if data in _packaged: return _packaged[data](bs=bs, device_resident=True)
-    if data in _published: return _published[data](path, bs=bs, device_resident=True)
+    sized = {} if size is None else dict(size=size)
+    if sized and data in data_names and not data.startswith('fashion'): raise ValueError(f"`size` {size}: the images of {data} have one size, leave it out")
+    if data in _packaged: return _packaged[data](bs=bs, device_resident=True, **sized)
+    if data in _published: return _published[data](path, bs=bs, device_resident=True, **sized)
     folder = Path(data)
     if not folder.is_dir(): raise ValueError(f"`--data` must be a folder of images or one of {data_names}, got {data!r}")
     held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)
