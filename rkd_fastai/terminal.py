@@ -13,8 +13,9 @@ from fastai.callback.progress import ProgressCallback
 
 # %% ../nbs/25_terminal.ipynb #c1c95138
 def clock(seconds):
-    "`seconds` as m:ss"
-    return f'{int(seconds)//60}:{int(seconds)%60:02d}'
+    "`seconds` as m:ss, from an hour on as h:mm:ss"
+    m,s = divmod(int(seconds), 60)
+    return f'{m}:{s:02d}' if m < 60 else f'{m//60}:{m%60:02d}:{s:02d}'
 
 def reason(e):
     "What an exception says, without the line that fastai puts before it when a callback raises"

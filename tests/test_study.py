@@ -5,10 +5,11 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 
 from rkd_fastai.evaluation import measure_robustness, pixel_data
+from rkd_fastai.cells import cell_dls
 from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.loaders import with_label_noise
 from rkd_fastai.runs import load_run, make_dls
-from rkd_fastai.study import Study, cell_dls, read_rows
+from rkd_fastai.study import Study, plan_text, read_rows
 
 settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
 measured = dict(attacks=['clean','pgd2'], n=50)
@@ -183,6 +184,14 @@ def test_plan_trains_nothing(tmp_path):
     s = Study(spec(*grids), tmp_path/'s')
     plan = s.plan()
     assert len(plan) == len(s.cells) and (plan.seconds > 0).all() and not (tmp_path/'s').exists()
+    lines = plan_text(plan).splitlines()
+    assert len(lines) == len(plan)+1 and all(l.startswith(c) for l,c in zip(lines, plan.cell)) and f'{len(plan)} cells' in lines[-1]
+
+def test_a_long_plan_is_shown_whole():
+    plan = pd.DataFrame(dict(cell=[f'akd at@40 seed {i} width 1/16 epochs 40 teacher_width 1/16' for i in range(80)], state=['done'] + ['']*79, seconds=[0] + [60]*79))
+    lines = plan_text(plan).splitlines()
+    assert len(lines) == 81 and lines[0].endswith('done') and 'seed 41 ' in lines[41] and lines[41].endswith('1:00') and 'about 1:19:00' in lines[-1]
+    assert 'nothing left to do' in plan_text(plan.assign(seconds=0))
 
 _child = '''
 import sys, json, warnings
