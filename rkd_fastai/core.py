@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'onehot', 'hard_labels', 'check_fraction',
-           'check_T', 'check_weights', 'writing', 'atomic_path', 'write_atomic', 'read_json', 'digest']
+           'check_T', 'check_weights', 'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager
+from itertools import chain
 from math import isfinite
 import hashlib, json, os
 from pathlib import Path
@@ -31,14 +32,18 @@ class PixelModel(nn.Module):
         super().__init__()
         if (mean is None) != (std is None): raise ValueError("give both `mean` and `std`, or neither")
         self.model = model
-        self.register_buffer('mean', None if mean is None else _stats('mean', mean), persistent=False)
-        self.register_buffer('std',  None if std  is None else _stats('std',  std),  persistent=False)
+        device = next((t.device for t in chain(self.parameters(), self.buffers())), None) # where the network lies already
+        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, None if v is None else _stats(k, v).to(device), persistent=False)
 
-    def normalize(self, x):
+    def normalize(self,
+        x, # images in [0, 1], `(bs, c, h, w)`
+    ):
         "Pixel space → the space `model` was trained in"
         return x if self.mean is None else (x - self.mean.to(x)) / self.std.to(x)
 
-    def denormalize(self, x):
+    def denormalize(self,
+        x, # images as `model` takes them, `(bs, c, h, w)`
+    ):
         "The space `model` was trained in → pixel space"
         return x if self.mean is None else x * self.std.to(x) + self.mean.to(x)
 
@@ -46,7 +51,9 @@ class PixelModel(nn.Module):
 
 # %% ../nbs/00_core.ipynb #66e5accc
 @contextmanager
-def frozen(model):
+def frozen(
+    model, # network; any other callable is left as it is
+):
     "Within it `model` is in eval mode and no parameter requires grad; then every module and parameter is as before"
     is_module = isinstance(model, nn.Module)
     modes  = [(m, m.training) for m in model.modules()] if is_module else []
@@ -69,7 +76,11 @@ def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
     return f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs to the model"
 
-def check_images(x, name='x', tol=1e-6):
+def check_images(
+    x, # what should be images `(bs, c, h, w)`
+    name='x', # in the error
+    tol=1e-6, # what a pixel may lie outside [0, 1]
+):
     "Raise unless `x` is a float batch `(bs, c, h, w)` with all values in [0, 1]"
     if not isinstance(x, torch.Tensor): raise TypeError(f"`{name}` must be a tensor of images (bs, c, h, w), got {type(x).__name__}")
     if not x.is_floating_point(): raise TypeError(f"`{name}` must be float images in [0, 1], got {x.dtype}: convert 0–255 images with `x.float()/255`")
@@ -80,7 +91,10 @@ def check_images(x, name='x', tol=1e-6):
     if not (lo >= -tol and hi <= 1+tol): raise ValueError(f"`{name}` must be images in [0, 1], but {_range_hint(lo, hi)}")
 
 # %% ../nbs/00_core.ipynb #f773c6ba
-def check_logits(logits, name='model'):
+def check_logits(
+    logits, # what a model returned
+    name='model', # of the model, in the error
+):
     "`logits` as a plain tensor in at least float32, or an error that says what the model returned instead"
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = type(logits).__name__ + (f" of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else '')
@@ -103,7 +117,9 @@ def onehot(
     return F.one_hot(targ.long(), n_out).float()
 
 # %% ../nbs/00_core.ipynb #774cb64d
-def hard_labels(targ):
+def hard_labels(
+    targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
+):
     "Class indices `(bs,)` of `targ`; of soft labels the likeliest class"
     return targ.argmax(1) if targ.is_floating_point() else targ
 
@@ -117,7 +133,10 @@ def check_T(T):
     "Raise unless the distillation temperature is a positive finite number"
     if not 0 < T < float('inf'): raise ValueError(f"`T` is a temperature > 0, got {T}")
 
-def check_weights(betas, n):
+def check_weights(
+    betas, # weights, or None
+    n, # how many there should be
+):
     "`betas` as a list of `n` floats: uniform for None, else checked to be non-negative and to sum to 1"
     if betas is None: return [1/n]*n
     betas = [float(b) for b in betas]
@@ -128,10 +147,14 @@ def check_weights(betas, n):
 
 # %% ../nbs/00_core.ipynb #dd49bd68
 @contextmanager
-def writing(path):
+def writing(
+    path, # file or folder, as the error names it
+):
     "Within it whatever keeps `path` from being written is an `OSError` that says so"
     try: yield
-    except (OSError, RuntimeError) as e: # PyTorch's own of a full disk is a RuntimeError
+    except (OSError, RuntimeError) as e:
+        # of a full disk PyTorch's file writer makes a RuntimeError; others are not about the file
+        if isinstance(e, RuntimeError) and not any(s in str(e) for s in ('PytorchStreamWriter', 'inline_container')): raise
         raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
 
 @contextmanager
@@ -161,8 +184,27 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding='utf8'))
     except RecursionError as e: raise ValueError("its brackets are nested too deeply") from e
 
+# %% ../nbs/00_core.ipynb #a7c1e0d2
+@contextmanager
+def seeded(
+    seed, # of PyTorch's random numbers on the CPU and on `device`
+    device='cpu', # of the model; other GPUs are left alone
+):
+    "Within it PyTorch's random numbers start from `seed`; afterwards they go on as if nothing had been drawn"
+    device = torch.device(device)
+    mps = torch.mps.get_rng_state() if device.type == 'mps' else None
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed every GPU, and only one is restored
+        if device.type == 'cuda':
+            with torch.cuda.device(device): torch.cuda.manual_seed(seed)
+        if mps is None: yield; return
+        try: torch.mps.manual_seed(seed); yield
+        finally: torch.mps.set_rng_state(mps)
+
 # %% ../nbs/00_core.ipynb #426cdccf
-def digest(tensors):
+def digest(
+    tensors, # on any device
+)->str:
     "16 hexadecimal digits that tell these tensors from others"
     h = hashlib.sha256()
     for t in tensors: h.update(repr((t.dtype, tuple(t.shape))).encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -11,18 +11,23 @@ from .core import onehot, check_fraction, check_T, check_weights
 
 # %% ../nbs/01_losses.ipynb #c041a8d4
 def _check(logits, t_probs, name='s_logits', targ=None):
+    "Raise unless student `logits` called `name`, teacher probabilities and targets belong together"
     if logits.ndim != 2: raise ValueError(f"`{name}` must be (bs, n_out), got shape {tuple(logits.shape)}")
     if targ is not None and len(targ) != len(logits): raise ValueError(f"`targ` has {len(targ)} labels for {len(logits)} images")
     if t_probs is not None and t_probs.shape != logits.shape:
         raise ValueError(f"`t_probs` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} must have the same shape: do teacher and student have the same classes?")
 
+def _log_p(logits, target):
+    "Log-probabilities where `target` is not 0: there a logit of -∞, a class that a student rules out, would be 0·∞"
+    return F.log_softmax(logits.float(), -1).masked_fill(target == 0, 0)
+
 def _ce(logits, target):
     "Cross-entropy of `softmax(logits)` against label distributions `target`: `(bs,)`"
-    return -(target * F.log_softmax(logits.float(), -1)).sum(-1)
+    return -(target * _log_p(logits, target)).sum(-1)
 
 def _kl(logits, target):
     "KL(target ‖ softmax(logits)), summed over classes: `(bs,)`"
-    return F.kl_div(F.log_softmax(logits.float(), -1), target, reduction='none').sum(-1)
+    return F.kl_div(_log_p(logits, target), target, reduction='none').sum(-1)
 
 def _reduce(loss, reduction):
     if reduction not in ('mean','sum','none'): raise ValueError(f"`reduction` is 'mean', 'sum' or 'none', got {reduction!r}")
@@ -114,8 +119,10 @@ def trades_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "CE(f(x), y) + β KL(f(x) ‖ f(x′)) (Zhang et al., 2019)"
-    _check(s_logits, None, targ=targ); _check(s_logits_adv, s_logits, 's_logits_adv')
+    _check(s_logits, None, targ=targ); _check(s_logits_adv, None, 's_logits_adv')
+    if s_logits.shape != s_logits_adv.shape: raise ValueError(f"`s_logits` {tuple(s_logits.shape)} and `s_logits_adv` {tuple(s_logits_adv.shape)} must have the same shape")
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
     logp, logp_adv = F.log_softmax(s_logits.float(), -1), F.log_softmax(s_logits_adv.float(), -1)
-    robust = (logp.exp() * (logp - logp_adv)).sum(-1)
+    p = logp.exp()
+    robust = (p * (logp - logp_adv).masked_fill(p == 0, 0)).sum(-1) # as in `_log_p`
     return _reduce(_ce(s_logits, onehot(targ, s_logits.shape[1])) + beta*robust, reduction)

@@ -215,3 +215,23 @@ def test_betas_that_are_no_weights(betas):
 def test_ensemble_of_nothing_or_of_other_shapes():
     with pytest.raises(ValueError, match='probs'): ensemble_probs([])
     with pytest.raises(ValueError, match='probs'): ensemble_probs([t, t[:,:-1]])
+
+@each
+def test_a_class_that_is_ruled_out(name):
+    "A logit of -∞ where the target is 0: the loss and the gradients of the other classes, not NaN"
+    loss, _, tensors, _ = cases[name]
+    n, cut = n_logits(name), [o.clone() for o in tensors]
+    for i,o in enumerate(cut): o[:,-1] = -torch.inf if i < n or name == 'trades' else 0.
+    for o in cut[n:]: o /= o.sum(1, keepdim=True)
+    without = [o[:,:-1].clone() for o in cut]
+    def grads(ts):
+        ts = [o.float().requires_grad_(i < n) for i,o in enumerate(ts)]
+        out = loss(*ts, hard % (c-1))
+        return out, torch.autograd.grad(out, ts[:n], allow_unused=True, materialize_grads=True)
+    (got,g), (want,w) = grads(cut), grads(without)
+    torch.testing.assert_close(got, want)
+    for a,b in zip(g, w): torch.testing.assert_close(a[:,:-1], b); assert (a[:,-1] == 0).all()
+
+def test_trades_names_its_logits():
+    with pytest.raises(ValueError, match='`s_logits`.*`s_logits_adv`') as e: trades_loss(s, s_adv[:,:-1], hard)
+    assert 'teacher' not in str(e.value)
