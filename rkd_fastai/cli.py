@@ -18,7 +18,7 @@ from .attacks import FFGSM
 from .callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from .learner import method_class
 from .loaders import with_bs, with_subset
-from .recipes import all_recipes, teacher_kinds
+from .recipes import all_recipes, recipe_of_kind, teacher_kinds
 from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, load_run, make_dls
 from .study import Study, plan_text, report
 from .teachers import Teacher
@@ -48,9 +48,8 @@ def with_args(
 
 def teacher_recipe(args):
     "What `rkd train --how` names"
-    recipe = teacher_kinds.get(args.how) or all_recipes[args.how]
-    if args.how != 'lat': return with_args(recipe, args)
-    return with_args(recipe, argparse.Namespace(**vars(args) | dict(eps=None))) # its eps is small whatever is defended against
+    if args.how not in teacher_kinds: return with_args(all_recipes[args.how], args)
+    return with_args(recipe_of_kind(args.how, *([] if args.eps is None else [args.eps])), argparse.Namespace(**vars(args) | dict(eps=None)))
 
 def student_recipe(args):
     "What `rkd distill --recipe` names, by another `--method` if one is given"
@@ -89,7 +88,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
         recipe = recipe.but(synthetic=args.frac)
     out = _new_folder(args.out, args.resume)
-    set_seed(args.seed, reproducible=True)
+    set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # a student must not start where its teacher did
     dls = _loaders(args, recipe)
     for card in teacher_cards: check_vocab(card, dls, '`--teacher`')
     fit_run(recipe, dls, out, _card(args, recipe, dls), label, cbs=[RobustOverfitting(), *cbs], keep=args.keep,
@@ -107,6 +106,7 @@ def distill(args):
     _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=Teacher(teachers, betas=args.betas))
 
 def evaluate(args):
+    if args.check and args.norm != 'Linf': raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
     model,card = load_run(args.model)
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
     if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))): raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
@@ -166,7 +166,7 @@ def _demo_args(c):
 def _train_args(c):
     own = [k for k,r in all_recipes.items() if not r.needs_teacher]
     c.add_argument('--how', choices=[*teacher_kinds, *own], default='at', metavar='HOW',
-                   help=f"{', '.join(teacher_kinds)}: standard, adversarial (PGD), adversarial with eps 2/255, FFGSM, TRADES, averaged weights; or a recipe: {', '.join(own)}")
+                   help=f"{', '.join(teacher_kinds)}: standard, adversarial (PGD), adversarial with a quarter of eps, FFGSM, TRADES, averaged weights; or a recipe: {', '.join(own)}")
     _training_args(c)
 
 def _distill_args(c):

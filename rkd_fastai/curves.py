@@ -57,6 +57,7 @@ def axis_table(
     shown = [{'Network': line_name(o), head(x): said(x, r[x]), 'Clean': accuracy(r, 'clean'), head(robust): accuracy(r, robust)} |
              {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–', 'Epochs in all': said('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
     what = f"Networks trained alike but for the {axis_text(x)}; of several settings the one with the most values, then the most robust."
+    if rows(df)[x].isna().any(): what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
     return make_table(shown, one_task(rows(df), free=[x]), what, robust)
 
 # %% ../nbs/31_curves.ipynb #bf043297
@@ -186,7 +187,7 @@ def capacity_table(
     gain_of = lambda r, n: points(r[f'{n}_gain'], r[f'{n}_gain_std'], '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
     lines = [{'Layer size': said('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'), 'RKD-Acc. by': r['clean_by'],
               f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']} for _,r in found.iterrows()]
-    return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, in points; ± is the root of both variances.', robust)
+    return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, in points; ± is the root of both variances.', robust, spread=True)
 
 @looks
 def plot_capacity(

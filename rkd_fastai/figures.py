@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from .rows import NotEnough, methods, pareto, rows, settings
-from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, said, students_of, varying
+from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, said, students_of, told_apart, varying
 from .tables import baseline_of, hyper, nearest
 
 # %% ../nbs/30_figures.ipynb #52562050
@@ -61,7 +61,7 @@ def front_table(
     if len(s) < 2: raise NotEnough("`df` has one student only: no trade-off to show")
     if by: check_column(s, by, 'by')
     fronts = [pareto(o, robust=robust) for _,o in (s.groupby(by, dropna=False, sort=False) if by else [(None, s)])]
-    shown = ['method','teacher','alpha','stop', *varying(s, ['beta','epochs','teacher_width'])]
+    shown = ['method','teacher','alpha','stop', *told_apart(s)]
     lines = [{head(c): said(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
              {'Epochs in all': said('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
@@ -108,14 +108,13 @@ def _plane(ax, s, base, robust, styles, sizes):
     for _,b in base[:1].iterrows():
         for line,v in ((ax.axvline, b['clean']), (ax.axhline, b[robust])): line(100*v, color=red, lw=.7, ls=':', alpha=.8, zorder=1)
 
-def _dot_legend(s, color, size, base):
-    "What colours, sizes and stars mean"
+def _dot_legend(styles, sizes, numbers, color, size, base):
+    "What colours, sizes and stars mean; of `numbers` in colour some are enough"
     line = lambda label, **kw: Line2D([], [], ls='', mec=plt.rcParams['text.color'], mew=.4, label=label, **kw)
     name = lambda c, v: {'stop': 'ES ', 'alpha': 'α = '}.get(c, '') + said(c, v)
     thin = lambda d: dict(list(d.items())[::max(1, -(-len(d)//6))]) # six at most
-    styles = _styles(s, color)
-    handles = [line(name(color, v), marker=m, color=k, ms=6.5) for v,(k,m) in (thin(styles) if s[color].dtype.kind in 'if' else styles).items()]
-    if size: handles += [line(name(size, v), marker='o', color='none', ms=a**.5) for v,a in thin(_sizes(s, size)).items()]
+    handles = [line(name(color, v), marker=m, color=k, ms=6.5) for v,(k,m) in (thin(styles) if numbers else styles).items()]
+    handles += [line(name(size, v), marker='o', color='none', ms=a**.5) for v,a in thin(sizes).items()]
     return handles + [Line2D([], [], label=f"{said('method', b['method'])} alone, {b['which']} epoch", **(stars(i) | dict(ms=10))) for i,(_,b) in enumerate(base.iterrows())]
 
 # %% ../nbs/30_figures.ipynb #5e6c54c9
@@ -156,7 +155,7 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
     "Panels by teacher (down) and method (across), and what they share"
     size = {'stop': 'alpha', 'alpha': 'stop'}.get(color)
     size = size if size and s[size].nunique() > 1 else None
-    styles,sizes = _styles(s[near], color),_sizes(s, size) if size else {}
+    styles,sizes = _styles(s[near], color),_sizes(s[near], size) if size else {}
     looks_of = lambda o: ([styles.get(v, (plt.rcParams['axes.facecolor'], 'o')) for v in o[color]], np.array([sizes.get(v, 45) for v in o[size or color]]))
     panels = [(ax, (s['teacher'].eq(t) | (t is None)) & (s['method'].eq(m) | (m is None)), t, m) for line,t in zip(axs, down) for ax,m in zip(line, across)]
     for ax,mine,t,m in panels:
@@ -167,7 +166,7 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
     for ax,mine,_,_ in panels: _staircase(ax, pd.concat([s[mine & near], base]), robust)
     for ax in axs[-1]: ax.set_xlabel('clean accuracy, %')
     for ax in axs[:,0]: ax.set_ylabel(f'{head(robust)} accuracy, %')
-    legend_below(fig, _dot_legend(s[near], color, size, base), ncols=4 if len(across) > 1 else 3)
+    legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base), ncols=4 if len(across) > 1 else 3)
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{100*s[c].max():.1f} %"
@@ -199,13 +198,14 @@ def map_table(
     value='robust', # 'clean', 'robust' (the strongest attack) or the name of an attack
 ):
     "One accuracy over α (down) and the teacher's stopping epoch (across)"
-    grids,_,robust,c = maps(df, value)
+    grids,cells,robust,c = maps(df, value)
+    base = base_near(cells, pd.concat(grids.values()), robust)
     stops = sorted({v for g in grids.values() for v in g['stop']})
     empty = {f'ES {v:g}': '–' for v in stops}
     lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty | {f"ES {r['stop']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
     what = (f"{head(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after (across). "
-            "In a figure blue is better than the baseline and red worse; the best cell of each panel is framed.")
+            f"In a figure {'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'}; the best cell of each panel is framed.")
     return make_table(lines, one_task(rows(df)), what, robust)
 
 # %% ../nbs/30_figures.ipynb #c81c47e5

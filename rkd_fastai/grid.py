@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
 from inspect import signature
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 import torch
 from .attacks import FFGSM, PGD
 from .core import digest
 from .evaluation import make_attack
 from .learner import ExpDecay, OneCycle, Steps, distil_methods, method_class
-from .recipes import paper_student, teacher_kinds
+from .recipes import paper_student, recipe_of_kind, teacher_kinds
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
@@ -69,7 +69,11 @@ class Cell:
         told = [self.method, *([f'{self.teacher}@{self.stop}'] if self.teacher else []), *([f'a{self.alpha:g}'] if self.alpha is not None else []), f's{self.seed}']
         return f"{re.sub('[^a-z0-9.@+_-]', '', '_'.join(told).replace(', ', '+'))}_{short_hash(json.dumps(asdict(self)))}"
 
-def short_hash(text): return digest([torch.tensor(list(text.encode()))])[:8]
+def short_hash(
+    text, # any text
+)->str: # eight hexadecimal digits
+    "A digest of `text`"
+    return digest([torch.tensor(list(text.encode()))])[:8]
 
 # %% ../nbs/27_grid.ipynb #4fd25fe3
 _kinds = {f.name: f.type for f in fields(Cell)}
@@ -89,7 +93,7 @@ def takes(method):
     every = {'method','data','size','n','noise','augment','seed','arch','width','eps'}
     if method == 'teacher': return every | _teacher_settings | {'compile','bf16'}
     every |= _of_training | ({'attack'} if method in ('at','akd','rslad','ard') else set())
-    if method not in distil_methods: return every | {'schedule'}
+    if method not in distil_methods: return every | ({'schedule'} if method != 'at+' else set()) # AT⁺ has its own
     return every | _teacher_settings | {'alpha','lam','T'} & set(signature(method_class(method)).parameters)
 
 def _typed(name, v):
@@ -111,6 +115,11 @@ def members(teacher):
         _known('kind of `teacher`', m[2], teacher_kinds)
         out += [m[2]]*int(m[1] or 1)
     return out
+
+def _said(kinds):
+    "The one way to name teachers: ['st', 'st', 'at'] → '2 st, at'"
+    runs = [(k, len(list(g))) for k,g in groupby(kinds)]
+    return ', '.join(f'{n} {k}' if n > 1 else k for k,n in runs)
 
 def betas(teacher, beta):
     "Weights of the teachers: the last kind's sum to `beta`, the others' to the rest; None for all alike"
@@ -134,7 +143,7 @@ def _check(c):
     if c.schedule is not None: _known('`schedule`', c.schedule, _schedules)
     if c.attack is not None: training_attack(c.attack, c.eps)
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
-    if c.stop and c.stop > c.teacher_epochs: raise ValueError(f"`stop` {c.stop} is beyond the teacher's training of {c.teacher_epochs} epochs: raise `teacher_epochs` or lower `stop`")
+    if c.stop is not None and c.stop > c.teacher_epochs: raise ValueError(f"`stop` {c.stop} is beyond the teacher's training of {c.teacher_epochs} epochs: raise `teacher_epochs` or lower `stop`")
 
 def training_attack(name, eps):
     "The attack that `attack = name` names"
@@ -144,14 +153,17 @@ def training_attack(name, eps):
 
 def _complete(c):
     "A cell with everything said that its method takes, so that the same cell is always the same"
+    def default(k, v): return v if getattr(c, k) is None else getattr(c, k)
+    if c.arch != 'resnet18': c = replace(c, width=1.) # the name of another network says how wide it is
+    if c.attack == 'pgd7': c = replace(c, attack=None)
     if c.has_teacher:
-        c = replace(c, teacher=', '.join(' '.join(p.split()) for p in (c.teacher or 'at').split(',')), teacher_epochs=c.teacher_epochs or 40)
-        c = replace(c, stop=c.stop or c.teacher_epochs, teacher_arch=c.teacher_arch or c.arch, teacher_width=c.teacher_width or c.width)
+        c = replace(c, teacher=_said(members(default('teacher', 'at'))), teacher_epochs=default('teacher_epochs', 40), teacher_arch=default('teacher_arch', c.arch))
+        c = replace(c, stop=default('stop', c.teacher_epochs), teacher_width=default('teacher_width', c.width) if c.teacher_arch == 'resnet18' else 1.)
     if c.distils:
         own = {k: p.default for k,p in signature(method_class(c.method)).parameters.items()}
-        c = replace(c, **{k: own[k] for k in ('alpha','lam','T') if k in own and getattr(c, k) is None})
+        c = replace(c, **{k: default(k, own[k]) for k in ('alpha','lam','T') if k in own})
     if c.method == 'teacher': c = replace(c, epochs=None)
-    elif not c.distils: c = replace(c, schedule=c.schedule or 'onecycle')
+    elif not c.distils and c.method != 'at+': c = replace(c, schedule=c.schedule or 'onecycle')
     return c
 
 def make_cell(**settings):
@@ -174,18 +186,31 @@ def teachers_of(c):
 
 def recipe_of(c):
     "How a cell is trained"
-    if c.schedule == 'teacher': return teacher_kinds[c.method].at_eps(c.eps/4 if c.method == 'lat' else c.eps)
+    if c.schedule == 'teacher': return recipe_of_kind(c.method, c.eps)
     if c.distils:
         told = {k: getattr(c, k) for k in ('alpha','lam','T') if getattr(c, k) is not None}
         r = paper_student.but(method=c.method, settings=told, attack=PGD(c.eps) if c.method != 'ckd' else None)
     else:
-        sched,lr = _schedules[c.schedule]
-        kind = teacher_kinds[c.method].at_eps(c.eps/4 if c.method == 'lat' else c.eps)
-        r = kind.but(schedule=sched, lr=lr, bs=paper_student.bs) if c.method != 'at+' else kind
+        r = recipe_of_kind(c.method, c.eps)
+        if c.schedule: sched,lr = _schedules[c.schedule]; r = r.but(schedule=sched, lr=lr, bs=paper_student.bs)
     return r.but(attack=training_attack(c.attack, c.eps)) if c.attack else r
 
 # %% ../nbs/27_grid.ipynb #4af9e75a
 _measure = dict(attacks=['clean','pgd20'], n=None, n_autoattack=None, seed=0, fast=True, best=True, bs=250)
+
+def _read_measure(told):
+    "`[measure]`, checked and with what it leaves out; clean accuracy is always measured"
+    for k in told: _known('setting of [measure]', k, _measure)
+    m = _measure | told
+    attacks = m['attacks']
+    if not isinstance(attacks, list) or not attacks or not all(isinstance(a, str) for a in attacks): raise ValueError(f"`attacks` of [measure] is a list of names, such as ['clean', 'pgd20'], got {attacks!r}")
+    for a in attacks: make_attack(a)
+    for k in ('fast','best'):
+        if not isinstance(m[k], bool): raise ValueError(f"`{k}` of [measure] is true or false, got {m[k]!r}")
+    for k in ('n','n_autoattack','seed','bs'):
+        v,least = m[k],0 if k == 'seed' else 1
+        if (v is not None or k in ('seed','bs')) and (not isinstance(v, int) or isinstance(v, bool) or v < least): raise ValueError(f"`{k}` of [measure] is a whole number from {least} on, got {v!r}")
+    return m | dict(attacks=list(dict.fromkeys(['clean', *attacks])))
 
 def read_study(
     spec, # path of a TOML file, or the dict it holds
@@ -193,11 +218,13 @@ def read_study(
     "The cells of a study, each once, its `[measure]` and its title"
     title = '' if isinstance(spec, dict) else Path(spec).stem
     spec = spec if isinstance(spec, dict) else _read_toml(spec)
-    grids,measure = spec.get('grid', [{}]),_measure | spec.get('measure', {})
+    grids,measure = spec.get('grid', [{}]),_read_measure(spec.get('measure', {}))
     top = {k: v for k,v in spec.items() if k not in ('grid','measure','title')}
-    for k in [*top, *(k for g in grids for k in g)]: _known('setting', k, [*(k for k in _kinds if k != 'member'), 'measure', 'grid', 'title'])
-    for k in measure: _known('setting of [measure]', k, _measure)
-    for a in measure['attacks']: make_attack(a)
+    own = [k for k in _kinds if k != 'member']
+    for k in top: _known('setting', k, [*own, 'measure', 'grid', 'title'])
+    for k in (k for g in grids for k in g): _known('setting of [[grid]]', k, own)
+    for k,v in [*top.items(), *(o for g in grids for o in g.items())]:
+        if v == []: raise ValueError(f"`{k}` is an empty list: give it a value or leave it out")
     cells = {}
     for g in grids:
         both = top | g

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_teacher', 'paper_student', 'rebuffi_at_plus', 'wang_at_plus', 'wang_trades', 'rslad_official', 'ard_official',
-           'trades_official', 'fast_at', 'all_recipes', 'teacher_kinds', 'Recipe']
+           'trades_official', 'fast_at', 'all_recipes', 'teacher_kinds', 'Recipe', 'recipe_of_kind']
 
 # %% ../nbs/24_recipes.ipynb #c5d0a4fb
 from dataclasses import dataclass, field, fields, replace
@@ -186,3 +186,11 @@ teacher_kinds = {
     'ffgsm': paper_teacher.but(attack=FFGSM()), # adversarial training by one step (Table 3)
     'trades': paper_teacher.but(method='trades', attack=PGD(steps=10, objective='kl'), settings=dict(beta=6.)), # (Table 11)
     'at+': rebuffi_at_plus} # (Table 6)
+
+def recipe_of_kind(
+    kind, # 'st', 'at', 'lat', 'ffgsm', 'trades' or 'at+'
+    eps=8/255, # radius to be robust in; LAT is trained with a quarter of it, as the paper's 2/255 is of 8/255
+)->Recipe:
+    "How a teacher of one kind is trained"
+    if kind not in teacher_kinds: raise ValueError(f"unknown kind of teacher {kind!r}: use one of {list(teacher_kinds)}")
+    return teacher_kinds[kind].at_eps(eps/4 if kind == 'lat' else eps)

@@ -8,8 +8,8 @@ __all__ = ['select', 'own_students', 'table2', 'gains', 'gain', 'table3', 'table
 # %% ../nbs/29_tables.ipynb #478c0220
 import numpy as np, pandas as pd
 from .core import check_fraction
-from .rows import NotEnough, measures, methods, rows, task
-from .rows import accuracy, cells_of, counted, head, key_of, kind_name, make_table, one_task, points, said, students_of, varying
+from .rows import NotEnough, extras, measures, methods, rows, task, wider
+from .rows import accuracy, cells_of, counted, head, key_of, kind_name, make_table, one_task, points, said, students_of, told_apart, varying
 
 # %% ../nbs/29_tables.ipynb #0ef239b5
 def baseline_of(cells, baseline=None):
@@ -46,10 +46,10 @@ def compute_text(row, base):
     return f"{said('compute', a)}{' ‡' if a > 1.1*b + 1e-9 else ' †' if a < .9*b - 1e-9 else ''}"
 
 def spread(cell, c):
-    "What chance does to the accuracy `c`: its standard deviation over seeds; of one seed that over test images"
+    "What chance does to the accuracy `c`: its standard deviation over seeds; of one seed that over test images; NaN where their number is not known"
     if pd.notna(cell[f'{c}_std']): return cell[f'{c}_std']
     n = cell.get(f'n_{c}', np.nan)
-    return (cell[c]*(1-cell[c])/n)**.5 if pd.notna(n) and n > 0 else 0.
+    return (cell[c]*(1-cell[c])/n)**.5 if pd.notna(n) and n > 0 else np.nan
 
 def gain_over(row, base, c):
     "Gain in the accuracy `c` of one row over another, and what chance does to it"
@@ -62,7 +62,7 @@ def hyper(row, among):
     "The hyperparameters of a student, those that differ `among` the students and always α and ES"
     stopped = pd.notna(row['stop']) and not row['stop'] >= row['teacher_epochs']
     texts = [f"ES={row['stop']:g}" if stopped else 'no ES', f"α={said('alpha', row['alpha'])}"]
-    more = [c for c in varying(among[among['method'] == row['method']], ['lam','T','beta','epochs','teacher_width']) if pd.notna(row[c])]
+    more = [c for c in told_apart(among[among['method'] == row['method']]) if pd.notna(row[c])]
     texts += [f'{head(c)}={said(c, row[c])}' for c in more]
     return ', '.join(texts + ([kind_name(row['teacher'])] if among['teacher'].nunique() > 1 else []))
 
@@ -83,10 +83,11 @@ def _about(df, s, baselines):
     df = rows(df)
     return df[key_of(df, task).isin(key_of(s, task)) & df['method'].isin([*methods, *baselines])]
 
-def _teacher_line(b, names, used):
-    "The line of a baseline"
+def _teacher_line(b, names, more, used):
+    "The line of a baseline, in whose settings `more` baselines differ"
+    how = ', '.join([said('method', b['method']), *(f'{head(c).lower()} {said(c, b[c])}' for c in more), *used*['compared with']])
     return ({'Method': f"Only teacher, {b['which']} epoch"} | {head(c): accuracy(b, c) for c in names} |
-            {'Best loss': '–', 'Hyperparameters': said('method', b['method']) + used*', compared with', 'Epochs in all': said('compute', b['compute'])})
+            {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': said('compute', b['compute'])})
 
 def _student_line(label, row, base, names, among, none):
     "The line of a student, or of there being `none`"
@@ -107,7 +108,7 @@ def select(
     stronger = (found := measures(everyone))[1:found.index(robust)] if robust in measures(everyone) else []
     lines,vary,names = [], varying(everyone, task), ['clean', robust, *stronger]
     for s,bases,chosen in picks:
-        of_task = [_teacher_line(b, names, used=not i) for i,(_,b) in enumerate(bases.iterrows())]
+        of_task = [_teacher_line(b, names, told_apart(bases), used=not i) for i,(_,b) in enumerate(bases.iterrows())]
         for label,row,other in zip(('RKD-Acc.','RKD-Rob.'), chosen, (head(robust), 'clean')):
             of_task.append(_student_line(label, row, bases.iloc[0], names, everyone, f'none: every student loses more than {100*within:g} points {other}'))
         lines += [{head(c): said(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
@@ -119,9 +120,9 @@ def select(
 
 # %% ../nbs/29_tables.ipynb #6db85121
 def own_students(df):
-    "`df` with no students but those of one teacher as wide as they are"
+    "`df` with no students but those of one teacher of their own architecture, as wide as they are"
     df = rows(df)
-    own = (df['members'].fillna(1) == 1) & (df['teacher_width'].isna() | df['width'].isna() | (df['teacher_width'] == df['width']))
+    own = (df['members'].fillna(1) == 1) & (wider(df) == 1) & (df['teacher_arch'].isna() | (df['teacher_arch'] == df['arch']))
     return df[own | ~df['method'].isin(methods)]
 
 def table2(
@@ -149,13 +150,14 @@ def gains(
 
 def _won(g, name): return np.sign(g[f'{name}_gain'])*(g[f'{name}_gain'].abs() > g[f'{name}_gain_std'] + 1e-9)
 
-def _result(c, r):
+def _result(c, r, dear):
+    if dear and max(c, r) > 0: return 'bought with more epochs'
     if c > 0 and r > 0: return 'better in both'
     if c > 0 or r > 0: return ('more accurate' if c > 0 else 'more robust') + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
     return 'worse' if c < 0 or r < 0 else 'level'
 
 # %% ../nbs/29_tables.ipynb #93ec142b
-_where = dict(data='on {}', eps='at ε = {}', n='with {} training images', noise='with {} wrong labels', width='at layer size {}')
+_where = dict(data='on {}', size='at image size {}', augment='with {} augmentation', eps='at ε = {}', n='with {} training images', noise='with {} wrong labels', arch='with {}', width='at layer size {}')
 
 def _name(s, g):
     "The task of the students `s` by what is not as in most of all students `g`"
@@ -166,6 +168,7 @@ def _name(s, g):
 
 def _outcome(g, name, other, within, where):
     "Whether a student of one task wins in `name` without losing `within` in `other`, at the baseline's compute or less; and a text"
+    if g['dear'].all(): return False, f'{where} (all took more than 10 % more epochs)'
     held = g[~g['dear'] & (g[f'{other}_gain'] >= -within - 1e-9)]
     if not len(held): return False, f'{where} (none keeps the other accuracy to within {100*within:g} points)'
     wins = held[_won(held, name) > 0]
@@ -192,13 +195,13 @@ def gain(
     check_fraction(within=within)
     g,robust = gains(df, baseline, robust)
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
-    shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'stop', *varying(g, ['lam','T','beta','epochs','teacher_width'])]
+    shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'stop', *told_apart(g)]
     gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+') for name,label in (('clean','Clean'),('robust',head(robust)))}
     lines = [{head(c): said(c, r[c]) for c in shown} | gain_text(r) | {'Epochs in all': r['mark'], 'Baseline’s': said('compute', r['baseline_compute']),
-             'Result': _result(c, rob)} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'), _won(g, 'robust'))]
+             'Result': _result(c, rob, r['dear'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'), _won(g, 'robust'))]
     what = ("Student less the baseline nearest in compute, of whose last and best epoch the more robust one is taken. Of a difference ± is the root of both variances; "
             f"of a single seed it is chance among the test images. A gain within its ± is none. {_marks}")
-    return make_table(lines, _about(df, g, [g['baseline'].iloc[0]]), what, robust, verdict=_verdict(g, within))
+    return make_table(lines, _about(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True, verdict=_verdict(g, within))
 
 # %% ../nbs/29_tables.ipynb #76b4acb7
 def _floor(cells, robust, within, baseline):
@@ -219,9 +222,9 @@ def _rule(within):
             "of the baseline’s robust one (§: none does, the most robust is shown).")
 
 def _teacher_eps(s, kind):
-    "The radius a teacher was trained with: 0 if none, 2/255 of LAT, else the students' own"
-    own = s['teacher_eps'].dropna()
-    return own.iloc[0] if len(own) else {'st': 0., 'lat': 2/255}.get(kind, s['eps'].iloc[0])
+    "The radius a teacher was trained with: if its rows do not say, 0 of ST, a quarter of the students' own of LAT, else theirs"
+    own,eps = s['teacher_eps'].dropna(),s['eps'].iloc[0]
+    return own.iloc[0] if len(own) else {'st': 0., 'lat': eps/4}.get(kind, eps)
 
 def table3(
     df, # rows of one task
@@ -256,7 +259,7 @@ def _chosen(s, kind, robust, floor, label, among):
 # %% ../nbs/29_tables.ipynb #d8838935
 def _common(one, many):
     "`one` and `many` where α, ES and the rest are the same, or all of both if nothing is"
-    a,b = (key_of(o, ['alpha','stop','lam','T','epochs']) for o in (one, many))
+    a,b = (key_of(o, ['alpha','stop',*extras]) for o in (one, many))
     return (one[a.isin(b)], many[b.isin(a)]) if a.isin(b).any() else (one, many)
 
 def table5(

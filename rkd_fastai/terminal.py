@@ -6,7 +6,7 @@
 __all__ = ['clock', 'reason', 'Line', 'LineProgress', 'watching', 'one_line']
 
 # %% ../nbs/25_terminal.ipynb #e7186344
-import sys, time
+import shutil, sys, time
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -47,9 +47,13 @@ class Line:
         self._print(f'{clock(time.time()-self.start)}  {comment}', end='\n')
 
     def _print(self, text, end):
-        if self.live: text = f'\r\033[K{self.label:<26}  {text}' # back to the start, clear the line
-        else: text = f'{self.label:<26}  {text}'
-        print(text.rstrip(' '), end=end, file=self.stream, flush=True)
+        text = f'{self.label:<26}  {text}'.rstrip(' ')
+        if self.live: text = '\r\033[K' + text[:shutil.get_terminal_size().columns-1] # back to the start, clear the line, which must not wrap
+        print(text, end=end, file=self.stream, flush=True)
+
+    def leave(self):
+        "What comes next, such as an error, has a line of its own"
+        if self.live: print(file=self.stream, flush=True)
 
 # %% ../nbs/25_terminal.ipynb #b35805f1
 class LineProgress(Callback):
@@ -86,4 +90,7 @@ def one_line(learn, label):
     with learn.no_bar(), learn.no_logging():
         learn.add_cb(cb)
         try: yield learn
+        except BaseException:
+            if hasattr(cb, 'line'): cb.line.leave()
+            raise
         finally: learn.remove_cb(cb)
