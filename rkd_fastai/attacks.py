@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import PixelModel, frozen, check_images, check_logits, hard_labels, onehot
+from .core import PixelModel, frozen, check_images, check_logits, hard_labels, onehot, seeded
 from .fast import faster, folded, has_bf16
-from .search import apgd, fab, square
+from .search import apgd, fab, margin, square
 
 # %% ../nbs/04_attacks.ipynb #6ab8cde5
 def _fraction(v):
@@ -35,12 +35,19 @@ class Attack:
     folds = True # let `folded` speed the model up; a subclass that must see the model as it is says False
     cost = 1 # forward passes an image, a gradient counted as two more: what the time left is reckoned by
 
-    def parts(self, model, n_out):
+    def parts(self,
+        model, # maps pixel space to logits
+        n_out, # number of its classes
+    ):
         "The attacks it is made of for `model` with `n_out` classes, in their order, each for what the ones before left standing"
         return [self]
 
-    def perturb(self, model, x, targ):
-        "x′ for checked images `x` and a `model` in eval mode without parameter gradients; gradients are enabled"
+    def perturb(self,
+        model, # maps pixel space to logits; in eval mode, without parameter gradients
+        x, # checked images `(bs, c, h, w)`, at least one
+        targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
+    ):
+        "`x′` `(bs, c, h, w)`, within the ball and [0, 1]; gradients are enabled"
         raise NotImplementedError(f"{type(self).__name__} is an attack without an attack: define `perturb(self, model, x, targ)`")
 
     @property
@@ -91,11 +98,6 @@ class _L2:
 _norms = dict(Linf=_Linf, L2=_L2)
 
 # %% ../nbs/04_attacks.ipynb #b9b3bef1
-def _margin(logits, label):
-    "How far the best wrong logit is above the right one: `(bs,)`"
-    right = F.one_hot(label, logits.shape[1]).bool()
-    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
-
 def check_attack(attack):
     "`attack`, or a `TypeError` where it can only be the name or the class of one"
     if isinstance(attack, type) or not callable(attack): raise TypeError(f"`attack` must be an attack such as `PGD()`, got {attack!r}")
@@ -131,13 +133,17 @@ class PGD(Attack):
     @property
     def cost(self): return self.restarts*max(3*self.steps, 1)
 
-    def loss(self, logits, targ):
+    def loss(self,
+        logits, # `(bs, n_out)`
+        targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
+    ):
         "What each image's attack climbs: `(bs,)`"
         logits = check_logits(logits)
         targ = onehot(targ, logits.shape[1]).to(logits) if targ.is_floating_point() else targ.long()
         if self.objective == 'ce': return F.cross_entropy(logits, targ, reduction='none')
-        if self.objective == 'cw': return _margin(logits, hard_labels(targ))
-        return F.kl_div(logits.log_softmax(1), onehot(targ, logits.shape[1]).to(logits), reduction='none').sum(1)
+        if self.objective == 'cw': return margin(logits, hard_labels(targ))
+        p = onehot(targ, logits.shape[1]).to(logits)
+        return F.kl_div(logits.log_softmax(1).masked_fill(p == 0, 0), p, reduction='none').sum(1) # where a class is ruled out, 0·∞ is 0
 
     def perturb(self, model, x, targ):
         if self.restarts == 1: return self._ascend(model, x, targ)
@@ -145,8 +151,8 @@ class PGD(Attack):
         for _ in range(self.restarts):
             x_adv = self._ascend(model, x, targ)
             s = self._score(model, _settle(x_adv, x), targ)
-            worst = torch.where((s > score).view(-1,1,1,1), x_adv, worst)
-            score = torch.maximum(s, score)
+            better = s > score # which NaN never is
+            worst,score = torch.where(better.view(-1,1,1,1), x_adv, worst), torch.where(better, s, score)
         return worst
 
     def _ascend(self, model, x, targ):
@@ -243,7 +249,7 @@ class _Part(Attack):
         net = lambda o: model(o.to(dtype)) # the package computes in float32 whatever it is given
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
         o,x,targ = self.published(net, x.device), x.float(), targ.long()
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
 
     def __call__(self, model, x, targ):
@@ -280,8 +286,7 @@ class _Transfer(Attack):
 
     def perturb(self, model, x, targ):
         members,x_adv = _members(model),x.clone()
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            torch.manual_seed(self.whole.seed)
+        with seeded(self.whole.seed, x.device):
             for net in (*members, lambda x: sum(m(x) for m in members)/len(members)):
                 with torch.no_grad(): left = (model(x_adv).argmax(1) == targ).nonzero()[:,0]
                 if len(left): x_adv[left] = self.pgd(net, x[left], targ[left])

@@ -28,12 +28,12 @@ def faster(
     try: yield
     finally: _how.reset(token)
 
-## The input gradient of a convolution
-
 def has_bf16(device):
     "Does the hardware of `device` compute in bfloat16, rather than only know how to?"
-    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(v for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items() if 'bf16' in k)
+    device = torch.device(device)
+    if device.type == 'cuda':
+        with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and any(v for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items() if 'bf16' in k)
 
 # %% ../nbs/02_fast.ipynb #a1b17062
 class _InputConv(torch.autograd.Function):
@@ -210,24 +210,28 @@ def _untouched(model, x):
 
 class _Compiled:
     "`forward` of a model, compiled; as it is where that fails"
-    def __init__(self): self.call,self.tried = None,{}
+    def __init__(self): self.calls,self.tried = {},{}
 
-    def _compile(self, device):
+    def _compile(self, device, trains):
         # PyTorch keeps compilations with the code object: a copy is this model's own, and is freed with it
-        own = FunctionType(_forward.__code__.replace(co_name=f'forward_{id(self):x}'), globals())
-        return torch.compile(own, dynamic=False, mode='reduce-overhead' if device.type == 'cuda' else None)
+        own = FunctionType(_forward.__code__.replace(co_name=f'forward_{id(self):x}_{len(self.calls)}'), globals())
+        # no CUDA graph where parameters get gradients: the optimiser keeps those, and the graph's next run takes their memory back
+        return torch.compile(own, dynamic=False, mode='reduce-overhead' if device.type == 'cuda' and not trains else None)
 
     def __call__(self, model, x):
-        key = type(model), x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), model.training, torch.is_autocast_enabled(x.device.type)
-        if key not in self.tried: self.tried[key] = self._works(model, x)
-        return self.call(model, x) if self.tried[key] else _forward(model, x)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        kind = x.device, trains, x.requires_grad, torch.is_grad_enabled(), model.training, torch.is_autocast_enabled(x.device.type)
+        key = kind, type(model), x.shape, x.dtype
+        if key not in self.tried: self.tried[key] = self._works(model, x, kind)
+        return self.calls[kind](model, x) if self.tried[key] else _forward(model, x)
 
-    def _works(self, model, x):
-        if False in self.tried.values() or len(self.tried) == 8: return False # once is enough; and PyTorch keeps no more than eight
+    def _works(self, model, x, kind):
+        # once is enough; and PyTorch keeps no more than eight compilations of a function, of which each kind of call has its own
+        if False in self.tried.values() or sum(k[0] == kind for k in self.tried) == 8: return False
         try:
-            self.call = self.call or self._compile(x.device)
+            if kind not in self.calls: self.calls[kind] = self._compile(*kind[:2])
             with _untouched(model, x):
-                out = self.call(model, x)
+                out = self.calls[kind](model, x)
                 inputs = [t for t in (x, *model.parameters()) if t.requires_grad]
                 if torch.is_tensor(out) and out.requires_grad: torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
             return True
@@ -243,7 +247,9 @@ def _say_once(message): # attack, teacher and training step would each say it
 
 _compiled = WeakKeyDictionary() # network: its compiled forward
 
-def _run(model, x): return _compiled.get(_network(model), _forward)(model, x) # a copy of `model` has none
+def _run(model, x):
+    try: return _compiled.get(_network(model), _forward)(model, x) # a copy of `model` has none
+    except BaseException: vars(model).pop('forward', None); raise # Ctrl-C in a training step, after which no event comes
 
 @contextmanager
 def compiled(

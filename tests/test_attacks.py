@@ -436,3 +436,18 @@ def test_start_of_a_given_width():
     x = torch.rand(4, 3, 8, 8)
     torch.manual_seed(5); got = PGD(.1, steps=0, random_start=.04)(lambda x: x.flatten(1), x, torch.arange(4))
     torch.manual_seed(5); torch.testing.assert_close(got, (x + (.04*torch.randn_like(x)).clamp(-.1, .1)).clamp(0, 1))
+
+def test_a_restart_that_is_nan_does_not_end_the_others(monkeypatch):
+    x, y, starts = torch.full((2, 1, 8, 8), .5), torch.tensor([0, 0]), iter([.51, .55, .53])
+    def model(x):
+        out = torch.stack([-x.mean((1,2,3)), x.mean((1,2,3)) - 2], 1)
+        return torch.where((x.amax((1,2,3)) < .52)[:,None], torch.nan, out)
+    monkeypatch.setattr(PGD, '_ascend', lambda self, model, x, targ: torch.full_like(x, next(starts)))
+    assert (PGD(.1, restarts=3)(model, x, y) == .55).all()
+
+def test_kl_where_a_class_is_ruled_out():
+    "A logit of -∞ where the target is 0 leaves the loss of the other classes, not NaN"
+    logits, soft = torch.randn(4, 3), torch.tensor([[.7, .3, 0.]]).expand(4, 3)
+    want = PGD(objective='kl').loss(logits[:,:2], soft[:,:2])
+    logits[:,2] = -torch.inf
+    torch.testing.assert_close(PGD(objective='kl').loss(logits, soft), want)

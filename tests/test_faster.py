@@ -124,6 +124,52 @@ def test_many_models_are_compiled(shapes):
         with faster(compile=True): ATTACK(model, x, y)
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
+def test_each_kind_of_call_has_its_own_compilations(shapes):
+    "Four batch sizes, with gradients, without, and in bfloat16 are more than the eight that PyTorch keeps of a function"
+    model, net = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10))).eval(), fast._Compiled()
+    with frozen(model), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for n in (1, 2, 3, 4):
+            x = torch.rand(n, 3, 32, 32)
+            net(model, x.clone().requires_grad_())
+            with torch.no_grad():
+                net(model, x)
+                with torch.autocast('cpu', torch.bfloat16): net(model, x)
+    assert list(net.tried.values()) == [True]*12 and torch._dynamo.utils.counters['stats']['unique_graphs'] >= 12
+
+def test_no_cuda_graph_where_parameters_train(monkeypatch):
+    "The memory of its gradients would be the graph's, and the optimiser keeps them"
+    modes, model = [], nn.Linear(4, 2)
+    monkeypatch.setattr(torch, 'compile', lambda fn, dynamic, mode: (modes.append(mode), fn)[1])
+    net, here = fast._Compiled(), fast._Compiled._compile
+    monkeypatch.setattr(fast._Compiled, '_compile', lambda self, device, trains: here(self, torch.device('cuda'), trains))
+    x = torch.rand(3, 4)
+    net(model, x)
+    with torch.no_grad(): net(model, x)
+    with frozen(model): net(model, x.clone().requires_grad_())
+    assert modes == [None, 'reduce-overhead', 'reduce-overhead']
+
+def test_data_parallel_trains_as_it_is(shapes, make_learner, make_dls, tiny_net):
+    "Replicas would all run the first one's weights"
+    learn = make_learner(make_dls(), nn.DataParallel(tiny_net()), cbs=methods['at'](None, compile=True))
+    learn.fit(1)
+    assert shapes and not any(training for _,training,_ in shapes)
+
+@pytest.mark.parametrize('where', ['forward', 'backward'])
+def test_interrupted_step_leaves_no_compiled_model(where, shapes, make_learner, make_dls, tiny_net):
+    "No event comes after it: what is exported next, or made a Teacher of, is the network itself"
+    class Stops(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): return self.net(x)
+    learn = make_learner(make_dls(), Stops(tiny_net()), cbs=methods['rslad'](tiny_net(seed=7), compile=True))
+    def stop(*args): raise KeyboardInterrupt
+    real = fast._Compiled.__call__
+    with pytest.MonkeyPatch.context() as mp, pytest.raises(KeyboardInterrupt):
+        if where == 'forward': mp.setattr(fast._Compiled, '__call__', lambda self, model, x: stop() if model.training else real(self, model, x))
+        else: mp.setattr(torch.Tensor, 'backward', stop)
+        learn.fit(1)
+    assert not any('forward' in vars(m) for m in learn.model.modules())
+
 @pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_step'])
 def test_interrupted_while_compiled(event, shapes, make_learner, make_dls, tiny_net):
     "The next use of the Learner finds its model as it was"

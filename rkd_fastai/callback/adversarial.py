@@ -78,7 +78,7 @@ class RobustCallback(FitCallback):
     compile = bf16 = False
 
     def __init__(self,
-        compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
+        compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled, and a training step under `DataParallel`, runs as it is
         bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
     ): self.compile,self.bf16 = compile,bf16
 
@@ -129,12 +129,14 @@ class RobustCallback(FitCallback):
             with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
         self.learn.xb = (self.pixel.normalize(x),)
         self._compiled = ExitStack()
-        if compile: self._compiled.enter_context(compiled(unwrap(self.model)))
+        if compile and not isinstance(self.model, nn.DataParallel): # whose replicas would all run the first one's weights
+            self._compiled.enter_context(compiled(unwrap(self.model)))
 
     def after_pred(self): check_logits(self.pred) # some networks return more in training: said here, before fastai's loss trips over it
 
     def after_loss(self):
         loss = self.method_loss(check_logits(self.pred))
+        self.after_batch() # already: no event comes after Ctrl-C in the backward pass
         if loss is None: return
         if loss.ndim: loss = weighted_mean(loss, self.targ, label_settings(own_loss(self.learn))[1])
         self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
