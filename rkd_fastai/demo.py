@@ -122,23 +122,23 @@ def _all_right(learners, n):
     pick = [(right & (y == c)).nonzero()[0].item() for c in y.unique() if (right & (y == c)).any()][:n]
     return x[pick], y[pick]
 
-def plot_adversarial(learners, s, seed, path, n=5, names=('standard','student')):
-    "Clean image, perturbation ×10 and adversarial image with predictions, the same images for each model, to `path`"
+def plot_adversarial(learners, df, s, seed, path, n=8, names=('standard','student')):
+    "Images as they are and attacked for each model, with its predictions, to `path`"
     x,y = _all_right(learners, n)
-    fig = plt.figure(figsize=(1.3*n*len(names), 4.6), layout='constrained')
-    for sub,name in zip(fig.subfigures(1, len(names), wspace=.04), names):
-        learn = learners[name]
-        model = pixel_model(learn)
+    rows = [('clean', x, y)]
+    for name in names:
+        model = pixel_model(learners[name])
         x,y = x.to(model_device(model)), y.to(model_device(model))
         with seeded(seed, x.device): x_adv = PGD(s.eps, steps=20)(model, x, y)
-        rows = [('clean', x, y), ('perturbation ×10', (.5 + 10*(x_adv-x)).clamp(0,1), None), ('adversarial', x_adv, _predict(model, x_adv))]
-        sub.suptitle(f'{name} model', size=11)
-        for axs,(label,imgs,preds) in zip(sub.subplots(3, n, squeeze=False), rows):
-            for i,(ax,img) in enumerate(zip(axs, imgs)):
-                ax.imshow(img.permute(1,2,0).cpu().numpy().squeeze(), cmap='gray', vmin=0, vmax=1)
-                ax.set(xticks=[], yticks=[], ylabel='' if i or name != names[0] else label)
-                if preds is not None: ax.set_title(str(learn.dls.vocab[preds[i]]), size=8, color='tab:green' if preds[i] == y[i] else 'tab:red')
-    fig.savefig(path, dpi=110); plt.close(fig)
+        rows.append((f"{name}, attacked:\n{df.loc[name, 'pgd20']:.0%} of all hold", x_adv, _predict(model, x_adv)))
+    fig,axs = plt.subplots(len(rows), len(x), figsize=(1.25*len(x), 1.5*len(rows)), squeeze=False, layout='constrained')
+    for line,(label,imgs,preds) in zip(axs, rows):
+        for ax,img,pred,targ in zip(line, imgs, preds, y):
+            ax.imshow(img.permute(1,2,0).cpu().numpy().squeeze(), cmap='gray', vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(str(learners[names[0]].dls.vocab[pred]), size=9, color='tab:green' if pred == targ else 'tab:red')
+        line[0].set_ylabel(label, size=9)
+    fig.savefig(path, dpi=130); plt.close(fig)
 
 # %% ../nbs/35_demo.ipynb #cb2356ee
 @contextmanager
@@ -168,6 +168,6 @@ def demo(
     write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher, stop=s.stop, student_epochs=s.student,
                                                      seconds=seconds, device=str(default_device()), models=cards), indent=2))
     plot_curves(learners, out/'curves.png')
-    plot_adversarial(learners, s, seed, out/'adversarial.png')
+    plot_adversarial(learners, df, s, seed, out/'adversarial.png')
     print(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
     return df

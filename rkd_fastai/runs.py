@@ -147,8 +147,9 @@ def train_seconds(
     folder, # of a run
 )->float:
     "About how long the epochs in its `history.csv` took, 0 without any: fastai writes whole seconds, cut off"
-    if not (Path(folder)/'history.csv').is_file(): return 0.
-    times = pd.read_csv(Path(folder)/'history.csv')['time'].astype(str)
+    path = Path(folder)/'history.csv'
+    if not path.is_file() or not path.stat().st_size: return 0. # fastai writes its first line after the first epoch
+    times = pd.read_csv(path)['time'].astype(str)
     return sum(.5 + reduce(lambda total,part: 60*total + int(part), t.split(':'), 0) for t in times)
 
 def machine()->str:

@@ -9,21 +9,20 @@ __all__ = ['Study', 'read_rows', 'plan_text', 'pareto_text', 'hours', 'report']
 import json, math, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 import pandas as pd, torch
 from fastai.torch_core import default_device
 from fastcore.basics import patch
 import rkd_fastai
-from .cells import cell_dls, eval_images, seconds
+from .cells import cell_dls, eval_images, has_test_split, seconds
 from .core import read_json, write_atomic
 from .evaluation import measure_robustness
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
 from .learner import distil_methods
 from .report import views, write_report
-from .rows import over_seeds, pareto, strongest
-from .runs import describe_run, fit_run, load_run, machine, train_seconds
+from .rows import NotEnough, cells_of, measured, pareto, said
+from .runs import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
 from .terminal import Line, clock, reason
 
@@ -101,8 +100,11 @@ def _lacking(self:Study, c):
     for which in ['last', 'best'] if self.measure['best'] and not c.has_teacher else ['last']:
         for a in self.measure['attacks']:
             n,done = _n(self.measure, a), res.get(which, {}).get(a)
-            if not done or done['asked'] != [n, self.measure['seed']]: out.setdefault((which, n), []).append(a)
+            if not done or done['asked'] != [n, self.measure['seed']] or done.get('fast', True) != self._fast(a): out.setdefault((which, n), []).append(a)
     return out
+
+@patch
+def _fast(self:Study, attack): return self.measure['fast'] or attack not in ('autoattack','apgd','square') # other attacks have no other way
 
 @patch
 def _model(self:Study, c, which='last'):
@@ -128,7 +130,7 @@ def _measure_cell(self:Study, c, label):
                                bs=self.measure['bs'], fast=self.measure['fast'], progress=line.update)
         line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items()) + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
         res = self.results(c)
-        res.setdefault(which, {}).update({k: v | dict(asked=[n, self.measure['seed']], n=r.n) for k,v in r.to_dict()['results'].items()})
+        res.setdefault(which, {}).update({k: v | dict(asked=[n, self.measure['seed']], fast=self._fast(k), n=r.n) for k,v in r.to_dict()['results'].items()})
         if which == 'best': res['best_epoch'] = best_epoch(folder)
         self._write(c, res)
         state.unlink(missing_ok=True)
@@ -151,7 +153,7 @@ def _train(self:Study, c, label):
 def _has(self:Study, c):
     "Is a cell, or a teacher, trained, with all checkpoints that are asked for?"
     folder = self.folder(c)
-    if self.measure['best'] and not c.has_teacher and c not in self.teachers and not any(folder.glob('epoch_*.json')): return False
+    if self.measure['best'] and not c.has_teacher and c not in self.teachers and not ('best_epoch' in self.results(c) or len(list(folder.glob('epoch_*.json'))) == c.epochs): return False
     return (folder/'model.pth').exists() and all((folder/f'epoch_{n}.pth').exists() for n in self.teachers.get(c, []))
 
 @patch
@@ -166,7 +168,8 @@ def _make(self:Study, c, label):
                 gone = self.results(t).get('diverged')
                 if gone: self._write(c, dict(diverged=f'its teacher {t.id}: {gone}')); return True
             if c.method != 'teacher':
-                try: self._train(c, label)
+                try:
+                    while not self._has(c): self._train(c, label) # once more where a training went on that had been begun for fewer checkpoints
                 except FloatingPointError as e: self._write(c, dict(diverged=reason(e))); (self.folder(c)/'resume.pth').unlink(missing_ok=True)
     return True
 
@@ -201,10 +204,15 @@ def work(self:Study, cells=None):
     return out
 
 # %% ../nbs/34_study.ipynb #68d38bcd
+def _teacher_eps(c):
+    "The radius that the teachers of a cell were trained with, None where there are several or none"
+    eps = {r.attack.eps if r.attack else 0. for r in map(recipe_of, teachers_of(c))}
+    return eps.pop() if len(eps) == 1 else None
+
 def _row(c, res, which):
     "A cell's settings and accuracies, as tables want them"
     r = res.get(which, {})
-    d = dict(id=c.id) | asdict(c) | dict(which=which, members=len(teachers_of(c)), diverged=res.get('diverged'), compute=(c.epochs or 0) + len(teachers_of(c))*(c.stop or 0))
+    d = dict(id=c.id) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=len(teachers_of(c)), diverged=res.get('diverged'), compute=(c.epochs or 0) + len(teachers_of(c))*(c.stop or 0))
     return d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()}
 
 def read_rows(
@@ -224,22 +232,20 @@ def to_df(self:Study):
 def _said(c, varied):
     "A cell in a few words: its method, and what differs within the study"
     words = [c.method, *([f'{c.teacher}@{c.stop}'] if c.teacher else [])]
-    for k in varied:
-        v = getattr(c, k)
-        if v is not None: words.append(f"{k} {Fraction(v).limit_denominator(999) if k in ('width','teacher_width') else f'{v*255:g}/255' if k == 'eps' else v}")
-    return ' '.join(words)
+    return ' '.join(words + [f'{k} {said(k, v)}' for k in varied if (v := getattr(c, k)) is not None])
 
 @patch
 def varied(self:Study):
     "The settings in which the cells differ, without those that every name says"
-    return [f.name for f in fields(Cell) if f.name not in ('method','teacher','stop','schedule') and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
+    many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','stop') and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
+    return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width) for c in self.cells)]
 
 @patch
 def plan(self:Study)->pd.DataFrame:
     "What `run` would do, and about how long it would take one process here: a row per cell"
     work = self.work()
     varied = self.varied()
-    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state='done' if self.is_done(c) else 'cut off' if self.folder(c).exists() else '', seconds=math.ceil(work.get(c, 0))) for c in self.cells]
+    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state='done' if self.is_done(c) else 'trained' if c.method != 'teacher' and self._has(c) else 'cut off' if self.folder(c).exists() else '', seconds=math.ceil(work.get(c, 0))) for c in self.cells]
     return pd.DataFrame(rows)
 
 def plan_text(
@@ -271,7 +277,9 @@ def _company(study, n, cell):
     if n > 1: torch.set_num_threads(threads)
     try: yield
     finally:
-        for p,f in zip(others, logs): p.terminate(); p.wait(); f.close() # done, or it can go on another time
+        for p,f in zip(others, logs):
+            if p.poll(): print(f'a process has failed, see {f.name}', flush=True)
+            p.terminate(); p.wait(); f.close() # done, or it can go on another time
         torch.set_num_threads(before)
 
 @patch
@@ -284,7 +292,8 @@ def run(self:Study,
     if processes < 1: raise ValueError(f"`processes` must be >= 1, got {processes}")
     todo = _part(self.cells, cell)
     for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}: cell_dls(c, self.path) # what cannot be loaded is said before anything is trained
-    write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, machine=machine())))
+    write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, machine=machine(),
+                                                         no_test_split=sorted({c.data for c in self.cells if not has_test_split(c, self.path)}))))
     table = _Table(self, todo)
     with _company(self, processes, cell):
         while todo:
@@ -305,7 +314,7 @@ class _Table:
     def __init__(self, study, cells):
         self.study,self.cells,self.n,self.varied,self.work = study,cells,0,study.varied(),study.work(cells)
         self.start,self.all = time.time(),sum(self.work.values())
-        self.wide = max(len(_said(c, self.varied)) for c in cells)
+        self.wide = max((len(_said(c, self.varied)) for c in cells), default=0)
 
     def label(self, c): return f'{self.n+1}/{len(self.cells)} {_said(c, self.varied)}'
 
@@ -320,7 +329,7 @@ class _Table:
 # %% ../nbs/34_study.ipynb #a132d7c2
 def pareto_text(df, wide=64, high=14):
     "Clean against robust accuracy as text, a mark for each mean over the seeds"
-    robust,df = strongest(df),over_seeds(df)
+    df,robust = cells_of(df)
     front,(x,y) = pareto(df, robust=robust).index,(100*df['clean'],100*df[robust])
     cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,wide),(y,high)))
     grid = [[' ']*wide for _ in range(high)]
@@ -344,8 +353,11 @@ def report(
 )->str:
     "Write tables, figures and a page of them to `report` in the study's folder; what a terminal is to show of them"
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
+    if not len(df) or not len(measured(df)): return f'nothing has been measured in {folder} yet'
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
-    page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
+    if made.get('no_test_split'): notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
+    try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
+    except NotEnough as e: return f'no tables yet: {e}'
     shown = [f'{found[k].table.to_string(index=False)}\n{found[k].table.attrs["caption"]}' for k in ('selected',) if k in found]
     verdict = [found['gain'].table.attrs['verdict']] if 'gain' in found else []
     return '\n\n'.join(['', *shown, pareto_text(df), *verdict, f'all tables and figures: {page}'])

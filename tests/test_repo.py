@@ -9,7 +9,8 @@ root = Path(__file__).parent.parent
 
 def test_version_is_one():
     cited = re.search(r'^version: (.+)$', (root/'CITATION.cff').read_text(), re.M).group(1)
-    assert rkd_fastai.__version__ == cited == version('rkd_fastai')
+    bibtex = re.search(r'version = \{(.+)\}', (root/'README.md').read_text(encoding='utf8')).group(1)
+    assert rkd_fastai.__version__ == cited == bibtex == version('rkd_fastai')
     assert f'## {rkd_fastai.__version__}' in (root/'CHANGELOG.md').read_text()
 
 def test_requirements_come_from_settings():

@@ -190,7 +190,50 @@ def test_verdict_names_where_distillation_does_not_win():
     assert verdict[0].startswith('A student is more robust than the baseline at layer size 1 (+20.0') and '1/4 (+20.0' in verdict[0] and '1/16' not in verdict[0]
     assert verdict[1].startswith('Distillation does not win, no student is shown to be more robust at layer size 1/16 (')
 
+@pytest.mark.parametrize('name, values, where', [('augment', ('flip', 'none'), 'with no augmentation'), ('augment', ('flip', None), 'with usual augmentation'), ('size', (None, 14), 'at image size 14'),
+    ('arch', ('resnet18', 'wrn-28-10'), 'with wrn-28-10')])
+def test_every_setting_of_a_task_can_be_said(name, values, where):
+    "Augmentation, image size and network once ended every report that they differed in"
+    df = pd.concat([frame(at(.7, .4), student(.8, r)).assign(**{name: v}) for v,r in zip(values, (.6, .2))])
+    assert where in gain(df).attrs['verdict'] and len(select(df)) == 6 and set(views(df)) >= {'selected','gain'}
+
+def test_what_only_training_for_longer_can_win():
+    got = gain(frame(at(.7, .4, epochs=80), student(.8, .5, compute=120)))
+    assert got.Result[0] == 'bought with more epochs' and 'all took more than 10 % more epochs' in got.attrs['verdict']
+
+def test_a_gain_without_a_number_of_images_shows_nothing():
+    got = gain(frame(at(.7, .4), student(.8, .6)).drop(columns=['n_clean','n_pgd20']))
+    assert got['PGD-20 gain'][0] == '+20.0' and got.Result[0] == 'level'
+
+def test_runs_of_one_folder_may_be_compiled_or_not():
+    df = pd.concat([study(seeds=1).assign(compile=c, bf16=c) for c in (False, True)])
+    assert len(over_seeds(df)) == len(df) and len(views(df)) > 3
+
+def test_students_that_differ_in_how_they_were_trained_are_told_apart():
+    df = frame(at(.7, .4), *(student(.7+i/100, .5, lr=lr, attack=a) for i,(lr,a) in enumerate([(.1, None), (.2, None), (.2, 'pgd3')])))
+    got = gain(df)
+    assert got['Learning rate'].tolist() == ['0.2','0.2','0.1'] and got['Attack'].tolist() == ['pgd3','–','–']
+    assert 'Learning rate=0.2' in select(df).Hyperparameters.iloc[-1]
+    by = select(pd.concat([frame(*(at(.6+i/100, .4, schedule=k) for i,k in enumerate(('onecycle','exp')))), frame(student(.7, .4))])).Hyperparameters
+    assert sorted(by[:2]) == ['AT, schedule exp', 'AT, schedule onecycle, compared with'] or sorted(by[:2]) == ['AT, schedule exp, compared with', 'AT, schedule onecycle']
+
+def test_teacher_width_is_said_where_it_is_not_the_students():
+    own = frame(*(r for w in (1., .25) for r in (at(.7, .4, width=w), student(.7, .5, width=w, teacher_width=w), student(.7, .5, width=w, teacher_width=w, alpha=.8))))
+    assert len(main(own, free=['width'])) == len(own) and set(views(own)) >= {'selected','capacity'}
+    assert 'Teacher' not in ' '.join(select(own).Hyperparameters) and 'Teacher’s layer size' not in gain(own)
+    both = pd.concat([own, frame(student(.7, .5, width=.25, teacher_width=1.))])
+    assert 'Teacher’s layer size' in gain(both) and len(main(both, free=['width'])) == len(own)
+
+def test_table2_leaves_out_students_of_another_architecture():
+    df = frame(at(.7, .4, arch='resnet18'), student(.7, .5, arch='resnet18', teacher_arch='resnet18'), student(.9, .9, arch='resnet18', teacher_arch='wrn-28-10', alpha=.8))
+    assert '90.0' in select(df).Clean.tolist() and '90.0' not in table2(df).Clean.tolist()
+
 # --- one choice per teacher ---
+
+def test_radius_of_the_teachers():
+    df = frame(at(.7, .4, eps=24/255), *(student(.7, .4, teacher=t, eps=24/255) for t in ('st','lat','at')))
+    assert table3(df)['ε of the teacher'].tolist() == ['0','6/255','24/255']
+    assert table3(df.assign(teacher_eps=df.teacher.map(dict(st=0., lat=2/255, at=24/255))))['ε of the teacher'].tolist() == ['0','2/255','24/255']
 
 def test_what_is_chosen_for_each_kind_of_teacher():
     df = frame(at(.7, .4), *(student(*v, m, t, alpha=a) for m in ('akd','rslad') for t,a,v in [
@@ -259,7 +302,8 @@ def test_captions_say_how_it_was_measured():
     df = pd.concat([df, frame(student(None, None, alpha=.9, diverged='loss is NaN'), student(None, None, alpha=.95), student(.1, None, alpha=.97), student(.7, .4, alpha=.98))])
     for f in (select, gain, table3, front_table):
         text = f(df, robust='pgd20').attrs['caption']
-        for part in ('toys; 1000 training images; ε = 8/255; layer size 1; test images: 400 (Clean), 300', '1 to 2 seeds; ± is the standard deviation', '1 diverged training is left out.',
+        assert ('± is the standard deviation' in text) == (f is not gain) # there it is that of a difference
+        for part in ('toys; 1000 training images; ε = 8/255; layer size 1; test images: 400 (Clean), 300', '1 to 2 seeds', '1 diverged training is left out.',
                      '1 row without accuracies is left out.', '1 row without PGD-20 is left out.'): assert part in text, (f, part, text)
     assert 'one seed, so there is no ±' in select(study(seeds=1)).attrs['caption'] and 'left out' not in select(study()).attrs['caption']
     assert '20 % wrong labels' in select(study(noise=.2)).attrs['caption'] and 'wrong labels' not in select(study()).attrs['caption']

@@ -9,7 +9,7 @@ from rkd_fastai.cells import cell_dls
 from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.loaders import with_label_noise
 from rkd_fastai.runs import load_run, make_dls
-from rkd_fastai.study import Study, plan_text, read_rows
+from rkd_fastai.study import Study, plan_text, read_rows, report as report_text
 
 settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
 measured = dict(attacks=['clean','pgd2'], n=50)
@@ -37,6 +37,15 @@ def test_cells_are_the_product_of_their_lists():
 def test_the_same_cell_is_there_once():
     assert len(read_study(spec(dict(method='akd', alpha=[.8, .8]), dict(method='akd'), dict(method='akd', teacher='at', T=1.)))[0]) == 1
 
+@pytest.mark.parametrize('one, other', [(dict(teacher='1 at'), dict(teacher='at')), (dict(teacher='at, at'), dict(teacher='2  at')), (dict(teacher='st,02 at'), dict(teacher='st, at, at')),
+    (dict(attack='pgd7'), dict()), (dict(arch='wrn-10-1', width=.5), dict(arch='wrn-10-1'))])
+def test_the_same_cell_has_one_name(one, other):
+    a,b = (make_cell(**settings | dict(method='akd') | o) for o in (one, other))
+    assert a == b and a.id == b.id
+
+def test_clean_accuracy_is_always_measured():
+    assert read_study(spec(dict(method='at'), measure=dict(attacks=['pgd2'])))[1]['attacks'] == ['clean','pgd2']
+
 def test_settings_at_the_top_are_for_whom_they_mean_something():
     cells = read_study(spec(dict(method=['at','ckd','rslad']), alpha=.3, lam=.4))[0]
     assert [(c.alpha, c.lam) for c in cells] == [(None, None), (None, .4), (.3, .4)]
@@ -47,14 +56,16 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
     (dict(method='akd', alpha='much'), '`alpha` is a number'), (dict(method='akd', alpha=[.5, 1.5]), '`alpha` lies'), (dict(method='akd', eps=8), 'write 8/255'),
     (dict(method='akd', n=2.5), '`n` is of type int'), (dict(method='akd', n=True), '`n` is of type int'), (dict(method='akd', noise=-.1), '`noise` lies'),
     (dict(method='at', schedule='cosine'), 'unknown `schedule`'), (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'means nothing'),
-    (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "unknown setting 'member'"), (dict(alpha=.5), 'has no `method`'),
-    (dict(method='akd', epochs=0), '`epochs` is more than 0')])
+    (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "'member'"), (dict(alpha=.5), 'has no `method`'),
+    (dict(method='akd', epochs=0), '`epochs` is more than 0'), (dict(method='akd', stop=0), '`stop` is more than 0'), (dict(method='akd', teacher_epochs=0), '`teacher_epochs` is more than 0'),
+    (dict(method='akd', alpha=[]), '`alpha` is an empty list'), (dict(method='at', title='Below the grid'), "unknown setting of [[grid]] 'title'"), (dict(method='at+', schedule='exp'), 'means nothing')])
 def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
     with pytest.raises(ValueError) as e: Study(spec(wrong), tmp_path/'s')
     assert says in str(e.value), e.value
     assert not (tmp_path/'s').exists()
 
-@pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack')])
+@pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack'), (dict(attacks=[]), 'a list of names'), (dict(attacks='clean'), 'a list of names'),
+    (dict(n=0), '`n` of .measure. is a whole number from 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'), (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'), (dict(fast=1), '`fast` of .measure. is true or false')])
 def test_mistakes_in_what_is_measured(measure, says, tmp_path):
     with pytest.raises(ValueError, match=says): Study(spec(dict(method='at'), measure=measure), tmp_path/'s')
 
@@ -192,6 +203,59 @@ def test_a_long_plan_is_shown_whole():
     lines = plan_text(plan).splitlines()
     assert len(lines) == 81 and lines[0].endswith('done') and 'seed 41 ' in lines[41] and lines[41].endswith('1:00') and 'about 1:19:00' in lines[-1]
     assert 'nothing left to do' in plan_text(plan.assign(seconds=0))
+
+def test_a_training_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
+    "Killed after two epochs of three, then asked for the first one, too: that one is trained again"
+    def killed(after):
+        def stop(self, *_):
+            if self.epoch + 1 == after: raise KeyboardInterrupt
+        return stop
+    first,then = (Study(spec(dict(method='teacher', stop=stop)), tmp_path/'s') for stop in (3, [1, 3]))
+    with monkeypatch.context() as m:
+        m.setattr('rkd_fastai.callback.finite.NonFinite.after_epoch', killed(3), raising=False)
+        with pytest.raises(KeyboardInterrupt): first.run()
+    assert not list(tmp_path.glob('s/teachers/*/model.pth'))
+    assert len(then.run()) == 2 and all(list(tmp_path.glob(f's/teachers/*/epoch_{k}.pth')) for k in (1, 3))
+
+def test_the_best_epoch_is_that_of_all_epochs(tmp_path):
+    "Where a training kept too few checkpoints, because it was not asked for the best, it is done again"
+    Study(spec(dict(method='at'), measure=dict(best=False)), tmp_path/'s').run()
+    s = Study(spec(dict(method='at')), tmp_path/'s')
+    assert not s._has(s.cells[0])
+    folder = s.folder(s.cells[0])
+    (folder/'epoch_2.json').write_text(json.dumps(dict(robust_accuracy=1.))) # half of them will not do
+    assert not s._has(s.cells[0])
+    assert set(s.run().which) == {'last','best'}
+
+def test_a_slow_autoattack_is_not_the_fast_one(finished):
+    c = finished.cells[0]
+    res = json.loads((finished.folder(c)/'results.json').read_text())
+    s = Study(spec(*grids, measure=dict(fast=False)), finished.out)
+    assert not s._lacking(c) # PGD is what it is
+    res['last']['autoattack'] = res['last']['pgd2'] | dict(fast=True)
+    s.measure['attacks'] = ['clean','autoattack']
+    s.measure['best'] = False
+    s.results = lambda c: res
+    assert s._lacking(c) == {('last', 50): ['autoattack']}
+    s.measure['fast'] = True
+    assert not s._lacking(c)
+
+def test_more_parts_than_cells(tmp_path):
+    assert len(Study(spec(dict(method='st', epochs=1)), tmp_path/'s').run('2/2')) == 0
+    assert 'nothing has been measured' in report_text(tmp_path/'s')
+
+def test_a_report_of_what_is_not_finished(tmp_path):
+    "A study without students, or in its first epoch, has no tables yet: that is no error"
+    s = Study(spec(dict(method='at')), tmp_path/'s')
+    s.run()
+    assert 'no tables yet' in report_text(s.out) or 'all tables' in report_text(s.out)
+    other = tmp_path/'s/cells/another'
+    other.mkdir(); (other/'history.csv').write_text('')
+    report_text(s.out)
+
+def test_radius_of_teachers_is_in_the_rows(finished):
+    rows = finished.to_df()
+    assert rows[rows.method == 'akd'].teacher_eps.round(6).eq(round(25/255, 6)).all() and rows[rows.method == 'teacher'].teacher_eps.isna().all()
 
 _child = '''
 import sys, json, warnings

@@ -15,6 +15,7 @@ def collect(spec, folder):
     study,out = Study(spec, folder),Path(spec).with_suffix('')
     undone = [c.id for c in study.cells if not study.is_done(c)]
     if undone: raise SystemExit(f"{len(undone)} of {len(study.cells)} cells in {folder} are not done: {', '.join(undone)}")
+    if out.resolve() == study.out.resolve(): raise SystemExit(f"{out} is where the results go: name the folder that the study ran in")
     shutil.rmtree(out, ignore_errors=True)
     for c in [*study.cells, *study.teachers]:
         was = study.folder(c)

@@ -14,7 +14,7 @@ reference = { # every numbered notebook stands in one of these
     'Callbacks': [f'callback.{o}' for o in ('core', 'adversarial', 'distill', 'averaging', 'monitor', 'resume', 'finite', 'trajectory')],
     'Learner and recipes': ['learner', 'recipes'],
     'Measuring': ['evaluation', 'masking', 'interpret', 'export'],
-    'Studies': ['trajectories', 'runs', 'grid', 'rows', 'tables', 'figures', 'curves', 'report', 'study'],
+    'Studies': ['trajectories', 'runs', 'grid', 'rows', 'tables', 'figures', 'curves', 'report', 'cells', 'study'],
     'Command line': ['terminal', 'demo', 'cli']}
 
 titles = {'SECURITY': 'Security', 'CHANGELOG': 'Changelog', 'bench/NOTES': 'Benchmark notes'} # where a page's own is too long, or is none
