@@ -15,9 +15,9 @@ import torch, torch.nn as nn
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from .core import PixelModel, check_images, check_logits, frozen
-from .evaluation import Robustness, seeded
-from .pixel import check_single_label, pixel_model, sample_images
+from .core import PixelModel, are_probs, check_images, check_logits, frozen, seeded
+from .evaluation import Robustness
+from .pixel import check_single_label, held_out, pixel_model, sample_images
 from .teachers import Teacher
 
 # %% ../nbs/13_export.ipynb #22cae7e9
@@ -153,7 +153,7 @@ def _check_model(model, x):
         with torch.no_grad(), frozen(model): logits = check_logits(model(x))
     except RuntimeError as e: raise ValueError(f"`model` cannot run on images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}") from e
     if not logits.isfinite().all(): raise ValueError("`model` returned NaN or infinite logits: there is nothing to export")
-    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
+    if are_probs(logits):
         raise ValueError("`model` returns probabilities, but RobustBench attacks logits: take the softmax off the model")
     return logits.shape[1]
 
@@ -236,6 +236,6 @@ def to_robustbench(self:Learner,
     check_single_label(self.dls)
     model = pixel_model(self)
     model.vocab = list(getattr(self.dls, 'vocab', []))
-    dl = self.dls[2] if len(self.dls.loaders) > 2 else self.dls.valid # what `learn.robustness()` measures
+    dl = held_out(self.dls) # what `learn.robustness()` measures
     n_test = len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None
     return export_robustbench(model, sample_images(self.dls, 8), folder, robustness, norm, n_test, **card)

@@ -12,18 +12,12 @@ from matplotlib.lines import Line2D
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import (CategoryMap, Categorize, ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders, Datasets, ItemGetter, L,
                                Learner, ProgressCallback, TensorImage, TensorImageBW, TfmdDL, get_grid, ifnone, no_random, patch, show_title)
-from .attacks import check_attack
-from .core import PixelModel
-from .evaluation import make_attack, measure_robustness, pixel_data, robust_flags, seeded, wilson
-from .pixel import check_single_label, model_device, pixel_model, pixel_stats, unwrap
+from .attacks import Attack, check_attack
+from .core import PixelModel, seeded
+from .evaluation import make_attack, measure_robustness, robust_flags, wilson
+from .pixel import held_out, measured_images, model_device, pixel_model, pixel_stats, unwrap
 
 # %% ../nbs/12_interpret.ipynb #a92ad115
-def _images(learn, dl, n, seed):
-    "The first `n` images `(n, c, h, w)` and classes `(n,)` that `learn.robustness` would take, and the network where it puts it"
-    check_single_label(learn.dls)
-    learn.model.to(getattr(learn.dls, 'device', None) or model_device(learn.model))
-    with seeded(seed): return pixel_data(learn, dl, n)
-
 def _at_most(n, dl):
     "`n`, or the number of images in `dl` where there are fewer"
     return n if n is None else min(n, len(dl.dataset) or 1) # of none at all `pixel_data` says so
@@ -75,8 +69,8 @@ def robustness_curve(self:Learner,
 )->pd.DataFrame:
     "What `robustness` gives for each radius by itself: `accuracy`, and its 95 % interval from `low` to `high`"
     eps = _check_radii(eps, attack, norm, seed, bs) # before the images are read
-    if dl is None: dl = self.dls[2] if len(self.dls.loaders) > 2 else self.dls.valid
-    x,y = _images(self, dl, _at_most(n, dl), seed)
+    if dl is None: dl = held_out(self.dls)
+    x,y = measured_images(self, dl, _at_most(n, dl), seed)
     return robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits)
 
 # %% ../nbs/12_interpret.ipynb #46ac102f
@@ -126,30 +120,32 @@ def _made(attack, eps, norm, seed, bs=250):
     return check_attack(attack)
 
 def _attacked(model, x, y, attack, seed, bs):
-    "`x` under `attack` on the CPU: the images that `robust_flags` would see, of which those that are wrong already stay as they are"
-    device = model_device(model)
-    x,y = x.to(device),y.to(device)
-    with seeded(seed, device): stands = torch.cat([robust_flags(model, xb, yb, lambda model, x, targ: x) for xb,yb in zip(x.split(bs), y.split(bs))])
-    x_adv = x.clone()
-    for part in attack.parts(model, _logits(model, x[:1]).shape[1]): # as `measure_robustness` goes about it
+    "`x` under `attack`: the images that `robust_flags` would see, of which those that are wrong already stay as they are"
+    device,x_adv = model_device(model),x.clone() # a GPU holds one batch, not all of them
+    def take(idx): return x[idx].to(device),y[idx].to(device)
+    with seeded(seed, device): stands = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu() for idx in torch.arange(len(x)).split(bs)])
+    parts = attack.parts(model, _logits(model, x[:1]).shape[1]) if isinstance(attack, Attack) else [attack]
+    for part in parts: # as `measure_robustness` goes about it
         for idx in stands.nonzero()[:,0].split(bs):
             if not len(idx): break
+            xb,yb = take(idx)
             with seeded(seed + idx[0].item(), device):
-                x_adv[idx] = found = part(model, x[idx], y[idx])
-                with torch.no_grad(): stands[idx] = model(found).argmax(1) == y[idx]
-    return x_adv.cpu()
+                found = part(model, xb, yb)
+                with torch.no_grad(): stands[idx] = (model(found).argmax(1) == yb).cpu()
+            x_adv[idx] = found.cpu()
+    return x_adv
 
 def _before_after(learn, attack, dl, n, seed, bs=250):
     "A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and their classes"
-    x,y = _images(learn, dl, n, seed)
+    x,y = measured_images(learn, dl, n, seed)
     model = PixelModel(deepcopy(unwrap(learn.model)).float(), *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
     with seeded(seed, model_device(model)): measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs) # raises where the model returns anything but logits
     return model, x, _attacked(model, x, y, attack, seed, bs), y
 
 @torch.no_grad()
-def _logits(model, x):
+def _logits(model, x, bs=250):
     device = model_device(model)
-    with seeded(0, device): return model(x.to(device)).cpu()
+    with seeded(0, device): return torch.cat([model(xb.to(device)).cpu() for xb in x.split(bs)])
 
 class _Grey(TensorImageBW):
     "A grey image that is shown on the scale from 0 to 1, whatever its values"

@@ -35,6 +35,7 @@ def with_subset(
     "`dls` with `n` of their training images, drawn at random"
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = len(dls.train_ds),dls.train.bs
+    if n_valid is not None and n_valid < 1: raise ValueError(f"`n_valid` must be >= 1 or None, got {n_valid}")
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
     dls = _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))

@@ -7,13 +7,14 @@ __all__ = ['Symptom', 'symptom', 'MaskingReport', 'check_masking']
 
 # %% ../nbs/11_masking.ipynb #198c882f
 from collections import namedtuple
+from contextvars import ContextVar
 import pandas as pd, torch, torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .attacks import FGSM, PGD, AutoAttack
-from .core import check_logits, frozen
-from .evaluation import pixel_data, robust_flags, seeded
-from .pixel import check_single_label, model_device, pixel_model
+from .core import check_logits, frozen, seeded
+from .evaluation import in_float32, robust_flags
+from .pixel import measured_images, model_device, pixel_model
 
 # %% ../nbs/11_masking.ipynb #ebb58fb0
 Symptom = namedtuple('Symptom', 'name figure suspicious advice')
@@ -29,8 +30,14 @@ def symptom(
         return f
     return make
 
+_bs = ContextVar('bs', default=200) # images at a time
+
+def _in_batches(f, *tensors): return torch.cat([f(*batch) for batch in zip(*(t.split(_bs.get()) for t in tensors))])
+
+def _flags(model, x, y, attack): return _in_batches(lambda x, y: robust_flags(model, x, y, attack), x, y)
+
 def _accuracy(model, x, y, attack):
-    with seeded(0, x.device): return robust_flags(model, x, y, attack).float().mean().item()
+    with seeded(0, x.device): return _flags(model, x, y, attack).float().mean().item()
 
 def _slack(n): return 2/n + .005 # what chance may do on n images, seen twice
 
@@ -53,26 +60,27 @@ def _one_step(model, x, y, eps):
 @symptom('noise', 'Noise breaks images that PGD leaves standing: PGD does not climb here.')
 def _noise(model, x, y, eps):
     with seeded(0, x.device):
-        stands = robust_flags(model, x, y, PGD(eps, 20))
+        stands = _flags(model, x, y, PGD(eps, 20))
         survives = torch.ones_like(stands)
-        for _ in range(5): survives &= robust_flags(model, x, y, PGD(eps, steps=0))
+        for _ in range(5): survives &= _flags(model, x, y, PGD(eps, steps=0))
     lost = (stands & ~survives).float().mean().item()
     return f'{lost:.1%} fall to noise and not to PGD-20; noise leaves {survives.float().mean():.1%}, PGD-20 {stands.float().mean():.1%}', lost > _slack(len(x))
 
 @symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report no number of a gradient attack for this network.')
 def _no_gradient_needed(model, x, y, eps):
     with seeded(0, x.device):
-        stands = robust_flags(model, x, y, PGD(eps, 50, step_size=eps/8))
-        stands &= robust_flags(model, x, y, PGD(eps, 50, step_size=eps/8, objective='cw'))
+        stands = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
+        stands &= _flags(model, x, y, PGD(eps, 50, step_size=eps/8, objective='cw'))
         left = stands.clone()
-        if stands.any(): left[stands] = robust_flags(model, x[stands], y[stands], AutoAttack(eps, version='square', queries=500))
+        if stands.any(): left[stands] = _flags(model, x[stands], y[stands], AutoAttack(eps, version='square', queries=500))
     lost = (stands & ~left).float().mean().item()
     return f'Square breaks {lost:.1%} that PGD-50 leaves standing', lost > .02 + _slack(len(x))
 
 def _gradients(model, x, y):
-    with torch.enable_grad(), frozen(model):
+    def grad(x, y):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(F.cross_entropy(check_logits(model(x)), y, reduction='sum'), x)[0]
+    with torch.enable_grad(), frozen(model): return _in_batches(grad, x, y)
 
 @symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.')
 def _zero_gradients(model, x, y, eps):
@@ -82,7 +90,7 @@ def _zero_gradients(model, x, y, eps):
 @symptom('along the gradient', 'A step along the gradient raises the loss no more than a step anywhere: the gradient is noise, and so is what is measured with it.')
 def _along_the_gradient(model, x, y, eps):
     with torch.no_grad(), frozen(model), seeded(0, x.device):
-        loss = lambda x: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y, reduction='none')
+        loss = lambda x: _in_batches(lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y, reduction='none'), x, y)
         up = loss(x + eps*_gradients(model, x, y).sign())
         rand = torch.stack([loss(x + eps*torch.randn_like(x).sign()) for _ in range(5)]).amax(0)
     share = (up > rand).float().mean().item()
@@ -111,22 +119,26 @@ def check_masking(
     x, # images in [0, 1], `(n, c, h, w)`
     y, # class indices `(n,)`
     eps=8/255, # radius of the attacks, L∞
+    bs=200, # images at a time
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
-    with torch.no_grad(), frozen(model): right = check_logits(model(x)).argmax(1) == y
+    if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly: at least 10 are needed to look at")
     x,y = x[right],y[right]
-    return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps)
+    token = _bs.set(bs)
+    try: return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps)
+    finally: _bs.reset(token)
 
 @patch
 def check_robustness(self:Learner,
     eps=8/255, # radius of the attacks, L∞
     n=200, # first images of the validation set, or all where there are fewer
     dl=None, # DataLoader; None means the validation set
+    bs=200, # images at a time
 )->MaskingReport:
     "Look for signs that this network's gradients are masked rather than small (Athalye et al., 2018)"
-    check_single_label(self.dls)
     dl = dl or self.dls.valid
-    with seeded(0): x,y = pixel_data(self, dl, min(n, len(dl.dataset)))
-    model = pixel_model(self)
-    return check_masking(model, *(t.to(model_device(model)) for t in (x, y)), eps)
+    x,y = measured_images(self, dl, min(n, len(dl.dataset)))
+    model = in_float32(pixel_model(self))
+    return check_masking(model, *(t.to(model_device(model)) for t in (x, y)), eps, bs)

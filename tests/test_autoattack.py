@@ -285,6 +285,20 @@ def test_an_ensemble_that_only_the_transfer_part_breaks(robust_net, plain_net, t
     assert (x_adv - x).abs().max() <= .1 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1 and torch.equal(x_adv[got], x[got])
     assert snapshot.same(before, snapshot.take(model)) and torch.equal(rng, torch.get_rng_state())
 
+def test_other_gpus_keep_their_random_numbers(robust_net, plain_net, monkeypatch, short):
+    "The package seeds all of them, whatever the images' device: all are put back. What is ours seeds none but the images' own"
+    forked, seeds, fork = [], [], torch.random.fork_rng
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', seeds.append)
+    monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: (forked.append(list(devices)), fork(devices=[]))[1])
+    *parts, transfer = AutoAttack(.1).parts(Teacher([robust_net, plain_net]), 10)
+    x, y = torch.rand(2, 1, 8, 8), torch.arange(2)
+    for part in parts: part(robust_net, x, y)
+    assert [0, 1, 2] in forked and seeds
+    forked.clear(); seeds.clear()
+    transfer(Teacher([robust_net, plain_net]), x, y)
+    assert [0, 1, 2] not in forked and not seeds
+
 
 # --- memory ---
 
@@ -295,7 +309,7 @@ class Small(nn.Module):
         if len(x) > self.most: raise self.error
         return self.net(x)
 
-too_much = [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"), MemoryError()]
+too_much = [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"), MemoryError()]
 
 @contextmanager
 def batches():
@@ -537,3 +551,16 @@ def test_sigkill(robust_net, test_images, tmp_path):
     killed, whole = (torch.load(tmp_path/f'{k}.pt') for k in ('killed', 'whole'))
     assert all(torch.equal(killed[k], whole[k]) for k in whole) and 0 < whole['autoattack'].sum() < len(x)
     assert before['run'] == json.loads((tmp_path/'killed.json').read_text())['run'] and before['attacks'] != json.loads((tmp_path/'whole.json').read_text())['attacks']
+
+@pytest.mark.parametrize('form', ['channels_last', 'transposed', 'soft'])
+def test_images_and_labels_in_other_forms(form, robust_net, test_images):
+    "Views are no trouble, and soft labels count as their largest class, as in every attack"
+    x, y = (o[:6] for o in test_images)
+    other = dict(channels_last=(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), y), transposed=(x.transpose(2, 3).contiguous().transpose(2, 3), y), soft=(x, torch.nn.functional.one_hot(y, 10).float()))[form]
+    net = (lambda o: robust_net(o.mean(1, keepdim=True))) if form == 'channels_last' else robust_net
+    plain = (other[0].contiguous(), y)
+    for version in ('apgd-ce', 'apgd-t'): assert torch.equal(AutoAttack(.15, version=version)(net, *other), AutoAttack(.15, version=version)(net, *plain))
+
+def test_labels_beyond_the_classes(robust_net, test_images):
+    x, y = (o[:6] for o in test_images)
+    with pytest.raises(ValueError, match='`targ` holds classes'): AutoAttack(.15)(robust_net, x, y + 70)

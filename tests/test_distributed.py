@@ -82,6 +82,16 @@ def noise(seed):
     learn = fit(learner('akd', grey=True, attack=PGD(.1, steps=0)), seed)
     return torch.stack(learn.spy.xb) - .2, state(learn.model)
 
+def watched():
+    "What `CatastrophicOverfitting` takes for the best accuracy where one process alone sees a collapse, which images it looks at, and how many epochs there were"
+    from rkd_fastai.callback import monitor
+    accs, seen = iter([(.5, .9), (.8, .1)]), []
+    measure, monitor.robust_accuracy = monitor.robust_accuracy, lambda model, x, y, attack: (seen.append((len(x), y.tolist())), next(accs)[rank_distrib()])[1]
+    cb = CatastrophicOverfitting(STILL, n=N_VALID, stop=True)
+    learn = fit(learner('akd', cbs=[cb]))
+    monitor.robust_accuracy = measure
+    return cb.best, seen, len(learn.recorder.values)
+
 def main(out):
     faulthandler.dump_traceback_later(120, exit=True) # a process that hangs says where, and is gone before the launcher is
     def broadcast(self, t, rank): # fastai's own needs a GPU
@@ -90,6 +100,7 @@ def main(out):
         return t.tolist()
     DistributedDL._broadcast = broadcast
     res = {(name, norm): trained(name, norm) for name in methods for norm in norms}
+    res['watched'] = watched()
     res['noise'] = [noise(3), noise(3), noise(4)]
     res['collectives'] = {name: collectives(learner(name)) for name in [None, *methods]}
     fit(learner('akd', 'trained', path=f'{out}/{rank_distrib()}', cbs=[KeepEpochs()])).save('last', with_opt=False)
@@ -186,3 +197,8 @@ def test_checkpoints(out):
     assert same(saved[1], saved[2])
 
 if __name__ == '__main__': main(sys.argv[1])
+
+def test_a_collapse_is_one_for_all(ranks):
+    "The first process's accuracy of the same images counts in each, or one would end the fit while the others wait for it"
+    a, b = (r['watched'] for r in ranks)
+    assert a == b and a[0] == .8 and a[1][0][0] == N_VALID and a[2] == 2

@@ -1,5 +1,5 @@
 "The number that is reported: against a loop written by hand, resumed, and with the Learner as it was."
-import json
+import copy, json
 
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import accuracy, imagenet_stats
@@ -179,6 +179,35 @@ def test_state_of_another_run_is_refused(change, learn, make_dls, tmp_path):
     if change == 'images': learn.dls = make_dls(n=64, n_valid=47, n_test=40)
     with pytest.raises(ValueError, match='state_path'): learn.robustness(**(small | (change if isinstance(change, dict) else {})), state_path=path)
     assert path.read_text() == before
+
+def test_state_of_a_network_that_answers_otherwise(plain_net, robust_net, test_images, tmp_path):
+    "With the same weights: by other statistics, other β, or as probabilities"
+    x, y = (t[:8] for t in test_images)
+    def refused(a, b, **kw):
+        path = tmp_path/f'{len(list(tmp_path.iterdir()))}.json'
+        measure_robustness(a, x, y, 'clean', state_path=path)
+        measure_robustness(copy.deepcopy(a), x, y, 'clean', state_path=path)
+        with pytest.raises(ValueError, match='state_path'): measure_robustness(b, x, y, 'clean', state_path=path, **kw)
+    refused(PixelModel(plain_net, .5, .5), PixelModel(plain_net, .5, .25))
+    refused(Teacher([plain_net, robust_net]), Teacher([plain_net, robust_net], betas=[.3, .7]))
+    refused(plain_net, plain_net, logits=False)
+    path = tmp_path/'probs.json' # and the other way round
+    measure_robustness(plain_net, x, y, 'clean', state_path=path, logits=False)
+    with pytest.raises(ValueError, match='state_path'): measure_robustness(plain_net, x, y, 'clean', state_path=path)
+
+def test_float32_is_float32(plain_net, test_images):
+    "Not TF32, as a GPU's convolutions are by default; the settings are put back"
+    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    seen, before = set(), settings()
+    class Watched(nn.Module):
+        def __init__(self): super().__init__(); self.net = plain_net
+        def forward(self, x): seen.add(settings()); return self.net(x)
+    assert before[0]
+    try:
+        torch.set_float32_matmul_precision('high'); was = settings()
+        measure_robustness(Watched(), *(t[:8] for t in test_images), 'pgd1')
+        assert seen == {(False, 'highest')} and settings() == was
+    finally: torch.set_float32_matmul_precision(before[1])
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"flags": {}}', '3', '{"run": 3, "flags": {}}', '{"run": {}, "flags": 3}'])
 def test_state_file_that_is_none(text, learn, tmp_path):

@@ -452,3 +452,21 @@ def test_networks_that_cannot_be_attacked(look, after, says, learner, robust_net
     learn.model = Spoilt()
     with pytest.raises(ValueError, match=says): looks[look](learn, None)
     assert not plt.get_fignums()
+
+@pytest.mark.parametrize('look', ['show', 'interpretation'])
+def test_any_callable_is_an_attack(look, learner):
+    "As in `robust_accuracy`: it need not be an `Attack`"
+    learn, attack = learner(), lambda model, x, targ: deterministic(model, x, targ)
+    if look == 'show': learn.show_adversarial(attack); return
+    want = AdversarialInterpretation.from_learner(learn, deterministic, n=20)
+    assert torch.equal(AdversarialInterpretation.from_learner(learn, attack, n=20).losses, want.losses)
+
+def test_a_gpu_holds_one_batch(learner, robust_net):
+    "Images go to the network's device `bs` at a time"
+    moved, real, learn = [], torch.Tensor.to, learner()
+    x, y = pixel_data(learn)
+    want = interpret._attacked(robust_net, x, y, deterministic, 0, 8)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.Tensor, 'to', lambda self, *args, **kw: (moved.append(len(self)) if self.ndim == 4 and args and isinstance(args[0], torch.device) else None, real(self, *args, **kw))[1])
+        assert torch.equal(interpret._attacked(robust_net, x, y, deterministic, 0, 8), want)
+    assert len(x) > 8 and moved and max(moved) <= 8

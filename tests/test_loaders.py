@@ -246,10 +246,18 @@ def test_subset_of_mixed_is_refused():
     assert [n_syn(b) for b in epoch(mixed.train)] == [14, 14]
     check_pairs(mixed.train, coded(100, 0), SYN)
 
+def test_cache_with_synthetic_images(tiny_net, make_learner):
+    "It holds all of them, and there are more than an epoch has"
+    dls = with_synthetic(make(40, 20), SYN, .5)
+    learn = make_learner(dls, tiny_net(), cbs=RSLADCallback(tiny_net(seed=7), attack=PGD(.1, steps=1), cache=True))
+    learn.fit(4)
+
 def test_bad_numbers():
     dls = make()
     for n in (0, -1, 101):
         with pytest.raises(ValueError, match='`n` must be'): with_subset(dls, n)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match='`n_valid` must be'): with_subset(dls, 50, n_valid=n)
     with pytest.raises(ValueError, match='smaller batch size'): with_subset(dls, 19)
     for bs in (0, -1, 101):
         with pytest.raises(ValueError, match='`bs`'): with_bs(dls, bs)

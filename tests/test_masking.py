@@ -1,4 +1,6 @@
 "Masked gradients are found, whatever hides them; small ones are not taken for masked."
+import copy
+
 import pytest, torch, torch.nn as nn
 from rkd_fastai.all import *
 
@@ -71,3 +73,16 @@ def test_a_check_of_ones_own(robust_net, test_images):
     try: report = check_masking(robust_net, *(t[:40] for t in test_images), .1)
     finally: masking._symptoms.pop()
     assert not report.ok and 'Take an umbrella.' in repr(report)
+
+def test_in_batches_and_in_float32(robust_net, test_images, make_learner, make_dls, monkeypatch):
+    "No more images at a time than `bs`, with gradients neither; a network in half precision is measured as float32, where the loaders are"
+    x, y, most = *(t[:60] for t in test_images), []
+    net = Behind(robust_net, before=lambda x: (most.append(len(x)), x)[1]).eval()
+    report = check_masking(net, x, y, .1, bs=16)
+    assert max(most) == 16 and report.ok and report.n == check_masking(robust_net, x, y, .1).n
+    learn = make_learner(make_dls(n_valid=40), copy.deepcopy(robust_net))
+    want = repr(learn.check_robustness(eps=.1))
+    monkeypatch.setattr(learn.model, 'to', lambda device: most.append(device))
+    learn.model.half()
+    half = learn.check_robustness(eps=.1)
+    assert half.ok and half.n and torch.device(most[-1]).type == 'cpu' and next(learn.model.parameters()).dtype == torch.float16 and want

@@ -259,3 +259,22 @@ def test_monitors_leave_pythons_random_numbers(cb, make_learner, make_dls):
         random.seed(3); learn.fit(1)
         return random.random()
     assert train(True) == train(False)
+
+def test_metrics_called_as_a_cards_entries(make_learner, make_dls):
+    "The card's own entries stay, and training goes on"
+    class Odd(Scripted):
+        def __init__(self, name): super().__init__([.5]); self._name = name
+        name = property(lambda self: self._name)
+    learn = make_learner(make_dls(n=64), metrics=[Odd(n) for n in ('attack','arch','vocab','versions','robust_accuracy')], cbs=KeepEpochs())
+    learn.fit(1)
+    card = read_card(learn.path/learn.model_dir/'epoch_1.json')
+    assert card['arch'] == 'Sequential' and card['attack'] == 'None' and card['robust_accuracy'] == .5
+
+def test_clean_distillation_has_no_attack(make_learner, make_dls, tiny_net):
+    "Neither on its card nor for who looks for a radius, and it takes none"
+    with pytest.raises(TypeError, match='`attack`'): CKDCallback(tiny_net(), attack=PGD(.1))
+    learn = make_learner(make_dls(n=64), cbs=[CKDCallback(tiny_net()), KeepEpochs()])
+    learn.fit(1)
+    assert read_card(learn.path/learn.model_dir/'epoch_1.json')['attack'] == 'None'
+    learn.add_cb(CatastrophicOverfitting())
+    with pytest.raises(ValueError, match='no training attack'): learn.fit(1)

@@ -1,5 +1,5 @@
 "`Resume`: whatever is killed wherever goes on with the same bits; another training, a bad file and a full disk are refused and change nothing."
-import errno, gc, os, pickle, random, signal, subprocess, sys, time, warnings, weakref
+import errno, functools, gc, os, pickle, random, signal, subprocess, sys, time, warnings, weakref
 
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, DataLoaders, EarlyStoppingCallback, GradientAccumulation,
@@ -795,3 +795,22 @@ def test_sigkill(tmp_path):
     wait(start('train')); wait(whole)
     whole, killed = (torch.load(outs[k], weights_only=False) for k in ('whole','killed'))
     assert bits(killed) == bits(whole)
+
+
+# --- the optimiser's state ---
+
+def test_where_pytorchs_optimiser_keeps_its_state(base, tmp_path, monkeypatch):
+    "It is left to PyTorch: Adam's step count stays on the CPU, where no step waits for it"
+    adam = functools.partial(OptimWrapper, opt=torch.optim.Adam)
+    run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth'), Die(6)], dies=True)
+    given = []
+    monkeypatch.setattr(OptimWrapper, 'load_state_dict', lambda self, s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
+    monkeypatch.setattr('rkd_fastai.callback.resume.model_device', lambda model: torch.device('meta'))
+    run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth')])
+    assert {s['step'].device.type for s in given[0]['state'].values()} == {'cpu'}
+
+def test_half_files_of_a_path_with_brackets(base, tmp_path):
+    half = tmp_path/'.run[1].pth.7.tmp'
+    half.write_bytes(b'half')
+    run(base, one_cycle, [Resume(tmp_path/'run[1].pth')])
+    assert not half.exists()

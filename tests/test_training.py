@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.fp16 import AMPMode
-from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelTrainException,
-                               CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, L, LRFinder, LabelSmoothingCrossEntropyFlat, MixedPrecision, MixUp, accuracy,
+from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                               Learner, DataLoaders, CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, L, LRFinder, LabelSmoothingCrossEntropyFlat, MixedPrecision, MixUp, accuracy,
                                imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
@@ -611,6 +611,20 @@ def test_catastrophic_overfitting(stop, make_learner, make_dls, plain_net, robus
     other.fit(4, 0.)
     assert len(other.recorder.values) == 4
 
+def test_averaging_counts_the_steps_that_were_taken(make_learner, make_dls):
+    "A step that a `GradScaler` leaves out is none of the average's"
+    class Skip(Callback):
+        order, run_valid = 10, False # as fastai's MixedPrecision
+        def before_step(self):
+            if self.iter == 1: raise CancelStepException
+    ema = WeightAveraging()
+    make_learner(make_dls(), cbs=[ema, Skip()]).fit(1)
+    assert ema.t == 2
+
+def test_cache_of_what_is_other_in_every_epoch(tiny_net):
+    AKDCallback(tiny_net(), attack=PGD(objective='kl'), cache=True) # whose attack asks about clean images
+    with pytest.raises(ValueError, match='`cache=True`'): AKDCallback(tiny_net(), cache=True)
+
 def test_catastrophic_overfitting_without_an_attack(make_learner, make_dls):
     with pytest.raises(ValueError, match='finds no training attack'): make_learner(make_dls(), cbs=CatastrophicOverfitting()).fit(1)
     learn = make_learner(make_dls(), cbs=CatastrophicOverfitting(PGD(.1, steps=1)))
@@ -837,3 +851,10 @@ def test_cache_refuses_augmented_images(make_learner, make_dls, tiny_net):
     with pytest.raises(ValueError, match='`cache=True` is for images that are the same'): make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), cache=True, attack=PGD(.1, steps=1))).fit(3)
     learn = make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), attack=PGD(.1, steps=1)))
     learn.fit(3)
+
+@pytest.mark.parametrize('turn', [lambda learn: learn.to_adversarial(PGD(.1, steps=1)), lambda learn: learn.to_rkd(learn.model, attack=PGD(.1, steps=1))], ids=['at','akd'])
+def test_mixup_where_nobody_tells_the_number_of_classes(turn, tiny_net):
+    "Plain PyTorch data have no vocab: the network is asked"
+    ds = torch.utils.data.TensorDataset(torch.rand(24, 1, 8, 8), torch.randint(0, 10, (24,)))
+    learn = turn(Learner(DataLoaders.from_dsets(ds, ds, bs=12), tiny_net(), loss_func=CrossEntropyLossFlat()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=MixUp())

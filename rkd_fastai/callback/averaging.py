@@ -33,9 +33,12 @@ class WeightAveraging(FitCallback):
         if self.raw is not None: self._load(self.raw)
         self.raw = None
 
+    def before_step(self): self.stepped = True
+    def after_cancel_step(self): self.stepped = False # a `GradScaler` left it out
+
     @torch.no_grad()
     def after_step(self):
-        if self.ema is None: return
+        if self.ema is None or not self.stepped: return
         d = min(self.decay, (1+self.t)/(10+self.t)) if self.ramp else self.decay
         self.t += 1
         params = dict(unwrap(self.model).named_parameters(remove_duplicate=False)) # both names of a tied weight

@@ -73,7 +73,9 @@ class DistillationCallback(AdversarialTraining):
         self.teacher.to(model_device(self.model))
         if self.cache and self.kept is None: self.kept = self._new_cache()
 
-    def _new_cache(self): return CleanCache(partial(self.teacher.probs, T=self.T), len(self.dls.train.dataset))
+    def _new_cache(self):
+        ds = self.dls.train.dataset
+        return CleanCache(partial(self.teacher.probs, T=self.T), getattr(ds, 'n_items', len(ds))) # it may hold more than an epoch, of synthetic images
 
     def memory(self):
         "What `Resume` keeps: the cache, since an answer's last bits depend on the batch it was given in"
@@ -109,6 +111,7 @@ class AKDCallback(DistillationCallback):
     ):
         check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
+        if self.cache and not self.soft_attack: raise ValueError("`cache=True` keeps answers about clean images, but AKD⁺ asks about adversarial ones, which are others in every epoch: leave it out")
         self.alpha = alpha
 
     def model_images(self):
@@ -177,8 +180,9 @@ class CKDCallback(DistillationCallback):
         **kwargs
     ):
         check_fraction(lam=lam)
+        if 'attack' in kwargs: raise TypeError("`attack`: clean distillation attacks nothing, leave it out, or take another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
-        self.lam = lam
+        self.lam,self.attack = lam,None # where others look for that of the training
 
     def model_images(self):
         self.t_probs = self.clean_probs()

@@ -16,9 +16,9 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import atomic_path, check_fraction, write_atomic
-from ..evaluation import pixel_data, robust_accuracy, robust_flags, seeded
-from ..pixel import model_device, pixel_model, pixel_stats, to_pixels, unwrap
+from ..core import atomic_path, check_fraction, seeded, write_atomic
+from ..evaluation import robust_accuracy, robust_flags
+from ..pixel import model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -78,11 +78,18 @@ class KeepEpochs(EachEpoch):
         net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
         normalised = {} if mean is None else dict(mean=mean.tolist(), std=std.tolist()) # `load_teacher` reads them
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return self.card | normalised | dict(epoch=self.epoch+1, **self.logged(), arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
+        return self.card | normalised | self.logged() | dict(epoch=self.epoch+1, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
             vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
             versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
 
 # %% ../../nbs/18_callback.monitor.ipynb #68cf33e0
+def _of_the_first(v, device):
+    "The number `v` of the first of several processes, in each of them, lest one ends the fit and the others wait for it"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return v
+    v = torch.tensor(v, dtype=torch.float64, device=device)
+    torch.distributed.broadcast(v, 0)
+    return v.item()
+
 class CatastrophicOverfitting(EachEpoch):
     "Watch the accuracy of fixed validation images under PGD, and warn, or go back and stop, where it collapses (Wong et al., 2020)"
     order,_stateattrs = EachEpoch.order + 1,('kept','data') # after `KeepEpochs`; not exported
@@ -112,7 +119,7 @@ class CatastrophicOverfitting(EachEpoch):
         with seeded(0, model_device(self.model)):
             if self.data is None: self.data = pixel_data(self.learn, self.dls.valid, min(self.n, len(self.dls.valid_ds)))
             x,y = (t.to(model_device(self.model)) for t in self.data)
-            acc = robust_accuracy(pixel_model(self.learn), x, y, self._watched)
+            acc = _of_the_first(robust_accuracy(pixel_model(self.learn), x, y, self._watched), x.device)
         if self.best is not None and acc < self.best - self.drop:
             self._collapsed(acc)
             self.best = None # told once

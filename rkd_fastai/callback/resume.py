@@ -6,7 +6,7 @@
 __all__ = ['describe_training', 'Resume']
 
 # %% ../../nbs/19_callback.resume.ipynb #0033312a
-import random, re, tempfile, zipfile
+import glob, random, re, tempfile, zipfile
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
@@ -17,10 +17,10 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest, writing
-from ..evaluation import seeded
+from ..core import atomic_path, digest, seeded, writing
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain
 from .adversarial import label_settings
@@ -202,7 +202,7 @@ class Resume(FitCallback):
         with writing(self.path): # or not: better said now than after an epoch
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path.parent).close()
-            for half in self.path.parent.glob(f'.{self.path.name}.*.tmp'): half.unlink() # being written at the kill
+            for half in self.path.parent.glob(f'.{glob.escape(self.path.name)}.*.tmp'): half.unlink() # being written at the kill
 
     @property
     def can_go_on_in_epoch(self):
@@ -223,7 +223,7 @@ class Resume(FitCallback):
     def _go_on(self, s):
         learn,device = self.learn,model_device(self.model)
         unwrap(learn.model).load_state_dict(s['model'])
-        learn.opt.load_state_dict(_on(s['opt'], device))
+        learn.opt.load_state_dict(s['opt'] if isinstance(learn.opt, OptimWrapper) else _on(s['opt'], device)) # PyTorch's own move what they want on a GPU, which Adam's step count is not
         if s['scaler'] is not None: learn.scaler.load_state_dict(s['scaler'])
         _set_recorded(learn.recorder, s['recorder'])
         for name,cb in _by_name(learn.cbs).items():

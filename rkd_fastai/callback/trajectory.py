@@ -15,9 +15,8 @@ import numpy as np, torch
 from fastai.torch_core import distrib_barrier, no_random, rank_distrib
 from ..attacks import PGD, check_attack
 from .core import EachEpoch
-from ..core import atomic_path, check_logits, digest, frozen, hard_labels, write_atomic
-from ..evaluation import pixel_data, seeded
-from ..pixel import model_device, pixel_model
+from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, write_atomic
+from ..pixel import model_device, pixel_data, pixel_model, undistributed
 
 # %% ../../nbs/21_callback.trajectory.ipynb #ab91a919
 @torch.no_grad()
@@ -70,7 +69,7 @@ class RecordTrajectory(EachEpoch):
     def _images(self):
         "Images in pixel space `(n, c, h, w)` and classes `(n,)`, the same in every process that asks"
         dl = self.learn.dls.valid if self.dl is None else self.dl
-        dl = getattr(dl, '__dict__', {}).get('dl', dl) # `DistributedDL` has but one process's share
+        dl = undistributed(dl)
         ds = getattr(dl, 'dataset', None)
         with no_random(self.seed), ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext(): x,y = pixel_data(self.learn, dl, self.n)
         return x, hard_labels(y)
