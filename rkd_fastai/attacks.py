@@ -248,7 +248,7 @@ class _Part(Attack):
         dtype = x.dtype
         net = lambda o: model(o.to(dtype)) # the package computes in float32 whatever it is given
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
-        o,x,targ = self.published(net, x.device), x.float(), targ.long()
+        o,x,targ = self.published(net, x.device), x.float().contiguous(), targ.long() # the package takes views
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
 
@@ -337,10 +337,12 @@ class AutoAttack(Attack):
         return said + [f'without {p}: its loss needs {_least[p]} classes' for p in lacking]
 
     def perturb(self, model, x, targ):
-        if targ.is_floating_point(): raise ValueError("AutoAttack needs class indices as `targ`: soft labels have no defined success")
+        targ,x = hard_labels(targ),x.clamp(0, 1) # which rounding may have left
         with torch.no_grad(): logits = check_logits(model(x))
+        parts = self.parts(model, logits.shape[1])
+        if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]: raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but the logits have {logits.shape[1]} classes")
         x_adv,stands = x.clone(), logits.argmax(1) == targ
-        for part in self.parts(model, logits.shape[1]):
+        for part in parts:
             if not stands.any(): break
             for idx in stands.nonzero()[:,0].split(self.bs):
                 found = part(model, x[idx], targ[idx])

@@ -131,7 +131,7 @@ def plot_adversarial(learners, df, s, seed, path, n=8, names=('standard','studen
         x,y = x.to(model_device(model)), y.to(model_device(model))
         with seeded(seed, x.device): x_adv = PGD(s.eps, steps=20)(model, x, y)
         rows.append((f"{name}, attacked:\n{df.loc[name, 'pgd20']:.0%} of all hold", x_adv, _predict(model, x_adv)))
-    fig,axs = plt.subplots(len(rows), len(x), figsize=(1.25*len(x), 1.5*len(rows)), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(len(rows), max(len(x), 1), figsize=(1.25*n, 1.5*len(rows)), squeeze=False, layout='constrained') # there may be none
     for line,(label,imgs,preds) in zip(axs, rows):
         for ax,img,pred,targ in zip(line, imgs, preds, y):
             ax.imshow(img.permute(1,2,0).cpu().numpy().squeeze(), cmap='gray', vmin=0, vmax=1)

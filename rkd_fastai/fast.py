@@ -175,13 +175,15 @@ def _network(model): return model.model if isinstance(model, PixelModel) else mo
 
 def _is_new(net): return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
 
+def _flags(m): return [(k, v) for k,v in vars(m).items() if isinstance(v, (bool, int, str))] # a network may choose its layers by them
+
 _known = WeakKeyDictionary() # network: (its modules, was it new?, its stand-ins)
 
 def _stand_ins(model, x):
     "The tried stand-ins for `model`, from the last time where its modules are still the same"
     if torch.is_inference_mode_enabled(): return [] # no graph to find them in
     net = _network(model)
-    signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), m.training) for m in net.modules()])
+    signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), _flags(m)) for m in net.modules()])
     known,was_new,old = _known.get(net, (None,False,[]))
     # a BatchNorm that has seen nothing changes nothing, and agrees with anything: once more when it has
     if known == signature and not (was_new and not _is_new(net)): return old

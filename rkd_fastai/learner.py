@@ -8,6 +8,7 @@ __all__ = ['distil_methods', 'method_class', 'rkd_learner', 'sgd', 'sgd_nesterov
 
 # %% ../nbs/23_learner.ipynb #0aa0945a
 from dataclasses import dataclass
+import warnings
 from inspect import signature
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds, combined_cos
@@ -45,7 +46,11 @@ def to_rkd(self:Learner,
     **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
-    return _turn(self, method_class(method)(teacher, **kwargs))
+    cls = method_class(method)
+    takes = [k for k in signature(cls).parameters if k != 'teacher']
+    for k in kwargs:
+        if k not in takes: raise TypeError(f"`{k}` means nothing to method {method!r}, which takes {takes}")
+    return _turn(self, cls(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
 
 @patch
 def to_adversarial(self:Learner,
@@ -66,8 +71,9 @@ _builds = set(signature(vision_learner).parameters) - set(signature(Learner).par
 def _build_learner(dls, arch, **kwargs):
     "`vision_learner`, or a plain `Learner` where `arch` is a network already"
     if not isinstance(arch, nn.Module): return vision_learner(dls, arch, **kwargs)
-    unused = [k for k in kwargs if k in _builds]
-    if unused: raise TypeError(f"{unused} tell `vision_learner` how to build a network, but `arch` is a network already: leave them out")
+    unused = {k: kwargs.pop(k) for k in list(kwargs) if k in _builds}
+    if any(v is not False for v in unused.values()): # `pretrained=False` is true of a network that is there
+        warnings.warn(f"{list(unused)} tell `vision_learner` how to build a network, but `arch` is a network already and stays as it is")
     return Learner(dls, arch, **kwargs)
 
 @delegates(vision_learner, but=['dls','arch'])

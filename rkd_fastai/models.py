@@ -61,13 +61,14 @@ class _WideBlock(nn.Module):
         self.batchnorm_0,self.relu_0,self.conv_0 = nn.BatchNorm2d(n_in), act(), nn.Conv2d(n_in, n_out, 3, stride=stride, bias=False)
         self.batchnorm_1,self.relu_1,self.conv_1 = nn.BatchNorm2d(n_out), act(), _conv(n_out, n_out, 3)
         self.shortcut = nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False) if n_in != n_out or stride != 1 else None
-        # 'same' padding as in the authors' JAX code, which with stride 2 pads one side only
-        self.pad = (1,1,1,1) if stride == 1 else (0,1,0,1)
+        self.stride = stride
 
     def forward(self, x):
-        out = self.relu_0(self.batchnorm_0(x))
+        out,(h,w) = self.relu_0(self.batchnorm_0(x)),x.shape[2:]
         skip = x if self.shortcut is None else self.shortcut(out)
-        return skip + self.conv_1(self.relu_1(self.batchnorm_1(self.conv_0(F.pad(out, self.pad)))))
+        # 'same' padding as in the authors' JAX code, which with stride 2 pads one side only where the image is even
+        pad = (1,1,1,1) if self.stride == 1 else (w%2,1,h%2,1)
+        return skip + self.conv_1(self.relu_1(self.batchnorm_1(self.conv_0(F.pad(out, pad)))))
 
 class _WideGroup(nn.Module):
     def __init__(self, n, n_in, n_out, stride, act):

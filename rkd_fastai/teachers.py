@@ -49,11 +49,13 @@ class Teacher(nn.Module):
         super().__init__()
         models = list(models) if isinstance(models, (list, tuple, L, nn.ModuleList)) else [models]
         if not models: raise ValueError("`teacher` is an empty list: give at least one model")
-        if mean is not None and not any(isinstance(m, nn.Module) and not isinstance(m, Teacher) for m in models):
+        if (mean is not None or std is not None) and not any(isinstance(m, nn.Module) and not isinstance(m, Teacher) for m in models):
             raise ValueError("`mean` and `std` are for a plain nn.Module: a Learner or a Teacher brings its own normalisation")
         self.betas = check_weights(betas, len(models))
         self.members = nn.ModuleList([_as_member(m, mean, std) for m in models])
-        self.vocab = next((m.vocab for m in self.members if m.vocab), []) # class names in order, where a Learner told them
+        vocabs = [m.vocab for m in self.members if m.vocab]
+        self.vocab = vocabs[0] if vocabs else [] # class names in order, where a Learner told them
+        if any(v != self.vocab and sorted(map(str, v)) == sorted(map(str, self.vocab)) for v in vocabs): raise ValueError(f"`teacher`: the members order the classes differently, {vocabs}: an average of them means nothing")
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):

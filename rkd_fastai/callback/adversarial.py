@@ -37,12 +37,18 @@ def own_loss(learn):
     "The Learner's loss function, also while MixUp or CutMix stand in for it"
     return next((cb.old_lf for cb in learn.cbs if isinstance(cb, MixHandler) and learn.loss_func == cb.lf), learn.loss_func)
 
+def _n_out(learn):
+    "Number of classes, asked of the network where the DataLoaders do not tell it"
+    if n := get_c(learn.dls): return n
+    with torch.no_grad(), frozen(learn.model): return learn.model(*(x[:2] for x in learn.xb)).shape[1]
+
 def _mixed(learn):
     "The batch's class indices, or its labels as MixUp or CutMix have mixed them"
     targ = learn.yb[0].as_subclass(torch.Tensor)
     for mix in learn.cbs:
         if isinstance(mix, MixHandler) and mix.run and getattr(mix, 'stack_y', False):
-            first,second = (onehot(t.as_subclass(torch.Tensor), get_c(learn.dls)) for t in (targ, mix.yb1[0]))
+            n_out = _n_out(learn)
+            first,second = (onehot(t.as_subclass(torch.Tensor), n_out) for t in (targ, mix.yb1[0]))
             lam = torch.as_tensor(mix.lam, device=targ.device).view(-1, 1)
             return lam*first + (1-lam)*second
     return targ
@@ -51,7 +57,7 @@ def batch_targ(learn):
     "The batch's class indices `(bs,)`, or soft labels `(bs, n_out)` where it has mixed or smoothed ones"
     targ,smoothing = _mixed(learn), label_settings(own_loss(learn))[0]
     if not smoothing: return targ
-    n_out = get_c(learn.dls)
+    n_out = _n_out(learn)
     return (1-smoothing)*onehot(targ, n_out) + smoothing/n_out
 
 def weighted_mean(
