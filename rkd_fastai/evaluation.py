@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
-from .attacks import FGSM, PGD, AutoAttack
+from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import NotFinite, PixelModel, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, write_atomic
 from .pixel import check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
@@ -44,12 +44,15 @@ def robust_flags(
     return flags
 
 def _check_data(x, targ):
+    for name,v,kind in (('x', x, 'images `(n, c, h, w)`'), ('targ', targ, 'class indices `(n,)`')):
+        if not isinstance(v, torch.Tensor): raise TypeError(f"`{name}` must be a tensor of {kind}, got {type(v).__name__}")
+    if targ.ndim != 1 and not (targ.ndim == 2 and targ.is_floating_point()): raise ValueError(f"`targ` must hold class indices `(n,)` or soft labels `(n, n_out)`, got shape {tuple(targ.shape)}")
     if not len(x): raise ValueError("`x` holds no images")
     if len(x) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
     check_images(x)
 
 def robust_accuracy(
-    model, # maps pixel space to logits; any callable
+    model, # maps pixel space to logits; any callable, or a Learner
     x, # images in [0, 1], `(n, c, h, w)`
     targ, # class indices `(n,)`
     attack=None, # an `Attack`; None means `PGD(steps=20)`
@@ -57,7 +60,9 @@ def robust_accuracy(
 )->float:
     "Fraction of all images that `model` classifies rightly under `attack`"
     _check_data(x, targ)
-    attack = attack or PGD(steps=20)
+    if not isinstance(bs, int) or bs < 1: raise ValueError(f"`bs` must be a whole number >= 1, got {bs!r}")
+    if isinstance(model, Learner): model = pixel_model(model)
+    attack = PGD(steps=20) if attack is None else check_attack(attack)
     return sum(robust_flags(model, xb, yb, attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
 
 # %% ../nbs/10_evaluation.ipynb #4e8bbf09
@@ -143,6 +148,7 @@ def make_attack(
 ):
     "The `Attack` that tables call `name`"
     if not isinstance(name, str): raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and `robust_accuracy` take attacks themselves")
+    check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
     if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
@@ -190,13 +196,14 @@ class _Run:
     def _load(self):
         try:
             saved = read_json(self.path, 2**26)
-            if not all(self._is_progress(v) for v in saved['attacks'].values()): raise KeyError
-            run,self.at = dict(saved['run']), {k: dict(v, stands=[int(c) for c in v['stands']]) for k,v in saved['attacks'].items()}
+            run,found = dict(saved['run']),dict(saved['attacks'])
+            if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())
             raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, or delete it")
+        self.at = {k: dict(v, stands=[int(c) for c in v['stands']]) for k,v in found.items()}
 
     def _is_progress(self, v):
         "Can `v` be how far an attack on these images has come?"

@@ -107,7 +107,9 @@ def pixel_data(
         state = random.getstate()
         dl = dl.new(shuffle=False, drop_last=False)
         random.setstate(state) # from which fastai seeds every loader
-    for x,y in dl:
+    for batch in dl:
+        if len(batch) != 2: raise ValueError("`dl` has no labels: make it by `dls.test_dl(items, with_labels=True)`")
+        x,y = batch
         xs.append(to_pixels(pm, x.cpu()).float()); ys.append(y.as_subclass(torch.Tensor).cpu()) # a GPU holds one batch, not the whole split
         seen += len(y)
         if n is not None and seen >= n: break

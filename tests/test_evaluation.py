@@ -281,3 +281,29 @@ def test_probabilities_are_not_logits(make_learner, make_dls, robust_net):
     assert soft.robustness(('clean','pgd7','cw'), eps=.1, logits=False).results == want and want['pgd7'] < want['clean']
     logps = make_learner(make_dls(n_valid=60), nn.Sequential(robust_net, nn.LogSoftmax(1))) # are logits, too
     assert logps.robustness('pgd7', eps=.1).pgd7 == want['pgd7']
+
+@pytest.mark.parametrize('wrong, says', [(dict(attack='pgd20'), '`attack` must be an attack'), (dict(attack=PGD), '`attack` must be an attack'), (dict(bs=0), '`bs` must be'), (dict(bs=2.5), '`bs` must be'),
+    (dict(targ=[1, 2]), '`targ` must be a tensor'), (dict(targ=torch.zeros(4, 1, dtype=torch.long)), '`targ` must hold'), (dict(x=[1]), '`x` must be a tensor')], ids=str)
+def test_arguments_of_robust_accuracy(wrong, says, tiny_net):
+    told = dict(x=torch.rand(4, 1, 8, 8), targ=torch.zeros(4, dtype=torch.long)) | wrong
+    with pytest.raises((TypeError, ValueError), match=says): robust_accuracy(tiny_net(), **told)
+
+def test_a_learner_is_measured_through_its_normalisation(make_learner, make_dls, tiny_net):
+    learn = make_learner(make_dls(stats=([.3], [.4])), tiny_net())
+    x, y = pixel_data(learn)
+    assert robust_accuracy(learn, x, y, PGD(.1, steps=0)) == learn.robustness(('clean',)).clean
+
+def test_radius_of_clean_accuracy_too(make_learner, tiny_net):
+    for eps in (8, -1):
+        with pytest.raises(ValueError, match='`eps`'): make_learner(model=tiny_net()).robustness(('clean',), eps=eps)
+
+def test_a_state_file_of_other_images(tmp_path, make_learner, tiny_net):
+    "Another number of images is another run, and no damage"
+    learn = make_learner(model=tiny_net())
+    learn.robustness(('clean',), n=6, state_path=tmp_path/'s.json')
+    with pytest.raises(ValueError, match='belongs to another run'): learn.robustness(('clean',), n=7, state_path=tmp_path/'s.json')
+
+def test_images_without_labels(make_learner, tiny_net):
+    learn = make_learner(model=tiny_net())
+    unlabelled = [(torch.rand(3, 1, 8, 8),)]
+    with pytest.raises(ValueError, match='has no labels'): learn.robustness(('clean',), dl=unlabelled)
