@@ -84,6 +84,7 @@ _eps = 8/255 # of the accuracy under attack that is watched
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     "Train one network by `recipe` as `args` say and save it"
     if args.epochs is not None and args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
+    if args.lr is not None and args.lr < 0: raise ValueError(f"`--lr` must be >= 0, got {args.lr}")
     if args.frac is not None:
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
         recipe = recipe.but(synthetic=args.frac)

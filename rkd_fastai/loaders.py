@@ -10,7 +10,7 @@ __all__ = ['with_subset', 'with_bs', 'with_label_noise', 'with_batch_tfms', 'wit
 import random, zipfile
 from pathlib import Path
 import numpy as np, torch
-from fastai.vision.all import DataLoaders, GetAttr, PILBase, Pipeline, RandTransform, TensorCategory, TensorImageBase, TfmdDL, image2tensor
+from fastai.vision.all import DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandTransform, TensorCategory, TensorImageBase, TfmdDL, image2tensor
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 
@@ -79,6 +79,7 @@ def with_batch_tfms(
     *tfms, # transforms of a batch, put in the place their `order` says, behind those of the same
 )->DataLoaders:
     "`dls` with further transforms of the training batches"
+    if any(isinstance(t, Normalize) for t in tfms): raise ValueError("`tfms`: Normalize here would be of the training batches alone: give it to the data block, as one of its `batch_tfms`")
     return _with_train(dls, dls.train.new(after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
 def with_augmentation(

@@ -42,6 +42,7 @@ def soft_targets(
 ):
     "Label mixing αf_T + (1−α)y: probabilities `(bs, n_out)` in float32"
     check_fraction(alpha=alpha)
+    if len(t_probs) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(t_probs)} rows of `t_probs`")
     return alpha*t_probs.float() + (1-alpha)*onehot(targ, t_probs.shape[-1])
 
 def ensemble_probs(

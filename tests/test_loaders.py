@@ -486,3 +486,6 @@ def test_encrypted_and_unknown_compression(tmp_path):
     at = data.index(b'PK\1\2')
     path.write_bytes(data[:6] + b'\1' + data[7:at+8] + b'\1' + data[at+9:]); refused(path, 'truncated')
     path.write_bytes(data[:8] + b'\x63' + data[9:at+10] + b'\x63' + data[at+11:]); refused(path, 'truncated')
+
+def test_normalize_of_the_training_batches_alone_is_refused():
+    with pytest.raises(ValueError, match='Normalize.*batch_tfms'): with_batch_tfms(digits_dls(), Normalize.from_stats([.3], [.4]))

@@ -235,3 +235,6 @@ def test_a_class_that_is_ruled_out(name):
 def test_trades_names_its_logits():
     with pytest.raises(ValueError, match='`s_logits`.*`s_logits_adv`') as e: trades_loss(s, s_adv[:,:-1], hard)
     assert 'teacher' not in str(e.value)
+
+def test_labels_of_another_batch():
+    with pytest.raises(ValueError, match='`targ` has 1 labels for 4 rows'): soft_targets(torch.rand(4, 3).softmax(1), torch.tensor([1]), .5)
