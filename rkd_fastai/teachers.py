@@ -26,7 +26,7 @@ from .pixel import model_device, pixel_model, sample_images
 
 # %% ../nbs/09_teachers.ipynb #75b373de
 def _as_member(model, mean, std):
-    "One teacher as a module from pixel space to logits, sharing nothing with `model`"
+    "One teacher as a module from pixel space to logits, a copy of `model` unless that is a `Teacher`"
     if isinstance(model, Teacher): return model
     if not isinstance(model, (Learner, nn.Module)):
         hint = ": `load_teacher(path, model)` makes a Teacher of a file" if isinstance(model, (str, Path)) else ''
@@ -76,7 +76,9 @@ class Teacher(nn.Module):
                              "check its weights and its normalisation (`mean`, `std`)")
         return p
 
-    def forward(self, x):
+    def forward(self,
+        x, # images in [0, 1], `(bs, c, h, w)`
+    ):
         "Logits `(bs, n_out)`, for an ensemble log Σ β_i softmax(f_i(x)); differentiable, so that a teacher can be attacked"
         if len(self.members) == 1: return self.members[0](x)
         logps = [check_logits(m(x), 'teacher').log_softmax(1) + math.log(b) for m,b in zip(self.members, self.betas) if b > 0]

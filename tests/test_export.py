@@ -6,6 +6,7 @@ from pyautoattack import AutoAttack as Published
 from rkd_fastai.all import *
 from rkd_fastai import export
 from rkd_fastai.models import resnet18
+from rkd_fastai.pixel import unwrap
 
 def gradient(net, x):
     "Input gradient of the cross-entropy with the likeliest class but one"

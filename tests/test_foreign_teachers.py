@@ -8,6 +8,7 @@ from torchvision.models._api import WeightsEnum
 
 from rkd_fastai.all import *
 from rkd_fastai import teachers
+from rkd_fastai.teachers import check_teacher
 
 def probs(net, x):
     with torch.no_grad(): return net(x).softmax(1)

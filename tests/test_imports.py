@@ -101,6 +101,12 @@ def test_star_import_brings_the_public_names():
     for module,names in public.items():
         for name in names: assert name in ns or hasattr(fastai, name), name
     assert 'resnet18' not in ns # torchvision's, to fastai users
+    for name in ('write_atomic', 'digest', 'unwrap', 'own_loss', 'check_xy', 'load_plain'): assert name not in ns, 'a helper of one module for another'
+
+def test_helpers_that_are_kept_back_exist():
+    from rkd_fastai import all, callback
+    known = {n for m in vars(all).values() if hasattr(m, '__all__') for n in m.__all__} | {*callback.__all__}
+    assert {*all._inside} <= known and not {*all._inside} & {*all.__all__}
 
 def test_teacher_methods():
     from rkd_fastai.teachers import Teacher

@@ -7,6 +7,7 @@ from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, C
                                SaveModelCallback, TensorImage, Transform, accuracy, aug_transforms, load_learner, params, set_seed)
 
 from rkd_fastai.all import *
+from rkd_fastai.teachers import load_plain
 
 loads = pytest.mark.filterwarnings('ignore:.*numpy.core is deprecated') # fastai's `learn.load`
 attack = PGD(.1, steps=2)

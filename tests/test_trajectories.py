@@ -7,6 +7,7 @@ from test_imports import python
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.core import EachEpoch
+from rkd_fastai.core import digest
 
 STILL = PGD(.1, steps=2, random_start=False)
 RANDOM = PGD(.1, steps=1)

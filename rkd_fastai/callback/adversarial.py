@@ -25,7 +25,9 @@ from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
 
 # %% ../../nbs/15_callback.adversarial.ipynb #c145ae19
-def label_settings(loss_func):
+def label_settings(
+    loss_func, # fastai's or PyTorch's
+):
     "Label smoothing and class weights `(n_out,)` of a cross-entropy; `(0., None)` of any other loss"
     if isinstance(loss_func, partial) and loss_func.func is F.cross_entropy: return loss_func.keywords.get('label_smoothing', 0.), loss_func.keywords.get('weight')
     f = getattr(loss_func, 'func', loss_func) # fastai's losses wrap PyTorch's
@@ -53,7 +55,9 @@ def _mixed(learn):
             return lam*first + (1-lam)*second
     return targ
 
-def batch_targ(learn):
+def batch_targ(
+    learn, # in a batch
+):
     "The batch's class indices `(bs,)`, or soft labels `(bs, n_out)` where it has mixed or smoothed ones"
     targ,smoothing = _mixed(learn), label_settings(own_loss(learn))[0]
     if not smoothing: return targ
@@ -88,7 +92,9 @@ class RobustCallback(FitCallback):
         bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
     ): self.compile,self.bf16 = compile,bf16
 
-    def check(self, dls):
+    def check(self,
+        dls, # the DataLoaders that are to be trained on
+    ):
         "Raise `ValueError` if this method cannot train on `dls`; changes nothing"
         check_single_label(dls)
 
@@ -96,8 +102,10 @@ class RobustCallback(FitCallback):
         "The pixel-space images that go through the model in place of `self.images`"
         return self.images
 
-    def method_loss(self, pred):
-        "The method's loss of each image `(bs,)`, given logits on `model_images`; None keeps the Learner's loss function"
+    def method_loss(self,
+        pred, # logits on `model_images`, `(bs, n_out)`
+    ):
+        "The method's loss of each image `(bs,)`, which is then weighted and averaged; None keeps the Learner's loss function"
 
     def check_loss(self, loss_func):
         "Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it cannot take over"
