@@ -190,15 +190,15 @@ def test_inference_mode():
 def test_a_network_that_chooses_its_batchnorm():
     "AdvProp's two BatchNorms, one for attacked images: the stand-ins of one are not those of the other"
     class Two(nn.Module):
-        adv = False
         def __init__(self):
             super().__init__()
-            self.conv,self.clean_bn,self.adv_bn,self.head = nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Linear(16,10)
-        def forward(self, x): return self.head(F.relu((self.adv_bn if self.adv else self.clean_bn)(self.conv(x))).mean((2,3)))
+            self.adv,self.conv,self.clean_bn,self.adv_bn,self.head = False, nn.Conv2d(1,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Linear(16*36,10)
+        def forward(self, x): return self.head(F.relu((self.adv_bn if self.adv else self.clean_bn)(self.conv(x))).flatten(1))
     torch.manual_seed(0)
-    net,x,y = Two().eval(), torch.rand(8,3,12,12), torch.randint(0, 10, (8,))
-    for i,bn in enumerate((net.clean_bn, net.adv_bn)): bn.running_mean.normal_(i), bn.running_var.uniform_(.5, 2)
-    for adv in (False, True, False):
-        net.adv = adv
+    net,x = Two(), torch.rand(8,1,8,8)
+    for net.adv in (False, True): net(x) # in train mode: each has its statistics
+    net.eval()
+    for net.adv in (False, True, False):
         with torch.no_grad(): plain = net(x)
-        with torch.no_grad(), folded(net, x): torch.testing.assert_close(net(x), plain, rtol=1e-4, atol=1e-4)
+        with frozen(net): assert _stand_ins(net, x)
+        with torch.no_grad(), frozen(net), folded(net, x): torch.testing.assert_close(net(x), plain, rtol=1e-4, atol=1e-4)
