@@ -55,7 +55,8 @@ class Teacher(nn.Module):
         self.members = nn.ModuleList([_as_member(m, mean, std) for m in models])
         vocabs = [m.vocab for m in self.members if m.vocab]
         self.vocab = vocabs[0] if vocabs else [] # class names in order, where a Learner told them
-        if any(v != self.vocab and sorted(map(str, v)) == sorted(map(str, self.vocab)) for v in vocabs): raise ValueError(f"`teacher`: the members order the classes differently, {vocabs}: an average of them means nothing")
+        names = [[str(o) for o in v] for v in vocabs]
+        if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names): raise ValueError(f"`teacher`: the members order the classes differently, {names}: an average of them means nothing")
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
