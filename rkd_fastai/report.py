@@ -105,7 +105,7 @@ summary{cursor:pointer;padding:.5rem 0;color:var(--mark)}
 figure{margin:1rem 0}
 '''
 
-def _png(plot, dark=False, dpi=160):
+def _png(plot, dark=False, dpi=120):
     "The figure that `plot` draws, as the bytes of a PNG; its size in inches; and what it says in words"
     with plt.rc_context(_dark if dark else {}):
         fig,out = plot(),io.BytesIO()
