@@ -225,7 +225,7 @@ def caption(
     df = rows(df)
     kept = measured(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := span(kept, c)) else ''
-    facts = [fact('data', 'Data: {}'), fact('augment', 'augmentation: {}'), fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
+    facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'), fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
              fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept, spread)]
     facts = '; '.join(f for f in facts if f)
     return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.', *_left_out(df, robust)])
