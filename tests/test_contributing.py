@@ -81,5 +81,5 @@ def test_what_the_page_names_is_there():
     targets = re.findall(r'^([\w-]+):', (root/'Makefile').read_text(encoding='utf8'), re.M)
     named = {t for o in re.findall(r'`make ([\w -]+)`', page) for t in o.split()}
     assert named >= {'test', 'export', 'check', 'tutorials', 'test-all'} and named <= {*targets}
-    files = {o for o in re.findall(r'`([\w./]+/[\w./]*)`', page) if not o.startswith(('x_adv', 'nbs/36', 'nbs/37'))} - {'eps/steps'}
+    files = {o for o in re.findall(r'`([\w./]+/[\w./]*)`', page) if not o.startswith(('x_adv', 'nbs/37', 'nbs/38'))} - {'eps/steps'}
     assert len(files) >= 8 and all((root/f).exists() for f in files), [f for f in files if not (root/f).exists()]

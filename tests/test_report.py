@@ -448,7 +448,7 @@ def test_files_of_every_view(whole, written):
     assert {p.name for p in folder.iterdir()} == want
     for k,v in found.items():
         assert (folder/f'{k}.md').read_text(encoding='utf8') == as_markdown(v.table) and (folder/f'{k}.csv').read_text(encoding='utf8') == v.table.to_csv(index=False)
-        if v.plot: assert plt.imread(folder/f'{k}.png').shape[1] > 500
+        if v.plot: assert plt.imread(folder/f'{k}.png').shape[1] > 450
     assert len(pd.read_csv(folder/'means.csv')) == len(over_seeds(whole))
 
 def test_page_is_whole_and_fetches_nothing(whole, written):
