@@ -175,7 +175,7 @@ def _network(model): return model.model if isinstance(model, PixelModel) else mo
 
 def _is_new(net): return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
 
-def _flags(m): return [(k, v) for k,v in vars(m).items() if isinstance(v, (bool, int, str))] # a network may choose its layers by them
+def _flags(m): return [(k, v) for k,v in vars(m).items() if isinstance(v, (bool, str))] # a network may choose its layers by them; numbers are often counters
 
 _known = WeakKeyDictionary() # network: (its modules, was it new?, its stand-ins)
 
