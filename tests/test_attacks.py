@@ -94,10 +94,6 @@ def test_autoattack_leaves_random_numbers_and_tracer_alone(robust_net, test_imag
     torch.manual_seed(1); AutoAttack(eps, version='rand')(robust_net, x, y)
     assert torch.equal(torch.rand(3), want) and sys.gettrace() is tracer
 
-def test_autoattack_refuses_soft_labels(robust_net, test_images):
-    x, y = (o[:4] for o in test_images)
-    with pytest.raises(ValueError, match='targ'): AutoAttack(eps)(robust_net, x, F.one_hot(y, 10).float())
-
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('n_out', [2, 3, 4])
 def test_autoattack_on_few_classes(n_out, tiny_net):
