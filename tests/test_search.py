@@ -71,7 +71,7 @@ def in_float64(m):
     m.setattr(torch.Tensor, 'float', torch.Tensor.double)
 
 @pytest.fixture
-def double(monkeypatch):
+def double(monkeypatch, robust_net, plain_net): # which are trained before, in float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     in_float64(monkeypatch)
