@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'onehot', 'hard_labels',
            'check_fraction', 'check_T', 'check_weights', 'writing', 'atomic_path', 'write_atomic', 'read_json',
-           'seeded', 'digest']
+           'seeded', 'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager
 from itertools import chain
 from math import isfinite
 import hashlib, json, os
+from importlib.metadata import version
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
+import rkd_fastai
 
 # %% ../nbs/00_core.ipynb #b1aab2a8
 def _stats(name, v):
@@ -207,6 +209,16 @@ def seeded(
         if mps is None: yield; return
         try: torch.mps.manual_seed(seed); yield
         finally: torch.mps.set_rng_state(mps)
+
+# %% ../nbs/00_core.ipynb #d2c1a002
+def versions(*packages):
+    "Of this package, fastai, PyTorch and further `packages`, for cards; None of what is not installed"
+    def of(name):
+        try: return version(name)
+        except ImportError: return None
+    # what runs need not be what is installed: a clone on the path is not
+    return dict(rkd_fastai=rkd_fastai.__version__) | {k: of(k) for k in ('fastai','torch',*packages)}
+
 
 # %% ../nbs/00_core.ipynb #426cdccf
 def digest(

@@ -9,7 +9,6 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_atta
 import json, math, re, time, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 import pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
@@ -18,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, PixelModel, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, write_atomic
+from .core import NotFinite, PixelModel, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
 from .pixel import check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
@@ -96,10 +95,9 @@ class Robustness:
 
     def to_dict(self):
         "The whole card: results with their intervals, settings, versions"
-        packages = ('rkd_fastai', 'fastai', 'torch', 'pyautoattack')
         return dict(n=self.n, eps=self.eps, norm=self.norm, seed=self.seed,
             results={k: dict(accuracy=v, interval95=wilson(v, self.n), attack=self.attacks[k], seconds=round(self.seconds[k], 2))
-                     for k,v in self.results.items()}, versions={p: _version(p) for p in packages})
+                     for k,v in self.results.items()}, versions=versions('pyautoattack'))
 
     def to_json(self, path=None):
         "The card as JSON text, also written to `path` if one is given"
@@ -130,10 +128,6 @@ class Robustness:
                              '95 % interval': [f'{l:.1%} to {h:.1%}' for l,h in zip(df.low, df.high)]})
     def __repr__(self): return f'{self._shown().to_string()}\n{self._caption}'
     def _repr_html_(self): return f'{self._shown().to_html()}<p>{self._caption}</p>'
-
-def _version(package):
-    try: return version(package)
-    except ImportError: return None
 
 # %% ../nbs/10_evaluation.ipynb #5e70f223
 _published = dict(autoattack='standard', apgd='apgd-ce', square='square') # by the names that tables use

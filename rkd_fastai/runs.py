@@ -15,12 +15,11 @@ from fastai.callback.progress import CSVLogger
 from fastai.metrics import accuracy
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders, get_c
-import rkd_fastai
 from .attacks import PGD
 from .callback.finite import NonFinite
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .callback.resume import Resume
-from .core import atomic_path, read_json, write_atomic
+from .core import atomic_path, read_json, versions, write_atomic
 from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
 from .models import resnet18, wide_resnet
 from .pixel import sample_images, unwrap
@@ -75,7 +74,7 @@ def save_run(learn, out, **card):
     with atomic_path(out/'model.pth') as tmp: torch.save(unwrap(learn.model).state_dict(), tmp)
     names,values = learn.recorder.metric_names[1:-1],learn.recorder.values[-1]
     last = {n: v for n,v in zip(names, values) if v is not None}
-    write_atomic(out/'card.json', json.dumps(dict(card, last_epoch=last, versions=dict(rkd_fastai=rkd_fastai.__version__, torch=torch.__version__)), indent=2))
+    write_atomic(out/'card.json', json.dumps(dict(card, last_epoch=last, versions=versions()), indent=2))
 
 def _described(card_path, path):
     "Card and network of the checkpoint `path`: no larger a one than the checkpoint is"

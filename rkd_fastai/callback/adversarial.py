@@ -107,6 +107,14 @@ class RobustCallback(FitCallback):
     ):
         "The method's loss of each image `(bs,)`, which is then weighted and averaged; None keeps the Learner's loss function"
 
+    def pred_again(self,
+        xb, # tuple of a batch as the network takes it, such as `self.clean_xb`
+    ):
+        "The student's logits `(bs, n_out)` in a second pass of the same step"
+        # not through `DistributedDataParallel`, which sends the buffers again, over those that the first pass's gradients still need
+        net = unwrap(self.model) if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        return check_logits(net(*xb))
+
     def check_loss(self, loss_func):
         "Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it cannot take over"
         if type(self).method_loss is not RobustCallback.method_loss and isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
@@ -200,4 +208,4 @@ class TRADES(AdversarialTraining):
         if not self.soft_attack: return self.targ
         with frozen(self.pixel): return check_logits(self.pixel(self.images)).softmax(1)
 
-    def method_loss(self, pred): return trades_loss(check_logits(self.model(*self.clean_xb)), pred, self.targ, self.beta, 'none')
+    def method_loss(self, pred): return trades_loss(self.pred_again(self.clean_xb), pred, self.targ, self.beta, 'none')

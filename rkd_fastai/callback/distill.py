@@ -137,8 +137,7 @@ class _CleanAndAdversarial(DistillationCallback):
         return super().model_images()
 
     def method_loss(self, pred):
-        clean = check_logits(self.model(*self.clean_xb))
-        return type(self).loss(clean, pred, self.t_probs, self.targ, self.alpha, self.lam, self.T, 'none')
+        return type(self).loss(self.pred_again(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam, self.T, 'none')
 
 class RSLADCallback(_CleanAndAdversarial):
     "Robust soft label adversarial distillation, RSLAD⁺ (Zi et al., 2021; Eq. 6)"

@@ -8,7 +8,6 @@ __all__ = ['RobustAccuracy', 'KeepEpochs', 'CatastrophicOverfitting', 'RobustOve
 # %% ../../nbs/18_callback.monitor.ipynb #5f9f4c6a
 import json, warnings
 from copy import copy
-from importlib.metadata import version
 import torch
 from fastai.callback.core import CancelFitException
 from fastai.learner import Metric
@@ -16,7 +15,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import atomic_path, check_fraction, seeded, write_atomic
+from ..core import atomic_path, check_fraction, seeded, versions, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
 
@@ -80,7 +79,7 @@ class KeepEpochs(EachEpoch):
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
         return self.card | normalised | self.logged() | dict(epoch=self.epoch+1, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
             vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
-            versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
+            versions=versions())
 
 # %% ../../nbs/18_callback.monitor.ipynb #68cf33e0
 def _of_the_first(v, device):

@@ -9,13 +9,12 @@ __all__ = ['RecordTrajectory']
 import json, re
 from contextlib import nullcontext
 from copy import copy
-from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from fastai.torch_core import distrib_barrier, no_random, rank_distrib
 from ..attacks import PGD, check_attack
 from .core import EachEpoch
-from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, write_atomic
+from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, versions, write_atomic
 from ..pixel import model_device, pixel_data, pixel_model, undistributed
 
 # %% ../../nbs/21_callback.trajectory.ipynb #ab91a919
@@ -81,7 +80,7 @@ class RecordTrajectory(EachEpoch):
 
     def _card(self, y):
         attack = self._attack and re.sub(' at 0x[0-9a-f]+', '', repr(self._attack)) # a function's address is another in each process
-        return dict(n=len(y), labels=digest([y]), attack=attack, seed=self.seed, versions={k: version(k) for k in ('rkd_fastai','fastai','torch')})
+        return dict(n=len(y), labels=digest([y]), attack=attack, seed=self.seed, versions=versions())
 
     def _file(self, k): return self.path/f'epoch_{k:04d}.npz'
 
