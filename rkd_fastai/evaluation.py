@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import NotFinite, PixelModel, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
-from .pixel import check_single_label, measured_images, model_device, pixel_data, pixel_model
+from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
@@ -62,7 +62,7 @@ def robust_accuracy(
     if not isinstance(bs, int) or bs < 1: raise ValueError(f"`bs` must be a whole number >= 1, got {bs!r}")
     if isinstance(model, Learner): model = pixel_model(model)
     attack = PGD(steps=20) if attack is None else check_attack(attack)
-    return sum(robust_flags(model, xb, yb, attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
+    return sum(robust_flags(model, *beside(model, xb, yb), attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
 
 # %% ../nbs/10_evaluation.ipynb #4e8bbf09
 def wilson(

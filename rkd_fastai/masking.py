@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .attacks import FGSM, PGD, AutoAttack
 from .core import check_logits, frozen, seeded
 from .evaluation import in_float32, robust_flags
-from .pixel import measured_images, model_device, pixel_model
+from .pixel import beside, measured_images, pixel_model
 
 # %% ../nbs/11_masking.ipynb #ebb58fb0
 Symptom = namedtuple('Symptom', 'name figure suspicious advice')
@@ -123,6 +123,7 @@ def check_masking(
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    x,y = beside(model, x, y)
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly: at least 10 are needed to look at")
     x,y = x[right],y[right]
@@ -141,4 +142,4 @@ def check_robustness(self:Learner,
     dl = dl or self.dls.valid
     x,y = measured_images(self, dl, min(n, len(dl.dataset)))
     model = in_float32(pixel_model(self))
-    return check_masking(model, *(t.to(model_device(model)) for t in (x, y)), eps, bs)
+    return check_masking(model, x, y, eps, bs)

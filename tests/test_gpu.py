@@ -119,3 +119,9 @@ def test_the_command_line(tmp_path, capsys):
     main(['evaluate', str(tmp_path/'student'), '--attacks', 'clean,pgd20,autoattack', '--n', '64', '--fast', '--json', str(tmp_path/'card.json')])
     found = {k: v['accuracy'] for k,v in json.loads((tmp_path/'card.json').read_text())['results'].items()}
     assert found['clean'] > .3 and found['clean'] >= found['pgd20'] >= found['autoattack'] - .02
+
+def test_images_go_where_the_network_is(robust_net, test_images):
+    "`robust_accuracy` and `check_masking` take images of the CPU"
+    net, (x, y) = copy.deepcopy(robust_net).cuda(), test_images
+    assert robust_accuracy(net, x, y, still) == robust_accuracy(net, x.cuda(), y.cuda(), still) > .5
+    assert len(check_masking(net, x[:100], y[:100], eps=.1).symptoms) > 3

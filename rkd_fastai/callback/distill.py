@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from fastcore.meta import delegates
 from ..attacks import PGD
-from ..core import check_T, check_fraction, check_logits
+from ..core import check_T, check_fraction
 from ..losses import akd_loss, ard_loss, ckd_loss, rslad_loss, soft_targets
 from ..pixel import model_device
 from .adversarial import AdversarialTraining, RobustCallback

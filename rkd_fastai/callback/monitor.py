@@ -17,7 +17,7 @@ from .adversarial import RobustCallback
 from .core import EachEpoch
 from ..core import atomic_path, check_fraction, seeded, versions, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
-from ..pixel import model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
+from ..pixel import beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -117,7 +117,7 @@ class CatastrophicOverfitting(EachEpoch):
     def each_epoch(self):
         with seeded(0, model_device(self.model)):
             if self.data is None: self.data = pixel_data(self.learn, self.dls.valid, min(self.n, len(self.dls.valid_ds)))
-            x,y = (t.to(model_device(self.model)) for t in self.data)
+            x,y = beside(self.model, *self.data)
             acc = _of_the_first(robust_accuracy(pixel_model(self.learn), x, y, self._watched), x.device)
         if self.best is not None and acc < self.best - self.drop:
             self._collapsed(acc)
