@@ -214,11 +214,11 @@ class _Compiled:
     "`forward` of a model, compiled; as it is where that fails"
     def __init__(self): self.calls,self.tried = {},{}
 
-    def _compile(self, device, trains):
+    def _compile(self):
         # PyTorch keeps compilations with the code object: a copy is this model's own, and is freed with it
         own = FunctionType(_forward.__code__.replace(co_name=f'forward_{id(self):x}_{len(self.calls)}'), globals())
-        # no CUDA graph where parameters get gradients: the optimiser keeps those, and the graph's next run takes their memory back
-        return torch.compile(own, dynamic=False, mode='reduce-overhead' if device.type == 'cuda' and not trains else None)
+        # without CUDA graphs, which keep images and folded weights of every batch (PyTorch 2.11)
+        return torch.compile(own, dynamic=False)
 
     def __call__(self, model, x):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
@@ -231,7 +231,7 @@ class _Compiled:
         # once is enough; and PyTorch keeps no more than eight compilations of a function, of which each kind of call has its own
         if False in self.tried.values() or sum(k[0] == kind for k in self.tried) == 8: return False
         try:
-            if kind not in self.calls: self.calls[kind] = self._compile(*kind[:2])
+            if kind not in self.calls: self.calls[kind] = self._compile()
             with _untouched(model, x):
                 out = self.calls[kind](model, x)
                 inputs = [t for t in (x, *model.parameters()) if t.requires_grad]

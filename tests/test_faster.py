@@ -137,18 +137,6 @@ def test_each_kind_of_call_has_its_own_compilations(shapes):
                 with torch.autocast('cpu', torch.bfloat16): net(model, x)
     assert list(net.tried.values()) == [True]*12 and torch._dynamo.utils.counters['stats']['unique_graphs'] >= 12
 
-def test_no_cuda_graph_where_parameters_train(monkeypatch):
-    "The memory of its gradients would be the graph's, and the optimiser keeps them"
-    modes, model = [], nn.Linear(4, 2)
-    monkeypatch.setattr(torch, 'compile', lambda fn, dynamic, mode: (modes.append(mode), fn)[1])
-    net, here = fast._Compiled(), fast._Compiled._compile
-    monkeypatch.setattr(fast._Compiled, '_compile', lambda self, device, trains: here(self, torch.device('cuda'), trains))
-    x = torch.rand(3, 4)
-    net(model, x)
-    with torch.no_grad(): net(model, x)
-    with frozen(model): net(model, x.clone().requires_grad_())
-    assert modes == [None, 'reduce-overhead', 'reduce-overhead']
-
 def test_data_parallel_trains_as_it_is(shapes, make_learner, make_dls, tiny_net):
     "Replicas would all run the first one's weights"
     learn = make_learner(make_dls(), nn.DataParallel(tiny_net()), cbs=methods['at'](None, compile=True))
