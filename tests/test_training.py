@@ -478,7 +478,7 @@ def test_mixed_precision_on_the_gpu(name, to, bf16, compile, make_learner, make_
         learn = make_learner(make_dls(n=128, bs=32, shuffle=False, device='cuda'), tiny_net(), cbs=cb)
         turn(learn).fit(2, .01)
         return torch.cat([w.flatten() for w in weights(learn.model)])
-    start = torch.cat([w.flatten() for w in weights(tiny_net())])
+    start = torch.cat([w.flatten() for w in weights(tiny_net().cuda())])
     got, want = train(lambda l: getattr(l, to)()), train(lambda l: l)
     apart = (got - want).abs()/(.02 + .1*want.abs())
     assert (apart > 1).float().mean() < .01 # Adam makes a whole step of a gradient that vanishes, one way or the other
