@@ -98,7 +98,9 @@ class _L2:
 _norms = dict(Linf=_Linf, L2=_L2)
 
 # %% ../nbs/04_attacks.ipynb #b9b3bef1
-def check_attack(attack):
+def check_attack(
+    attack, # what is to be an attack
+):
     "`attack`, or a `TypeError` where it can only be the name or the class of one"
     if isinstance(attack, type) or not callable(attack): raise TypeError(f"`attack` must be an attack such as `PGD()`, got {attack!r}")
     return attack
@@ -173,7 +175,10 @@ class PGD(Attack):
         logits = model(x_adv)
         return self.loss(logits, targ).masked_fill(logits.argmax(1) != hard_labels(targ), torch.inf)
 
-def check_eps(eps, norm='Linf'):
+def check_eps(
+    eps, # radius in pixel space
+    norm='Linf', # 'Linf' or 'L2'
+):
     "Raise unless `eps` is a radius in pixel space"
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1: raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
@@ -213,7 +218,10 @@ class _Part(Attack):
         self.whole,self.name,self.n_out,self.folds = whole,name,n_out,fast
         self.cost = self._cost()
 
-    def published(self, model, device):
+    def published(self,
+        model, # maps pixel space to logits
+        device, # of the model
+    ):
         "The package's own object for this part"
         aa = self.whole.published(model, device)
         o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted, 'square': aa.square}.get(self.name, aa.fab)
@@ -330,7 +338,10 @@ class AutoAttack(Attack):
         once_more = self.fast and self.version not in _names # on the plain model
         return parts + [_Part(self, 'apgd-ce', n_out)]*once_more
 
-    def composition(self, model, n_out):
+    def composition(self,
+        model, # maps pixel space to logits; an ensemble is attacked through its members, too
+        n_out, # number of classes
+    ):
         "`parts` in words, and what is left out where there are few classes"
         said = [repr(p) for p in self.parts(model, n_out)]
         lacking = [] if self.version in _names else [p for p in _autoattack_parts(self.version, 10) if n_out < _least.get(p, 2)]

@@ -30,7 +30,10 @@ def eval_images(
     "Images `(n, c, h, w)` in pixel space and classes `(n,)` that a cell is measured on: the test split, where the data have one"
     return _eval_images(c.data, path, c.size)
 
-def has_test_split(c, path=None):
+def has_test_split(
+    c, # `Cell`
+    path=None, # as for `eval_images`
+):
     "Are a cell's images to attack others than those looked at after each epoch?"
     return len(_all_images(c.data, path, c.size).loaders) > 2
 

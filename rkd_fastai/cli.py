@@ -25,7 +25,9 @@ from .teachers import Teacher
 from .terminal import Line, reason, watching
 
 # %% ../nbs/36_cli.ipynb #3db3fceb
-def number(text):
+def number(
+    text, # as typed
+):
     "A float, or a fraction such as 8/255"
     top,_,bottom = text.partition('/')
     try: return float(top)/float(bottom or 1)
@@ -46,12 +48,16 @@ def with_args(
         if unknown: raise ValueError(f"`--{unknown.pop()}` means nothing to {recipe.method}")
     return recipe.but(settings=recipe.settings | said)
 
-def teacher_recipe(args):
+def teacher_recipe(
+    args, # parsed command line
+):
     "What `rkd train --how` names"
     if args.how not in teacher_kinds: return with_args(all_recipes[args.how], args)
     return with_args(recipe_of_kind(args.how, *([] if args.eps is None else [args.eps])), argparse.Namespace(**vars(args) | dict(eps=None)))
 
-def student_recipe(args):
+def student_recipe(
+    args, # parsed command line
+):
     "What `rkd distill --recipe` names, by another `--method` if one is given"
     recipe = all_recipes[args.recipe]
     if args.method and args.method != recipe.method:
@@ -97,16 +103,25 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 
 # %% ../nbs/36_cli.ipynb #f673648c
-def train(args):
+def train(
+    args, # parsed command line
+):
+    "`rkd train`"
     recipe = teacher_recipe(args)
     _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting()] if isinstance(recipe.attack, FFGSM) else ())
 
-def distill(args):
+def distill(
+    args, # parsed command line
+):
+    "`rkd distill`"
     teachers,cards = zip(*map(load_run, args.teacher))
     recipe = student_recipe(args)
     _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=Teacher(teachers, betas=args.betas))
 
-def evaluate(args):
+def evaluate(
+    args, # parsed command line
+):
+    "`rkd evaluate`"
     if args.check and args.norm != 'Linf': raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
     model,card = load_run(args.model)
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
@@ -122,7 +137,10 @@ def evaluate(args):
     print(res)
     if args.check: print(f'\n{learn.check_robustness(args.eps)}')
 
-def study(args):
+def study(
+    args, # parsed command line
+):
+    "`rkd study`"
     if args.study[0] == 'report':
         if len(args.study) != 2: raise ValueError("`rkd study report FOLDER`: name the folder of one study")
         print(report(args.study[1]))
@@ -133,7 +151,10 @@ def study(args):
     s.run(args.cell, args.processes)
     print(report(s.out))
 
-def demo(args):
+def demo(
+    args, # parsed command line
+):
+    "`rkd demo`"
     from rkd_fastai.demo import demo # matplotlib, which no other command needs
     demo(args.quick, args.out, args.seed)
 
@@ -221,7 +242,9 @@ def _parser():
         add_args(c)
     return p
 
-def main(argv=None):
+def main(
+    argv=None, # arguments; None: those of the process
+):
     "Entry point of `rkd`"
     args = _parser().parse_args(argv)
     try: args.run(args)

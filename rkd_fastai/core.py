@@ -138,7 +138,9 @@ def check_fraction(**kwargs):
     for k,v in kwargs.items():
         if not 0 <= v <= 1: raise ValueError(f"`{k}` is a weight in [0, 1], got {v}")
 
-def check_T(T):
+def check_T(
+    T, # temperature
+):
     "Raise unless the distillation temperature is a positive finite number"
     if not 0 < T < float('inf'): raise ValueError(f"`T` is a temperature > 0, got {T}")
 
@@ -167,7 +169,9 @@ def writing(
         raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
 
 @contextmanager
-def atomic_path(path):
+def atomic_path(
+    path, # of the file that is to be whole
+):
     "A temporary path next to `path`: what is written there becomes `path` if the body succeeds, and is deleted if it does not"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -179,7 +183,10 @@ def atomic_path(path):
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
 
-def write_atomic(path, text):
+def write_atomic(
+    path, # of the file
+    text, # all that it is to hold
+):
     "Write `text` to `path`, whole or not at all"
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf8')
 

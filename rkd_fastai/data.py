@@ -68,7 +68,10 @@ class Cutout(RandTransform):
 class ResidentDL(TfmdDL):
     "A `DataLoader` that makes each item once and keeps them all on its device"
     _items = None
-    def __init__(self, dataset, *args, **kwargs): super().__init__(dataset, *args, **kwargs | dict(num_workers=0, pin_memory=False))
+    def __init__(self,
+        dataset, # as for `TfmdDL`, like all the rest
+        *args, **kwargs
+    ): super().__init__(dataset, *args, **kwargs | dict(num_workers=0, pin_memory=False))
 
     def _make(self, n, seed):
         try:
@@ -109,7 +112,10 @@ def _pairs_dls(parts, cls, vocab, bs, batch_tfms=None, device_resident=False, **
     return dsets.dataloaders(bs=bs, after_batch=[*L(batch_tfms), IntToFloatTensor()], dl_type=ResidentDL if device_resident else None, **kwargs)
 
 # %% ../nbs/06_data.ipynb #a05bd3b7
-def check_xy(xy, name):
+def check_xy(
+    xy, # pair of images, uint8 `(n, h, w)` or `(n, h, w, 3)`, and class indices `(n,)`
+    name, # what errors call it
+):
     "`xy` as arrays, writeable where PyTorch is to share them, or a `ValueError` that starts with `name`"
     x,y = map(np.asarray, xy)
     if x.dtype != np.uint8 or not (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3) or not x.size:

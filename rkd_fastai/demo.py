@@ -58,7 +58,14 @@ def train_models(
     return learners
 
 # %% ../nbs/35_demo.ipynb #a3517a6d
-def measure(learn, name, attacks, s, seed, n=None):
+def measure(
+    learn, # trained
+    name, # on the progress line
+    attacks, # names, see `make_attack`
+    s, # the demonstration's settings
+    seed, # of the attacks
+    n=None, # number of test images; None: all
+):
     "`learn.robustness` with its progress on one line"
     line = Line(f'attacking {name}')
     with learn.no_bar(), watching(learn.model, line):
@@ -66,7 +73,11 @@ def measure(learn, name, attacks, s, seed, n=None):
     line.finish(', '.join(f'{k} {v:.1%}' for k,v in res.results.items()) + f' of {res.n} images')
     return res
 
-def measure_models(learners, s, seed):
+def measure_models(
+    learners, # {name: Learner}
+    s, # the demonstration's settings
+    seed, # of the attacks
+):
     "A row per model with its results, and the cards they come from"
     rows, cards = [], {}
     for name,learn in learners.items():
@@ -77,7 +88,12 @@ def measure_models(learners, s, seed):
         rows.append(dict(model=name, epochs=len(learn.recorder.values), **found, seconds=sum(v for r in res for v in r.seconds.values())))
     return pd.DataFrame(rows).set_index('model'), cards
 
-def as_markdown(df, s, seed, n):
+def as_markdown(
+    df, # from `measure_models`
+    s, # the demonstration's settings
+    seed, # of the run
+    n, # number of test images
+):
     "The table of results as Markdown, with its caption"
     head = ['model','epochs','clean','PGD-20',f'AutoAttack ({s.n_auto})']
     epochs = {'student': f'{s.stop} + {s.student}'}
@@ -89,7 +105,11 @@ def as_markdown(df, s, seed, n):
     return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed {seed}; clean and PGD-20 on {n} test images, '
                                f'AutoAttack (standard) on the first {s.n_auto}. The student learns from the teacher of epoch {s.stop}.')
 
-def verdict(df, n, n_auto):
+def verdict(
+    df, # from `measure_models`
+    n, # number of test images
+    n_auto, # of these, for AutoAttack
+):
     "Who won, in a sentence, by the numbers"
     both = df.loc[['student','baseline']]
     gain,chance = both.iloc[0] - both.iloc[1], lambda attack, n: 1.96*((both[attack]*(1-both[attack])).sum()/n)**.5
@@ -99,7 +119,10 @@ def verdict(df, n, n_auto):
             f"± is 95 % of what chance among the {n} and {n_auto} test images makes of such a difference.")
 
 # %% ../nbs/35_demo.ipynb #8253836c
-def plot_curves(learners, path):
+def plot_curves(
+    learners, # {name: Learner}
+    path, # of the PNG
+):
     "Clean and robust accuracy after every epoch, to `path`"
     fig,axs = plt.subplots(1, 2, figsize=(9,3.2), sharex=True, layout='constrained')
     for name,learn in learners.items():
@@ -122,7 +145,15 @@ def _all_right(learners, n):
     pick = [(right & (y == c)).nonzero()[0].item() for c in y.unique() if (right & (y == c)).any()][:n]
     return x[pick], y[pick]
 
-def plot_adversarial(learners, df, s, seed, path, n=8, names=('standard','student')):
+def plot_adversarial(
+    learners, # {name: Learner}
+    df, # from `measure_models`
+    s, # the demonstration's settings
+    seed, # of the attack
+    path, # of the PNG
+    n=8, # number of images
+    names=('standard','student'), # of the models to show
+):
     "Images as they are and attacked for each model, with its predictions, to `path`"
     x,y = _all_right(learners, n)
     rows = [('clean', x, y)]

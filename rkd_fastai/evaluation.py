@@ -99,7 +99,9 @@ class Robustness:
             results={k: dict(accuracy=v, interval95=wilson(v, self.n), attack=self.attacks[k], seconds=round(self.seconds[k], 2))
                      for k,v in self.results.items()}, versions=versions('pyautoattack'))
 
-    def to_json(self, path=None):
+    def to_json(self,
+        path=None, # of a file; None writes none
+    ):
         "The card as JSON text, also written to `path` if one is given"
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None: write_atomic(path, text)
@@ -289,7 +291,9 @@ def _as_logits(model, x, logits):
         raise ValueError("`model` returns probabilities, not logits: attacks need logits, or their gradients vanish. Take the softmax off the model, or say `logits=False`")
     return model
 
-def in_float32(model):
+def in_float32(
+    model, # any `nn.Module`; it is left as it is
+):
     "`model`, or a float32 copy of it where it has weights in another precision"
     if all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point()): return model
     return deepcopy(model).float()

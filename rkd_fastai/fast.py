@@ -28,7 +28,9 @@ def faster(
     try: yield
     finally: _how.reset(token)
 
-def has_bf16(device):
+def has_bf16(
+    device, # a `torch.device` or its name
+):
     "Does the hardware of `device` compute in bfloat16, rather than only know how to?"
     device = torch.device(device)
     if device.type == 'cuda':

@@ -87,7 +87,9 @@ def _nearest(word, words):
     near = get_close_matches(str(word), list(words), 1, .5)
     return f'did you mean {near[0]!r}?' if near else f'use one of {list(words)}'
 
-def takes(method):
+def takes(
+    method, # 'akd', 'at', …, see `Cell`
+):
     "Names of the settings that mean something to `method`"
     _known('`method`', method, [*distil_methods, *teacher_kinds, 'teacher'])
     every = {'method','data','size','n','noise','augment','seed','arch','width','eps'}
@@ -106,7 +108,9 @@ def _typed(name, v):
     raise ValueError(f"`{name}` is {'a number or a fraction such as 8/255' if kind is float else f'of type {kind.__name__}'}, got {v!r}")
 
 # %% ../nbs/27_grid.ipynb #329a1ecb
-def members(teacher):
+def members(
+    teacher, # as in a study's file
+):
     "The kinds of the teachers that `teacher` names, one by one: '2 st, at' → ['st', 'st', 'at']"
     out = []
     for part in teacher.split(','):
@@ -121,7 +125,10 @@ def _said(kinds):
     runs = [(k, len(list(g))) for k,g in groupby(kinds)]
     return ', '.join(f'{n} {k}' if n > 1 else k for k,n in runs)
 
-def betas(teacher, beta):
+def betas(
+    teacher, # as in a study's file
+    beta, # weight of the last kind, in [0, 1]
+):
     "Weights of the teachers: the last kind's sum to `beta`, the others' to the rest; None for all alike"
     if beta is None: return None
     kinds = members(teacher)
@@ -145,7 +152,10 @@ def _check(c):
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
     if c.stop is not None and c.stop > c.teacher_epochs: raise ValueError(f"`stop` {c.stop} is beyond the teacher's training of {c.teacher_epochs} epochs: raise `teacher_epochs` or lower `stop`")
 
-def training_attack(name, eps):
+def training_attack(
+    name, # 'ffgsm', 'fgsm', 'pgd10', …
+    eps, # radius in pixel space
+):
     "The attack that `attack = name` names"
     if name == 'ffgsm': return FFGSM(eps)
     if name == 'fgsm' or re.fullmatch(r'pgd\d+', name): return make_attack(name, eps)
@@ -177,14 +187,18 @@ def make_cell(**settings):
     return c
 
 # %% ../nbs/27_grid.ipynb #d3b85a03
-def teachers_of(c):
+def teachers_of(
+    c, # `Cell`
+):
     "The cells of the teachers that `c` needs, one by one"
     if not c.has_teacher: return []
     kinds = members(c.teacher)
     return [Cell(kind, c.data, c.size, c.n, c.noise, c.augment, c.seed, c.teacher_arch, c.teacher_width, c.eps, c.teacher_epochs, compile=c.compile, bf16=c.bf16,
                  schedule='teacher', member=kinds[:i].count(kind)) for i,kind in enumerate(kinds)]
 
-def recipe_of(c):
+def recipe_of(
+    c, # `Cell`
+):
     "How a cell is trained"
     if c.schedule == 'teacher': return recipe_of_kind(c.method, c.eps)
     if c.distils:

@@ -122,7 +122,9 @@ def sgd_nesterov(
     return sgd(params, lr, mom, wd, nesterov=True)
 
 # %% ../nbs/23_learner.ipynb #a534d58e
-def batchnorm_splitter(model):
+def batchnorm_splitter(
+    model, # any `nn.Module`
+):
     "Two parameter groups: BatchNorm's, in the second, and all others"
     inside = {p for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
     return [[p for p in model.parameters() if p not in inside], [p for p in model.parameters() if p in inside]]
@@ -131,7 +133,7 @@ def batchnorm_splitter(model):
 @dataclass(frozen=True)
 class ExpDecay:
     "`decay` to the number of finished epochs"
-    decay:float=.9
+    decay:float=.9 # factor from epoch to epoch
     def __post_init__(self):
         if not 0 < self.decay <= 1: raise ValueError(f"`decay` must lie in (0, 1], got {self.decay}")
     def __call__(self, pct, n_epoch): return self.decay**int(pct*n_epoch + 1e-6) # `pct` of an epoch's start may be rounded down
@@ -143,31 +145,31 @@ def _check_pct(**kwargs):
 @dataclass(frozen=True)
 class OneCycle:
     "From `1/div` up to 1 at `pct_start`, and down to `1/div_final`, by cosines"
-    pct_start:float=.3
-    div:float=25.
-    div_final:float=2.5e5
+    pct_start:float=.3 # part of the training until the highest rate
+    div:float=25. # the highest rate by the first
+    div_final:float=2.5e5 # the highest rate by the last
     def __post_init__(self): _check_pct(pct_start=self.pct_start)
     def __call__(self, pct, n_epoch): return combined_cos(self.pct_start, 1/self.div, 1., 1/self.div_final)(pct)
 
 @dataclass(frozen=True)
 class Steps:
     "Times `factor` after each of the epochs `at` of `n_epoch`; a training of another length has its steps at the same parts of it"
-    at:tuple
-    n_epoch:int
-    factor:float=.1
+    at:tuple # epochs after which the rate falls
+    n_epoch:int # length of the training that `at` speaks of
+    factor:float=.1 # by which it falls each time
     def __call__(self, pct, n_epoch): return self.factor**sum(pct >= epoch/self.n_epoch - 1e-9 for epoch in self.at)
 
 @dataclass(frozen=True)
 class WarmupCosine:
     "In a straight line from 0 to 1 at `pct_start`, and down to 0 by a cosine"
-    pct_start:float=.025
+    pct_start:float=.025 # part of the training until the highest rate
     def __post_init__(self): _check_pct(pct_start=self.pct_start)
     def __call__(self, pct, n_epoch): return combine_scheds([self.pct_start, 1-self.pct_start], [SchedLin(0., 1.), SchedCos(1., 0.)])(pct)
 
 @dataclass(frozen=True)
 class Triangle:
     "In straight lines from 0 to 1 at `pct_peak`, and back"
-    pct_peak:float=.5
+    pct_peak:float=.5 # part of the training until the highest rate
     def __post_init__(self): _check_pct(pct_peak=self.pct_peak)
     def __call__(self, pct, n_epoch): return min(pct/self.pct_peak, (1-pct)/(1-self.pct_peak))
 

@@ -99,7 +99,11 @@ def _along_the_gradient(model, x, y, eps):
 # %% ../nbs/11_masking.ipynb #e7bb0258
 class MaskingReport:
     "The symptoms of a network, in the order they were looked at"
-    def __init__(self, symptoms, n, eps): self.symptoms,self.n,self.eps = symptoms,n,eps
+    def __init__(self,
+        symptoms, # list of `Symptom`
+        n, # number of images looked at
+        eps, # radius in pixel space
+    ): self.symptoms,self.n,self.eps = symptoms,n,eps
 
     @property
     def ok(self):

@@ -13,11 +13,15 @@ from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory
 from .core import PixelModel, check_images, seeded
 
 # %% ../nbs/07_pixel.ipynb #1397b313
-def undistributed(dl):
+def undistributed(
+    dl, # any loader
+):
     "The loader itself, out of fastai's `DistributedDL`, which hides its transforms and has but one process's share of its images"
     return getattr(dl, '__dict__', {}).get('dl', dl)
 
-def held_out(dls):
+def held_out(
+    dls, # DataLoaders
+):
     "The loader of the test split where `dls` has a third one, else of the validation set"
     return dls[2] if len(dls.loaders) > 2 else dls.valid
 
@@ -33,7 +37,9 @@ def pixel_stats(
         mean,std = (m,s) if mean is None else (mean + std*m, std*s)
     return mean,std
 
-def unwrap(model):
+def unwrap(
+    model, # any network
+):
     "The network itself, out of DistributedDataParallel or DataParallel: an attack needs no gradient synchronisation"
     return model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
 
@@ -45,7 +51,9 @@ def pixel_model(
 
 def _device(model): return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), None) if isinstance(model, nn.Module) else None
 
-def model_device(model):
+def model_device(
+    model, # any callable
+):
     "Device of the first parameter (or buffer) of `model`, the CPU for a model without any"
     return _device(model) or torch.device('cpu')
 
@@ -78,7 +86,9 @@ def _sample_targ(dls):
             if len(ds): return ds[0][-1]
         except Exception: continue # streams and foreign data sets: their first batch is checked instead
 
-def check_single_label(dls):
+def check_single_label(
+    dls, # DataLoaders
+):
     "Raise `ValueError` unless `dls` are images with one class index each"
     targ = _sample_targ(dls)
     if isinstance(targ, TensorMultiCategory): kind = 'multi-label'

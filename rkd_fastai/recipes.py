@@ -33,7 +33,7 @@ class Recipe:
     source:str # publication and section
     method:str # 'st', 'at', 'trades' without a teacher; 'akd', 'rslad', 'ard', 'ckd' with one
     attack:PGD # on the training images; None in standard training
-    epochs:int
+    epochs:int # length of the training
     bs:int # batch size
     lr:float # learning rate where the schedule is 1
     schedule:Callable # factor on `lr`
@@ -64,7 +64,9 @@ class Recipe:
         "This recipe with other values, e.g. `bs=256`"
         return replace(self, **changes)
 
-    def at_eps(self, eps):
+    def at_eps(self,
+        eps, # radius in pixel space
+    ):
         "This recipe with an attack of radius `eps`, and steps in proportion"
         if self.attack is None: return self
         old = self.attack.settings

@@ -57,7 +57,9 @@ def rows(
     df['stop'] = df['stop'].fillna(df['teacher_epochs'])
     return df.assign(compute=df['compute'].fillna(df['epochs'] + (df['members']*df['stop']).where(df['teacher'].notna(), 0)))
 
-def measured(df):
+def measured(
+    df, # from `read_rows`
+):
     "The `rows` of `df` that have accuracies"
     df = rows(df)
     return df[df['clean'].notna() & df['diverged'].isna()]
@@ -249,7 +251,9 @@ def is_number(column):
     return all(re.match(r'[+−]?\d|–', str(v)) for v in column)
 
 # %% ../nbs/28_rows.ipynb #e0419989
-def as_markdown(table):
+def as_markdown(
+    table, # a DataFrame, from one of the functions that make tables
+):
     "A table as Markdown, its verdict and caption below"
     text = lambda v: re.sub(r'\s+', ' ', html.escape(str(v), quote=False)).replace('\\', '\\\\').replace('|', '\\|')
     line = lambda values: f"| {' | '.join(values)} |"

@@ -63,13 +63,21 @@ def make_net(
     if not timm.is_model(arch): raise ValueError(f"`--arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
 
-def batch_size(recipe, n, bs=None):
+def batch_size(
+    recipe, # a `Recipe`
+    n, # number of training images
+    bs=None, # what was asked for; None: nothing
+):
     "`bs`, or the recipe's batch size where at least eight of them fill an epoch of `n` images"
     if bs is not None and not 0 < bs <= n: raise ValueError(f"`bs` must be from 1 to {n}, the number of training images, got {bs}")
     return bs or (recipe.bs if 8*recipe.bs <= n else min(125, n))
 
 # %% ../nbs/26_runs.ipynb #e9e30f4c
-def save_run(learn, out, **card):
+def save_run(
+    learn, # that has been fitted
+    out, # folder of the run
+    **card
+):
     "Weights and card of a finished run"
     with atomic_path(out/'model.pth') as tmp: torch.save(unwrap(learn.model).state_dict(), tmp)
     names,values = learn.recorder.metric_names[1:-1],learn.recorder.values[-1]
@@ -99,7 +107,11 @@ def load_run(
     except (ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
     return load_teacher(path, net), card
 
-def check_vocab(card, dls, name):
+def check_vocab(
+    card, # of the run
+    dls, # its classes are compared
+    name, # what errors call the run
+):
     "Raise unless a run's classes are those of `dls`, in the same order"
     vocab = [str(o) for o in dls.vocab]
     if card.get('vocab', vocab) != vocab: raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, the data have {vocab}")

@@ -78,15 +78,21 @@ class Study:
             for t in teachers_of(c): out.setdefault(t, set()).add(c.stop)
         return out
 
-    def folder(self, c):
+    def folder(self,
+        c, # `Cell`
+    ):
         "Where a cell or a teacher is kept"
         return self.out/('teachers' if c.schedule == 'teacher' else 'cells')/c.id
 
-    def results(self, c):
+    def results(self,
+        c, # `Cell`
+    ):
         "What has been measured of a cell"
         return _read_results(self.folder(c)/'results.json')
 
-    def is_done(self, c):
+    def is_done(self,
+        c, # `Cell`
+    ):
         "Is a cell trained and measured, or has it diverged?"
         return bool(self.results(c).get('diverged')) or not self._lacking(c)
 
@@ -191,7 +197,9 @@ def _finish(self:Study, c, label):
 
 # %% ../nbs/34_study.ipynb #c893c2cd
 @patch
-def work(self:Study, cells=None):
+def work(self:Study,
+    cells=None, # which; None: all
+):
     "Seconds that each cell is reckoned to take on this machine, its teachers counted with the first that needs them; {cell: seconds}"
     out,seen = {},set()
     for c in self.cells if cells is None else cells:
@@ -327,7 +335,11 @@ class _Table:
         print(f'{self.n:>4}/{len(self.cells)}  {_said(c, self.varied):<{self.wide}}  {found}  ({clock(spent)}{left})', flush=True)
 
 # %% ../nbs/34_study.ipynb #a132d7c2
-def pareto_text(df, wide=64, high=14):
+def pareto_text(
+    df, # from `read_rows`
+    wide=64, # columns of the plot
+    high=14, # its lines
+):
     "Clean against robust accuracy as text, a mark for each mean over the seeds"
     df,robust = cells_of(df)
     front,(x,y) = pareto(df, robust=robust).index,(100*df['clean'],100*df[robust])

@@ -119,7 +119,9 @@ def select(
     return make_table(lines, _about(df, everyone, picks[0][1]['method'].unique()), what, robust)
 
 # %% ../nbs/29_tables.ipynb #6db85121
-def own_students(df):
+def own_students(
+    df, # from `read_rows`
+):
     "`df` with no students but those of one teacher of their own architecture, as wide as they are"
     df = rows(df)
     own = (df['members'].fillna(1) == 1) & (wider(df) == 1) & (df['teacher_arch'].isna() | (df['teacher_arch'] == df['arch']))

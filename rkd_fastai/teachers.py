@@ -59,7 +59,9 @@ class Teacher(nn.Module):
         if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names): raise ValueError(f"`teacher`: the members order the classes differently, {names}: an average of them means nothing")
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True):
+    def train(self,
+        mode=True, # as PyTorch calls it; it changes nothing
+    ):
         "A teacher stays in eval mode"
         return super().train(False)
 
@@ -202,7 +204,9 @@ def _saved(folder, fname, suffix):
     found = {p: re.fullmatch(rf'{re.escape(fname)}_(\d+)', p.stem) for p in Path(folder).glob(f'*{suffix}')}
     return {int(m[1]): p for p,m in sorted(found.items(), key=lambda o: int(o[1][1]) if o[1] else 0) if m}
 
-def read_card(path):
+def read_card(
+    path, # of the card
+):
     "The dict in a card beside a checkpoint"
     try: card = read_json(path)
     except ValueError as e: raise ValueError(f"`{path}` is damaged ({e}): delete it, and it is as if that epoch had not been kept") from e
@@ -289,7 +293,10 @@ def from_torchvision(cls:Teacher,
     return teacher
 
 # %% ../nbs/09_teachers.ipynb #06fd0a82
-def check_teacher(teacher, dls):
+def check_teacher(
+    teacher, # a `Teacher`
+    dls, # DataLoaders of the training
+):
     "Raise `ValueError` unless `teacher` runs on the images of `dls` and knows their classes"
     images,n_out = sample_images(dls).to(model_device(teacher)), get_c(dls)
     channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel) and m.mean is not None} - {1, images.shape[1]}

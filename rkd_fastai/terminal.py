@@ -12,12 +12,16 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 
 # %% ../nbs/25_terminal.ipynb #c1c95138
-def clock(seconds):
+def clock(
+    seconds, # any length of time
+):
     "`seconds` as m:ss, from an hour on as h:mm:ss"
     m,s = divmod(int(seconds), 60)
     return f'{m}:{s:02d}' if m < 60 else f'{m//60}:{m%60:02d}:{s:02d}'
 
-def reason(e):
+def reason(
+    e, # an exception
+):
     "What an exception says, without the line that fastai puts before it when a callback raises"
     return str(e).rpartition(':\n\t')[2].strip()
 
@@ -33,7 +37,10 @@ class Line:
         self.every,self.last = (.2 if self.live else quiet),self.start
         self.share,self.comment = None,''
 
-    def update(self, share=None, comment=''):
+    def update(self,
+        share=None, # of the task, in [0, 1]
+        comment='', # behind the bar
+    ):
         "Show `share` (a fraction, or None where it is unknown) and `comment`, unless it is too soon"
         self.share,self.comment,now = share,comment,time.time()
         if now - self.last < self.every: return
@@ -42,7 +49,9 @@ class Line:
         bar = '' if share is None else f"{'█'*round(20*share):░<20} "
         self._print(f'{bar}{clock(spent)}{left}  {comment}', end='' if self.live else '\n')
 
-    def finish(self, comment=''):
+    def finish(self,
+        comment='', # behind the time it took
+    ):
         "The task's last line"
         self._print(f'{clock(time.time()-self.start)}  {comment}', end='\n')
 
@@ -77,14 +86,20 @@ class LineProgress(Callback):
     def after_fit(self): self.line.finish(f'{self.n_epoch} epochs{self.note}')
 
 @contextmanager
-def watching(model, line):
+def watching(
+    model, # any `nn.Module`
+    line, # a `Line`
+):
     "Within it every forward pass of `model` moves the clock on `line`"
     hook = model.register_forward_hook(lambda *_: line.update(line.share, line.comment))
     try: yield
     finally: hook.remove()
 
 @contextmanager
-def one_line(learn, label):
+def one_line(
+    learn, # any Learner
+    label, # name of the task
+):
     "Within it `learn` shows its fits on one line instead of fastai's bars and rows"
     cb = LineProgress(label)
     with learn.no_bar(), learn.no_logging():

@@ -58,13 +58,17 @@ class Trajectory:
         "Number of images"
         return self.clean.shape[1]
 
-    def probs(self, kind='clean'):
+    def probs(self,
+        kind='clean', # 'clean' or 'adv'
+    ):
         "The `clean` or the `adv` probabilities `(K, n)`"
         if kind not in _kinds: raise ValueError(f"`kind` must be one of {list(_kinds)}, got {kind!r}")
         if getattr(self, kind) is None: raise ValueError("`kind` is 'adv', but the trajectory was recorded without an attack: give `RecordTrajectory` one")
         return getattr(self, kind)
 
-    def until(self, epoch):
+    def until(self,
+        epoch, # from 1 on
+    ):
         "The first epochs, up to and with `epoch`: the trajectory of a network that is stopped there"
         if not 1 <= epoch <= self.epochs: raise ValueError(f"`epoch` must be from 1 to {self.epochs}, got {epoch}")
         first = {k: getattr(self, k)[:epoch] for k in ('clean','adv','entropy','entropy_adv') if getattr(self, k) is not None}

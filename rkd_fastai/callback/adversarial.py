@@ -35,7 +35,9 @@ def label_settings(
     if isinstance(f, nn.CrossEntropyLoss): return f.label_smoothing, f.weight
     return 0., None
 
-def own_loss(learn):
+def own_loss(
+    learn, # any Learner
+):
     "The Learner's loss function, also while MixUp or CutMix stand in for it"
     return next((cb.old_lf for cb in learn.cbs if isinstance(cb, MixHandler) and learn.loss_func == cb.lf), learn.loss_func)
 
@@ -115,7 +117,9 @@ class RobustCallback(FitCallback):
         net = unwrap(self.model) if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
         return check_logits(net(*xb))
 
-    def check_loss(self, loss_func):
+    def check_loss(self,
+        loss_func, # the Learner's
+    ):
         "Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it cannot take over"
         if type(self).method_loss is not RobustCallback.method_loss and isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the Learner `CrossEntropyLossFlat` "

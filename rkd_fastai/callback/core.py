@@ -18,7 +18,9 @@ class FitCallback(Callback):
         if not self.learn.lock.locked(): return super().__call__(event_name) # they hold the lock
 
 @contextmanager
-def told_where(learn):
+def told_where(
+    learn, # that is being fitted
+):
     "Within it an error about numbers that are not finite says in which batch, and looks for its cause in the student"
     try: yield
     except FloatingPointError as e:

@@ -24,7 +24,9 @@ class CleanCache:
         n, # number of images in the data set
     ): self.probs,self.n,self.rows,self.weights = probs,n,{},None
 
-    def keys(self, x):
+    def keys(self,
+        x, # images, `(bs, c, h, w)`
+    ):
         "64-bit hashes of float images, by integer arithmetic, which does not depend on the rest of the batch"
         bits = x.float().flatten(1).contiguous().view(torch.int32).long()
         if self.weights is None or len(self.weights) != bits.shape[1]:

@@ -65,7 +65,9 @@ def _transforms(dl):
     "What is done to an item and to a batch: a name and the settings of each"
     return [[type(t).__name__, _settings(t)] for k in ('after_item','after_batch') for t in getattr(getattr(dl, k, None), 'fs', [])]
 
-def describe_training(learn):
+def describe_training(
+    learn, # about to be fitted
+):
     "What must be the same for a training to go on: a dict of what can be written and compared"
     dls,net,loss,scheduled = learn.dls,unwrap(learn.model),learn.loss_func,{k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
