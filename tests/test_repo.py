@@ -3,6 +3,7 @@ import json, re, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import requires, version
 from pathlib import Path
+from runpy import run_path
 import pytest, rkd_fastai
 
 root = Path(__file__).parent.parent
@@ -73,3 +74,10 @@ def test_table_of_teachers_is_that_of_its_cards():
     assert len(cards) >= 4 and all(len(v) >= 2 for v in cards.values())
     page = ''.join(json.loads((root/'nbs/choosing_a_teacher.ipynb').read_text(encoding='utf8'))['cells'][2]['source'])
     for row in module.table(cards).splitlines(): assert row in page
+
+def test_every_operator_has_its_mutants():
+    "What `tools/mutate.py` lists is there to be changed"
+    mutate = run_path(str(root/'tools/mutate.py'))
+    for module,names,tests in mutate['groups'].values():
+        assert len(list(mutate['mutants']((root/'rkd_fastai'/module).read_text(encoding='utf8'), names))) >= 20
+        assert (root/tests[0]).is_file()
