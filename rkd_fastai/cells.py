@@ -70,11 +70,14 @@ def attack_passes(
     "Forward passes of one image in measuring a network"
     return sum(p.cost*n*_still_stands for a,n in attacks for p in make_attack(a, fast=fast).parts(None, 10))
 
-def _timed(f, n):
+def _timed(f, n, device):
     "Seconds of `f()`, the second time, by `n`"
-    f()
+    def whole():
+        f()
+        if device.type == 'cuda': torch.cuda.synchronize(device) # it works on after `f` has returned
+    whole()
     start = time.time()
-    f()
+    whole()
     return (time.time()-start)/n
 
 @lru_cache(maxsize=None)
@@ -83,8 +86,8 @@ def _speeds(c, path):
     dls = cell_dls(c, path)
     x,y = (t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
     net,attack = make_net(c.arch, c.width, x.shape[1], dls.c).to(x.device),PGD(steps=4)
-    with faster(c.compile, c.bf16): asked = _timed(lambda: attack(net.eval(), x, y), attack.cost*len(x))
-    return asked, _timed(lambda: F.cross_entropy(net.train()(x), y).backward(), 3*len(x))
+    with faster(c.compile, c.bf16): asked = _timed(lambda: attack(net.eval(), x, y), attack.cost*len(x), x.device)
+    return asked, _timed(lambda: F.cross_entropy(net.train()(x), y).backward(), 3*len(x), x.device)
 
 def _alike(c): return Cell('at', c.data, c.size, c.n, arch=c.arch, width=c.width, compile=c.compile, bf16=c.bf16, schedule='onecycle') # what passes cost as much in
 

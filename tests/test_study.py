@@ -332,3 +332,13 @@ def test_collected_is_the_study_without_weights(finished, tmp_path):
     columns,theirs = ['id','stop','clean','pgd2','n_clean','compute'],finished.to_df()
     pd.testing.assert_frame_equal(table(s.to_df())[columns], table(theirs[theirs.id.isin([c.id for c in s.cells])])[columns], check_dtype=False)
     assert '2 of 2 cells' in str(pytest.raises(SystemExit, collect, tmp_path/'mine.toml', tmp_path/'nowhere').value) and (out/'study.json').exists()
+
+def test_a_gpu_is_waited_for(monkeypatch):
+    "It works on after the call that gave it the work has returned, and the time would be that of the call"
+    from rkd_fastai import cells
+    order = []
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: order.append('waited'))
+    assert cells._timed(lambda: order.append('ran'), 1, torch.device('cuda')) >= 0 and order == ['ran','waited']*2
+    order.clear()
+    cells._timed(lambda: order.append('ran'), 1, torch.device('cpu'))
+    assert order == ['ran']*2
