@@ -8,6 +8,7 @@ __all__ = ['methods', 'task', 'extras', 'settings', 'NotEnough', 'rows', 'measur
 
 # %% ../nbs/28_rows.ipynb #54253069
 import html, re
+from decimal import Decimal, ROUND_HALF_UP
 from fractions import Fraction
 import numpy as np, pandas as pd
 
@@ -178,7 +179,8 @@ def said(c, v):
 def points(mean, std=np.nan, sign=''):
     "Fractions as points: '48.1 ± 0.3'; without a `std`, '48.1'"
     if pd.isna(mean): return '–'
-    text = f'{round(100*mean, 1) + 0.:{sign}.1f}'.replace('-', '−')
+    tenths = Decimal(f'{100*mean:.6f}').quantize(Decimal('.1'), ROUND_HALF_UP) # Python and NumPy round halves differently, and 81.35 is one of them
+    text = f'{tenths + 0:{sign}.1f}'.replace('-', '−')
     return text if pd.isna(std) else f'{text} ± {100*std:.1f}'
 
 def accuracy(cell, c):

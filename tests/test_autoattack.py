@@ -1,6 +1,6 @@
 "AutoAttack and the number that comes of it: against `pyautoattack`, on a faster model, on ensembles, when memory or disk run out, and when killed."
 import errno, json, logging, os, random, resource, subprocess, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest, torch, torch.nn as nn
@@ -166,15 +166,16 @@ def test_numbers_of_the_search(robust_net):
 @pytest.mark.parametrize('which,eps,n', [('robust_net', .15, 60), ('plain_net', .1, 60),
     *(pytest.param(w, e, 300, marks=pytest.mark.slow) for w,e in (('robust_net', .15), ('plain_net', .1)))])
 def test_fast_is_plain(which, eps, n, request, test_images):
-    "The same verdict on 999 of 1,000 images; none is called broken that stands on the plain model, and who stands met APGD on it"
+    "The same verdict on 999 of 1,000 images, but for a few that it finds and the package does not; none is called broken that stands on the plain model, and who stands met APGD on it"
     net, (x, y) = request.getfixturevalue(which), right_ones(request.getfixturevalue(which), test_images, n)
     n = len(x)
-    with shorter(*((20, 100) if n <= 60 else (50, 500))):
+    with shorter(20, 100) if n <= 60 else nullcontext(): # on many images only the whole search is sure of those that are close
         fast = AutoAttack(eps, fast=True, bs=100)(net, x, y)
         flags = right(net, AutoAttack(eps, bs=100)(net, x, y), y)
         once_more = right(net, AutoAttack(eps, version='apgd-ce', bs=100)(net, x, y), y)
     stands = right(net, fast, y)
-    assert (stands != flags).sum() <= n/1000 and 0 < flags.sum() < n
+    assert (stands & ~flags).sum() <= n/1000 and 0 < flags.sum() < n
+    assert (flags & ~stands).sum() <= n/100 # it may find more: what falls has fallen on the plain model
     assert (fast - x).abs().max() <= eps + 1e-6 and 0 <= fast.min() and fast.max() <= 1
     assert torch.equal(fast[stands], x[stands])
     assert not (stands & ~once_more).any()
