@@ -32,6 +32,8 @@ shown = [('README.md', 'headline', 'What it is worth', baseline | {'AKD⁺ stude
              'RSLAD⁺, α 0.3, ST teacher': dict(method='rslad', teacher='st'), 'AKD⁺, α 0.8, LAT teacher (ε 2/255)': dict(method='akd', teacher='lat', alpha=.8),
              'AKD⁺, α 0.8, four AT teachers': dict(method='akd', teacher='4 at')} | {f'AKD⁺, α 0.8, {t} teacher': dict(method='akd', teacher=t.lower(), alpha=.8) for t in ('ST','FFGSM','AT')} |
              {f'AKD⁺, α 0.8, two ST and two AT teachers, β {b:g}': dict(method='akd', teacher='2 st, 2 at', beta=b) for b in (0., .5, 1.)}),
+         ('results/fashion_mnist/README.md', 'sizes', 'Number of images, and a smaller network', {f'{n:,} images, width {w}: {k}': v | dict(n=n) for n,w in ((500, '1/8'), (2000, '1/8'), (1000, '1/16'))
+             for k,v in (baseline | {'AKD⁺ student': dict(method='akd')}).items()}),
          ('results/fashion_mnist/README.md', 'radius', 'At three times the radius', baseline | {'AKD⁺ student, α 0.8': dict(method='akd')})]
 
 @pytest.mark.parametrize('page, study, heading, networks', shown, ids=lambda o: o if isinstance(o, str) else '')
