@@ -21,9 +21,10 @@ coverage: .venv/dev
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
-test-all: .venv/dev .venv/docs
+# all that .ci/run asks for, and what is slow
+test-all: check coverage .venv/docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not cuda"
 
 # does a test fail for every operator that is wrong?
 mutants: .venv/dev

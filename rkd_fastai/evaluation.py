@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, PixelModel, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
+from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 

@@ -171,3 +171,15 @@ def test_all_that_is_exported_is_described():
                 if not o.__doc__: lacking.append(f'{info.name}.{name}')
                 if '__init__' in vars(o) and not hasattr(o, '__dataclass_fields__'): lacking += described(info.name, f'{name}.__init__', o.__init__)
     assert lacking == []
+
+def unused(source):
+    "Names that `source` imports and never mentions, but in lines marked `noqa`"
+    lines,tree = source.splitlines(), ast.parse(source)
+    brought = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and 'noqa' not in lines[n.lineno-1] for a in n.names}
+    return brought - {'*'} - {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+@pytest.mark.parametrize('folder', ['rkd_fastai', 'tests', 'tools', 'bench', 'examples'])
+def test_no_import_is_left_over(folder):
+    assert unused('import os, sys as s\nfrom a.b import c, d\nimport x # noqa: patches\nprint(s, c)') == {'os', 'd'}
+    files = [*(root/folder).glob('*.py')]
+    assert files and {f.name: u for f in files if (u := unused(f.read_text(encoding='utf8')))} == {}

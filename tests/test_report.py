@@ -6,7 +6,7 @@ from rkd_fastai import report
 from rkd_fastai.curves import axis_table, beta_table, capacity_table, plot_axis, plot_beta, plot_capacity
 from rkd_fastai.figures import front_table, map_table, plot_map, plot_pareto
 from rkd_fastai.report import views, write_report
-from rkd_fastai.rows import NotEnough, as_markdown, main, measures, methods, over_seeds, pareto, settings, strongest
+from rkd_fastai.rows import as_markdown, main, measures, methods, over_seeds, pareto, settings, strongest
 from rkd_fastai.tables import gain, gains, select, table2, table3, table5, table12
 
 @pytest.fixture(autouse=True)

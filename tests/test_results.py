@@ -1,5 +1,5 @@
 "Every number that is shown as ours is that of the cards beside it."
-import json, re
+import re
 from pathlib import Path
 
 import pytest

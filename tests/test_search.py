@@ -187,6 +187,7 @@ def test_dlr(n_out):
     "Eq. 6 and 7 of Croce and Hein as they are written, in float64, whether the label is the likeliest class or not"
     z, y = torch.randn(50, n_out).double()*3, torch.arange(50) % n_out
     z[:10].scatter_(1, y[:10,None], 9.) # right ones
+    z[10:12] = (torch.arange(n_out) != y[10:12,None]).double() # all others alike: the unit is 1e-12
     got = search._dlr(z, y, None)
     for row,c,v in zip(z.tolist(), y.tolist(), got.tolist()):
         pi = sorted(row, reverse=True)

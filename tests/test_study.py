@@ -1,5 +1,5 @@
 "Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
-import json, os, random, runpy, signal, subprocess, sys, time
+import json, os, random, runpy, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch

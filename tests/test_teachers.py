@@ -8,7 +8,7 @@ import numpy as np, pytest, timm, torch, torch.nn as nn, torchvision
 from fastai.vision.all import SGD, Image, Normalize, TensorImage, imagenet_stats, load_learner
 from safetensors.torch import save_file
 
-from rkd_fastai import learner # patches `fit_exp` and `fit_rkd` into Learner
+import rkd_fastai.learner # noqa: patches `fit_exp` and `fit_rkd` into Learner
 from rkd_fastai.attacks import PGD
 from rkd_fastai.data import arrays_dls
 from rkd_fastai.evaluation import robust_accuracy
