@@ -66,7 +66,7 @@ class _APGD:
     def __init__(self, model, x, y, target, eps, loss, rng):
         self.model,self.loss,self.eps,self.fallen = model,loss,eps,[]
         noise = _random(x.shape, rng, x.device)
-        now = (x + eps*noise/(_per_image(noise.abs().flatten(1).amax(1)) + 1e-12)).clamp(0, 1)
+        now = (x + eps*noise/_per_image(noise.abs().flatten(1).amax(1))).clamp(0, 1)
         zero = torch.zeros(len(x), device=x.device)
         self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now, step=_per_image(zero + 2*eps),
                          value=zero, rises=zero, best_value=zero - torch.inf, best=now, best_grad=now, halved=zero == 0, checked=zero)
@@ -140,7 +140,7 @@ def apgd(
 def _onto_plane(t, w, b, steps=30):
     "The smallest `d` in L∞ with w·(t+d) = b and t+d in [0, 1], or the furthest one there is: `(bs, k)`"
     gap = (w*t).sum(1) - b
-    w = w*torch.where(gap >= 0, 1., -1.)[:,None] # now w·t has to fall by |gap|
+    w = torch.where((gap >= 0)[:,None], w, -w) # now w·t has to fall by |gap|
     gap,room,weight = gap.abs(), torch.where(w > 0, t, 1-t), w.abs()
     by = torch.zeros_like(gap)
     for i in range(steps):

@@ -66,6 +66,29 @@ def test_apgd_takes_the_steps_of_the_package(kwargs, robust_net, test_images):
     for i,(a,b) in enumerate(zip(mine.seen, their.seen[1:])): torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=lambda m: f'call {i}: {m}')
     assert distance(mine.seen[-1], x).max() > .04 and len({round(s.double().sum().item(), 6) for s in mine.seen}) > kwargs.get('steps', 100)//2
 
+class Course:
+    "A model whose margins over the wrong class are `margins`, call by call, wherever it is asked; its gradient points to `middle`, but for the first column"
+    def __init__(self, margins, middle): self.margins,self.middle = iter(margins),middle
+    def __call__(self, x):
+        off = (x - self.middle)[...,1:].square().flatten(1).sum(1)
+        return torch.stack([next(self.margins) + off - off.detach(), torch.zeros(len(x))], 1)
+
+@pytest.mark.parametrize('seed', range(3))
+def test_apgd_looks_back_as_the_package_does(seed):
+    "Losses that rise, fall, stay, and fall at once to rise ever after: where to halve the step and go back is a matter of them alone"
+    torch.manual_seed(seed)
+    n,steps = 12,100
+    x, y, middle = torch.rand(n, 1, 2, 2)*.5 + .25, torch.zeros(n).long(), torch.rand(n, 1, 2, 2)
+    margins = 2 + (torch.randn(steps+1, n)*torch.linspace(.01, .3, n)).cumsum(0).clamp(-1, 1)
+    margins[0,:3],margins[1:,:3] = .5, 3 - .01*torch.arange(steps)[:,None] # never as good as the start, and better with each step
+    margins[:,3] = 2
+    margins[:,4] = 3 - .01*torch.arange(steps+1)
+    margins[43:51:2,4] += .015 # 12 rises in the third period, which has 16 steps: exactly three quarters
+    mine,their = Recorder(Course(margins, middle)), Recorder(Course(torch.cat([margins[:1], margins]), middle))
+    apgd(mine, x, y, .1, steps=steps), package_apgd(their, x, y, .1, steps=steps)
+    assert len(mine.seen) == len(their.seen) - 1 == steps + 1
+    for i,(a,b) in enumerate(zip(mine.seen, their.seen[1:])): torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m: f'call {i}: {m}')
+
 def in_float64(m):
     "Within the monkeypatch context `m` the package computes in float64, where it would in float32"
     m.setattr(torch.Tensor, 'float', torch.Tensor.double)
