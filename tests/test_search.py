@@ -140,11 +140,11 @@ def replay(calls, logits, y):
         best, lowest = torch.where(better.view(-1,1,1,1), new, best), torch.where(better, m, lowest)
     return asked, same
 
-@pytest.mark.parametrize('which,seed', [('robust_net', 0), ('plain_net', 3)])
-def test_square_takes_the_steps_of_the_package(which, seed, request, test_images):
-    "On images that stand, all that is left out are questions about images that did not change"
+@pytest.mark.parametrize('which,seed,plateaus', [('robust_net', 0, False), ('plain_net', 3, False), ('robust_net', 1, True)])
+def test_square_takes_the_steps_of_the_package(which, seed, plateaus, request, test_images):
+    "On images that stand, all that is left out are questions about images that did not change; what is no better is not taken, on `plateaus` of a rounded margin either"
     net64 = copy.deepcopy(request.getfixturevalue(which)).double()
-    net = lambda x: net64(x.double()) # a comparison of two margins must not hang on the size of a batch
+    net = lambda x: net64(x.double()).round() if plateaus else net64(x.double()) # a comparison of two margins must not hang on the size of a batch
     x, y = surest(net, test_images, 8)
     mine, their, queries = Recorder(net), Recorder(net), 700
     got, want = square(mine, x, y, .05, queries=queries, seed=seed), package_square(their, x, y, .05, queries=queries, seed=seed)
@@ -154,6 +154,12 @@ def test_square_takes_the_steps_of_the_package(which, seed, request, test_images
     assert len(mine.seen) == len(asked) and same > 100
     for a,b in zip(mine.seen, asked): torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert sum(map(len, mine.seen)) == len(x)*(1 + queries) - same
+
+def test_square_counts_a_tie_as_fallen():
+    x, y = torch.full((2, 1, 4, 4), .5), torch.ones(2).long()
+    tie = lambda o: torch.stack([torch.zeros(len(o)), (o == .5).flatten(1).all(1).float()], 1) # but at `x`, where class 1 wins
+    got, want = square(tie, x, y, .1, queries=3), package_square(tie, x, y, .1, queries=3)
+    assert torch.equal(got, want) and (got != x).all()
 
 @pytest.mark.parametrize('eps', [.15, .25])
 def test_square_finds_the_images_of_the_package(eps, robust_net, test_images):
@@ -281,6 +287,19 @@ def test_onto_plane_needs_few_steps():
     for share in (.01, .5, .9, .999, .99999):
         b = (w*t).sum(1)*(1-share)
         torch.testing.assert_close(search._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=0, atol=2e-3 if share > .999 else 1e-4)
+
+def test_onto_plane_of_small_distances():
+    "It looks no less closely where the plane is near and the border nearer"
+    t, w = torch.logspace(-9, -3, 768)[None], torch.ones(1, 768)
+    for share in (.5, .9, .99):
+        b = (w*t).sum(1)*(1-share)
+        torch.testing.assert_close(search._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=1e-3, atol=1e-9)
+
+def test_fab_takes_what_is_just_within_the_radius():
+    "Only at white does this image fall, which is as far away as it may go"
+    x, y = torch.full((1, 1, 1, 1), .5), torch.zeros(1).long()
+    net = lambda o: torch.stack([torch.full((len(o),), .999), o.flatten(1).sum(1)], 1)
+    assert fab(net, x, y, .5, targets=1, steps=5).item() == 1 and fab(net, x, y, .49, targets=1, steps=5).item() == .5
 
 
 # --- what does not change, and edge cases ---

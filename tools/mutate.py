@@ -21,7 +21,13 @@ groups = dict(
 # mutants that change nothing: (module, before, after), and why
 harmless = {
     ('attacks.py', 'torch.sign(wide - x_adv).to(torch.int16) * too_far', 'torch.sign(wide - x_adv).to(torch.int16) / too_far'): 'a quotient by zero is 0 as an int16',
-    ('search.py', 'since == k', 'since >= k'): 'it counts up one by one',
+    ('search.py', 'gap >= 0', 'gap > 0'): 'a gap of 0 is no way to go, in either direction',
+    ('search.py', 'w > 0', 'w >= 0'): 'a component of weight 0 does not move',
+    ('search.py', 'room > by[:, None]', 'room >= by[:, None]'): 'a component that has just arrived makes one step shorter, of thirty',
+    **{('search.py', *swap): 'how often it looks whether it is done' for swap in
+       (('i % 4 == 3', 'i % 4 != 3'), ('i % 4', 'i * 4'), ('more <= 1e-06 * by', 'more < 1e-06 * by'))},
+    ('search.py', '2 * eps * colour', '2 * eps / colour'): 'colours are 1 and -1',
+    ('search.py', 'eps * _random((n, c, 1, w), rng, x.device).sign()', 'eps / _random((n, c, 1, w), rng, x.device).sign()'): 'so are these',
 }
 
 swaps = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.Pow: [ast.Mult], ast.FloorDiv: [ast.Mult], ast.Mod: [ast.Mult],
