@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import PixelModel, frozen, check_images, check_logits, hard_labels, onehot, seeded
+from .core import PixelModel, frozen, check_images, check_logits, class_indices, hard_labels, onehot, seeded
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -141,7 +141,7 @@ class PGD(Attack):
     ):
         "What each image's attack climbs: `(bs,)`"
         logits = check_logits(logits)
-        targ = onehot(targ, logits.shape[1]).to(logits) if targ.is_floating_point() else targ.long()
+        targ = onehot(targ, logits.shape[1]).to(logits) if targ.is_floating_point() else class_indices(targ, logits.shape[1])
         if self.objective == 'ce': return F.cross_entropy(logits, targ, reduction='none')
         if self.objective == 'cw': return margin(logits, hard_labels(targ))
         p = onehot(targ, logits.shape[1]).to(logits)

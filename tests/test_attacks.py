@@ -342,6 +342,8 @@ def test_what_is_no_image_batch(tiny_net):
     with pytest.raises(TypeError, match='float'): PGD()(tiny_net(), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8), y)
     with pytest.raises(ValueError, match='shape'): PGD()(tiny_net(), torch.rand(4, 8, 8), y)
     with pytest.raises(ValueError, match='targ'): PGD()(tiny_net(), torch.rand(4, 1, 8, 8), y[:3])
+    for objective in ('ce','cw','kl'):
+        with pytest.raises(ValueError, match='`targ` holds classes 1 to 12'): PGD(objective=objective)(tiny_net(), torch.rand(2, 1, 8, 8), torch.tensor([1,12]))
 
 @pytest.mark.parametrize('cls', [PGD, FGSM, FFGSM, AutoAttack])
 @pytest.mark.parametrize('bad', [-.1, 8., 1.01, float('nan'), float('inf')])
