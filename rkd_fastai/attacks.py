@@ -320,7 +320,10 @@ class AutoAttack(Attack):
         if queries < 1: raise ValueError(f"`queries` must be >= 1, got {queries}")
         self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast
 
-    def published(self, model, device):
+    def published(self,
+        model, # maps pixel space to logits
+        device, # of the model
+    ):
         "The package's own AutoAttack for `model`"
         kw = dict(norm=self.norm, eps=self.eps, seed=self.seed, version='standard' if self.version in _names else self.version, device=device)
         try:
@@ -331,7 +334,11 @@ class AutoAttack(Attack):
         except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
         return Published(model, **kw, verbose=False)
 
-    def parts(self, model, n_out):
+    def parts(self,
+        model, # maps pixel space to logits
+        n_out, # number of classes
+    ):
+        "The attacks that run one after the other, each on the images that stand"
         if n_out < 2: raise ValueError("AutoAttack needs at least two classes, but `model` returns one logit")
         parts = [_Part(self, name, n_out, self.fast) for name in _autoattack_parts(self.version, n_out)]
         if self.version not in _names and (members := _members(model)): parts.append(_Transfer(self, len(members)))

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 from .attacks import PGD
-from .evaluation import make_attack, pixel_data
+from .evaluation import make_attack
 from .fast import faster
 from .grid import Cell, recipe_of, teachers_of
 from .loaders import with_augmentation, with_bs, with_label_noise, with_subset

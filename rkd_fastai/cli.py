@@ -125,7 +125,8 @@ def evaluate(
     if args.check and args.norm != 'Linf': raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
     model,card = load_run(args.model)
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
-    if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))): raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
+    if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
+        raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]

@@ -198,6 +198,12 @@ def _find(path, sub, name):
     raise FileNotFoundError(f"{name} is neither in {path} nor in {Path(path)/sub}: give the folder of the published files, "
                             "or leave `path` out to download them")
 
+def _downloaded(name, get):
+    "What `get` returns, which downloads the data set `name`"
+    try: return get()
+    except (RuntimeError, OSError) as e: # torchvision's and the network's
+        raise OSError(f"{name} cannot be downloaded: give the folder of its files, as `path` or by `--data-path` ({' '.join(str(e).split())})") from e
+
 def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **kwargs):
     "Three loaders: a held-out part of the split `train` is the second; `batch_tfms` come after the usual augmentation"
     x,y = train
@@ -237,7 +243,7 @@ def _get_fashion():
     "Folder of Debian's package dataset-fashion-mnist, else torchvision's download in fastai's data folder"
     debian = Path('/usr/share/datasets/fashion-mnist')
     if debian.exists(): return debian
-    tvd.FashionMNIST(fastai_path('data'), download=True)
+    _downloaded('Fashion-MNIST', lambda: tvd.FashionMNIST(fastai_path('data'), download=True))
     return fastai_path('data')
 
 def fashion_mnist_dls(
@@ -315,7 +321,7 @@ def _cifar_dls(c, path, download, bs, valid_pct, seed, **kwargs):
     o = _cifar[c]
     if path is None:
         path = fastai_path('data')
-        download(path, download=True)
+        _downloaded(f'CIFAR-{c}', lambda: download(path, download=True))
     def read(split): return map(np.concatenate, zip(*[_read_batch(_find(path, o['sub'], f), o['labels'], c) for f in o[split]]))
     return _published_dls(read('train'), read('test'), _class_names(path, c, **o), 4, valid_pct, seed, bs=bs, **kwargs)
 
@@ -349,7 +355,7 @@ def tiny_imagenet_dls(
     **kwargs # `device_resident`, or passed to fastai's `Datasets.dataloaders`, e.g. `num_workers`
 ) -> DataLoaders: # three loaders, images `(3, 64, 64)`
     "Tiny-ImageNet (http://cs231n.stanford.edu): 200 classes of ImageNet at 64×64 pixels"
-    if path is None: path = untar_data('http://cs231n.stanford.edu/tiny-imagenet-200.zip')
+    if path is None: path = _downloaded('Tiny-ImageNet', lambda: untar_data('http://cs231n.stanford.edu/tiny-imagenet-200.zip'))
     folder,ann = [_find(path, 'tiny-imagenet-200', o) for o in ('train', 'val/val_annotations.txt')]
     train = L((f, f.parts[-3]) for f in sorted(folder.glob('*/images/*.JPEG')))
     if not train: raise FileNotFoundError(f"{folder} has no CLASS/images/*.JPEG: unpack the archive again")
@@ -357,6 +363,7 @@ def tiny_imagenet_dls(
     labels = train.itemgot(1)
     vocab = labels.unique().sorted()
     for f,c in test:
-        if c not in vocab or f.parent != ann.parent/'images' or f.name == '..' or not f.exists(): raise ValueError(f"{ann} lists {f.name} of class {c}, one of which is missing: unpack the archive again")
+        if c not in vocab or f.parent != ann.parent/'images' or f.name == '..' or not f.exists():
+            raise ValueError(f"{ann} lists {f.name} of class {c}, one of which is missing: unpack the archive again")
     held = [train[i] for i in _split(labels, valid_pct, seed)]
     return _pairs_dls([*held, test], PILImage, vocab, bs, [PadCropFlip(4), *L(batch_tfms)], **kwargs)

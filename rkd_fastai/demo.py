@@ -18,12 +18,11 @@ from fastai.metrics import accuracy
 from fastai.torch_core import default_device, set_seed
 from .attacks import PGD
 from .callback.monitor import KeepEpochs, RobustAccuracy
-from .core import frozen, write_atomic
+from .core import frozen, seeded, write_atomic
 from .data import digits_dls, fashion_sample_dls
-from .evaluation import pixel_data, seeded
 from .learner import sgd_nesterov
 from .models import resnet18
-from .pixel import model_device, pixel_model
+from .pixel import model_device, pixel_data, pixel_model
 from .teachers import Teacher
 from .terminal import Line, clock, one_line, watching
 

@@ -10,6 +10,7 @@ from functools import wraps
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
+from .core import colours, markers
 from .rows import NotEnough, methods, pareto, rows, settings
 from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, said, students_of, told_apart, varying
 from .tables import baseline_of, hyper, nearest
@@ -17,8 +18,6 @@ from .tables import baseline_of, hyper, nearest
 # %% ../nbs/30_figures.ipynb #52562050
 _look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'axes.axisbelow': True,
          'legend.frameon': False, 'errorbar.capsize': 0, 'figure.constrained_layout.use': True}
-colours = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9'.split() # Okabe and Ito's
-markers = 'osD^vP'
 red = '#E8542F' # of baselines
 
 def stars(i):
@@ -170,7 +169,8 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{100*s[c].max():.1f} %"
-    words = f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured by {dict(stop='the epoch the teacher was stopped after', alpha='α').get(color, color)}. "
+    by = dict(stop='the epoch the teacher was stopped after', alpha='α').get(color, color)
+    words = f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured by {by}. "
     words += f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under {head(robust)}"
     return words + (f"; the baseline {100*base['clean'].iloc[0]:.1f} % and {100*base[robust].iloc[0]:.1f} %." if len(base) else '.')
 

@@ -34,10 +34,10 @@ class Cell:
     noise:float=0. # part of the training labels that are wrong
     augment:str|None=None # 'none', 'flip'; None: what is usual with the data
     seed:int=0 # of data, weights, order and attacks
-    arch:str='resnet18'
-    width:float=1/8
+    arch:str='resnet18' # see `make_net`
+    width:float=1/8 # factor on the channels of its layers
     eps:float=8/255 # radius of the attack in training and measuring
-    epochs:int|None=40
+    epochs:int|None=40 # of the training itself, its teachers' not counted
     lr:float|None=None # None: the recipe's
     bs:int|None=None # None: the recipe's, where the images are enough for it
     schedule:str|None=None # without a teacher: 'onecycle', 'exp', 'steps'
@@ -217,7 +217,8 @@ def _read_measure(told):
     for k in told: _known('setting of [measure]', k, _measure)
     m = _measure | told
     attacks = m['attacks']
-    if not isinstance(attacks, list) or not attacks or not all(isinstance(a, str) for a in attacks): raise ValueError(f"`attacks` of [measure] is a list of names, such as ['clean', 'pgd20'], got {attacks!r}")
+    if not isinstance(attacks, list) or not attacks or not all(isinstance(a, str) for a in attacks):
+        raise ValueError(f"`attacks` of [measure] is a list of names, such as ['clean', 'pgd20'], got {attacks!r}")
     for a in attacks: make_attack(a)
     for k in ('fast','best'):
         if not isinstance(m[k], bool): raise ValueError(f"`{k}` of [measure] is true or false, got {m[k]!r}")

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import (CategoryMap, Categorize, ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders, Datasets, ItemGetter, L,
                                Learner, ProgressCallback, TensorImage, TensorImageBW, TfmdDL, get_grid, ifnone, no_random, patch, show_title)
 from .attacks import Attack, check_attack
-from .core import PixelModel, seeded
+from .core import PixelModel, colours, markers, seeded
 from .evaluation import make_attack, measure_robustness, robust_flags, wilson
 from .pixel import held_out, measured_images, model_device, pixel_model, pixel_stats, unwrap
 
@@ -74,9 +74,6 @@ def robustness_curve(self:Learner,
     return robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits)
 
 # %% ../nbs/12_interpret.ipynb #46ac102f
-_colours = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9'.split() # Okabe and Ito's
-_markers = 'osD^vP'
-
 def plot_robustness_curve(
     curve, # what `robustness_curve` returns
     ax=None, # axes to draw into, which may hold other curves; None means new ones
@@ -85,9 +82,9 @@ def plot_robustness_curve(
 ):
     "Draw accuracy in percent against the radius, with its 95 % interval as a band, and return the axes"
     if ax is None: _,ax = plt.subplots(figsize=(5.5,3.6), layout='constrained')
-    at,norm = len(ax.lines) % len(_colours),curve.attrs.get('norm', 'Linf')
+    at,norm = len(ax.lines) % len(colours),curve.attrs.get('norm', 'Linf')
     radii = curve.index*(255 if norm == 'Linf' else 1)
-    kwargs = dict(color=_colours[at], marker=_markers[at], markersize=5) | normalize_kwargs(kwargs, Line2D)
+    kwargs = dict(color=colours[at], marker=markers[at], markersize=5) | normalize_kwargs(kwargs, Line2D)
     line, = ax.plot(radii, 100*curve.accuracy, label=label or curve.attrs.get('attack'), **kwargs)
     ax.fill_between(radii, 100*curve.low, 100*curve.high, color=line.get_color(), alpha=.18, lw=0)
     ax.set(xlabel='radius ε (L∞), in 1/255' if norm == 'Linf' else 'radius ε (L2)', ylabel='accuracy, %', ylim=(-2,102)) # all of a marker at either end

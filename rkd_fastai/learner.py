@@ -43,7 +43,7 @@ def method_class(
 def to_rkd(self:Learner,
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
-    **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `compile`, `bf16`
+    **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `cache`, `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
     cls = method_class(method)
@@ -83,9 +83,10 @@ def rkd_learner(
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
     alpha=.8, # weight of the teacher inside the soft target; CKD has none
-    lam=5/6, # weight of the adversarial term, of ARD and RSLAD; of the distilled term in CKD
-    attack=None, # the attack on the training images; None means the method's own, `PGD()`
+    lam=5/6, # weight of the adversarial term, of ARD and RSLAD; in CKD of the distilled term, where `CKDCallback` itself has .9
+    attack=None, # the attack on the training images; None means the method's own, `PGD()`; CKD has none
     T=1., # temperature
+    cache:bool=False, # keep the teacher's answers, for images that are the same in every epoch; not of AKD
     compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
     bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
     **kwargs
@@ -93,8 +94,10 @@ def rkd_learner(
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
     check_fraction(alpha=alpha, lam=lam)
-    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, compile=compile, bf16=bf16)
+    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache or None, compile=compile, bf16=bf16)
     takes = signature(cls).parameters
+    for k in ('attack','cache'): # asked for, not a default
+        if settings[k] is not None and k not in takes: raise TypeError(f"`{k}` means nothing to method {method!r}: leave it out, or take another method")
     cb = cls(teacher, **{k: v for k,v in settings.items() if k in takes and v is not None})
     cb.check(dls) # before `vision_learner` adds its Normalize to them
     return _build_learner(dls, arch, **kwargs).add_cb(cb)

@@ -82,7 +82,8 @@ def _gradients(model, x, y):
         return torch.autograd.grad(F.cross_entropy(check_logits(model(x)), y, reduction='sum'), x)[0]
     with torch.enable_grad(), frozen(model): return _in_batches(grad, x, y)
 
-@symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.')
+@symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. '
+         'Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.')
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{share:.1%} of the images', share > .05

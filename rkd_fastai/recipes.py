@@ -47,8 +47,8 @@ class Recipe:
     ema:float|None=None # decay of the averaged weights
     synthetic:float|None=None # part of each batch that is synthetic
     cutout:int=0 # side of the square, in a 32-pixel image
-    cutmix:bool=False
-    label_smoothing:float=0.
+    cutmix:bool=False # rectangles of other images in each
+    label_smoothing:float=0. # part of each label that is spread over all classes
     note:str='' # what this library does otherwise
 
     def __repr__(self):

@@ -116,8 +116,10 @@ def _png(plot, dark=False, dpi=120):
 def _image(view, light, dark):
     "A figure in HTML: light or dark as the screen is, no smaller than can be read"
     (png,(w,h),words),data = light,lambda b: 'data:image/png;base64,' + base64.b64encode(b).decode()
+    size = f'width="{96*w:.0f}" height="{96*h:.0f}" style="width:100%;max-width:{105*w:.0f}px;min-width:{72*w:.0f}px"'
     return (f'<figure><div class="scroll" tabindex="0" role="group" aria-label="{html.escape(view.title)}"><picture>'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{data(dark[0])}"><img src="{data(png)}" width="{96*w:.0f}" height="{96*h:.0f}" style="width:100%;max-width:{105*w:.0f}px;min-width:{72*w:.0f}px" alt="{html.escape(words)}"></picture></div></figure>')
+            f'<source media="(prefers-color-scheme: dark)" srcset="{data(dark[0])}">'
+            f'<img src="{data(png)}" {size} alt="{html.escape(words)}"></picture></div></figure>')
 
 def _html_table(view, table):
     "A table in HTML"

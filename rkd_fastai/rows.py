@@ -34,6 +34,7 @@ def _numbers(column, name):
     except (ValueError, TypeError) as e: raise ValueError(f"`df`: {name!r} must hold numbers: {e}") from None
 
 def _check_rows(df):
+    "Raise unless `df` can be a table's source"
     if not isinstance(df, pd.DataFrame): raise ValueError(f"`df` must be a DataFrame with a row per measured model, got {type(df).__name__}")
     for c in ('method','clean'):
         if c not in df: raise ValueError(f"`df` has no column {c!r}, it has {list(df.columns)}: there must be a row per measured model")
@@ -141,8 +142,10 @@ def pareto(
 
 # %% ../nbs/28_rows.ipynb #49a2abe9
 _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES')
-_heads = dict(data='Data', size='Image size', augment='Augmentation', arch='Network', teacher_arch='Teacher’s network', schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', eps='ε', n='Training images', noise='Wrong labels', width='Layer size', method='Method', teacher='Teacher', alpha='α', stop='ES',
-              lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs', compile='Compiled', bf16='bfloat16',
+_heads = dict(data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε', arch='Network', width='Layer size',
+              method='Method', teacher='Teacher', alpha='α', stop='ES', lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models',
+              schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled', bf16='bfloat16',
+              teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
               which='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
 
 def fraction(x):
@@ -229,8 +232,8 @@ def caption(
     df = rows(df)
     kept = measured(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := span(kept, c)) else ''
-    facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'), fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
-             fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept, spread)]
+    facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'), fact('n', '{} training images'),
+             fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'), fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept, spread)]
     facts = '; '.join(f for f in facts if f)
     return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.', *_left_out(df, robust)])
 

@@ -220,7 +220,8 @@ def _teacher_eps(c):
 def _row(c, res, which):
     "A cell's settings and accuracies, as tables want them"
     r = res.get(which, {})
-    d = dict(id=c.id) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=len(teachers_of(c)), diverged=res.get('diverged'), compute=(c.epochs or 0) + len(teachers_of(c))*(c.stop or 0))
+    n = len(teachers_of(c))
+    d = dict(id=c.id) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.stop or 0))
     return d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()}
 
 def read_rows(
@@ -248,12 +249,18 @@ def varied(self:Study):
     many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','stop') and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
     return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width) for c in self.cells)]
 
+def _state(study, c):
+    "How far the cell `c` is, in words"
+    if study.is_done(c): return 'done'
+    if c.method != 'teacher' and study._has(c): return 'trained'
+    return 'cut off' if study.folder(c).exists() else ''
+
 @patch
 def plan(self:Study)->pd.DataFrame:
     "What `run` would do, and about how long it would take one process here: a row per cell"
     work = self.work()
     varied = self.varied()
-    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state='done' if self.is_done(c) else 'trained' if c.method != 'teacher' and self._has(c) else 'cut off' if self.folder(c).exists() else '', seconds=math.ceil(work.get(c, 0))) for c in self.cells]
+    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state=_state(self, c), seconds=math.ceil(work.get(c, 0))) for c in self.cells]
     return pd.DataFrame(rows)
 
 def plan_text(
@@ -349,7 +356,8 @@ def pareto_text(
     for i in [*df.index[~df.index.isin(front)], *front, *df.index[own]]: grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
     side = [f'{y.max():5.1f} ┤', *['      │']*(high-2), f'{y.min():5.1f} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
-    return '\n'.join([f'{robust}, %', *lines, '      └' + '─'*wide, f"       {x.min():<.1f}{'clean, %':^{wide-8}}{x.max():.1f}", '       * without a teacher   ● student on the Pareto front   · other student'])
+    return '\n'.join([f'{robust}, %', *lines, '      └' + '─'*wide, f"       {x.min():<.1f}{'clean, %':^{wide-8}}{x.max():.1f}",
+                      '       * without a teacher   ● student on the Pareto front   · other student'])
 
 def hours(
     folder, # of a study
@@ -367,7 +375,8 @@ def report(
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
     if not len(df) or not len(measured(df)): return f'nothing has been measured in {folder} yet'
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
-    if made.get('no_test_split'): notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
+    if made.get('no_test_split'):
+        notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: {e}'
     shown = [f'{found[k].table.to_string(index=False)}\n{found[k].table.attrs["caption"]}' for k in ('selected',) if k in found]

@@ -28,7 +28,7 @@ def nearest(base, compute, robust):
     near = base[far == far.min()].assign(last=lambda o: o['which'] == 'last')
     return near.sort_values([robust, 'last'], ascending=False, kind='stable').drop(columns='last')
 
-def pairs_of(cells, robust, baseline=None):
+def pairs_of(cells, baseline=None):
     "For each task with students and baseline: its students, and its baselines"
     base = baseline_of(cells, baseline)
     s,key = students_of(cells),key_of(base, task)
@@ -75,7 +75,7 @@ def picks_of(df, robust, baseline, within):
     "`(students, baselines, [RKD-Acc., RKD-Rob.])` of each task; the first of the baselines is the one that is compared with"
     check_fraction(within=within)
     cells,robust = cells_of(df, robust)
-    pairs = [(s, nearest(b, s['compute'].max(), robust)) for s,b in pairs_of(cells, robust, baseline)]
+    pairs = [(s, nearest(b, s['compute'].max(), robust)) for s,b in pairs_of(cells, baseline)]
     return [(s, b, _choose(s, b.iloc[0], robust, within)) for s,b in pairs], robust
 
 def _about(df, s, baselines):
@@ -140,10 +140,11 @@ def gains(
     baseline=None, # method of the baseline; None means 'at', or the only one
     robust=None, # attack; None means `strongest(df)`
 ):
-    "`over_seeds(df)` of the students with `clean_gain`, `robust_gain` and what chance does to them (`clean_gain_std`), `baseline_compute`, and `dear`: is theirs more than 10 % above it?; and the attack"
+    """`over_seeds(df)` of the students, with `clean_gain`, `robust_gain` and what chance does to them (`clean_gain_std`),
+    `baseline_compute` and `dear`, is theirs more than 10 % above it?; and the attack"""
     cells,robust = cells_of(df, robust)
     found = []
-    for s,bases in pairs_of(cells, robust, baseline):
+    for s,bases in pairs_of(cells, baseline):
         for _,row in s.iterrows():
             b = nearest(bases, row['compute'], robust).iloc[0]
             new = {f'{name}_{k}': v for name,c in (('clean','clean'),('robust',robust)) for k,v in gain_over(row, b, c).items()}
@@ -159,7 +160,8 @@ def _result(c, r, dear):
     return 'worse' if c < 0 or r < 0 else 'level'
 
 # %% ../nbs/29_tables.ipynb #93ec142b
-_where = dict(data='on {}', size='at image size {}', augment='with {} augmentation', eps='at ε = {}', n='with {} training images', noise='with {} wrong labels', arch='with {}', width='at layer size {}')
+_where = dict(data='on {}', size='at image size {}', augment='with {} augmentation', eps='at ε = {}',
+              n='with {} training images', noise='with {} wrong labels', arch='with {}', width='at layer size {}')
 
 def _name(s, g):
     "The task of the students `s` by what is not as in most of all students `g`"
@@ -208,7 +210,7 @@ def gain(
 # %% ../nbs/29_tables.ipynb #76b4acb7
 def _floor(cells, robust, within, baseline):
     "Robust accuracy that a student chosen for its clean one must have, and a sentence on the baseline; minus infinity without a baseline"
-    try: s,bases = pairs_of(cells, robust, baseline)[0]
+    try: s,bases = pairs_of(cells, baseline)[0]
     except NotEnough: return -np.inf, 'There is no baseline here, so the most accurate may be anything but robust.'
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return b[robust] - within, f"For comparison, {said('method', b['method'])} without a teacher ({b['which']} epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}."

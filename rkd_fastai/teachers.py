@@ -182,7 +182,8 @@ def _normalisation(path):
     except (OSError, ValueError): return None,None # none, or no card
     if not isinstance(card, dict) or not {'mean','std'} <= set(card): return None,None
     for k in ('mean','std'):
-        if not isinstance(card[k], list) or not all(isinstance(v, float) for v in card[k]): raise ValueError(f"`{path}` is damaged (its `{k}` is no list of numbers): delete it, and give `mean` and `std`")
+        if not isinstance(card[k], list) or not all(isinstance(v, float) for v in card[k]):
+            raise ValueError(f"`{path}` is damaged (its `{k}` is no list of numbers): delete it, and give `mean` and `std`")
     return card['mean'],card['std']
 
 def load_teacher(

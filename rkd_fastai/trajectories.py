@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+from .core import colours, markers
 
 # %% ../nbs/22_trajectories.ipynb #5393a1ea
 _kinds = dict(clean='clean images', adv='adversarial images')
@@ -144,9 +145,6 @@ def smooth(
     return (total[at+half+1] - total[at-half])/(2*half+1)
 
 # %% ../nbs/22_trajectories.ipynb #15f69a5e
-_colours = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9'.split() # Okabe and Ito's
-_markers = 'osD^vP'
-
 def _axes(ax, ncols=1):
     if ax is not None: return ax
     return plt.subplots(1, ncols, figsize=(5.5*ncols,3.6), layout='constrained')[1]
@@ -170,8 +168,8 @@ def _width(width, n): return max(n//10, 1)//2*2 + 1 if width is None else width
 def _by_difficulty(ax, values, width, **labels):
     "The values as they are, and a smooth line through them"
     x,width = _percent(len(values)),_width(width, len(values))
-    ax.plot(x, values, color=_colours[0], lw=.6, alpha=.6, label='each image')
-    ax.plot(x, smooth(values, width), color=_colours[1], lw=2, label=f'mean of {width} images')
+    ax.plot(x, values, color=colours[0], lw=.6, alpha=.6, label='each image')
+    ax.plot(x, smooth(values, width), color=colours[1], lw=2, label=f'mean of {width} images')
     _label(ax, **labels)
 
 def _label(ax, **labels):
@@ -193,7 +191,7 @@ def plot_entropy(
         if values[name] is None: raise ValueError(f"`trajectories`: {name!r} has no entropy")
     ax = _axes(ax)
     for i,(name,v) in enumerate(values.items()):
-        ax.plot(np.arange(len(v))+1, v, color=_colours[i % 6], marker=_markers[i % 6], markersize=4, markevery=max(len(v)//10, 1), label=name)
+        ax.plot(np.arange(len(v))+1, v, color=colours[i % 6], marker=markers[i % 6], markersize=4, markevery=max(len(v)//10, 1), label=name)
     ax.set(xlabel='epoch', ylabel=f'mean entropy on {_kinds[kind]}, nats', ylim=(0,None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=.3)
@@ -259,7 +257,7 @@ def plot_improvement(
     lines = {label: smooth((s.probs(kind)[-1].astype(np.float64) - teachers[label].probs(kind)[-1])[order], width) for label,s in students.items()}
     ax = _axes(ax)
     ax.axhline(0, color='black', lw=.8)
-    for i,(label,v) in enumerate(lines.items()): ax.plot(_percent(len(v)), v, color=_colours[i % 6], ls=['-','--',':'][i//6 % 3], label=label)
+    for i,(label,v) in enumerate(lines.items()): ax.plot(_percent(len(v)), v, color=colours[i % 6], ls=['-','--',':'][i//6 % 3], label=label)
     _label(ax, ylabel='$p_S - p_T$ of the right class', title=f'student − teacher, {_kinds[kind]}')
     ax.get_legend().set_title(f'mean of {width} images')
     return ax

@@ -163,9 +163,12 @@ def test_factory_refuses_what_a_network_has_no_use_for(make_dls, tiny_net):
     with pytest.warns(UserWarning, match='pretrained.*stays as it is'): rkd_learner(make_dls(), tiny_net(), tiny_net(), pretrained=True)
     rkd_learner(make_dls(), tiny_net(), tiny_net(), pretrained=False) # as it is for every `arch`
 
-def test_arguments_of_another_method(unchanged, make_learner, tiny_net):
+def test_arguments_of_another_method(unchanged, make_learner, make_dls, tiny_net):
     for method,wrong in (('ckd', dict(alpha=.5)), ('akd', dict(lam=.5)), ('akd', dict(alhpa=.5))):
         with unchanged(make_learner(), TypeError, f"`{next(iter(wrong))}` means nothing to method '{method}', which takes") as learn: learn.to_rkd(tiny_net(), method, **wrong)
+    for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True))): # asked for, where `alpha` may be a default
+        with pytest.raises(TypeError, match=f"`{next(iter(wrong))}` means nothing to method '{method}'"): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)
+    assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'rslad', cache=True).cbs[-1].cache
     assert repr(make_learner().to_rkd(tiny_net(), attack=None).cbs[-1].attack) == repr(PGD())
 
 def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net):

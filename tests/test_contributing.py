@@ -61,6 +61,12 @@ def test_nothing_but_the_notebooks_and_their_modules_changes(repo):
 def test_all_is_in_step(repo): assert 'in step' in repo.run(sys.executable, 'tools/check.py')
 
 @slow
+def test_both_have_a_page(repo):
+    "The copy has notebooks and settings, and of the site's other pages none: what is missing there is not the walkthroughs' doing"
+    asked = "import docs; print(docs.groups()['reference/more'], {p for p in docs.notebooks() if p.startswith('reference/')} - {p for _,ps in docs.groups().values() for p in ps})"
+    assert repo.run(sys.executable, '-c', f"import sys; sys.path.insert(0, 'tools'); {asked}").strip() == "('More', ['reference/brier', 'reference/mifgsm']) set()"
+
+@slow
 @pytest.mark.parametrize('title', walks)
 def test_the_notebook_passes(title, repo): assert 'Success' in repo.run(bin/'nbdev-test', walkthrough(title)[0])
 

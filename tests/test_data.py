@@ -418,3 +418,13 @@ def test_downloads_are_asked_for_where_they_belong(tmp_path, monkeypatch, fashio
     assert len(tiny_imagenet_dls(bs=8, num_workers=0, valid_pct=.2)) == 3 and asked[1].endswith('/tiny-imagenet-200.zip')
     monkeypatch.setattr(data, '_get_fashion', lambda: fashion[0])
     assert len(fashion_mnist_dls(bs=8)) == 3
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    def fails(*args, **kwargs): raise RuntimeError('Error downloading x.gz:\nno network')
+    monkeypatch.setattr(data, 'fastai_path', lambda k: tmp_path/k)
+    for name in ('CIFAR10', 'CIFAR100', 'FashionMNIST'): monkeypatch.setattr(data.tvd, name, fails)
+    monkeypatch.setattr(data, 'untar_data', fails)
+    monkeypatch.setattr(data, 'Path', lambda p: tmp_path/'none' if 'datasets' in str(p) else Path(p)) # no package of Debian's
+    for dls in (cifar10_dls, cifar100_dls, tiny_imagenet_dls, fashion_mnist_dls):
+        with pytest.raises(OSError, match='cannot be downloaded: give the folder .*`path`.*no network') as e: dls()
+        assert '\n' not in str(e.value)

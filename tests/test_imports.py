@@ -172,6 +172,15 @@ def test_all_that_is_exported_is_described():
                 if '__init__' in vars(o) and not hasattr(o, '__dataclass_fields__'): lacking += described(info.name, f'{name}.__init__', o.__init__)
     assert lacking == []
 
+def test_names_are_imported_from_where_they_are_made():
+    "and not from a module that imports them itself"
+    for f in [f for f in (root/'rkd_fastai').rglob('*.py') if f.name not in ('all.py', '__init__.py', '_modidx.py')]:
+        for node in [n for n in ast.walk(ast.parse(f.read_text(encoding='utf8'))) if isinstance(n, ast.ImportFrom) and n.level and n.module]:
+            source = f.parents[node.level-1]/f'{node.module.replace(".", "/")}.py'
+            if not source.exists(): continue
+            lent = {a.asname or a.name for n in ast.walk(ast.parse(source.read_text(encoding='utf8'))) if isinstance(n, ast.ImportFrom) for a in n.names}
+            assert not lent & {a.name for a in node.names}, f'{f.name} takes {lent & {a.name for a in node.names}} from {source.name}'
+
 def unused(source):
     "Names that `source` imports and never mentions, but in lines marked `noqa`"
     lines,tree = source.splitlines(), ast.parse(source)
@@ -181,5 +190,5 @@ def unused(source):
 @pytest.mark.parametrize('folder', ['rkd_fastai', 'tests', 'tools', 'bench', 'examples'])
 def test_no_import_is_left_over(folder):
     assert unused('import os, sys as s\nfrom a.b import c, d\nimport x # noqa: patches\nprint(s, c)') == {'os', 'd'}
-    files = [*(root/folder).glob('*.py')]
+    files = [f for f in (root/folder).rglob('*.py') if f.name not in ('all.py', '__init__.py')]
     assert files and {f.name: u for f in files if (u := unused(f.read_text(encoding='utf8')))} == {}

@@ -9,7 +9,7 @@ root = Path(__file__).parent.parent
 # --- which page is where ---
 
 how_to = ['choosing_a_teacher', 'works_with', 'faq']
-reference = { # every numbered notebook stands in one of these
+reference = { # numbered notebooks; those that stand in none of these come in a last group
     'Foundations': ['core', 'losses', 'fast', 'search', 'attacks', 'models', 'data', 'pixel', 'loaders', 'teachers'],
     'Callbacks': [f'callback.{o}' for o in ('core', 'adversarial', 'distill', 'averaging', 'monitor', 'resume', 'finite', 'trajectory')],
     'Learner and recipes': ['learner', 'recipes'],
@@ -20,13 +20,16 @@ reference = { # every numbered notebook stands in one of these
 titles = {'SECURITY': 'Security', 'CHANGELOG': 'Changelog', 'bench/NOTES': 'Benchmark notes'} # where a page's own is too long, or is none
 
 def notebooks(base=root):
-    "Page name → notebook of `base`, numbered ones in `reference`: `reference/losses` → nbs/01_losses.ipynb"
+    "Page name → notebook of `base`, numbered ones in reference/: `reference/losses` → nbs/01_losses.ipynb"
     found = sorted((base/'nbs').glob('*.ipynb')) + sorted((base/'nbs/tutorials').glob('*.ipynb'))
     return {re.sub(r'^\d+_', 'reference/', f.relative_to(base/'nbs').with_suffix('').as_posix()): f for f in found}
 
-def groups():
+def groups(base=root):
     "Page name of each group of the reference → `(title, its pages)`"
-    return {'reference/' + title.lower().replace(' ', '_'): (title, [f'reference/{n}' for n in names]) for title,names in reference.items()}
+    listed = {f'reference/{n}' for names in reference.values() for n in names}
+    more = [p.removeprefix('reference/') for p in notebooks(base) if p.startswith('reference/') and p not in listed]
+    return {'reference/' + title.lower().replace(' ', '_'): (title, [f'reference/{n}' for n in names])
+            for title,names in (reference | {'More': more}).items() if names}
 
 def navigation(base=root):
     "`[(caption, pages)]` of the sidebar"
@@ -34,18 +37,18 @@ def navigation(base=root):
     return [('', ['quick_start']),
             ('Tutorials', [n for n in notebooks(base) if n.startswith('tutorials/')]),
             ('How-to', how_to),
-            ('Reference', list(groups())),
+            ('Reference', list(groups(base))),
             ('Paper and results', ['paper_to_code', *there(['results/fashion_mnist/README', 'bench/README', 'bench/NOTES'])]),
             ('Project', there(['docs/architecture', 'CONTRIBUTING', 'tests/README', 'SECURITY', 'CHANGELOG']))]
 
 def sources(base=root):
     "Page name → its file, for all that are not made up here"
     nbs, listed = notebooks(base), [p for _,pages in navigation(base) for p in pages]
-    return nbs | {p: base/f'{p}.md' for p in listed if p not in nbs and p not in groups()}
+    return nbs | {p: base/f'{p}.md' for p in listed if p not in nbs and p not in groups(base)}
 
 def check_navigation(base=root):
     "Raise unless each notebook is in the navigation once"
-    listed = ['index', *[p for _,pages in navigation(base) for p in pages if p not in groups()], *[p for _,pages in groups().values() for p in pages]]
+    listed = ['index', *[p for _,pages in navigation(base) for p in pages if p not in groups(base)], *[p for _,pages in groups(base).values() for p in pages]]
     twice, missing = {p for p in listed if listed.count(p) > 1}, set(notebooks(base)) - set(listed)
     gone = [p for p in listed if p not in sources(base) or not sources(base)[p].exists()]
     if twice or missing or gone:
@@ -239,7 +242,7 @@ def about(f):
 
 def write_group(page, links, out):
     "The page of one group of the reference"
-    title, pages = groups()[page]
+    title, pages = groups(links.base)[page]
     lines = [f'- [{p.split("/")[1]}]({links.to(page, p)}): {about(links.pages[p])}' for p in pages]
     (out/page).parent.mkdir(parents=True, exist_ok=True)
     (out/f'{page}.md').write_text('\n\n'.join([f'# {title}', '\n'.join(lines), toctree(page, pages)]), encoding='utf8')
@@ -281,7 +284,7 @@ def make_pages(out, base=root):
     if out.exists(): shutil.rmtree(out)
     write_static(out)
     for page in links.pages: write_page(page, links, out)
-    for page in groups(): write_group(page, links, out)
+    for page in groups(base): write_group(page, links, out)
     for inside,f in links.images.items():
         (out/inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, out/inside)

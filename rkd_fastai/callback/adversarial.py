@@ -18,8 +18,7 @@ from fastai.vision.data import get_c
 from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from .core import FitCallback, told_where
-from ..core import check_logits, frozen, onehot
-from ..evaluation import seeded
+from ..core import check_logits, frozen, onehot, seeded
 from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap

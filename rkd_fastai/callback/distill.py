@@ -33,7 +33,10 @@ class CleanCache:
             self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.device)
         return (bits*self.weights).sum(1).tolist()
 
-    def __call__(self, x):
+    def __call__(self,
+        x, # images, `(bs, c, h, w)`
+    ):
+        "The teacher's probabilities on `x`, `(bs, n_out)`; a `ValueError` once there are more images than the data set's"
         keys = self.keys(x)
         if any(k not in self.rows for k in keys):
             self.rows.update(zip(keys, self.probs(x)))
@@ -84,6 +87,7 @@ class DistillationCallback(AdversarialTraining):
         return dict(keys=list(self.kept.rows), rows=torch.stack(list(self.kept.rows.values())).cpu()) if self.kept and self.kept.rows else {}
 
     def set_memory(self, memory):
+        "Go on with what `memory` kept"
         self.kept = self._new_cache()
         self.kept.rows = dict(zip(memory['keys'], memory['rows']))
 

@@ -31,7 +31,9 @@ class NonFinite(FitCallback):
     only_shows,_stateattrs,kept = True,('kept',),None # does nothing to the training, see `Resume`
 
     @property
-    def on(self): return not hasattr(self.learn, 'lr_finder')
+    def on(self):
+        "Is this a training? `lr_find` goes where losses are not finite"
+        return not hasattr(self.learn, 'lr_finder')
 
     def before_batch(self): self.kept = [b.clone() for b in unwrap(self.model).buffers()]
 

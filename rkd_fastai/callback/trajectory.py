@@ -90,7 +90,8 @@ class RecordTrajectory(EachEpoch):
         if len(there) > done+1 and not self.epochs: raise ValueError(f"`path` {self.path} holds {len(there)} epochs of another training: name another folder, or delete it")
         lost = sorted({*range(1, done+1)} - {*there})
         if lost: raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: record it from its start, into one folder")
-        if any(cb is not self and isinstance(cb, RecordTrajectory) and cb.path == self.path for cb in self.learn.cbs): raise ValueError(f"`path` {self.path} is that of two callbacks: give each its own")
+        if any(cb is not self and isinstance(cb, RecordTrajectory) and cb.path == self.path for cb in self.learn.cbs):
+            raise ValueError(f"`path` {self.path} is that of two callbacks: give each its own")
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e: raise ValueError(f"`path` {self.path} has no card that can be read ({e}): name another folder, or delete it") from e
