@@ -58,7 +58,7 @@ docs-check: docs
 	$(BIN)/python -m pip install --quiet uv
 	touch $@
 
-.venv/installed: .venv/uv settings.ini setup.py pyproject.toml
+.venv/installed: .venv/uv settings.ini setup.py pyproject.toml rkd_fastai/__init__.py
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e .
 	touch $@
 

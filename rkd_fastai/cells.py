@@ -15,6 +15,7 @@ from .evaluation import make_attack
 from .fast import faster
 from .grid import Cell, recipe_of, teachers_of
 from .loaders import with_augmentation, with_bs, with_label_noise, with_subset
+from .pixel import pixel_data
 from .runs import batch_size, make_dls, make_net, n_watched
 
 # %% ../nbs/33_cells.ipynb #d66816cf

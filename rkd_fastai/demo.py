@@ -114,7 +114,7 @@ def verdict(
     gain,chance = both.iloc[0] - both.iloc[1], lambda attack, n: 1.96*((both[attack]*(1-both[attack])).sum()/n)**.5
     won = 'not shown to differ from' if abs(gain.pgd20) <= chance('pgd20', n) else 'better than' if gain.pgd20 > 0 else 'worse than'
     def said(attack, n): return f'{100*gain[attack]:+.1f} ± {100*chance(attack, n):.1f}'
-    return (f"Against PGD-20 the AKD+ student is {won} the baseline of equal compute: {said('pgd20', n)} points, clean {said('clean', n)}, AutoAttack {said('autoattack', n_auto)}. "
+    return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: {said('pgd20', n)} points, clean {said('clean', n)}, AutoAttack {said('autoattack', n_auto)}. "
             f"± is 95 % of what chance among the {n} and {n_auto} test images makes of such a difference.")
 
 # %% ../nbs/35_demo.ipynb #8253836c
@@ -187,7 +187,7 @@ def demo(
     "Train, distil, attack, and write what came out to `out`"
     s,out,start = _setups['quick' if quick else 'full'], Path(out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    print(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of equal compute, on {default_device()}\n')
+    print(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of no less compute, on {default_device()}\n')
     with _one_thread():
         learners = train_models(s, out, seed)
         df,cards = measure_models(learners, s, seed)
