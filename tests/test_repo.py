@@ -81,3 +81,11 @@ def test_every_operator_has_its_mutants():
     for module,names,tests in mutate['groups'].values():
         assert len(list(mutate['mutants']((root/'rkd_fastai'/module).read_text(encoding='utf8'), names))) >= 20
         assert (root/tests[0]).is_file()
+
+def test_security_names_tests_that_are_there():
+    "Each word of a `-k` in SECURITY.md is part of a test's name in that file"
+    named = re.findall(r'`(test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?`', (root/'SECURITY.md').read_text(encoding='utf8'))
+    assert len(named) > 10
+    for file,several,one in named:
+        tests = re.findall(r'^def (test_\w+)', (root/'tests'/file).read_text(encoding='utf8'), re.M)
+        for word in filter(None, (several or one).split(' or ')): assert any(word in t for t in tests), f'{file} -k {word}'
