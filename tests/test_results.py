@@ -34,13 +34,16 @@ shown = [('README.md', 'headline', 'What it is worth', baseline | {'AKD⁺ stude
              {f'AKD⁺, α 0.8, two ST and two AT teachers, β {b:g}': dict(method='akd', teacher='2 st, 2 at', beta=b) for b in (0., .5, 1.)}),
          ('results/fashion_mnist/README.md', 'sizes', 'Number of images, and a smaller network', {f'{n:,} images, width {w}: {k}': v | dict(n=n) for n,w in ((500, '1/8'), (2000, '1/8'), (1000, '1/16'))
              for k,v in (baseline | {'AKD⁺ student': dict(method='akd')}).items()}),
+         ('results/fashion_mnist/README.md', 'augment', 'A wider network, and augmentation', {f'{w}: {k}': v | has for w,has in (('width 1/4, flips', dict(augment='flip', width=1/4)),
+             ('width 1/8, no augmentation', dict(augment='none')), ('width 1/8, crops and flips', dict(augment='usual'))) for k,v in (baseline | {'AKD⁺ student': dict(method='akd')}).items()}),
+         ('results/fashion_mnist/README.md', 'few', '500 images with three seeds', baseline | {'AKD⁺ student': dict(method='akd')}),
          ('results/fashion_mnist/README.md', 'radius', 'At three times the radius', baseline | {'AKD⁺ student, α 0.8': dict(method='akd')})]
 
 @pytest.mark.parametrize('page, study, heading, networks', shown, ids=lambda o: o if isinstance(o, str) else '')
 def test_tables_written_by_hand(page, study, heading, networks):
     "What stands under a heading is the mean over the study's seeds, row by row"
-    section, = [s for s in re.split(r'^## ', (root/page).read_text(encoding='utf8'), flags=re.M) if s.startswith(heading)]
-    cells = over_seeds(read_rows(root/'results/fashion_mnist'/study))
+    section, = [s for s in re.split(r'^##+ ', (root/page).read_text(encoding='utf8'), flags=re.M) if s.startswith(heading)]
+    cells = over_seeds(read_rows(root/'results/fashion_mnist'/study)).assign(augment=lambda o: o.augment.fillna('usual'))
     assert '*One seed*' in section or (cells.seeds >= 3).all() and len(networks) == len(cells)
     for start,which in networks.items():
         c, = cells[(cells[list(which)] == list(which.values())).all(axis=1)].to_dict('records')
