@@ -104,7 +104,7 @@ def _typed(name, v):
     try:
         if kind is float and not isinstance(v, bool): return float(Fraction(v) if isinstance(v, str) else v)
         if isinstance(v, kind) and not (kind is int and isinstance(v, bool)): return v
-    except (ValueError, ZeroDivisionError): pass
+    except (TypeError, ValueError, ZeroDivisionError): pass
     raise ValueError(f"`{name}` is {'a number or a fraction such as 8/255' if kind is float else f'of type {kind.__name__}'}, got {v!r}")
 
 # %% ../nbs/27_grid.ipynb #329a1ecb
@@ -227,13 +227,22 @@ def _read_measure(told):
         if (v is not None or k in ('seed','bs')) and (not isinstance(v, int) or isinstance(v, bool) or v < least): raise ValueError(f"`{k}` of [measure] is a whole number from {least} on, got {v!r}")
     return m | dict(attacks=list(dict.fromkeys(['clean', *attacks])))
 
+def _tables(spec):
+    "The tables of `[[grid]]`, once all of `spec` has the form that it should have"
+    grids = spec.get('grid', [{}])
+    if not isinstance(grids, list) or not grids or not all(isinstance(g, dict) for g in grids):
+        raise ValueError(f"`grid` is a list of tables: write [[grid]], with two brackets, above each, got {grids!r}")
+    if not isinstance(spec.get('measure', {}), dict): raise ValueError(f"`measure` is a table: write [measure] above its settings, got {spec['measure']!r}")
+    if not isinstance(spec.get('title', ''), str): raise ValueError(f"`title` is a text, got {spec['title']!r}")
+    return grids
+
 def read_study(
     spec, # path of a TOML file, or the dict it holds
 )->tuple: # cells, what to measure, title
     "The cells of a study, each once, its `[measure]` and its title"
     title = '' if isinstance(spec, dict) else Path(spec).stem
     spec = spec if isinstance(spec, dict) else _read_toml(spec)
-    grids,measure = spec.get('grid', [{}]),_read_measure(spec.get('measure', {}))
+    grids,measure = _tables(spec),_read_measure(spec.get('measure', {}))
     top = {k: v for k,v in spec.items() if k not in ('grid','measure','title')}
     own = [k for k in _kinds if k != 'member']
     for k in top: _known('setting', k, [*own, 'measure', 'grid', 'title'])

@@ -154,7 +154,7 @@ def gains(
 def _won(g, name): return np.sign(g[f'{name}_gain'])*(g[f'{name}_gain'].abs() > g[f'{name}_gain_std'] + 1e-9)
 
 def _result(c, r, dear):
-    if dear and max(c, r) > 0: return 'bought with more epochs'
+    if dear and max(c, r) > 0: return 'bought with more epochs' + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
     if c > 0 and r > 0: return 'better in both'
     if c > 0 or r > 0: return ('more accurate' if c > 0 else 'more robust') + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
     return 'worse' if c < 0 or r < 0 else 'level'

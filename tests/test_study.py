@@ -64,6 +64,12 @@ def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
     assert says in str(e.value), e.value
     assert not (tmp_path/'s').exists()
 
+@pytest.mark.parametrize('wrong,says', [(dict(grid=dict(method='at')), '[[grid]], with two brackets'), (dict(grid=[]), 'two brackets'), (dict(grid=[3]), 'two brackets'), (dict(grid=3), 'two brackets'),
+    (dict(measure=3), '[measure] above'), (dict(title=3), '`title` is a text'), (dict(eps=dict(a=1)), '`eps` is a number')])
+def test_a_file_of_another_form(wrong, says, tmp_path):
+    with pytest.raises(ValueError) as e: Study(dict(grid=[dict(method='at')]) | wrong, tmp_path/'s')
+    assert says in str(e.value), e.value
+
 @pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack'), (dict(attacks=[]), 'a list of names'), (dict(attacks='clean'), 'a list of names'),
     (dict(n=0), '`n` of .measure. is a whole number from 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'), (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'), (dict(fast=1), '`fast` of .measure. is true or false')])
 def test_mistakes_in_what_is_measured(measure, says, tmp_path):
