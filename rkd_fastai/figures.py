@@ -165,7 +165,7 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
     for ax,mine,_,_ in panels: _staircase(ax, pd.concat([s[mine & near], base]), robust)
     for ax in axs[-1]: ax.set_xlabel('clean accuracy, %')
     for ax in axs[:,0]: ax.set_ylabel(f'{head(robust)} accuracy, %')
-    legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base), ncols=4 if len(across) > 1 else 3)
+    legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base), ncols=4 if len(across) > 1 else 2)
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{100*s[c].max():.1f} %"

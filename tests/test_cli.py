@@ -70,3 +70,8 @@ def test_evaluate_fast_and_check(tmp_path, capsys):
     said = capsys.readouterr().out
     assert '30 images' in said
     assert 'larger radius' in said and ('no sign of masked gradients' in said or 'not to be trusted' in said)
+
+def test_a_folder_without_images(tmp_path):
+    from rkd_fastai.runs import make_dls
+    (tmp_path/'cat').mkdir()
+    with pytest.raises(ValueError, match='no images in .*sub-folder of them for each class'): make_dls(str(tmp_path))
