@@ -242,7 +242,3 @@ def digest(
     h = hashlib.sha256()
     for t in tensors: h.update(repr((t.dtype, tuple(t.shape))).encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
-
-# %% ../nbs/00_core.ipynb #c0107a02
-colours = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9'.split()
-markers = 'osD^vP'

@@ -7,7 +7,7 @@ __all__ = ['axis_table', 'plot_axis', 'beta_table', 'plot_beta', 'capacity_table
 
 # %% ../nbs/31_curves.ipynb #38246159
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from .core import colours, markers
+from .palette import colours, markers
 from .figures import accuracy_label, base_near, error_bars, legend_below, looks, panels, red, stars
 from .rows import NotEnough, methods, rows, settings, task
 from .rows import accuracy, cells_of, fraction, head, kind_name, make_table, one_task, points, said

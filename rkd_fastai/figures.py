@@ -10,7 +10,7 @@ from functools import wraps
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
-from .core import colours, markers
+from .palette import colours, markers
 from .rows import NotEnough, methods, pareto, rows, settings
 from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, said, students_of, told_apart, varying
 from .tables import baseline_of, hyper, nearest

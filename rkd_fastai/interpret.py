@@ -13,8 +13,9 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import (CategoryMap, Categorize, ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders, Datasets, ItemGetter, L,
                                Learner, ProgressCallback, TensorImage, TensorImageBW, TfmdDL, get_grid, ifnone, no_random, patch, show_title)
 from .attacks import Attack, check_attack
-from .core import PixelModel, colours, markers, seeded
+from .core import PixelModel, seeded
 from .evaluation import make_attack, measure_robustness, robust_flags, wilson
+from .palette import colours, markers
 from .pixel import held_out, measured_images, model_device, pixel_model, pixel_stats, unwrap
 
 # %% ../nbs/12_interpret.ipynb #a92ad115

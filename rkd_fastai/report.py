@@ -36,6 +36,7 @@ def _grid(df):
     df = _singles(df)
     s = df[df['method'].isin(methods)].groupby('teacher')
     tried = [t for t,o in s if max(o['alpha'].nunique(), o['stop'].nunique()) > 1]
+    if not tried: raise NotEnough("`df` has no teacher whose students have several values of α or of the stopping epoch")
     return df[~df['method'].isin(methods) | df['teacher'].isin(tried)]
 
 def _view(title, rows_of, table, plot=None):

@@ -141,7 +141,7 @@ def pareto(
     return df[(df[robust] == df[clean].map(best)) & (df[robust] > df[clean].map(above))].sort_values(clean, kind='stable')
 
 # %% ../nbs/28_rows.ipynb #49a2abe9
-_kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES')
+_kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES', **{'at+': 'AT⁺'})
 _heads = dict(data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε', arch='Network', width='Layer size',
               method='Method', teacher='Teacher', alpha='α', stop='ES', lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models',
               schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled', bf16='bfloat16',

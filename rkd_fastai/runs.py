@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastai.callback.progress import CSVLogger
 from fastai.metrics import accuracy
-from fastai.data.transforms import get_image_files
+from fastai.data.transforms import image_extensions
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders, get_c
 from .attacks import PGD
@@ -46,7 +46,7 @@ def make_dls(
     if data in _published: return _published[data](path, bs=bs, device_resident=True, **sized)
     folder = Path(data)
     if not folder.is_dir(): raise ValueError(f"`--data` must be a folder of images or one of {data_names}, got {data!r}")
-    if not get_image_files(folder): raise ValueError(f"`--data`: no images in {data}, which should have a sub-folder of them for each class")
+    if not any(f.suffix.lower() in image_extensions for f in folder.rglob('*')): raise ValueError(f"`--data`: no images in {data}, which should have a sub-folder of them for each class")
     held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)
     split = dict(train='train', valid=held) if held and (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
     return ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)

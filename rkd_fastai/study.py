@@ -21,7 +21,7 @@ from .evaluation import measure_robustness
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
 from .learner import distil_methods
 from .report import views, write_report
-from .rows import NotEnough, cells_of, measured, pareto, said
+from .rows import NotEnough, cells_of, main, measured, pareto, said
 from .runs import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
 from .terminal import Line, clock, reason
@@ -53,6 +53,12 @@ def _read_results(path):
     return res if whole else {}
 
 # %% ../nbs/34_study.ipynb #1d9f334f
+def _check_version(folder):
+    "Raise where `folder` is a study of another version of this package"
+    made_by = _read_json(Path(folder)/'study.json').get('rkd_fastai', rkd_fastai.__version__)
+    if made_by != rkd_fastai.__version__:
+        raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with that version, or name another folder")
+
 class Study:
     "A grid of trainings in a folder"
     def __init__(self,
@@ -64,9 +70,7 @@ class Study:
         self.cells,self.measure,self.title = read_study(spec)
         self.spec = spec if isinstance(spec, dict) else str(spec)
         self.out,self.path = Path(out or Path('studies')/Path(spec).stem), path
-        made_by = _read_json(self.out/'study.json').get('rkd_fastai', rkd_fastai.__version__)
-        if made_by != rkd_fastai.__version__:
-            raise ValueError(f"{self.out} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with that version, or name another folder")
+        _check_version(self.out)
 
     def __repr__(self): return f'Study of {len(self.cells)} cells and {len(self.teachers)} teachers in {self.out}, {sum(map(self.is_done, self.cells))} cells done'
 
@@ -347,8 +351,9 @@ def pareto_text(
     wide=64, # columns of the plot
     high=14, # its lines
 ):
-    "Clean against robust accuracy as text, a mark for each mean over the seeds"
-    df,robust = cells_of(df)
+    "Clean against robust accuracy of the main task as text, a mark for each mean over the seeds"
+    df,robust = cells_of(main(df))
+    df = df[df['method'] != 'teacher'].reset_index(drop=True)
     front,(x,y) = pareto(df, robust=robust).index,(100*df['clean'],100*df[robust])
     cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,wide),(y,high)))
     grid = [[' ']*wide for _ in range(high)]
@@ -372,6 +377,7 @@ def report(
     folder, # of a study
 )->str:
     "Write tables, figures and a page of them to `report` in the study's folder; what a terminal is to show of them"
+    _check_version(folder)
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
     if not len(df) or not len(measured(df)): return f'nothing has been measured in {folder} yet'
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
-from .core import colours, markers
+from .palette import colours, markers
 
 # %% ../nbs/22_trajectories.ipynb #5393a1ea
 _kinds = dict(clean='clean images', adv='adversarial images')

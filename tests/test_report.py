@@ -6,7 +6,8 @@ from rkd_fastai import report
 from rkd_fastai.curves import axis_table, beta_table, capacity_table, plot_axis, plot_beta, plot_capacity
 from rkd_fastai.figures import front_table, map_table, plot_map, plot_pareto
 from rkd_fastai.report import views, write_report
-from rkd_fastai.rows import as_markdown, main, measures, methods, over_seeds, pareto, settings, strongest
+from rkd_fastai.rows import as_markdown, kind_name, main, measures, methods, over_seeds, pareto, settings, strongest
+from rkd_fastai.study import pareto_text
 from rkd_fastai.tables import gain, gains, select, table2, table3, table5, table12
 
 @pytest.fixture(autouse=True)
@@ -199,6 +200,8 @@ def test_every_setting_of_a_task_can_be_said(name, values, where):
 
 def test_what_only_training_for_longer_can_win():
     got = gain(frame(at(.7, .4, epochs=80), student(.8, .5, compute=120)))
+    dearer = gain(frame(at(.7, .4, epochs=80), student(.8, .2, compute=120)))
+    assert dearer.Result[0] == 'bought with more epochs, less robust'
     assert got.Result[0] == 'bought with more epochs' and 'all took more than 10 % more epochs' in got.attrs['verdict']
 
 def test_a_gain_without_a_number_of_images_shows_nothing():
@@ -511,3 +514,27 @@ students,teachers = frame(student(.7, .4), student(.7, .4, alpha=.9)),frame(at(.
 def test_errors_say_what_is_missing(call, says):
     with pytest.raises(ValueError, match=says): call()
     assert not plt.get_fignums()
+
+# --- what a terminal shows, and what a figure's edge cuts off ---
+
+def test_text_plot_is_of_one_task():
+    "Students of another radius are no rivals, and a teacher is no baseline"
+    df = frame(at(.7, .4), student(.75, .45), student(.72, .5, alpha=.8))
+    plot = pareto_text(df)
+    other = frame(student(.9, .9, eps=1/255), base | dict(method='teacher', teacher='st', which='last', clean=.95, pgd20=.01, seed=0))
+    assert pareto_text(pd.concat([df, other])) == plot and plot.count('●') == 3 and ' 50.0 ┤' in plot
+
+def test_legend_of_one_panel_is_whole():
+    df = frame(at(.7, .4), at(.69, .42, which='best'), student(.75, .45), student(.72, .5, alpha=.8))
+    fig = plot_pareto(df)
+    fig.canvas.draw()
+    legend, = fig.legends
+    box,(wide,high) = legend.get_window_extent(),fig.get_size_inches()*fig.dpi
+    assert len(fig.axes) == 1 and box.x0 >= 0 and box.x1 <= wide and box.y0 >= 0 and box.y1 <= high
+
+def test_why_a_figure_is_not_shown(tmp_path):
+    "Where nothing varies that it would show, and not that there were no students"
+    page = write_report(frame(at(.7, .4), student(.75, .45)), tmp_path, 'One').read_text(encoding='utf8')
+    assert 'several values of α or of the stopping epoch' in page and 'no students: rows' not in page
+
+def test_kinds_of_teacher_by_name(): assert kind_name('at+') == 'AT⁺' and kind_name('2 st, at') == '2 × ST + AT'

@@ -185,6 +185,7 @@ def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
 def test_other_version(finished, tmp_path):
     (tmp_path/'s').mkdir(); (tmp_path/'s/study.json').write_text(json.dumps(dict(rkd_fastai='99.0')))
     with pytest.raises(ValueError, match='made by rkd_fastai 99.0, this is'): Study(spec(*grids), tmp_path/'s')
+    with pytest.raises(ValueError, match='made by rkd_fastai 99.0, this is'): report_text(tmp_path/'s')
 
 def test_parts_of_a_job_array(finished, tmp_path):
     "Any split of the cells ends in the same table"

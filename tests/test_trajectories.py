@@ -359,7 +359,7 @@ def test_no_fastai_is_needed():
         import sys
         class Blocked:
             def find_spec(self, name, *_):
-                if name.split('.')[0] in ('fastai', 'fastcore', 'pandas'): raise ImportError(f'{name} is blocked')
+                if name.split('.')[0] in ('fastai', 'fastcore', 'torch', 'pandas'): raise ImportError(f'{name} is blocked')
         sys.meta_path.insert(0, Blocked())
         from rkd_fastai.trajectories import *
         print(Trajectory([[.5, 1.]]))

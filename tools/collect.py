@@ -27,4 +27,10 @@ def collect(spec, folder):
     (out/'study.json').write_text(json.dumps(made | dict(title=study.title), indent=2), encoding='utf8') # several studies may share `folder`
     return out
 
-if __name__ == '__main__': print(report(collect(*sys.argv[1:])))
+def main(spec, folder):
+    "Collect and report; of the report the page stays out, which holds all its figures once more"
+    out = collect(spec, folder)
+    print(report(out).rpartition('\n\n')[0])
+    (out/'report/index.html').unlink()
+
+if __name__ == '__main__': main(*sys.argv[1:])
