@@ -8,10 +8,10 @@ __all__ = ['axis_table', 'plot_axis', 'beta_table', 'plot_beta', 'capacity_table
 # %% ../nbs/31_curves.ipynb #38246159
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .palette import colours, markers
-from .figures import accuracy_label, base_near, error_bars, legend_below, looks, panels, red, stars
+from .figures import accuracy_label, alone, base_near, error_bars, legend_below, looks, panels, red, star_legend, stars
 from .rows import NotEnough, methods, rows, settings, task
 from .rows import accuracy, cells_of, fraction, head, kind_name, make_table, one_task, points, said
-from .tables import gain_over, hyper, own_students, picks_of
+from .tables import gain_over, hyper, own_students, picks_of, unpaired
 
 # %% ../nbs/31_curves.ipynb #1d7e71f4
 axis_names = ('n','noise','eps','epochs','compute','width','teacher_width','stop','alpha','lam','T','beta')
@@ -45,7 +45,7 @@ def line_name(o):
     "What the rows of a line have in common, as a text"
     r = o.iloc[0]
     if r['method'] in methods: return f"{said('method', r['method'])}, {kind_name(r['teacher'])}"
-    return f"{said('method', r['method'])} alone, {r['which']} epoch"
+    return alone(r)
 
 # %% ../nbs/31_curves.ipynb #6d1468ee
 def axis_table(
@@ -76,10 +76,10 @@ def _line_styles(lines):
         else: found.append(dict(color=red, marker='*', ls='--' if o['which'].iloc[0] == 'last' else ':'))
     return found
 
-def _flat(ax, base, c):
+def _flat(ax, base, c, label=True):
     "The first of `base` as a level line, where it has no value on the axis"
     for _,b in base[:1].iterrows():
-        ax.axhline(100*b[c], color=red, lw=1.2, ls='--', label=f"{said('method', b['method'])} alone, {b['which']} epoch")
+        ax.axhline(100*b[c], color=red, lw=1.2, ls='--', label=alone(b) if label else None)
         if pd.notna(b[f'{c}_std']): ax.axhspan(100*(b[c]-b[f'{c}_std']), 100*(b[c]+b[f'{c}_std']), color=red, alpha=.15, lw=0)
 
 def _ticks(values):
@@ -111,7 +111,7 @@ def plot_axis(
     return fig
 
 def _axis_words(lines, x, robust):
-    ends = lambda o, c: f"{100*o[c].iloc[0]:.1f} to {100*o[c].iloc[-1]:.1f} %"
+    ends = lambda o, c: f"{points(o[c].iloc[0])} to {points(o[c].iloc[-1])} %"
     each = [f"{line_name(o)}: {ends(o, 'clean')} clean, {ends(o, robust)} {head(robust)}" for o in lines]
     return f"Accuracy along the {axis_text(x)}, from {said(x, lines[0][x].iloc[0])} to {said(x, lines[0][x].iloc[-1])}. {'; '.join(each)}."
 
@@ -143,10 +143,12 @@ def plot_beta(
     fig,axs = panels(1, 3, 2.6, 2.5)
     for ax,c in zip(axs[0], ('clean', robust)):
         for o,style in zip(lines, _line_styles(lines)): _draw_line(ax, o, 'beta', c, {v: v for v in o['beta']}, label=line_name(o), **style)
-        _flat(ax, base, c)
+        _flat(ax, base, c, label=False) # its star is in the legend
         ax.set(xlabel=f"β, weight of {kind_name(lines[0]['teacher'].iloc[0].split(',')[-1])}", ylabel=accuracy_label(c))
     _draw_path(axs[0,2], lines, base, robust)
-    legend_below(fig, axs[0,0].get_legend_handles_labels()[0], ncols=2)
+    known = star_legend(base)
+    for full in known[:1]: full.set(ls='--', lw=1.2) # of this one there is a level line, too
+    legend_below(fig, [*axs[0,0].get_legend_handles_labels()[0], *known], ncols=3)
     fig.set_label(_axis_words(lines, 'beta', robust))
     return fig
 
@@ -186,9 +188,10 @@ def capacity_table(
     "What the best students gain, by the network's width"
     found,robust = capacities(df, robust, baseline, within)
     gain_of = lambda r, n: points(r[f'{n}_gain'], r[f'{n}_gain_std'], '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
+    left = unpaired(own_students(df), robust, baseline)
     lines = [{'Layer size': said('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'), 'RKD-Acc. by': r['clean_by'],
               f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']} for _,r in found.iterrows()]
-    return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, in points; ± is the root of both variances.', robust, spread=True)
+    return make_table(lines, df, f'What the students of `select` gain over the baseline, by the width of the network, in points; ± is the root of both variances.{left}', robust, spread=True)
 
 @looks
 def plot_capacity(

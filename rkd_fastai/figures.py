@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from .palette import colours, markers
 from .rows import NotEnough, methods, pareto, rows, settings
-from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, said, students_of, told_apart, varying
+from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, points, said, students_of, told_apart, varying
 from .tables import baseline_of, hyper, nearest
 
 # %% ../nbs/30_figures.ipynb #52562050
@@ -107,6 +107,14 @@ def _plane(ax, s, base, robust, styles, sizes):
     for _,b in base[:1].iterrows():
         for line,v in ((ax.axvline, b['clean']), (ax.axhline, b[robust])): line(100*v, color=red, lw=.7, ls=':', alpha=.8, zorder=1)
 
+def alone(b):
+    "The name of a baseline"
+    return f"{said('method', b['method'])} alone, {b['which']} epoch"
+
+def star_legend(base):
+    "What the stars of baselines mean"
+    return [Line2D([], [], label=alone(b), **(stars(i) | dict(ms=10))) for i,(_,b) in enumerate(base.iterrows())]
+
 def _dot_legend(styles, sizes, numbers, color, size, base):
     "What colours, sizes and stars mean; of `numbers` in colour some are enough"
     line = lambda label, **kw: Line2D([], [], ls='', mec=plt.rcParams['text.color'], mew=.4, label=label, **kw)
@@ -114,7 +122,7 @@ def _dot_legend(styles, sizes, numbers, color, size, base):
     thin = lambda d: dict(list(d.items())[::max(1, -(-len(d)//6))]) # six at most
     handles = [line(name(color, v), marker=m, color=k, ms=6.5) for v,(k,m) in (thin(styles) if numbers else styles).items()]
     handles += [line(name(size, v), marker='o', color='none', ms=a**.5) for v,a in thin(sizes).items()]
-    return handles + [Line2D([], [], label=f"{said('method', b['method'])} alone, {b['which']} epoch", **(stars(i) | dict(ms=10))) for i,(_,b) in enumerate(base.iterrows())]
+    return handles + star_legend(base)
 
 # %% ../nbs/30_figures.ipynb #5e6c54c9
 def base_near(cells, s, robust, baseline=None):
@@ -168,11 +176,11 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
     legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base), ncols=4 if len(across) > 1 else 2)
 
 def _pareto_words(s, base, robust, color, n):
-    top = lambda c: f"{100*s[c].max():.1f} %"
+    top = lambda c: f"{points(s[c].max())} %"
     by = dict(stop='the epoch the teacher was stopped after', alpha='α').get(color, color)
     words = f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured by {by}. "
     words += f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under {head(robust)}"
-    return words + (f"; the baseline {100*base['clean'].iloc[0]:.1f} % and {100*base[robust].iloc[0]:.1f} %." if len(base) else '.')
+    return words + (f"; the baseline {points(base['clean'].iloc[0])} % and {points(base[robust].iloc[0])} %." if len(base) else '.')
 
 # %% ../nbs/30_figures.ipynb #dddcc4c6
 def maps(
@@ -218,13 +226,13 @@ def _map_colours(values, base, c):
 
 def _draw_map(ax, g, c, alphas, stops, cmap, norm):
     "One panel: `c` of the students `g`, α up and stopping epoch to the right, the best one framed"
-    grid = 100*g.pivot(index='alpha', columns='stop', values=c).reindex(index=alphas, columns=stops)
-    im = ax.imshow(grid, cmap=cmap, norm=norm, aspect='auto', origin='lower')
+    grid = g.pivot(index='alpha', columns='stop', values=c).reindex(index=alphas, columns=stops)
+    im = ax.imshow(100*grid, cmap=cmap, norm=norm, aspect='auto', origin='lower')
     for (i,j),v in np.ndenumerate(grid.to_numpy()):
         if np.isnan(v): continue
-        light = np.dot(im.cmap(im.norm(v))[:3], [.299,.587,.114]) > .55
+        light = np.dot(im.cmap(im.norm(100*v))[:3], [.299,.587,.114]) > .55
         best = v == np.nanmax(grid)
-        ax.text(j, i, f'{v:.1f}', ha='center', va='center', color='black' if light else 'white', fontsize=8, weight='bold' if best else None)
+        ax.text(j, i, points(v), ha='center', va='center', color='black' if light else 'white', fontsize=8, weight='bold' if best else None)
         if best: ax.add_patch(plt.Rectangle((j-.47, i-.45), .94, .9, fill=False, lw=1.6, ec='black' if light else 'white'))
     ax.set(xticks=range(len(stops)), yticks=range(len(alphas)), xticklabels=[f'{v:g}' for v in stops], yticklabels=[f'{v:g}' for v in alphas])
     return im
@@ -257,5 +265,5 @@ def plot_map(
 def _map_words(s, c, base):
     top = s.loc[s[c].idxmax()]
     who = f"{said('method', top['method'])} with {kind_name(top['teacher'])} teacher, {hyper(top, s.assign(teacher=''))}"
-    words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is {100*top[c]:.1f} %, by {who}"
-    return words + (f"; white is the baseline’s {100*base.iloc[0][c]:.1f} %." if len(base) else '.')
+    words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is {points(top[c])} %, by {who}"
+    return words + (f"; white is the baseline’s {points(base.iloc[0][c])} %." if len(base) else '.')

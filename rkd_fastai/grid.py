@@ -33,7 +33,7 @@ class Cell:
     n:int|None=None # training images; None takes all
     noise:float=0. # part of the training labels that are wrong
     augment:str|None=None # 'none', 'flip'; None: what is usual with the data
-    seed:int=0 # of data, weights, order and attacks
+    seed:int=0 # of data, weights, order and the attack in training; that of measuring is in `measure`
     arch:str='resnet18' # see `make_net`
     width:float=1/8 # factor on the channels of its layers
     eps:float=8/255 # radius of the attack in training and measuring

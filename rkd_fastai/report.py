@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from .core import atomic_path, write_atomic
 from .rows import NotEnough, as_markdown, is_number, main, methods, over_seeds, rows
-from .tables import gain, table2, table3, table5, table12
+from .tables import baselines, gain, table2, table3, table5, table12
 from .curves import axis_table, beta_table, capacity_table, plot_axis, plot_beta, plot_capacity
 from .figures import front_table, map_table, plot_map, plot_pareto
 
@@ -60,7 +60,7 @@ _views = dict(
     mixture=_view('Mixed ensembles', main, beta_table, plot_beta),
     capacity=_view('Gain by the width of the network', partial(main, free=['width']), capacity_table, plot_capacity),
     images=_axis('Number of training images', 'n'), noise=_axis('Wrong labels', 'noise'), radius=_axis('Radius', 'eps'), epochs=_axis('Length of training', 'epochs'),
-    measured=_view('Teachers themselves', rows, table12))
+    baselines=_view('Trained without a teacher', rows, baselines), measured=_view('Teachers themselves', rows, table12))
 
 def _look(df):
     "The views that `df` is enough for, and for the others why it is not, both by name"
@@ -85,14 +85,14 @@ _css = '''
 @media(prefers-color-scheme:dark){:root{--bg:#14181f;--text:#e6e9ef;--soft:#a3acba;--line:#343c49;--band:#1c222c;--mark:#7cc0f5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--text);font:16px/1.55 system-ui,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:1.25rem 1rem 4rem}
+main{max-width:74rem;margin:0 auto;padding:1.25rem 1rem 4rem}
 h1{font-size:1.7rem;line-height:1.2;margin:.5rem 0 1rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.75rem 0 .5rem;padding-top:.75rem;border-top:1px solid var(--line)}
 a{color:var(--mark)}
 nav ul{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;list-style:none;padding:0;margin:1rem 0}
 nav a{display:inline-block;padding:.3rem 0}
 p{max-width:46rem;overflow-wrap:anywhere}
-.verdict{border-left:4px solid var(--mark);background:var(--band);padding:.7rem 1rem;max-width:none;margin:.6rem 0}
+.verdict{border-left:4px solid var(--mark);background:var(--band);padding:.7rem 1rem;max-width:62rem;margin:.6rem 0}
 .caption,.left{color:var(--soft);font-size:.875rem}
 .scroll{overflow-x:auto;margin:.75rem 0}
 .scroll:focus-visible{outline:2px solid var(--mark)}

@@ -21,7 +21,7 @@ from .evaluation import measure_robustness
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
 from .learner import distil_methods
 from .report import views, write_report
-from .rows import NotEnough, cells_of, main, measured, pareto, said
+from .rows import NotEnough, cells_of, head, main, measured, pareto, points, said
 from .runs import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
 from .terminal import Line, clock, reason
@@ -354,14 +354,14 @@ def pareto_text(
     "Clean against robust accuracy of the main task as text, a mark for each mean over the seeds"
     df,robust = cells_of(main(df))
     df = df[df['method'] != 'teacher'].reset_index(drop=True)
-    front,(x,y) = pareto(df, robust=robust).index,(100*df['clean'],100*df[robust])
+    front,(x,y) = pareto(df, robust=robust).index,(df['clean'],df[robust])
     cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,wide),(y,high)))
     grid = [[' ']*wide for _ in range(high)]
     own = ~df['method'].isin(list(distil_methods))
     for i in [*df.index[~df.index.isin(front)], *front, *df.index[own]]: grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
-    side = [f'{y.max():5.1f} ┤', *['      │']*(high-2), f'{y.min():5.1f} ┤']
+    side = [f'{points(y.max()):>5} ┤', *['      │']*(high-2), f'{points(y.min()):>5} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
-    return '\n'.join([f'{robust}, %', *lines, '      └' + '─'*wide, f"       {x.min():<.1f}{'clean, %':^{wide-8}}{x.max():.1f}",
+    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*wide, f"       {points(x.min()):<4}{'clean, %':^{wide-8}}{points(x.max()):>4}",
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
 def hours(
@@ -373,18 +373,25 @@ def hours(
     found = [v for f in folder.glob('cells/*/results.json') for which in ('last','best') for v in _read_results(f).get(which, {}).values()]
     return f"Training took {train/3600:.2f} hours, attacking {sum(v.get('seconds', 0) for v in found)/3600:.2f}, the times of all processes added up."
 
+def _no_students(df):
+    "Why there is nothing to compare, or an empty text"
+    s = df[df['method'].isin(list(distil_methods))]
+    if len(s) and len(measured(s)): return ''
+    return f"No student is compared: {f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}."
+
 def report(
     folder, # of a study
 )->str:
     "Write tables, figures and a page of them to `report` in the study's folder; what a terminal is to show of them"
     _check_version(folder)
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
-    if not len(df) or not len(measured(df)): return f'nothing has been measured in {folder} yet'
+    if not len(df) or not len(measured(df)): return f'nothing has been measured in {folder} yet' + (f'; trainings that diverged: {len(df)}' if len(df) else '')
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
         notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: {e}'
-    shown = [f'{found[k].table.to_string(index=False)}\n{found[k].table.attrs["caption"]}' for k in ('selected',) if k in found]
+    first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)
+    shown = [] if first is None else [f'{first.to_string(index=False)}\n{first.attrs["caption"]}']
     verdict = [found['gain'].table.attrs['verdict']] if 'gain' in found else []
-    return '\n\n'.join(['', *shown, pareto_text(df), *verdict, f'all tables and figures: {page}'])
+    return '\n\n'.join(['', *shown, _no_students(df) or pareto_text(df), *verdict, f'all tables and figures: {page}'])

@@ -8,7 +8,7 @@ from rkd_fastai.figures import front_table, map_table, plot_map, plot_pareto
 from rkd_fastai.report import views, write_report
 from rkd_fastai.rows import as_markdown, kind_name, main, measures, methods, over_seeds, pareto, settings, strongest
 from rkd_fastai.study import pareto_text
-from rkd_fastai.tables import gain, gains, select, table2, table3, table5, table12
+from rkd_fastai.tables import baselines, gain, gains, select, table2, table3, table5, table12
 
 @pytest.fixture(autouse=True)
 def no_figure_is_left():
@@ -190,6 +190,21 @@ def test_verdict_names_where_distillation_does_not_win():
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
     assert verdict[0].startswith('A student is more robust than the baseline at layer size 1 (+20.0') and '1/4 (+20.0' in verdict[0] and '1/16' not in verdict[0]
     assert verdict[1].startswith('Distillation does not win, no student is shown to be more robust at layer size 1/16 (')
+
+def test_verdict_names_all_that_differs():
+    "Of equally many students none are 'the main task': once it was another one than that of `main`"
+    df = pd.concat([frame(at(.7, .4), student(.8, .6)).assign(n=n, width=w) for n,w in ((500, 1.), (2000, 1.), (1000, .25), (None, 1.))])
+    verdict = gain(df).attrs['verdict'].splitlines()[0]
+    for where in ('with 500 training images, at layer size 1 (', 'with 2000 training images, at layer size 1 (', 'with 1000 training images, at layer size 1/4 (', 'with all training images, at layer size 1 ('):
+        assert where in verdict
+
+@pytest.mark.parametrize('table', [gain, select, capacity_table])
+def test_students_without_a_baseline_are_said(table):
+    pairs = [frame(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., .5)]
+    assert 'no baseline' not in table(pd.concat(pairs)).attrs['caption']
+    one,two = frame(student(.8, .6, width=.25)),frame(student(.8, .6, width=.25), student(.8, .6, width=.25, alpha=.9))
+    assert ' 1 student has no baseline of the same task here and is left out.' in table(pd.concat([*pairs, one])).attrs['caption']
+    assert ' 2 students have no baseline of the same task here and are left out.' in table(pd.concat([*pairs, two])).attrs['caption']
 
 @pytest.mark.parametrize('name, values, where', [('augment', ('flip', 'none'), 'with no augmentation'), ('augment', ('flip', None), 'with usual augmentation'), ('size', (None, 14), 'at image size 14'),
     ('arch', ('resnet18', 'wrn-28-10'), 'with wrn-28-10')])
@@ -477,8 +492,8 @@ def test_views_without_rows_are_named_and_their_old_files_go(tmp_path):
     page = Page(write_report(df, tmp_path, 'A study').read_text(encoding='utf8'))
     found = list(views(df))
     missing = [k for k in report._views if k not in found]
-    assert found == ['selected','gain','teachers','teacher_kinds'] and 'capacity' in missing
-    assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds']
+    assert found == ['selected','gain','teachers','teacher_kinds','baselines'] and 'capacity' in missing
+    assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds','baselines']
     for k in missing: assert any(t.startswith(f'{k}: `df` has') for t in page.texts), k
     assert not (tmp_path/'capacity.md').exists() and not (tmp_path/'capacity.png').exists() and (tmp_path/'mine.md').read_text() == 'mine'
 
@@ -509,7 +524,7 @@ students,teachers = frame(student(.7, .4), student(.7, .4, alpha=.9)),frame(at(.
     (lambda: select(pd.concat([students, teachers]), robust='cw'), "`robust`: `df` has no column 'cw'"), (lambda: pareto(students, clean='tidy'), "`clean`: `df` has no column 'tidy'"), (lambda: front_table(students, by='colour'), "`by`: `df` has no column 'colour'"),
     (lambda: plot_pareto(students, color='seed'), '`color` must be'), (lambda: plot_axis(students, 'seed'), '`x` must be one of'), (lambda: map_table(students, 'loss'), "`value`: `df` has no column 'loss'"),
     (lambda: select(pd.concat([students, teachers]), within=2), '`within`'), (lambda: select(students.assign(clean=None)), 'no row with accuracies'), (lambda: write_report(students, 'nowhere', ' '), '`title`'),
-    (lambda: write_report(teachers, 'nowhere', 'A'), 'not enough for any'), (lambda: table12(students), 'no teachers that were measured'), (lambda: beta_table(students), 'no students of mixed ensembles'),
+    (lambda: write_report(students.drop(columns='pgd20'), 'nowhere', 'A'), 'not enough for any'), (lambda: baselines(students), 'no network trained without a teacher'), (lambda: table12(students), 'no teachers that were measured'), (lambda: beta_table(students), 'no students of mixed ensembles'),
     (lambda: axis_table(students, 'n'), 'differ in `n`'), (lambda: plot_map(students[:1]), 'two values of α'), (lambda: table5(students), 'both alone and as an ensemble'), (lambda: write_report(students, __file__, 'A'), '`folder` is a file')])
 def test_errors_say_what_is_missing(call, says):
     with pytest.raises(ValueError, match=says): call()
@@ -523,6 +538,29 @@ def test_text_plot_is_of_one_task():
     plot = pareto_text(df)
     other = frame(student(.9, .9, eps=1/255), base | dict(method='teacher', teacher='st', which='last', clean=.95, pgd20=.01, seed=0))
     assert pareto_text(pd.concat([df, other])) == plot and plot.count('●') == 3 and ' 50.0 ┤' in plot
+
+def test_figures_and_text_round_as_tables_do():
+    "Halves of a tenth: 45.25 is 45.3 everywhere, where Python alone says 45.2"
+    df = frame(at(.7, .4025), student(.7525, .4525), student(.7225, .4425, alpha=.8), student(.7225, .4325, stop=20))
+    shown = {t.get_text() for ax in plot_map(df).axes for t in ax.texts}
+    assert shown == {'45.3','44.3','43.3'} and {v for v in map_table(df).iloc[:, 3:].to_numpy().ravel()} - {'–'} == shown
+    assert ' 45.3 ┤' in pareto_text(df) and ' 40.3 ┤' in pareto_text(df) and pareto_text(df).splitlines()[-2].split() == ['70.0','clean,','%','75.3']
+    for words in (plot_map(df).get_label(), plot_pareto(df).get_label()): assert '45.3 %' in words and '40.3 %' in words
+    assert '75.3 % clean' in plot_pareto(df).get_label()
+
+def test_all_stars_of_the_mixture_are_in_its_legend():
+    df = frame(at(.7, .4), at(.69, .42, which='best'), *[student(.7+b/50, .5-b/50, teacher='2 st, 2 at', beta=b) for b in (0., .5, 1.)])
+    fig = plot_beta(df)
+    texts = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert texts == ['AKD⁺, 2 × ST + 2 × AT', 'AT alone, best epoch', 'AT alone, last epoch']
+    assert [h.get_linestyle() for h in fig.legends[0].legend_handles[1:]] == ['--', 'None'] # of the first there is a level line, too
+
+def test_baselines_as_they_are():
+    df = frame(at(.7, .4), at(.72, .42, seed=1), at(.69, .42, which='best'), at(.71, .41, method='trades', epochs=60), student(.9, .9), base | dict(method='teacher', teacher='st', which='last', clean=.9, pgd20=0.))
+    got = baselines(df)
+    assert got.Method.tolist() == ['AT','AT','TRADES'] and got.Epoch.tolist() == ['last','best','last'] and got.Epochs.tolist() == ['80','80','60']
+    assert got.Clean.tolist() == ['71.0 ± 1.4','69.0','71.0'] and got['PGD-20'].tolist() == ['41.0 ± 1.4','42.0','41.0']
+    assert list(views(frame(at(.7, .4)))) == ['baselines']
 
 def test_legend_of_one_panel_is_whole():
     df = frame(at(.7, .4), at(.69, .42, which='best'), student(.75, .45), student(.72, .5, alpha=.8))
