@@ -130,7 +130,7 @@ def check_masking(
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     x,y = beside(model, x, y)
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
-    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly: at least 10 are needed to look at")
+    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
     try: return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps)

@@ -133,7 +133,7 @@ def pixel_data(
         seen += len(y)
         if n is not None and seen >= n: break
     if not seen: raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its images behind, give it `dl=dls.valid`")
-    if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images")
+    if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images: leave `n` out to take them all")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
 def measured_images(
