@@ -205,7 +205,7 @@ def export_robustbench(
     robustness=None, # `Robustness` of this network, as `learn.robustness()` returns it
     norm='Linf', # RobustBench's threat model, 'Linf' or 'L2'; `robustness` must be of it
     n_test=None, # images in the test set of a data set that is not RobustBench's: accuracies of fewer stay out of its card
-    **card, # `name` (title of the paper), `authors`, `link`, `venue`, `dataset` ('cifar10', …, or another), `architecture`, `additional_data`, `number_forward_passes`, `reported` (percent, as text), `footnote`
+    **card, # RobustBench's `name` (title of the paper), `authors`, `link`, `venue`, `dataset`, `architecture`, `additional_data`, `number_forward_passes`, `reported` (percent, as text), `footnote`
 )->Path:
     "Write `model` to `folder` as RobustBench and AutoAttack take it, loadable with PyTorch alone; returns the folder"
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: a Learner has `to_robustbench`")

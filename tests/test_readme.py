@@ -75,6 +75,8 @@ def test_make_lines():
     assert lines == [['make','demo'], ['make','test']]
     for line in lines: subprocess.run([*line, '-n'], cwd=root, check=True, capture_output=True)
 
-def test_links_lead_somewhere():
-    links = [l for l in re.findall(r'\]\(([^)]+)\)', (root/'README.md').read_text(encoding='utf8')) if not l.startswith('http')]
-    assert links and all((root/l.split('#')[0]).exists() for l in links), links
+@pytest.mark.parametrize('page', ['README.md','nbs/index.ipynb'])
+def test_links_lead_somewhere(page):
+    "In the notebook from its own folder, in the README from the root"
+    links = [l for l in re.findall(r'\]\(([^)]+)\)', (root/page).read_text(encoding='utf8')) if not l.startswith('http')]
+    assert len(links) > 20 and all(((root/page).parent/l.split('#')[0]).exists() for l in links), links

@@ -1,5 +1,5 @@
 "Write README.md from nbs/index.ipynb: prose as it is, code fenced, hidden cells and nbdev's directives left out."
-import json, re
+import json, posixpath, re
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -7,7 +7,7 @@ root = Path(__file__).parent.parent
 def cell_md(cell):
     "One cell as Markdown, or None"
     src = ''.join(cell['source'])
-    if cell['cell_type'] == 'markdown': return src.replace('](images/', '](nbs/images/')
+    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!https?:|#)([^)\s]+)\)', lambda m: f"]({posixpath.normpath(f'nbs/{m[1]}')})", src) # from nbs/ to the root
     if re.match(r'#\|\s*(hide|default_exp)', src): return None
     src = re.sub(r'^#\|.*\n', '', src, flags=re.M)
     return f'```python\n{src}\n```'
