@@ -121,6 +121,12 @@ def test_table_of_a_function(tmp_path):
     assert lines[2] == r'| `x` |  |  | images, `(bs, c)` \| a\*b |'
     assert lines[3] == '| `eps` | `float` | `8/255` | radius |' and lines[4] == "| `mode` | `str` | `'a'` | how |"
 
+def test_fields_of_a_dataclass_are_as_written():
+    from rkd_fastai import grid
+    node, = [o for o in ast.parse(Path(grid.__file__).read_text(encoding='utf8')).body if getattr(o, 'name', '') == 'Cell']
+    text = docs.show_doc('Cell', grid.Cell, node, 'https://repo')
+    assert 'width=1/8, eps=8/255' in text and '| `eps` | `float` | `8/255` |' in text and 'Cell(method, ' in text
+
 def test_every_public_symbol_has_its_table():
     "One class and one patched method of the library, and no name is lost"
     import rkd_fastai.callback.distill as distill, rkd_fastai.evaluation as evaluation

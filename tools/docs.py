@@ -131,12 +131,14 @@ def definitions(cell):
 def default_exp(cells): return next((m.group(1) for c in cells if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']), re.M))), None)
 
 def written_defaults(node):
-    "Argument → default as it was written (`8/255`), of a function's or a class's `__init__`'s syntax tree"
-    if isinstance(node, ast.ClassDef): node = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == '__init__'), None)
-    if node is None: return {}
-    a = node.args
-    names = [o.arg for o in a.posonlyargs + a.args]
-    both = list(zip(names[len(names)-len(a.defaults):], a.defaults)) + list(zip([o.arg for o in a.kwonlyargs], a.kw_defaults))
+    "Argument → default as it was written (`8/255`), of the syntax tree of a function, a class's `__init__`, or a dataclass's fields"
+    init = node
+    if isinstance(node, ast.ClassDef): init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == '__init__'), None)
+    if init is None: both = [(o.target.id, o.value) for o in node.body if isinstance(o, ast.AnnAssign)]
+    else:
+        a = init.args
+        names = [o.arg for o in a.posonlyargs + a.args]
+        both = list(zip(names[len(names)-len(a.defaults):], a.defaults)) + list(zip([o.arg for o in a.kwonlyargs], a.kw_defaults))
     return {n: re.sub(' ([/*]) ', r'\1', ast.unparse(d)) for n,d in both if d is not None}
 
 def type_name(t): return '' if t in (inspect._empty, type(None)) else getattr(t, '__name__', str(t))
