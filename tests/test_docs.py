@@ -121,6 +121,15 @@ def test_table_of_a_function(tmp_path):
     assert lines[2] == r'| `x` |  |  | images, `(bs, c)` \| a\*b |'
     assert lines[3] == '| `eps` | `float` | `8/255` | radius |' and lines[4] == "| `mode` | `str` | `'a'` | how |"
 
+def test_docstrings_link_to_symbols():
+    "Of their text and their tables, but not their own name and arguments"
+    from rkd_fastai import grid
+    links = docs.Links()
+    links.symbols = docs.symbols(links)
+    text = '\n'.join(docs.shown(c, grid, 'reference/grid', links)['source'] for c in cells(docs.notebooks()['reference/grid']) if docs.definitions(c))
+    for name,where in dict(make_dls='runs', AdversarialTraining='callback.adversarial').items(): assert f'| see [`{name}`]({where}.ipynb#{name.lower()}) |' in text
+    assert '| `teacher_epochs` |' in text and '[`Cell`](grid.ipynb#cell)' in text and '### Cell\n' in text
+
 def test_fields_of_a_dataclass_are_as_written():
     from rkd_fastai import grid
     node, = [o for o in ast.parse(Path(grid.__file__).read_text(encoding='utf8')).body if getattr(o, 'name', '') == 'Cell']
@@ -130,11 +139,12 @@ def test_fields_of_a_dataclass_are_as_written():
 def test_every_public_symbol_has_its_table():
     "One class and one patched method of the library, and no name is lost"
     import rkd_fastai.callback.distill as distill, rkd_fastai.evaluation as evaluation
+    links = docs.Links()
     for module,page,name in ((distill, 'reference/callback.distill', 'AKDCallback'), (evaluation, 'reference/evaluation', 'Learner.robustness')):
         found = {n: (c, node) for c in cells(docs.notebooks()[page]) for n,node in docs.definitions(c).items()}
         assert name in found and {n for n in module.__all__ if inspect.isfunction(getattr(module, n)) or inspect.isclass(getattr(module, n))} <= set(found)
-        text = docs.shown(found[name][0], module, 'https://repo')['source']
-        assert f'### {name}\n' in text and f"https://repo/blob/main/rkd_fastai/{module.__name__.split('.', 1)[1].replace('.', '/')}.py#L" in text
+        text = docs.shown(found[name][0], module, page, links)['source']
+        assert f'### {name}\n' in text and f"{links.repository}/blob/main/rkd_fastai/{module.__name__.split('.', 1)[1].replace('.', '/')}.py#L" in text
         args = list(inspect.signature(evaluation.Learner.robustness if '.' in name else distill.AKDCallback).parameters)
         assert all(f'| `{a}` |' in text for a in args if a not in ('self', 'compile', 'bf16'))
 

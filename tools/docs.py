@@ -155,16 +155,17 @@ def arguments(obj, node):
         rows.append((kinds.get(o['kind'], '') + name, type_name(o['anno']), default, o['docment'] or ''))
     return rows
 
-def escape(text):
-    "Text outside code spans without Markdown's meaning, pipes escaped everywhere"
+def escape(text, link=str):
+    "Text outside code spans without Markdown's meaning, pipes escaped everywhere; code spans as `link` has them"
     pieces = re.split(r'(`[^`]+`)', text)
+    pieces[1::2] = [link(p) for p in pieces[1::2]]
     pieces[::2] = [re.sub(r'([*_<$\\])', r'\\\1', p) for p in pieces[::2]]
     return ''.join(pieces).replace('|', r'\|').replace('\n', ' ')
 
-def table(args):
+def table(args, link=str):
     "Markdown table of arguments; columns without an entry are left out"
     code = lambda o: f'`{o}`'.replace('|', r'\|') if o else ''
-    rows = [(code(n), code(t), code(d), escape(c)) for n,t,d,c in args]
+    rows = [(code(n), code(t), code(d), escape(c, link)) for n,t,d,c in args]
     kept = [i for i in range(4) if any(r[i] for r in rows)]
     lines = [[('Argument', 'Type', 'Default', 'Meaning')[i] for i in kept], ['---']*len(kept), *[[r[i] for i in kept] for r in rows]]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
@@ -187,22 +188,24 @@ def documented_methods(cls, node):
     found = {f.name: f for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith('_') and ast.get_docstring(f)}
     return {n: f for n,f in found.items() if not isinstance(vars(cls).get(n), property)}
 
-def show_doc(name, obj, node, repository, level=3):
-    "Heading, source, signature, docstring and table of one symbol, and of a class its documented methods"
+def show_doc(name, obj, node, repository, level=3, link=str):
+    "Heading, source, signature, docstring and table of one symbol, and of a class its documented methods; `link` is of `escape`"
     args, url = arguments(obj, node), source_url(obj, repository)
+    own = {f'`{o}`' for o in (name, *(n for n,*_ in args))}
+    other = lambda span: span if span in own else link(span)
     shown = signature(name, args)
     parts = [f"{'#'*level} {name}", f'<a class="api-source" href="{url}">source</a>' if url else '', f'```python\n{shown}\n```',
-             escape(ast.get_docstring(node) or ''), table(args) if any(c for *_,c in args) else '']
-    methods = [show_doc(f'{name}.{n}', getattr(obj, n), f, repository, level+1) for n,f in documented_methods(obj, node).items()]
+             escape(ast.get_docstring(node) or '', other), table(args, other) if any(c for *_,c in args) else '']
+    methods = [show_doc(f'{name}.{n}', getattr(obj, n), f, repository, level+1, link) for n,f in documented_methods(obj, node).items()]
     return '\n\n'.join([p for p in parts if p] + methods)
 
-def shown(cell, module, repository):
-    "Documentation of what an exported cell defines, as a Markdown cell; or None"
+def shown(cell, module, page, links):
+    "Documentation of what an exported cell of `page` defines, as a Markdown cell; or None"
     parts = []
     for name,node in definitions(cell).items():
         obj = module
         for n in name.split('.'): obj = getattr(obj, n)
-        parts.append(show_doc(name, obj, node, repository))
+        parts.append(show_doc(name, obj, node, links.repository, link=lambda span: links.code(span, page)))
     return markdown('\n\n'.join(parts)) if parts else None
 
 # --- pages ---
@@ -225,7 +228,7 @@ def page_cells(page, links):
     for c in cells:
         src, d = ''.join(c['source']), set(directives(c))
         if c['cell_type'] == 'markdown': out.append(markdown(links.rewrite(src, page)))
-        elif {'export', 'exports'} & d: out.append(shown(c, module, links.repository))
+        elif {'export', 'exports'} & d: out.append(shown(c, module, page, links))
         elif not {'hide', 'exporti', 'default_exp'} & d and src.strip(): out.append(described(c, page))
     return [c for c in out if c]
 
@@ -268,14 +271,12 @@ def write_static(out):
     shutil.copy(mathjax/'tex-chtml.js', out/'_static/mathjax')
 
 def symbols(links):
-    "Public name → page, of what `from rkd_fastai.all import *` brings and what is patched"
-    import rkd_fastai.all as everything
+    "Public name → page, of what the notebooks export; not `train`, a word like others"
     found = {}
     for page,f in links.pages.items():
         if f.suffix != '.ipynb': continue
         for c in json.loads(f.read_text(encoding='utf8'))['cells']:
-            for name in definitions(c):
-                if '.' in name or name in everything.__all__ and re.search('[A-Z_]', name): found[name] = page # not `train`, a word like others
+            found |= {name: page for name in definitions(c) if re.search('[A-Z_.]', name)}
     return found
 
 def make_pages(out, base=root):
