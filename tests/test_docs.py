@@ -123,12 +123,15 @@ def test_table_of_a_function(tmp_path):
 
 def test_docstrings_link_to_symbols():
     "Of their text and their tables, but not their own name and arguments"
-    from rkd_fastai import grid
+    from rkd_fastai import grid, tables
     links = docs.Links()
     links.symbols = docs.symbols(links)
     text = '\n'.join(docs.shown(c, grid, 'reference/grid', links)['source'] for c in cells(docs.notebooks()['reference/grid']) if docs.definitions(c))
     for name,where in dict(make_dls='runs', AdversarialTraining='callback.adversarial').items(): assert f'| see [`{name}`]({where}.ipynb#{name.lower()}) |' in text
-    assert '| `teacher_epochs` |' in text and '[`Cell`](grid.ipynb#cell)' in text and '### Cell\n' in text
+    assert '[`Cell`](grid.ipynb#cell)' in text and '### Cell\n' in text
+    node, = [o for o in ast.parse(Path(tables.__file__).read_text(encoding='utf8')).body if getattr(o, 'name', '') == 'own_students']
+    text = docs.show_doc('own_students', tables.own_students, node, 'https://repo', link=lambda span: f'linked {span}')
+    assert '| `df` | from linked `read_rows` |' in text and '\n`df` with no students' in text
 
 def test_fields_of_a_dataclass_are_as_written():
     from rkd_fastai import grid
