@@ -225,7 +225,7 @@ def _row(c, res, which):
     "A cell's settings and accuracies, as tables want them"
     r = res.get(which, {})
     n = len(teachers_of(c))
-    d = dict(id=c.id) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.stop or 0))
+    d = dict(id=c.id, clean=None) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.stop or 0))
     return d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()}
 
 def read_rows(

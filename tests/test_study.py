@@ -179,8 +179,12 @@ def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
         if c.schedule == 'teacher': raise FloatingPointError('the loss is NaN')
         return train(self, c, label)
     monkeypatch.setattr(Study, '_train', diverging)
+    df = Study(spec(dict(method='akd')), tmp_path/'s').run()
+    assert len(df) == 1 and report_text(tmp_path/'s').endswith('yet; trainings that diverged: 1')
     df = Study(spec(dict(method='akd'), dict(method='at')), tmp_path/'s').run()
     assert 'its teacher' in df.diverged[0] and 'the loss is NaN' in df.diverged[0] and pd.isna(df.diverged[1])
+    text = report_text(tmp_path/'s')
+    assert 'Networks trained without a teacher' in text and 'No student is compared: all trainings of students (1) diverged.' in text
 
 def test_other_version(finished, tmp_path):
     (tmp_path/'s').mkdir(); (tmp_path/'s/study.json').write_text(json.dumps(dict(rkd_fastai='99.0')))
