@@ -1,5 +1,6 @@
 "What the test files share: one thread, fixed seeds, small digits `DataLoaders`, tiny networks and two trained ones."
-import copy, random, sys
+import copy, os, random, sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -116,6 +117,14 @@ def snapshot():
         return (all(torch.equal(v, b[0][k]) for k,v in a[0].items()) and a[1] == b[1] and a[2] == b[2]
                 and all((p is None) == (q is None) and (p is None or torch.equal(p, q)) for p,q in zip(a[3], b[3])))
     return SimpleNamespace(take=snap, same=same)
+
+@pytest.fixture(scope='session')
+def open_files():
+    "Function: how often this process has which file open. Compare by `-`, as what an earlier test opened may be closed meanwhile"
+    def opened():
+        links = (f'/proc/self/fd/{n}' for n in os.listdir('/proc/self/fd'))
+        return Counter(f for f in (os.readlink(l) for l in links if os.path.exists(l)) if '/proc/' not in f)
+    return opened
 
 # --- distillation, step by step, against plain PyTorch ---
 

@@ -84,13 +84,11 @@ def test_attacks_and_teachers_keep_nothing(how):
     for _ in range(20): once()
     held, was = alive(), resident()
     for _ in range(100): once()
-    assert alive() == held and resident() - was < 4e6
-
-def open_files(): return sorted(os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}') and '/proc/' not in os.readlink(f'/proc/self/fd/{fd}'))
+    assert alive() <= held and resident() - was < 4e6 # less, where something of an earlier test has ended meanwhile; so for files and threads below
 
 @needs_proc
 @pytest.mark.parametrize('ends', ['well','badly'])
-def test_no_file_stays_open(ends, make_learner, tmp_path, tiny_net):
+def test_no_file_stays_open(ends, make_learner, tmp_path, tiny_net, open_files):
     was, threads = open_files(), threading.active_count()
     for i in range(3):
         learn = make_learner(cbs=[*methods['akd'](tiny_net(seed=7)), KeepEpochs(), Resume(tmp_path/'r', every=1)], metrics=RobustAccuracy(pgd, n=8))
@@ -101,7 +99,7 @@ def test_no_file_stays_open(ends, make_learner, tmp_path, tiny_net):
         learn.robustness(['clean','pgd2'], .1, state_path=tmp_path/f's{i}')
         Teacher.at_epoch(learn.path/'models', 'best', tiny_net())
     gc.collect()
-    assert open_files() == was and threading.active_count() == threads
+    assert not open_files() - was and threading.active_count() <= threads
 
 # --- whatever stops it ---
 
