@@ -19,6 +19,7 @@ from .callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from .learner import method_class
 from .loaders import with_bs, with_subset
 from .recipes import all_recipes, recipe_of_kind, teacher_kinds
+from .pixel import held_out
 from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, load_run, make_dls
 from .study import Study, plan_text, report
 from .teachers import Teacher
@@ -85,7 +86,7 @@ def _card(args, recipe, dls):
     return describe_run(recipe, dls, told | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr, epochs=recipe.epochs if args.epochs is None else args.epochs,
                                                    eps=_eps if args.eps is None else args.eps, frac=recipe.synthetic if args.synthetic else None))
 
-_eps = 8/255 # of the accuracy under attack that is watched
+_eps = 8/255 # of the accuracy under attack that is watched, and of a run whose card tells none
 
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     "Train one network by `recipe` as `args` say and save it"
@@ -110,11 +111,18 @@ def train(
     recipe = teacher_recipe(args)
     _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting()] if isinstance(recipe.attack, FFGSM) else ())
 
+def _teachers_size(args, cards):
+    "Side of the images that the teachers were trained on, where they are of the data of `args`"
+    sizes = {card.get('size') for card in cards if Path(str(card.get('data'))) == Path(args.data)}
+    if len(sizes) > 1: raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: name one")
+    return next(iter(sizes), None)
+
 def distill(
     args, # parsed command line
 ):
     "`rkd distill`"
     teachers,cards = zip(*map(load_run, args.teacher))
+    if args.size is None: args.size = _teachers_size(args, cards)
     recipe = student_recipe(args)
     _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=Teacher(teachers, betas=args.betas))
 
@@ -123,20 +131,24 @@ def evaluate(
 ):
     "`rkd evaluate`"
     if args.check and args.norm != 'Linf': raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
+    if args.norm != 'Linf' and args.eps is None: raise ValueError('`--norm L2` has radii of its own: name `--eps`, of which 0.5 is usual')
     model,card = load_run(args.model)
+    eps = args.eps if args.eps is not None else card['eps'] if isinstance(card.get('eps'), float) else _eps
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
     if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
         raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
+    n_images = len(held_out(dls).dataset)
+    if args.n is not None and not 0 < args.n <= n_images: raise ValueError(f"`--n` must be from 1 to {n_images}, the number of held-out images, got {args.n}")
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
     with learn.no_bar(), watching(model, line):
-        res = learn.robustness(attacks, eps=args.eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.update)
+        res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.update)
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
-    if args.check: print(f'\n{learn.check_robustness(args.eps)}')
+    if args.check: print(f'\n{learn.check_robustness(eps)}')
 
 def study(
     args, # parsed command line
@@ -160,9 +172,9 @@ def demo(
     demo(args.quick, args.out, args.seed)
 
 def _data_args(c, default=None, bs=None):
-    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder of images")
+    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder with a sub-folder of images per class: in `train` and `valid`, or a fifth of them is held out")
     c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
-    c.add_argument('--size', type=int, help='side of the images: those of a folder are cropped to it, 64 if left out; fashion_mnist and fashion_sample come in 14 and 28')
+    c.add_argument('--size', type=int, help='side of the images: those of a folder are cropped to it; left out, as in the run or of the teacher, or 64; fashion_mnist and fashion_sample come in 14 and 28')
     c.add_argument('--bs', type=int, default=bs, help="batch size; left out, the recipe's, or 125 where the images are too few for it" if bs is None else 'batch size')
 
 def _training_args(c):
@@ -206,9 +218,9 @@ def _evaluate_args(c):
     _data_args(c, bs=250)
     c.add_argument('model', help='run folder or checkpoint')
     c.add_argument('--attacks', default='clean,pgd20,autoattack', help='clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack')
-    c.add_argument('--eps', type=number, default=8/255, help='radius of the attacks in pixel units, e.g. 8/255')
+    c.add_argument('--eps', type=number, help="radius of the attacks in pixel units, e.g. 8/255; left out, the one the run was trained for")
     c.add_argument('--norm', choices=['Linf','L2'], default='Linf', help='norm of the attacks')
-    c.add_argument('--n', type=int, help='the first so many test images; left out, all')
+    c.add_argument('--n', type=int, help='the first so many held-out images; left out, all')
     c.add_argument('--json', help='file for the result card')
     c.add_argument('--state', help='file that keeps the progress, to resume')
     c.add_argument('--fast', action='store_true', help='AutoAttack on a faster copy of the network; what it finds is confirmed on the network itself')

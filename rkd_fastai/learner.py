@@ -20,6 +20,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from .attacks import PGD
 from .core import check_fraction
+from .models import resnet18, wide_resnet
 from .callback.adversarial import AdversarialTraining, RobustCallback
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
 
@@ -39,6 +40,10 @@ def method_class(
     if method not in distil_methods: raise ValueError(f"unknown `method` {method!r}: use one of {list(distil_methods)}")
     return distil_methods[method]
 
+def _no_setting_of_the_attack(kwargs):
+    for k in kwargs:
+        if k in signature(PGD).parameters: raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
+
 @patch
 def to_rkd(self:Learner,
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
@@ -47,6 +52,7 @@ def to_rkd(self:Learner,
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
     cls = method_class(method)
+    _no_setting_of_the_attack(kwargs)
     takes = [k for k in signature(cls).parameters if k != 'teacher']
     for k in kwargs:
         if k not in takes: raise TypeError(f"`{k}` means nothing to method {method!r}, which takes {takes}")
@@ -58,6 +64,7 @@ def to_adversarial(self:Learner,
     **kwargs, # the callback's other arguments: `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on on adversarial examples (Madry et al., 2018)"
+    _no_setting_of_the_attack(kwargs)
     return _turn(self, AdversarialTraining(attack or PGD(), **kwargs))
 
 @patch
@@ -93,6 +100,8 @@ def rkd_learner(
 )->Learner:
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
+    _no_setting_of_the_attack(kwargs)
+    if arch in (resnet18, wide_resnet): raise TypeError(f"`arch`: {arch.__name__} of rkd_fastai.models makes a network, give `{arch.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
     check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache or None, compile=compile, bf16=bf16)
     takes = signature(cls).parameters

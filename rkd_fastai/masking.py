@@ -145,6 +145,6 @@ def check_robustness(self:Learner,
 )->MaskingReport:
     "Look for signs that this network's gradients are masked rather than small (Athalye et al., 2018)"
     dl = dl or self.dls.valid
-    x,y = measured_images(self, dl, min(n, len(dl.dataset)))
+    x,y = measured_images(self, dl, min(n, max(len(dl.dataset), 1))) # without any images it says so
     model = in_float32(pixel_model(self))
     return check_masking(model, x, y, eps, bs)

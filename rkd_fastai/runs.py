@@ -39,7 +39,7 @@ def make_dls(
     bs=125, # images in a batch
     size=None, # side of the images: a folder's are cropped to it (None: 64), Fashion-MNIST comes in 14 and 28
 ):
-    "The DataLoaders called `data`, or those of a folder with a sub-folder per class (in `train` and `valid`, `val` or `test`, where there are such)"
+    "The DataLoaders called `data`, or those of a folder with a sub-folder per class: in `train` and `valid`, `val` or `test`, where there are such, else a fifth is held out"
     sized = {} if size is None else dict(size=size)
     if sized and data in data_names and not data.startswith('fashion'): raise ValueError(f"`size` {size}: the images of {data} have one size, leave it out")
     if data in _packaged: return _packaged[data](bs=bs, device_resident=True, **sized)
@@ -49,7 +49,9 @@ def make_dls(
     if not any(f.suffix.lower() in image_extensions for f in folder.rglob('*')): raise ValueError(f"`--data`: no images in {data}, which should have a sub-folder of them for each class")
     held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)
     split = dict(train='train', valid=held) if held and (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
-    return ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
+    dls = ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or 64), num_workers=0)
+    if get_c(dls) < 2: raise ValueError(f"`--data`: {data} has one class, {dls.vocab[0]!r}, and nothing to tell it from: it should have a sub-folder of images for each class")
+    return dls
 
 def make_net(
     arch, # 'resnet18', 'wrn-28-10' or timm's name of a network

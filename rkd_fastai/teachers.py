@@ -128,6 +128,7 @@ def read_state(
 ):
     "The dict of tensors in a checkpoint, read without executing anything it holds"
     path = Path(path)
+    if path.is_dir(): raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or open a run of `rkd train` or `rkd distill` by `rkd_fastai.runs.load_run`")
     if not path.is_file(): raise MissingFile(f"no teacher file at `{path}`")
     if path.suffix not in ('.safetensors', '.pth', '.pt', '.ckpt'):
         raise ValueError(f"`{path}`: a teacher file is .safetensors, .pth, .pt or .ckpt. An exported Learner (.pkl) runs code when loaded: "

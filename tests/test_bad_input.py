@@ -1,8 +1,10 @@
 "What bad input gets: an error that names the argument, before anything has changed."
+import re
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSELossFlat, MultiCategoryBlock, PILImageBW,
                                RegressionBlock, Transform, TensorImage, resnet18)
 
+from rkd_fastai import models
 from rkd_fastai.all import *
 
 methods = ['akd', 'rslad', 'ard', 'ckd']
@@ -170,6 +172,20 @@ def test_arguments_of_another_method(unchanged, make_learner, make_dls, tiny_net
         with pytest.raises(TypeError, match=f"`{next(iter(wrong))}` means nothing to method '{method}'"): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)
     assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'rslad', cache=True).cbs[-1].cache
     assert repr(make_learner().to_rkd(tiny_net(), attack=None).cbs[-1].attack) == repr(PGD())
+
+@pytest.mark.parametrize('wrong', [dict(eps=4/255), dict(steps=3), dict(norm='L2')])
+def test_settings_of_the_attack(wrong, unchanged, make_learner, make_dls, tiny_net):
+    "Which a user is tempted to give to the method"
+    name, = wrong
+    found = re.escape(f"`{name}` is a setting of the attack: give `attack=PGD({name}=…)`")
+    with unchanged(make_learner(), TypeError, found) as learn: learn.to_adversarial(**wrong)
+    with unchanged(make_learner(), TypeError, found) as learn: learn.to_rkd(tiny_net(), **wrong)
+    with pytest.raises(TypeError, match=found): rkd_learner(make_dls(), tiny_net(), tiny_net(), **wrong)
+
+@pytest.mark.parametrize('arch', [models.resnet18, models.wide_resnet])
+def test_a_function_that_is_no_architecture(arch, make_dls, tiny_net):
+    "Ours return a network for a number of classes; `vision_learner`'s take `pretrained`"
+    with pytest.raises(TypeError, match=rf"{arch.__name__}\(n_out=dls.c\).*`models.resnet18`"): rkd_learner(make_dls(), arch, tiny_net(), pretrained=False)
 
 def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net):
     one,other = (Teacher(make_learner(make_dls(), tiny_net(seed=i))) for i in (1, 2))

@@ -25,6 +25,38 @@ def test_folder_and_timm(images, tmp_path, capsys):
     student = json.loads((tmp_path/'student/card.json').read_text())
     assert (student['n_in'], student['n_out'], student['method'], student['width']) == (3, 2, 'rslad', 1/16)
     assert 'epochs' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='`--n` must be from 1 to 8, the number of held-out images, got 100'): rkd('evaluate', tmp_path/'student', '--attacks', 'clean', '--n', 100)
+
+def test_a_student_sees_images_of_its_teachers_size(images, tmp_path):
+    "Unless `--size` says otherwise; where the teachers differ it has to"
+    common = ('--data', f'{images}/', '--bs', 4, '--epochs', 1, '--steps', 1, '--width', '1/16')
+    for size in (16, 24): rkd('train', '--data', images, *common[2:], '--how', 'st', '--size', size, '--out', tmp_path/f't{size}')
+    size = lambda name: json.loads((tmp_path/name/'card.json').read_text())['size']
+    rkd('distill', *common, '--teacher', tmp_path/'t16', '--out', tmp_path/'same')
+    rkd('distill', *common, '--teacher', tmp_path/'t16', '--size', 24, '--out', tmp_path/'other')
+    assert (size('same'), size('other')) == (16, 24)
+    with pytest.raises(SystemExit, match='`--size`'): rkd('distill', *common, '--teacher', tmp_path/'t16', '--teacher', tmp_path/'t24', '--out', tmp_path/'two')
+    assert not (tmp_path/'two').exists()
+
+def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--eps', '25/255', '--out', tmp_path/'run')
+    def radius(*args):
+        rkd('evaluate', tmp_path/'run', '--attacks', 'clean,fgsm', '--n', 20, '--json', tmp_path/'card.json', *args)
+        return json.loads((tmp_path/'card.json').read_text())['eps']
+    assert (radius(), radius('--eps', '4/255')) == (25/255, 4/255)
+    assert radius('--norm', 'L2', '--eps', .5) == .5
+    with pytest.raises(SystemExit, match='`--norm L2`.*`--eps`'): radius('--norm', 'L2')
+    card = json.loads((tmp_path/'run/card.json').read_text())
+    for eps in (None, 'wide'):
+        (tmp_path/'run/card.json').write_text(json.dumps(card | dict(eps=eps)))
+        assert radius() == 8/255
+
+def test_images_of_one_class(images, tmp_path):
+    "All in one folder, or one sub-folder: 100 % would be no merit"
+    for folder in (images/'train/dark', images/'train'):
+        for f in (images/'train/bright').glob('*'): f.unlink()
+        with pytest.raises(SystemExit, match="one class, 'dark'"): rkd('train', '--data', folder, '--epochs', 1, '--out', tmp_path/'out')
+        assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('args, says', [
     (('train', '--data', 'nowhere'), '`--data`'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'),

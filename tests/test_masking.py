@@ -2,6 +2,7 @@
 import copy
 
 import pytest, torch, torch.nn as nn
+from fastai.vision.all import load_learner
 from rkd_fastai.all import *
 
 class Behind(nn.Module):
@@ -57,6 +58,16 @@ def test_of_a_normalised_learner(make_learner, make_dls, robust_net):
     plain, normalised = (make_learner(make_dls(n_valid=60, stats=stats), net).check_robustness(eps=.1, n=50)
                          for stats,net in ((None, robust_net), (([.5], [.25]), Denormalised())))
     assert plain.ok and plain.n == normalised.n and repr(plain) == repr(normalised)
+
+@pytest.mark.filterwarnings('ignore:load_learner')
+def test_of_an_exported_learner(make_learner, robust_net, tmp_path):
+    "It has left its images behind, says so, and takes others"
+    learn = make_learner(model=copy.deepcopy(robust_net))
+    learn.export('it.pkl')
+    again = load_learner(tmp_path/'it.pkl')
+    with pytest.raises(ValueError, match='`dl` is empty.*exported.*`dl=dls.valid`'): again.check_robustness(eps=.1)
+    with pytest.raises(ValueError, match='`n` must be >= 1'): learn.check_robustness(eps=.1, n=0)
+    assert repr(again.check_robustness(eps=.1, dl=learn.dls.valid)) == repr(learn.check_robustness(eps=.1))
 
 def test_noise_in_the_network_is_seen(robust_net, test_images):
     "A randomised network is attacked less the more steps are taken"

@@ -189,6 +189,7 @@ def test_what_learn_save_writes(with_opt, how, make_learner, tiny_net, x):
 
 def test_missing_file(tiny_net, tmp_path):
     with pytest.raises(ValueError, match='no teacher file'): load_teacher(tmp_path/'none.pth', tiny_net())
+    with pytest.raises(ValueError, match='is a folder: .*load_run'): load_teacher(tmp_path, tiny_net())
     with pytest.raises(FileNotFoundError): load_teacher(tmp_path/'none.pth', tiny_net())
     with pytest.raises(ValueError): load_teacher(tmp_path, tiny_net()) # a folder
 
