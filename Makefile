@@ -30,10 +30,10 @@ test-all: check coverage .venv/docs
 mutants: .venv/dev
 	$(BIN)/python tools/mutate.py
 
-# notebooks -> modules, index.ipynb -> README.md
+# notebooks -> modules, index.ipynb -> README.md; clean first, as modules name the ids of cells, which some editors do not write
 export: .venv/dev
-	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
 	$(BIN)/python tools/readme.py
 
 # run the tutorials and store what they show
