@@ -302,10 +302,10 @@ def in_float32(
 def _bar(learn):
     "fastai's progress bar as a function of share and comment, where `learn` shows any"
     if not any(isinstance(cb, ProgressCallback) for cb in learn.cbs): yield None; return
-    bar = progress_bar(range(1000), leave=False)
+    bar = progress_bar(range(100), leave=False) # percent of the work
     def progress(share, comment):
         bar.comment = comment
-        bar.update(round(1000*share))
+        bar.update(round(100*share))
     try: yield progress
     finally: bar.on_iter_end()
 

@@ -27,7 +27,6 @@ def image_folder(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Your training dataloader is empty")
 def test_python_blocks(one_epoch, image_folder, tmp_path, monkeypatch):
-    import torch
     monkeypatch.chdir(tmp_path)
     found = blocks('python')
     assert len(found) >= 3
@@ -36,7 +35,7 @@ def test_python_blocks(one_epoch, image_folder, tmp_path, monkeypatch):
         if 'bs=' not in block: block = block.replace('item_tfms=Resize(64)', 'item_tfms=Resize(64), bs=4')
         block = block.replace('wide_resnet(28, 10', 'wide_resnet(10, 1')
         if '1m.npz' in block: np.savez('1m.npz', image=np.zeros((9,64,64,3), np.uint8), label=np.arange(9) % 2)
-        if 'epoch_20.pth' in block: torch.save(space['teacher'].model.state_dict(), 'epoch_20.pth')
+        block = block.replace("'models', 10,", "'models', 1,") # of the one epoch there is
         exec(compile(block, f'README block {i}', 'exec'), space)
     assert space['student'].cbs # the last block made a Learner
 
