@@ -8,6 +8,7 @@ from rkd_fastai.grid import read_study
 from rkd_fastai.report import views
 from rkd_fastai.rows import as_markdown, over_seeds, points
 from rkd_fastai.study import Study, read_rows
+from rkd_fastai.tables import gains
 
 root = Path(__file__).parent.parent
 collected = sorted(f.parent for f in (root/'results').glob('*/*/study.json'))
@@ -53,3 +54,20 @@ def test_tables_written_by_hand(page, study, heading, networks):
 def test_headline_is_measured_on_all_test_images():
     cells = over_seeds(read_rows(root/'results/fashion_mnist/headline'))
     assert (cells.n_clean == 10_000).all() and (cells.n_pgd20 == 10_000).all() and (cells.n_autoattack == 1000).all()
+
+short = {'the table above, AutoAttack': ('headline', {}), 'a fifth of the labels wrong, α 1, the better of two, PGD-20': ('noise', dict(alpha=1.)),
+         '14×14 pixels, PGD-20': ('teachers', dict(teacher='at', alpha=.8)), '14×14 pixels, width 1/4, PGD-20': ('augment', dict(width=1/4)),
+         '14×14 pixels, random crops, PGD-20': ('augment', dict(augment='usual')), 'ε 25/255, PGD-20': ('radius', {})}
+
+def test_the_table_of_gains():
+    "Of the first page: the reports' own figures, and bold is what is beyond its ±"
+    found = [[o.strip() for o in l.strip('|').split('|')] for l in (root/'README.md').read_text(encoding='utf8').splitlines() if '±' in l and l.startswith('|')]
+    rows = {name: r[:2] for name,*r in found if name in short}
+    assert rows.keys() == short.keys()
+    for name,(study,which) in short.items():
+        g = gains(read_rows(root/'results/fashion_mnist'/study))[0].assign(augment=lambda o: o.augment.fillna('usual'))
+        one, = g[(g[list(which)] == list(which.values())).all(axis=1)].to_dict('records')
+        for cell,k in zip(rows[name], ('robust','clean')):
+            gain,std = one[f'{k}_gain'],one[f'{k}_gain_std']
+            text = points(gain, std, '+')
+            assert cell == (f'**{text}**' if gain > std else text), (name, k)
