@@ -254,13 +254,14 @@ class _Part(Attack):
 
     def perturb(self, model, x, targ):
         dtype = x.dtype
-        net = lambda o: model(o.to(dtype)) # the package computes in float32 whatever it is given
+        net = lambda o: check_logits(model(o.to(dtype))) # the package computes in float32 whatever it is given
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
         o,x,targ = self.published(net, x.device), x.float().contiguous(), targ.long() # the package takes views
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
 
     def __call__(self, model, x, targ):
+        targ = hard_labels(targ)
         if not self.folds: return super().__call__(model, x, targ)
         # Square needs a ranking of its squares and no more; gradients in bfloat16 miss images that float32 finds
         with faster(compile=x.is_cuda, bf16=self.name == 'square' and has_bf16(x.device)): x_adv = super().__call__(model, x, targ)
@@ -279,7 +280,7 @@ def _in_few_sizes(net, bs):
 def _members(model):
     "The members of an ensemble, each from what `model` takes to logits; none for a single network"
     if isinstance(model, PixelModel): return [PixelModel(m, model.mean, model.std) for m in _members(model.model)]
-    members = list(getattr(model, 'members', ()))
+    members = list(model.members) if hasattr(model, 'betas') else [] # as a `Teacher` has
     return _members(members[0]) if len(members) == 1 else members # a Teacher of one is what it wraps
 
 class _Transfer(Attack):

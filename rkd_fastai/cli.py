@@ -20,7 +20,7 @@ from .learner import method_class
 from .loaders import with_bs, with_subset
 from .recipes import all_recipes, recipe_of_kind, teacher_kinds
 from .pixel import held_out
-from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, load_run, make_dls
+from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, folder_size, load_run, make_dls
 from .study import Study, plan_text, report
 from .teachers import Teacher
 from .terminal import Line, reason, watching
@@ -96,6 +96,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
         recipe = recipe.but(synthetic=args.frac)
     out = _new_folder(args.out, args.resume)
+    if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # a student must not start where its teacher did
     dls = _loaders(args, recipe)
     for card in teacher_cards: check_vocab(card, dls, '`--teacher`')
@@ -126,6 +127,11 @@ def distill(
     recipe = student_recipe(args)
     _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=Teacher(teachers, betas=args.betas))
 
+def _checked(learn, eps, n):
+    "What `check_robustness` says of the first `n` images, 200 at most, also where it cannot say anything"
+    try: return learn.check_robustness(eps, min(n or 200, 200))
+    except ValueError as e: return f'not looked for masked gradients: {e}'
+
 def evaluate(
     args, # parsed command line
 ):
@@ -137,6 +143,7 @@ def evaluate(
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
     if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
         raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
+    if args.data is None and data not in data_names and not Path(data).is_dir(): raise ValueError(f"the run was trained on the images in {data}, which is not here: name their folder by `--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
     n_images = len(held_out(dls).dataset)
@@ -148,17 +155,18 @@ def evaluate(
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
-    if args.check: print(f'\n{learn.check_robustness(eps)}')
+    if args.check: print(f'\n{_checked(learn, eps, args.n)}')
 
 def study(
     args, # parsed command line
 ):
     "`rkd study`"
     if args.study[0] == 'report':
-        if len(args.study) != 2: raise ValueError("`rkd study report FOLDER`: name the folder of one study")
+        if len(args.study) != 2 or not Path(args.study[1]).is_dir(): raise ValueError(f"`rkd study report FOLDER`: name the folder of one study, got {args.study[1:]}")
         print(report(args.study[1]))
         return
     if len(args.study) != 1: raise ValueError(f"one study at a time, got {args.study}")
+    if not Path(args.study[0]).is_file(): raise ValueError(f"no study at {args.study[0]}: name a TOML file")
     s = Study(args.study[0], args.out, args.data_path)
     if args.dry_run: print(plan_text(s.plan())); return
     s.run(args.cell, args.processes)
@@ -249,7 +257,7 @@ def _parser():
     p.add_argument('--version', action='version', version=f'rkd_fastai {rkd_fastai.__version__}')
     subs = p.add_subparsers(required=True, metavar='command')
     for run,add_args,help in _commands:
-        c = subs.add_parser(run.__name__, help=help, description=help, formatter_class=_Help)
+        c = subs.add_parser(run.__name__, help=help, description=help, formatter_class=_Help, allow_abbrev=False)
         c.set_defaults(run=run)
         if run is not study: c.add_argument('--seed', type=int, default=42, help='of weights, data order and attacks')
         add_args(c)

@@ -22,6 +22,11 @@ from .pixel import beside, check_single_label, measured_images, model_device, pi
 from .teachers import Teacher, check_teacher
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
+def _finite_logits(model, x):
+    logits = check_logits(model(x))
+    if not logits.isfinite().all(): raise NotFinite("`model` returned NaN or infinite logits: its accuracy would mean nothing")
+    return logits
+
 def robust_flags(
     model, # maps pixel space to logits
     x, # images in [0, 1], `(bs, c, h, w)`
@@ -31,15 +36,14 @@ def robust_flags(
     "True for each image classified rightly both as it is and under `attack`: `(bs,)`"
     label = hard_labels(targ)
     with torch.no_grad(), frozen(model):
-        logits = check_logits(model(x))
-        if not logits.isfinite().all(): raise NotFinite("`model` returned NaN or infinite logits: its accuracy would mean nothing")
+        logits = _finite_logits(model, x)
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
             raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
         flags = logits.argmax(1) == label
         if flags.any(): # what is wrong already needs no attack
             standing = flags.nonzero()[:,0]
             x_adv = attack(model, x[standing], targ[standing])
-            flags[standing] = model(x_adv).argmax(1) == label[standing]
+            flags[standing] = _finite_logits(model, x_adv).argmax(1) == label[standing]
     return flags
 
 def _check_data(x, targ):
@@ -344,5 +348,5 @@ def check(self:Teacher,
     check_single_label(dls)
     self.to(dls.device or model_device(self))
     check_teacher(self, dls)
-    with seeded(seed): x,y = pixel_data(dls, dls.valid, min(n, len(dls.valid_ds)))
+    with seeded(seed): x,y = pixel_data(dls, dls.valid, None if n is None else min(n, len(dls.valid_ds)))
     return measure_robustness(self, x, y, attacks, eps, norm, seed, bs=bs)

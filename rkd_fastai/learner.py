@@ -101,7 +101,7 @@ def rkd_learner(
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
     _no_setting_of_the_attack(kwargs)
-    if arch in (resnet18, wide_resnet): raise TypeError(f"`arch`: {arch.__name__} of rkd_fastai.models makes a network, give `{arch.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
+    if (ours := getattr(arch, 'func', arch)) in (resnet18, wide_resnet): raise TypeError(f"`arch`: {ours.__name__} of rkd_fastai.models makes a network, give `{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
     check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache or None, compile=compile, bf16=bf16)
     takes = signature(cls).parameters

@@ -8,9 +8,11 @@ __all__ = ['with_subset', 'with_bs', 'with_label_noise', 'with_batch_tfms', 'wit
 
 # %% ../nbs/08_loaders.ipynb #53be05be
 import random, zipfile
+from copy import copy
 from pathlib import Path
 import numpy as np, torch
-from fastai.vision.all import DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandTransform, TensorCategory, TensorImageBase, TfmdDL, image2tensor
+from fastai.vision.all import (DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
+                               TensorCategory, TensorImageBase, TfmdDL, image2tensor)
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 
@@ -82,15 +84,27 @@ def with_batch_tfms(
     if any(isinstance(t, Normalize) for t in tfms): raise ValueError("`tfms`: Normalize here would be of the training batches alone: give it to the data block, as one of its `batch_tfms`")
     return _with_train(dls, dls.train.new(after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
+class _StillResize(Resize):
+    "Crops in training where it does in validation"
+    def before_call(self, b, split_idx): super().before_call(b, 1)
+
+def _still(p):
+    "The transforms of `p` that leave nothing to chance; its `Resize`, which gives images their size, is made to"
+    found = []
+    for t in p.fs:
+        if type(t) is Resize: t = copy(t); t.__class__ = _StillResize
+        if isinstance(t, (RandomCrop, RandomResizedCrop, RandomResizedCropGPU)): raise ValueError(f"`dls` get their size from {type(t).__name__}, which is random: use `Resize`, and what is random in `batch_tfms`")
+        if isinstance(t, _StillResize) or not isinstance(t, RandTransform): found.append(t)
+    return found
+
 def with_augmentation(
     dls, # DataLoaders
     kind, # 'none': no random transform of items or batches; 'flip': left to right, half the time
 )->DataLoaders:
     "`dls` with other augmentation of the training images than their own"
     if kind not in ('none','flip'): raise ValueError(f"`kind` must be 'none' or 'flip', got {kind!r}")
-    def kept(p): return [t for t in p.fs if not isinstance(t, RandTransform)]
     flip = [PadCropFlip()] if kind == 'flip' else []
-    return _with_train(dls, dls.train.new(after_item=Pipeline(kept(dls.train.after_item)), after_batch=Pipeline([*flip, *kept(dls.train.after_batch)])))
+    return _with_train(dls, dls.train.new(after_item=Pipeline(_still(dls.train.after_item)), after_batch=Pipeline([*flip, *_still(dls.train.after_batch)])))
 
 # %% ../nbs/08_loaders.ipynb #6c92017e
 def _npz_arrays(path, **want):

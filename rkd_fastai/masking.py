@@ -80,7 +80,7 @@ def _gradients(model, x, y):
     def grad(x, y):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(F.cross_entropy(check_logits(model(x)), y, reduction='sum'), x)[0]
-    with torch.enable_grad(), frozen(model): return _in_batches(grad, x, y)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model): return _in_batches(grad, x.clone(), y.clone()) # copies are no inference tensors
 
 @symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. '
          'Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.')
@@ -139,12 +139,12 @@ def check_masking(
 @patch
 def check_robustness(self:Learner,
     eps=8/255, # radius of the attacks, L∞
-    n=200, # first images of the validation set, or all where there are fewer
+    n=200, # first images of the validation set, or all where there are fewer; None: all
     dl=None, # DataLoader; None means the validation set
     bs=200, # images at a time
 )->MaskingReport:
     "Look for signs that this network's gradients are masked rather than small (Athalye et al., 2018)"
-    dl = dl or self.dls.valid
-    x,y = measured_images(self, dl, min(n, max(len(dl.dataset), 1))) # without any images it says so
+    if dl is None: dl = self.dls.valid
+    x,y = measured_images(self, dl, None if n is None else min(n, max(len(dl.dataset), 1))) # without any images it says so
     model = in_float32(pixel_model(self))
     return check_masking(model, x, y, eps, bs)

@@ -9,7 +9,7 @@ __all__ = ['undistributed', 'held_out', 'pixel_stats', 'unwrap', 'pixel_model', 
 # %% ../nbs/07_pixel.ipynb #c0f53735
 import random
 import torch, torch.nn as nn
-from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory
+from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory, get_c
 from .core import PixelModel, check_images, seeded
 
 # %% ../nbs/07_pixel.ipynb #1397b313
@@ -89,11 +89,12 @@ def _sample_targ(dls):
 def check_single_label(
     dls, # DataLoaders
 ):
-    "Raise `ValueError` unless `dls` are images with one class index each"
+    "Raise `ValueError` unless `dls` are images with one class index each, of two classes at least"
     targ = _sample_targ(dls)
     if isinstance(targ, TensorMultiCategory): kind = 'multi-label'
     elif isinstance(targ, torch.Tensor) and not isinstance(targ, TensorCategory) and (targ.is_floating_point() or targ.ndim): kind = 'regression or dense-target'
     elif isinstance(targ, float): kind = 'regression'
+    elif get_c(dls) == 1: raise ValueError("`dls` have one class, and nothing to tell it from: images of two at least are needed")
     else: return
     raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a `CategoryBlock`")
 

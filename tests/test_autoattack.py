@@ -1,5 +1,5 @@
 "AutoAttack and the number that comes of it: against `pyautoattack`, on a faster model, on ensembles, when memory or disk run out, and when killed."
-import errno, json, logging, os, random, resource, subprocess, sys
+import copy, errno, json, logging, os, random, resource, subprocess, sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -565,3 +565,33 @@ def test_images_and_labels_in_other_forms(form, robust_net, test_images):
 def test_labels_beyond_the_classes(robust_net, test_images):
     x, y = (o[:6] for o in test_images)
     with pytest.raises(ValueError, match='`targ` holds classes'): AutoAttack(.15)(robust_net, x, y + 70)
+
+# --- what it is given ---
+
+def test_square_in_l2_on_a_faster_model(robust_net, test_images, monkeypatch):
+    "The package's own search, which keeps float32 buffers, also where Square's network computes in bfloat16"
+    monkeypatch.setattr(attacks, 'has_bf16', lambda device: True)
+    x, y = (t[:24] for t in test_images)
+    slow, fast = (robust_accuracy(robust_net, x, y, AutoAttack(.5, 'L2', version='square', queries=100, fast=f)) for f in (False, True))
+    assert abs(slow - fast) <= 1/24 + 1e-6 and slow < 1
+
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+def test_square_on_a_network_in_bfloat16(norm, robust_net, test_images):
+    net, x, y = copy.deepcopy(robust_net).bfloat16(), *(t[:8] for t in test_images)
+    x_adv = AutoAttack(.1, norm, version='square', queries=20)(net, x.bfloat16(), y)
+    assert x_adv.dtype == torch.bfloat16 and x_adv.shape == x.shape
+
+@pytest.mark.parametrize('name', ['apgd', 'square', 'autoattack'])
+def test_soft_labels(name, tiny_net):
+    "Stand for the class they name, as in every other attack"
+    net, x = tiny_net(n_out=4).eval(), torch.rand(6, 1, 8, 8)
+    hard = net(x).argmax(1)
+    one, other = (measure_robustness(net, x, y, [name], eps=.05, fast=True).to_df().accuracy[name] for y in (hard, torch.eye(4)[hard]))
+    assert one == other
+
+def test_a_network_with_members_that_is_no_ensemble(tiny_net):
+    class Club(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.members = tiny_net(), 3
+        def forward(self, x): return self.net(x)
+    assert AutoAttack().composition(Club(), 10) == AutoAttack().composition(tiny_net(), 10)
+    assert 'transfer' in ' '.join(AutoAttack().composition(Teacher([tiny_net(), tiny_net(seed=1)]), 10))

@@ -1,5 +1,6 @@
 "What bad input gets: an error that names the argument, before anything has changed."
 import re
+from functools import partial
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSELossFlat, MultiCategoryBlock, PILImageBW,
                                RegressionBlock, Transform, TensorImage, resnet18)
@@ -182,10 +183,16 @@ def test_settings_of_the_attack(wrong, unchanged, make_learner, make_dls, tiny_n
     with unchanged(make_learner(), TypeError, found) as learn: learn.to_rkd(tiny_net(), **wrong)
     with pytest.raises(TypeError, match=found): rkd_learner(make_dls(), tiny_net(), tiny_net(), **wrong)
 
-@pytest.mark.parametrize('arch', [models.resnet18, models.wide_resnet])
+@pytest.mark.parametrize('arch', [models.resnet18, models.wide_resnet, partial(models.resnet18, width=1/16)])
 def test_a_function_that_is_no_architecture(arch, make_dls, tiny_net):
     "Ours return a network for a number of classes; `vision_learner`'s take `pretrained`"
-    with pytest.raises(TypeError, match=rf"{arch.__name__}\(n_out=dls.c\).*`models.resnet18`"): rkd_learner(make_dls(), arch, tiny_net(), pretrained=False)
+    with pytest.raises(TypeError, match=rf"{getattr(arch, 'func', arch).__name__}\(n_out=dls.c\).*`models.resnet18`"): rkd_learner(make_dls(), arch, tiny_net(), pretrained=False)
+
+def test_one_class(unchanged, make_learner, make_dls, tiny_net):
+    "Nothing to tell it from: 100 % under any attack would be no merit"
+    learn = make_learner(make_dls(n=8, n_valid=4, bs=4, n_classes=1), tiny_net(n_out=1))
+    for what in (lambda l: l.to_adversarial(), lambda l: l.to_rkd(tiny_net(n_out=1)), lambda l: l.robustness(('clean',))):
+        with unchanged(learn, ValueError, '`dls` have one class'): what(learn)
 
 def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net):
     one,other = (Teacher(make_learner(make_dls(), tiny_net(seed=i))) for i in (1, 2))

@@ -1,7 +1,8 @@
 "What the command line does beyond its notebook: a folder of images, timm networks, and no trace of a failed run."
 import json
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from PIL import Image
+from rkd_fastai.all import PGD
 from rkd_fastai.cli import main, make_dls
 
 @pytest.fixture
@@ -51,6 +52,50 @@ def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
         (tmp_path/'run/card.json').write_text(json.dumps(card | dict(eps=eps)))
         assert radius() == 8/255
 
+def test_a_folder_of_images_that_is_elsewhere(images, tmp_path, monkeypatch):
+    "A run tells the size its images were made, and where they were; from another folder they have to be named"
+    monkeypatch.chdir(tmp_path)
+    rkd('train', '--data', 'images', '--how', 'st', '--bs', 4, '--epochs', 1, '--width', '1/16', '--out', 'run')
+    assert json.loads((tmp_path/'run/card.json').read_text())['size'] == 64
+    rkd('evaluate', 'run', '--attacks', 'clean')
+    (tmp_path/'away').mkdir(); monkeypatch.chdir(tmp_path/'away')
+    with pytest.raises(SystemExit, match='images in images, which is not here: name their folder by `--data`'): rkd('evaluate', '../run', '--attacks', 'clean')
+    rkd('evaluate', '../run', '--attacks', 'clean', '--data', '../images')
+
+def test_the_network_of_a_run_trains_on_and_is_exported(tmp_path):
+    "As `load_run`'s does not, which is a teacher"
+    from fastai.vision.all import Learner, accuracy
+    from rkd_fastai.data import digits_dls
+    from rkd_fastai.runs import load_network, load_run
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--out', tmp_path/'run')
+    (network,card),(teacher,_) = load_network(tmp_path/'run'), load_run(tmp_path/'run')
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(network.eval()(x), teacher(x))
+    learn = Learner(digits_dls(), network, metrics=accuracy, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        assert learn.validate()[1] == pytest.approx(card['last_epoch']['accuracy'])
+        learn.export()
+        learn.to_adversarial(PGD(.1, steps=1)).fit(1)
+    assert not torch.equal(network.eval()(x), teacher(x))
+
+def test_commands_that_are_refused(tmp_path):
+    "What is no study, what is no folder of one, half an option, and an α that the method turns down leave nothing"
+    (tmp_path/'my.toml').write_text('')
+    for command,says in ((('study', tmp_path/'nope.toml'), 'no study at .*nope.toml'), (('study', 'report', tmp_path/'my.toml'), 'name the folder of one study')):
+        with pytest.raises(SystemExit, match=says): rkd(*command)
+    with pytest.raises(SystemExit): rkd('train', '--data', 'digits', '--epoch', 1, '--out', tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--out', tmp_path/'teacher')
+    with pytest.raises(SystemExit, match='`alpha`'): rkd('distill', '--data', 'digits', '--teacher', tmp_path/'teacher', '--alpha', 2, '--out', tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+def test_a_check_that_finds_too_few_images(tmp_path, capsys):
+    "Is a line below what was measured"
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0, '--out', tmp_path/'run')
+    rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
+    said = capsys.readouterr().out
+    assert 'not looked for masked gradients: ' in said and 'of 20 images rightly' in said and '20 images, Linf' in said
+
 def test_images_of_one_class(images, tmp_path):
     "All in one folder, or one sub-folder: 100 % would be no merit"
     for folder in (images/'train/dark', images/'train'):
@@ -85,6 +130,8 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     common = ('--data', 'digits', '--width', '1/16', '--steps', 1)
     with pytest.raises(SystemExit, match='interrupted'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
     assert not (tmp_path/'teacher/model.pth').exists()
+    for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out', tmp_path/'no')):
+        with pytest.raises(SystemExit, match='was cut off: add `--resume`.*epoch_1.pth'): rkd(*command)
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
 

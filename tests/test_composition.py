@@ -418,6 +418,15 @@ def test_training_draws_the_attacks_noise_only(method, make_learner, make_dls, t
     if not isinstance(cb, CKDCallback): x = noisy(start, x, y)
     assert torch.equal(seen.images[0], x) and torch.equal(torch.get_rng_state(), states[1])
 
+def test_two_averages_are_refused(make_learner):
+    "The second would train from the average of the first; a recipe may bring one"
+    average = WeightAveraging(.9)
+    for first,second in ((average, average), (average, WeightAveraging(.8))):
+        learn = make_learner(cbs=first)
+        before = copy.deepcopy(learn.model.state_dict())
+        with pytest.raises(ValueError, match='two `WeightAveraging`'): learn.fit(1, cbs=second)
+        assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
 @pytest.mark.parametrize('cbs', [lambda net: AKDCallback(net, attack=still), lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
     lambda net: [RSLADCallback(net, cache=True, attack=still), CatastrophicOverfitting(stop=True)]], ids=['akd','averaged','cached and watched'])
 def test_validate_in_the_middle_of_a_fit(cbs, make_learner, make_dls, tiny_net):

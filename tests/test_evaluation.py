@@ -307,3 +307,12 @@ def test_images_without_labels(make_learner, tiny_net):
     learn = make_learner(model=tiny_net())
     unlabelled = [(torch.rand(3, 1, 8, 8),)]
     with pytest.raises(ValueError, match='has no labels'): learn.robustness(('clean',), dl=unlabelled)
+
+def test_a_network_that_returns_nan_under_attack():
+    "The first class is not the answer to NaN"
+    class Breaks(nn.Module):
+        def forward(self, x):
+            m = x.flatten(1).mean(1, keepdim=True)
+            return torch.where(m > .51, torch.nan, torch.cat([1-m, m], 1))
+    x, y = torch.full((4,1,2,2), .499), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(NotFinite, match='NaN or infinite logits'): robust_accuracy(Breaks(), x, y, PGD(steps=5))

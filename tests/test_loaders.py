@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np, pytest, torch
 from fastai.distributed import DistributedDL
-from fastai.vision.all import (CategoryBlock, CutMix, DataBlock, DataLoaders, Image, ImageBlock, MultiCategoryBlock, Normalize, PILImage, PILImageBW,
-                               RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdDL, Transform, load_learner, set_seed)
+from fastai.vision.all import (CategoryBlock, CutMix, DataBlock, DataLoaders, Image, ImageBlock, ImageDataLoaders, MultiCategoryBlock, Normalize, PILImage, PILImageBW,
+                               RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdDL, Transform, load_learner, set_seed)
 
 from rkd_fastai.all import *
 from rkd_fastai.loaders import *
@@ -489,3 +489,18 @@ def test_encrypted_and_unknown_compression(tmp_path):
 
 def test_normalize_of_the_training_batches_alone_is_refused():
     with pytest.raises(ValueError, match='Normalize.*batch_tfms'): with_batch_tfms(digits_dls(), Normalize.from_stats([.3], [.4]))
+
+@pytest.mark.parametrize('kind', ['none', 'flip'])
+def test_images_keep_their_size_without_augmentation(kind, tmp_path):
+    "fastai counts `Resize` among what is random, since it crops anywhere in training; here it crops where it does in validation"
+    rng = np.random.default_rng(0)
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i,size in enumerate([(40,30), (30,40), (48,32), (32,32), (50,20), (20,50)]): PILImage.create(rng.integers(0, 255, (*size,3), dtype=np.uint8)).save(tmp_path/c/f'{i}.png')
+    made = lambda **k: ImageDataLoaders.from_folder(tmp_path, valid_pct=.3, seed=0, bs=4, num_workers=0, **k)
+    new = with_augmentation(made(item_tfms=Resize((16, 12))), kind)
+    assert new.train.one_batch()[0].shape == (4, 3, 16, 12) and new.valid.one_batch()[0].shape[1:] == (3, 16, 12)
+    got, want = (torch.cat([b[0] for b in dl]) for dl in (new.train.new(shuffle=False, drop_last=False), new.test_dl(new.train_ds.items)))
+    same = torch.stack([torch.isclose(o, want).flatten(1).all(1) for o in (got, got.flip(-1))])
+    assert same.any(0).all() and (same[0].all() if kind == 'none' else not same[0].all())
+    with pytest.raises(ValueError, match='`dls` get their size from RandomResizedCrop'): with_augmentation(made(item_tfms=RandomResizedCrop(16)), kind)

@@ -2,7 +2,7 @@
 import copy
 
 import pytest, torch, torch.nn as nn
-from fastai.vision.all import load_learner
+from fastai.vision.all import DataLoader, load_learner
 from rkd_fastai.all import *
 
 class Behind(nn.Module):
@@ -97,3 +97,11 @@ def test_in_batches_and_in_float32(robust_net, test_images, make_learner, make_d
     learn.model.half()
     half = learn.check_robustness(eps=.1)
     assert half.ok and half.n and torch.device(most[-1]).type == 'cpu' and next(learn.model.parameters()).dtype == torch.float16 and want
+
+def test_which_images(make_learner, make_dls, robust_net):
+    "None are all, an empty loader is not the validation set, and inference mode changes nothing"
+    learn = make_learner(make_dls(n_valid=40), copy.deepcopy(robust_net))
+    want = repr(learn.check_robustness(eps=.1))
+    with torch.inference_mode(): assert repr(learn.check_robustness(eps=.1, n=None)) == want
+    with pytest.raises(ValueError, match='`dl` is empty'): learn.check_robustness(eps=.1, dl=DataLoader([], bs=4))
+    assert Teacher(learn).check(learn.dls, 'clean', n=None).n == 40

@@ -1,5 +1,5 @@
 "What watches a fit: called once an epoch of training and at no other time, and what `RobustOverfitting` says and puts back."
-import copy
+import copy, warnings
 
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, accuracy, load_learner
@@ -7,6 +7,7 @@ from fastai.vision.all import Callback, CancelEpochException, CancelFitException
 from rkd_fastai.all import *
 from rkd_fastai.callback.core import EachEpoch
 from rkd_fastai.callback.monitor import RobustOverfitting
+from rkd_fastai.teachers import saved_epochs
 
 def weights(model): return {k: v.detach().clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
@@ -182,6 +183,13 @@ def test_values_of_an_epoch_that_is_cut_short(error, make_learner, make_dls):
     cards = [read_card(learn.path/learn.model_dir/f'epoch_{i}.json') for i in range(1, 3 - (error is CancelFitException))]
     assert learn.count.found[0][0] is not None and all(f == (None, None) for f in learn.count.found[1:])
     assert 'valid_loss' in cards[0] and not any(k in c for c in cards[1:] for k in ('train_loss', 'valid_loss', 'accuracy', 'robust_accuracy'))
+
+def test_epochs_of_an_older_training(make_learner, make_dls):
+    "A shorter fit in the same folder says that there are some, which `best_epoch` cannot tell from its own; the same or a longer one writes over them"
+    learn = make_learner(make_dls(n=64), cbs=KeepEpochs(2))
+    with warnings.catch_warnings(): warnings.simplefilter('error'); learn.fit(4); learn.fit(5)
+    with pytest.warns(UserWarning, match='epoch_4 to epoch_4 of an older training'): learn.fit(2)
+    assert list(saved_epochs(learn.path/learn.model_dir)) == [2, 4] # nothing is deleted
 
 def test_needs_the_metric(make_learner, make_dls, scripted):
     with pytest.raises(ValueError, match="'robust_accuracy', which is not among the metrics"): make_learner(make_dls(), metrics=accuracy, cbs=RobustOverfitting()).fit(1)

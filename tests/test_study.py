@@ -8,7 +8,7 @@ from rkd_fastai.evaluation import measure_robustness, pixel_data
 from rkd_fastai.cells import cell_dls
 from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.loaders import with_label_noise
-from rkd_fastai.runs import load_run, make_dls
+from rkd_fastai.runs import load_run, make_dls, train_seconds
 from rkd_fastai.study import Study, plan_text, read_rows, report as report_text
 
 settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
@@ -354,3 +354,25 @@ def test_a_gpu_is_waited_for(monkeypatch):
     order.clear()
     cells._timed(lambda: order.append('ran'), 1, torch.device('cpu'))
     assert order == ['ran']*2
+
+def test_a_learning_curve_that_was_damaged(finished, tmp_path):
+    "Costs the report its time, not its tables"
+    import shutil
+    folder = Path(shutil.copytree(finished.out, tmp_path/'s'))
+    one, other = sorted(folder.glob('cells/*/history.csv'))[:2]
+    want = train_seconds(one.parent)
+    one.write_text(one.read_text() + '1,0.5'); other.write_text('epoch,trai')
+    assert (train_seconds(one.parent), train_seconds(other.parent)) == (want, 0) and want > 0
+    assert 'Only teacher' in report_text(folder)
+
+def test_studies_that_share_a_folder_say_it_of_all_data(tmp_path):
+    "That the best epoch was chosen on images it is measured on, of whichever data the folder has"
+    import numpy as np
+    from PIL import Image
+    for c,low in (('dark',0), ('bright',150)):
+        (tmp_path/'images'/c).mkdir(parents=True)
+        for i in range(20): Image.fromarray(np.random.default_rng(i).integers(low, low+100, (12,12,3), dtype=np.uint8)).save(tmp_path/'images'/c/f'{i}.png')
+    Study(spec(dict(method='at', epochs=1)), tmp_path/'s').run()
+    Study(spec(dict(method='at', epochs=1), data=str(tmp_path/'images'), n=30, bs=10, size=8, measure=dict(n=8)), tmp_path/'s').run()
+    said = report_text(tmp_path/'s') and (tmp_path/'s/report/index.html').read_text()
+    assert f"{tmp_path/'images'}, digits: there is no test split" in said

@@ -570,6 +570,7 @@ def test_two_methods_at_once_are_refused(make_learner, tiny_net):
     with pytest.raises(ValueError, match='AdversarialTraining and AKDCallback would both|AKDCallback and AdversarialTraining would both'): learn.fit(1, cbs=make_cb('akd', tiny_net(seed=7)))
     assert same(before, weights(learn.model)) and [type(cb) for cb in learn.cbs if isinstance(cb, RobustCallback)] == [AdversarialTraining]
     learn.to_rkd(tiny_net(seed=7), attack=PGD(.1, steps=1)).fit(1)
+    with pytest.raises(ValueError, match='AKDCallback and AKDCallback would both'): learn.fit(1, cbs=learn.akd) # the same one again
 
 @pytest.mark.parametrize('when', ['weights', 'card'])
 def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, monkeypatch):

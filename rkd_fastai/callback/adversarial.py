@@ -125,8 +125,8 @@ class RobustCallback(FitCallback):
                              "(class weights and label smoothing are used), or train by `AdversarialTraining`, which keeps the Learner's loss")
 
     def _check_alone(self):
-        other = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback) and cb is not self), None)
-        if other: raise ValueError(f"{type(other).__name__} and {type(self).__name__} would both attack each batch: `learn.to_adversarial`, `learn.to_rkd` and "
+        mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # one may be there twice
+        if len(mine) > 1: raise ValueError(f"{' and '.join(mine)} would both attack each batch: `learn.to_adversarial`, `learn.to_rkd` and "
                                    "`learn.to_natural` put one method in the place of another")
 
     def __call__(self, event_name):

@@ -66,7 +66,7 @@ class DistillationCallback(AdversarialTraining):
 
     def check(self, dls):
         super().check(dls)
-        if self.teacher is None: raise ValueError("the `teacher` is not part of an exported Learner: give it one again with `learn.to_rkd(teacher)`")
+        if self.teacher is None: raise ValueError("the `teacher` is not part of an exported or copied Learner: give it one again with `learn.to_rkd(teacher)`")
         check_teacher(self.teacher, dls)
 
     def before_fit(self):

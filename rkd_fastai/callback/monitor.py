@@ -18,6 +18,7 @@ from .core import EachEpoch
 from ..core import atomic_path, check_fraction, seeded, versions, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
+from ..teachers import saved_epochs
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -72,6 +73,12 @@ class KeepEpochs(EachEpoch):
             torch.save(unwrap(self.model).state_dict(), tmp)
             path.with_suffix('.json').unlink(missing_ok=True) # of an older run, whose weights go now
         write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
+        if self.epoch+1 == self.every: self._warn_of_older(path.parent)
+
+    def _warn_of_older(self, folder):
+        "Epochs that this fit will not reach are another's"
+        older = [n for n in saved_epochs(folder, self.fname) if n > self.n_epoch]
+        if older: warnings.warn(f"`{folder}` holds {self.fname}_{older[0]} to {self.fname}_{older[-1]} of an older training, which `best_epoch` and `Teacher.at_epoch` would take for this one's: delete them, or give `KeepEpochs` another `fname`")
 
     def _card(self):
         net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
