@@ -164,7 +164,6 @@ def fit_run(
     epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')})]
     learn = recipe.learner(dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
         cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite(), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
-    out.mkdir(parents=True, exist_ok=True) # once nothing can be refused any more
     if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
     with one_line(learn, label):
         try: recipe.fit(learn, card['epochs'], card['lr'])
