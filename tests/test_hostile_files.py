@@ -418,6 +418,7 @@ def no_room(mp, error, after=0):
     mp.setattr(torch, 'save', guard(torch.save)); mp.setattr(Path, 'write_text', guard(write))
 
 @each_full
+@pytest.mark.filterwarnings('ignore:.*of an older training')
 def test_keeping_epochs_on_a_full_disk(error, make_learner, tiny_net, monkeypatch):
     "One line that names the file; the epochs before, and an older run's file of that epoch with its card, are whole"
     learn = make_learner(cbs=KeepEpochs())

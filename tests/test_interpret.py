@@ -155,6 +155,7 @@ def test_a_table_is_drawn_without_a_network(learner):
     (dict(norm='L1'), '`norm`'), (dict(attack='pgd'), 'unknown attack'), (dict(attack=PGD()), '`attack` must be a name'), (dict(attack=None), '`attack` must be a name'),
     (dict(n=0), '`n`'), (dict(bs=0), '`bs`')])
 def test_mistakes_with_curves(kwargs, says, learner):
+    plt.close('all') # an earlier test's
     for f in ('robustness_curve', 'plot_robustness_curve'):
         with pytest.raises(ValueError, match=says.replace('(', r'\(')): getattr(learner(), f)(**kwargs)
     assert not plt.get_fignums()
