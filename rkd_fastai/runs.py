@@ -24,7 +24,7 @@ from .core import atomic_path, read_json, versions, write_atomic
 from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
 from .models import resnet18, wide_resnet
 from .pixel import sample_images, unwrap
-from .teachers import MissingFile, fitting_state, load_teacher, read_state
+from .teachers import MissingFile, fitting_state, load_teacher, read_state, saved_epochs
 from .terminal import one_line
 
 # %% ../nbs/26_runs.ipynb #b9a5d2f4
@@ -104,7 +104,7 @@ def _found(path):
     path = Path(path)
     if not path.exists(): raise MissingFile(f"no run and no checkpoint at `{path}`")
     if path.is_dir():
-        if saved := [] if (path/'model.pth').exists() else sorted(path.glob('epoch_*.pth'), key=lambda f: f.stat().st_mtime):
+        if saved := [] if (path/'model.pth').exists() else [*saved_epochs(path).values()]:
             raise MissingFile(f"`{path}` holds a run that was cut off: add `--resume` to its command to go on with it, or name a checkpoint in it, such as `{saved[-1]}`")
         path = path/'model.pth'
     card_path = path.parent/'card.json'

@@ -4,6 +4,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
+from PIL import Image
 from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback
 from sklearn.datasets import load_digits
 
@@ -117,6 +118,17 @@ def snapshot():
         return (all(torch.equal(v, b[0][k]) for k,v in a[0].items()) and a[1] == b[1] and a[2] == b[2]
                 and all((p is None) == (q is None) and (p is None or torch.equal(p, q)) for p,q in zip(a[3], b[3])))
     return SimpleNamespace(take=snap, same=same)
+
+@pytest.fixture
+def make_images(tmp_path):
+    "Factory of a folder with `n` images of noise in each of two sub-folders, dark and bright"
+    def make(n=6, size=32):
+        rng = np.random.default_rng(0)
+        for cls,low in (('dark',0), ('bright',128)):
+            (tmp_path/'images'/cls).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(low, low+128, (size,size,3), dtype=np.uint8)).save(tmp_path/'images'/cls/f'{i}.png')
+        return tmp_path/'images'
+    return make
 
 @pytest.fixture(scope='session')
 def open_files():

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import (SGD, AdaptiveAvgPool, BnFreeze, Callback, ClassificationInterpretation, CSVLogger, EarlyStoppingCallback,
-                               GradientAccumulation, GradientClip, ImageDataLoaders, L, PILImage, PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback,
+                               GradientAccumulation, GradientClip, ImageDataLoaders, L, PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback,
                                ValueMetric, accuracy, params, resnet18, set_seed, vision_learner)
 from fastprogress.fastprogress import ConsoleMasterBar
 
@@ -346,13 +346,9 @@ def test_export_to_another_process(make_learner, make_dls, digits, tmp_path):
     assert literal_eval(r.stdout.splitlines()[-1]) == {name: pytest.approx(p, abs=1e-6) for name,p in probs.items()}
 
 
-def test_export_for_fastai_alone(tmp_path):
+def test_export_for_fastai_alone(make_images, tmp_path):
     "After `to_natural` a process that cannot import this package predicts the same, as the works-with page says; without, it cannot read the file"
-    rng = np.random.default_rng(0)
-    for cls,low in (('dark',0), ('bright',128)):
-        (tmp_path/'images'/cls).mkdir(parents=True)
-        for i in range(6): PILImage.create(rng.integers(low, low+128, (32,32,3), dtype=np.uint8)).save(tmp_path/'images'/cls/f'{i}.png')
-    dls = ImageDataLoaders.from_folder(tmp_path/'images', valid_pct=.3, seed=0, bs=2, num_workers=0)
+    dls = ImageDataLoaders.from_folder(make_images(), valid_pct=.3, seed=0, bs=2, num_workers=0)
     learn = vision_learner(dls, resnet18, pretrained=False, path=tmp_path).to_rkd(nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), attack=PGD(.1, steps=1))
     learn.export('with.pkl')
     learn.to_natural().export('without.pkl')

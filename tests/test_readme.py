@@ -2,7 +2,6 @@
 import re, shlex, subprocess
 from pathlib import Path
 import numpy as np, pytest
-from PIL import Image
 from fastai.learner import Learner
 from rkd_fastai.cli import main
 
@@ -16,21 +15,12 @@ def one_epoch(monkeypatch):
     fit = Learner.fit
     monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args, **kw: fit(self, 1, *args, **kw))
 
-@pytest.fixture
-def image_folder(tmp_path):
-    "Two classes of bright and dark noise, six images each"
-    rng = np.random.default_rng(0)
-    for cls,low in (('dark',0),('bright',128)):
-        (tmp_path/'images'/cls).mkdir(parents=True)
-        for i in range(6): Image.fromarray(rng.integers(low, low+128, (64,64,3), dtype=np.uint8)).save(tmp_path/'images'/cls/f'{i}.png')
-    return tmp_path/'images'
-
 @pytest.mark.filterwarnings("ignore:Your training dataloader is empty")
-def test_python_blocks(one_epoch, image_folder, tmp_path, monkeypatch):
+def test_python_blocks(one_epoch, make_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks('python')
     assert len(found) >= 3
-    space = {'path': image_folder}
+    space = {'path': make_images(size=64)}
     for i,block in enumerate(found):
         if 'bs=' not in block: block = block.replace('item_tfms=Resize(64)', 'item_tfms=Resize(64), bs=4')
         block = block.replace('wide_resnet(28, 10', 'wide_resnet(10, 1')

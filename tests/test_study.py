@@ -366,14 +366,10 @@ def test_a_learning_curve_that_was_damaged(finished, tmp_path):
     assert (train_seconds(one.parent), train_seconds(other.parent)) == (want, 0) and want > 0
     assert 'Only teacher' in report_text(folder)
 
-def test_studies_that_share_a_folder_say_it_of_all_data(tmp_path):
+def test_studies_that_share_a_folder_say_it_of_all_data(make_images, tmp_path):
     "That the best epoch was chosen on images it is measured on, of whichever data the folder has"
-    import numpy as np
-    from PIL import Image
-    for c,low in (('dark',0), ('bright',150)):
-        (tmp_path/'images'/c).mkdir(parents=True)
-        for i in range(20): Image.fromarray(np.random.default_rng(i).integers(low, low+100, (12,12,3), dtype=np.uint8)).save(tmp_path/'images'/c/f'{i}.png')
+    images = make_images(20, 12)
     Study(spec(dict(method='at', epochs=1)), tmp_path/'s').run()
-    Study(spec(dict(method='at', epochs=1), data=str(tmp_path/'images'), n=30, bs=10, size=8, measure=dict(n=8)), tmp_path/'s').run()
+    Study(spec(dict(method='at', epochs=1), data=str(images), n=30, bs=10, size=8, measure=dict(n=8)), tmp_path/'s').run()
     said = report_text(tmp_path/'s') and (tmp_path/'s/report/index.html').read_text()
-    assert f"{tmp_path/'images'}, digits: there is no test split" in said
+    assert f"{images}, digits: there is no test split" in said
