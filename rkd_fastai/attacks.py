@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import PixelModel, frozen, check_images, check_logits, class_indices, hard_labels, onehot, seeded
+from .core import PixelModel, frozen, check_images, check_logits, check_number, class_indices, hard_labels, onehot, seeded
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -107,6 +107,7 @@ def check_attack(
 
 class PGD(Attack):
     "Projected gradient descent in the `norm`-ball of radius `eps` (Madry et al., 2018)"
+    own_step = 1/4 # times `eps`, where no `step_size` is given
     def __init__(self,
         eps:float=8/255, # radius of the ball, in pixel space
         steps:int=7, # gradient steps
@@ -116,9 +117,10 @@ class PGD(Attack):
         restarts:int=1, # attempts, of which each image keeps its worst
         objective:str='ce', # 'ce' against `targ`, 'kl' from soft `targ`, or 'cw', the margin of Carlini and Wagner, which no saturation hides
     ):
+        check_number(eps=eps, steps=steps)
         self.eps,self.steps,self.norm,self.random_start = eps,steps,norm,random_start
         self.restarts,self.objective = restarts,objective
-        self.step_size = eps/4 if step_size is None else step_size
+        self.step_size = self.own_step*eps if step_size is None else step_size
         self._check_settings()
 
     def _check_settings(self):
@@ -180,6 +182,7 @@ def check_eps(
     norm='Linf', # 'Linf' or 'L2'
 ):
     "Raise unless `eps` is a radius in pixel space"
+    check_number(eps=eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1: raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
 
@@ -192,10 +195,11 @@ class FGSM(PGD):
 
 class FFGSM(PGD):
     "Fast FGSM: a uniform start, then one step (Wong et al., 2020)"
+    own_step = 1.25
     def __init__(self,
         eps:float=8/255, # radius of the ball, in pixel space
         step_size:float|None=None, # length of the step; None means `1.25*eps`
-    ): super().__init__(eps, steps=1, step_size=1.25*eps if step_size is None else step_size)
+    ): super().__init__(eps, steps=1, step_size=step_size)
 
 # %% ../nbs/04_attacks.ipynb #852e062c
 _names = ('apgd-ce','apgd-dlr','apgd-t','fab','fab-t','square')

@@ -16,6 +16,7 @@ import rkd_fastai
 import rkd_fastai.masking # `learn.check_robustness`
 from .attacks import FFGSM
 from .callback.monitor import CatastrophicOverfitting, RobustOverfitting
+from .core import read_json
 from .learner import method_class
 from .loaders import with_bs, with_subset
 from .recipes import all_recipes, recipe_of_kind, teacher_kinds
@@ -88,6 +89,15 @@ def _card(args, recipe, dls):
 
 _eps = 8/255 # of the accuracy under attack that is watched, and of a run whose card tells none
 
+_paths = {'data','data_path','teacher','synthetic'} # what they hold, `Resume` compares
+
+def _check_same(args, out, card):
+    "Raise where the command line says anything else than that of the run that was cut off in `out`"
+    was = read_json(out/'card.json')
+    for k in set(card) & set(vars(args)) - {'keep'}: # which changes nothing in the training
+        if was.get(k) == card[k] or (k in _paths and card[k] not in data_names): continue
+        raise ValueError(f"`--{k}` is {card[k]} here, but {was.get(k)} in the run that was cut off in {out}: `--resume` goes on with the same command; for another one name another `--out`")
+
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     "Train one network by `recipe` as `args` say and save it"
     if args.epochs is not None and args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
@@ -100,7 +110,9 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # a student must not start where its teacher did
     dls = _loaders(args, recipe)
     for card in teacher_cards: check_vocab(card, dls, '`--teacher`')
-    fit_run(recipe, dls, out, _card(args, recipe, dls), label, cbs=[RobustOverfitting(), *cbs], keep=args.keep,
+    card = _card(args, recipe, dls)
+    if (out/'resume.pth').exists(): _check_same(args, out, card)
+    fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(), *cbs], keep=args.keep,
             synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'class_indices', 'onehot',
-           'hard_labels', 'check_fraction', 'check_T', 'check_weights', 'writing', 'atomic_path', 'write_atomic',
-           'read_json', 'seeded', 'versions', 'digest']
+           'hard_labels', 'check_number', 'check_fraction', 'check_T', 'check_weights', 'writing', 'atomic_path',
+           'write_atomic', 'read_json', 'seeded', 'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager
 from itertools import chain
 from math import isfinite
+from numbers import Real
 import hashlib, json, os
 from importlib.metadata import version
 from pathlib import Path
@@ -140,8 +141,14 @@ def hard_labels(
     return targ.argmax(1) if targ.is_floating_point() else targ
 
 # %% ../nbs/00_core.ipynb #4f626cdc
+def check_number(**kwargs):
+    "Raise a `TypeError` naming the argument unless every value is a number"
+    for k,v in kwargs.items():
+        if not isinstance(v, (Real, torch.Tensor)): raise TypeError(f"`{k}` must be a number, got {v!r}{': leave the quotes out' if isinstance(v, str) else ''}")
+
 def check_fraction(**kwargs):
     "Raise a `ValueError` naming the argument unless every value lies in [0, 1]"
+    check_number(**kwargs)
     for k,v in kwargs.items():
         if not 0 <= v <= 1: raise ValueError(f"`{k}` is a weight in [0, 1], got {v}")
 
@@ -149,6 +156,7 @@ def check_T(
     T, # temperature
 ):
     "Raise unless the distillation temperature is a positive finite number"
+    check_number(T=T)
     if not 0 < T < float('inf'): raise ValueError(f"`T` is a temperature > 0, got {T}")
 
 def check_weights(

@@ -21,7 +21,7 @@ from fastcore.meta import delegates
 from .attacks import PGD
 from .core import check_fraction
 from .models import resnet18, wide_resnet
-from .callback.adversarial import AdversarialTraining, RobustCallback
+from .callback.adversarial import AdversarialTraining, RobustCallback, check_known
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
 
 # %% ../nbs/23_learner.ipynb #51d5549e
@@ -40,10 +40,6 @@ def method_class(
     if method not in distil_methods: raise ValueError(f"unknown `method` {method!r}: use one of {list(distil_methods)}")
     return distil_methods[method]
 
-def _no_setting_of_the_attack(kwargs):
-    for k in kwargs:
-        if k in signature(PGD).parameters: raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
-
 @patch
 def to_rkd(self:Learner,
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
@@ -51,12 +47,7 @@ def to_rkd(self:Learner,
     **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `cache`, `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
-    cls = method_class(method)
-    _no_setting_of_the_attack(kwargs)
-    takes = [k for k in signature(cls).parameters if k != 'teacher']
-    for k in kwargs:
-        if k not in takes: raise TypeError(f"`{k}` means nothing to method {method!r}, which takes {takes}")
-    return _turn(self, cls(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
+    return _turn(self, method_class(method)(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
 
 @patch
 def to_adversarial(self:Learner,
@@ -64,7 +55,6 @@ def to_adversarial(self:Learner,
     **kwargs, # the callback's other arguments: `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on on adversarial examples (Madry et al., 2018)"
-    _no_setting_of_the_attack(kwargs)
     return _turn(self, AdversarialTraining(attack or PGD(), **kwargs))
 
 @patch
@@ -100,13 +90,12 @@ def rkd_learner(
 )->Learner:
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
-    _no_setting_of_the_attack(kwargs)
     if (ours := getattr(arch, 'func', arch)) in (resnet18, wide_resnet): raise TypeError(f"`arch`: {ours.__name__} of rkd_fastai.models makes a network, give `{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
     check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache or None, compile=compile, bf16=bf16)
     takes = signature(cls).parameters
-    for k in ('attack','cache'): # asked for, not a default
-        if settings[k] is not None and k not in takes: raise TypeError(f"`{k}` means nothing to method {method!r}: leave it out, or take another method")
+    check_known(cls, [k for k in ('attack','cache') if settings[k] is not None and k not in takes] # asked for, not a default
+                     + [k for k in kwargs if k in signature(PGD).parameters]) # `vision_learner` takes the others
     cb = cls(teacher, **{k: v for k,v in settings.items() if k in takes and v is not None})
     cb.check(dls) # before `vision_learner` adds its Normalize to them
     return _build_learner(dls, arch, **kwargs).add_cb(cb)

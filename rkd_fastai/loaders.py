@@ -88,12 +88,14 @@ class _StillResize(Resize):
     "Crops in training where it does in validation"
     def before_call(self, b, split_idx): super().before_call(b, 1)
 
+_sizes = (Resize, RandomCrop, RandomResizedCrop, RandomResizedCropGPU)
+
 def _still(p):
     "The transforms of `p` that leave nothing to chance; its `Resize`, which gives images their size, is made to"
     found = []
     for t in p.fs:
-        if type(t) is Resize: t = copy(t); t.__class__ = _StillResize
-        if isinstance(t, (RandomCrop, RandomResizedCrop, RandomResizedCropGPU)): raise ValueError(f"`dls` get their size from {type(t).__name__}, which is random: use `Resize`, and what is random in `batch_tfms`")
+        if type(t) in (Resize, _StillResize): t = copy(t); t.__class__ = _StillResize
+        elif isinstance(t, _sizes): raise ValueError(f"`dls` get their size from {type(t).__name__}, which is random: use `Resize`, and what is random in `batch_tfms`")
         if isinstance(t, _StillResize) or not isinstance(t, RandTransform): found.append(t)
     return found
 

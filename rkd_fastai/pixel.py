@@ -118,7 +118,7 @@ def pixel_data(
     dl=None, # its DataLoader; None means the test split where `dls` has a third loader, else the validation set
     n=None, # number of images; None means all
 ):
-    "The first `n` images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, unshuffled, none dropped"
+    "The first `n` images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, unshuffled and none dropped; of a PyTorch loader as it gives them"
     dls = getattr(learn, 'dls', learn)
     dl = undistributed(held_out(dls) if dl is None else dl)
     xs,ys,seen,pm = [],[],0,PixelModel(torch.nn.Identity(), *pixel_stats(dls))

@@ -46,12 +46,12 @@ def make_dls(
     if data in _packaged: return _packaged[data](bs=bs, device_resident=True, **sized)
     if data in _published: return _published[data](path, bs=bs, device_resident=True, **sized)
     folder = Path(data)
-    if not folder.is_dir(): raise ValueError(f"`--data` must be a folder of images or one of {data_names}, got {data!r}")
-    if not any(f.suffix.lower() in image_extensions for f in folder.rglob('*')): raise ValueError(f"`--data`: no images in {data}, which should have a sub-folder of them for each class")
+    if not folder.is_dir(): raise ValueError(f"`data` must be a folder of images or one of {data_names}, got {data!r}")
+    if not any(f.suffix.lower() in image_extensions for f in folder.rglob('*')): raise ValueError(f"`data`: no images in {data}, which should have a sub-folder of them for each class")
     held = next((d for d in ('valid','val','test') if (folder/d).is_dir()), None)
     split = dict(train='train', valid=held) if held and (folder/'train').is_dir() else dict(valid_pct=.2, seed=42)
     dls = ImageDataLoaders.from_folder(folder, **split, bs=bs, item_tfms=Resize(size or folder_size), num_workers=0)
-    if get_c(dls) < 2: raise ValueError(f"`--data`: {data} has one class, {dls.vocab[0]!r}, and nothing to tell it from: it should have a sub-folder of images for each class")
+    if get_c(dls) < 2: raise ValueError(f"`data`: {data} has one class, {dls.vocab[0]!r}, and nothing to tell it from: it should have a sub-folder of images for each class")
     return dls
 
 def make_net(
@@ -64,8 +64,8 @@ def make_net(
     if arch == 'resnet18': return resnet18(n_out, width, n_in)
     if wrn := re.fullmatch(r'wrn-(\d{1,3})-(\d{1,3})', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
     try: import timm
-    except ImportError: raise ValueError(f"`--arch` {arch!r} is not resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
-    if not timm.is_model(arch): raise ValueError(f"`--arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
+    except ImportError: raise ValueError(f"`arch` {arch!r} is not resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
+    if not timm.is_model(arch): raise ValueError(f"`arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
 
 def batch_size(

@@ -58,6 +58,7 @@ class Teacher(nn.Module):
         names = [[str(o) for o in v] for v in vocabs]
         if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names): raise ValueError(f"`teacher`: the members order the classes differently, {names}: an average of them means nothing")
         self.requires_grad_(False).eval()
+        if len(models) > 1: self.to(model_device(self.members[0])) # they may come from several devices
 
     def train(self,
         mode=True, # as PyTorch calls it; it changes nothing
@@ -202,11 +203,11 @@ def load_teacher(
 
 # %% ../nbs/09_teachers.ipynb #40b4d339
 def saved_epochs(
-    folder, # where `KeepEpochs` saved
+    folder, # where `KeepEpochs` or `RecordTrajectory` saved
     fname='epoch', # start of the files' names
-    suffix='.pth', # of the files: '.pth' or '.json'
+    suffix='.pth', # of the files: '.pth' or '.json', of a trajectory '.npz'
 ):
-    "The checkpoints in `folder`, or their cards, by number of finished epochs"
+    "The checkpoints in `folder`, their cards or what was recorded, by number of finished epochs, in order"
     found = {p: re.fullmatch(rf'{re.escape(fname)}_(\d+)', p.stem) for p in Path(folder).glob(f'*{suffix}')}
     return {int(m[1]): p for p,m in sorted(found.items(), key=lambda o: int(o[1][1]) if o[1] else 0) if m}
 

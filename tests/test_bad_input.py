@@ -168,9 +168,9 @@ def test_factory_refuses_what_a_network_has_no_use_for(make_dls, tiny_net):
 
 def test_arguments_of_another_method(unchanged, make_learner, make_dls, tiny_net):
     for method,wrong in (('ckd', dict(alpha=.5)), ('akd', dict(lam=.5)), ('akd', dict(alhpa=.5))):
-        with unchanged(make_learner(), TypeError, f"`{next(iter(wrong))}` means nothing to method '{method}', which takes") as learn: learn.to_rkd(tiny_net(), method, **wrong)
+        with unchanged(make_learner(), TypeError, f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback, which takes') as learn: learn.to_rkd(tiny_net(), method, **wrong)
     for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True))): # asked for, where `alpha` may be a default
-        with pytest.raises(TypeError, match=f"`{next(iter(wrong))}` means nothing to method '{method}'"): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)
+        with pytest.raises(TypeError, match=f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback'): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)
     assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'rslad', cache=True).cbs[-1].cache
     assert repr(make_learner().to_rkd(tiny_net(), attack=None).cbs[-1].attack) == repr(PGD())
 
@@ -182,6 +182,19 @@ def test_settings_of_the_attack(wrong, unchanged, make_learner, make_dls, tiny_n
     with unchanged(make_learner(), TypeError, found) as learn: learn.to_adversarial(**wrong)
     with unchanged(make_learner(), TypeError, found) as learn: learn.to_rkd(tiny_net(), **wrong)
     with pytest.raises(TypeError, match=found): rkd_learner(make_dls(), tiny_net(), tiny_net(), **wrong)
+    for cls in (AdversarialTraining, TRADES):
+        with pytest.raises(TypeError, match=found): cls(**wrong)
+    for cls in (AKDCallback, RSLADCallback, ARDCallback):
+        with pytest.raises(TypeError, match=found): cls(tiny_net(), **wrong)
+    for cls in (CKDCallback, lambda t, **k: RobustCallback(**k)): # which attack nothing
+        with pytest.raises(TypeError, match=f'`{name}` means nothing to (CKD|Robust)Callback, which takes'): cls(tiny_net(), **wrong)
+
+@pytest.mark.parametrize('name,make', [('eps', lambda v: PGD(v)), ('eps', lambda v: FGSM(v)), ('eps', lambda v: FFGSM(v)), ('eps', lambda v: AutoAttack(eps=v)), ('steps', lambda v: PGD(steps=v)),
+                                       ('alpha', lambda v: AKDCallback(nn.Flatten(), v)), ('lam', lambda v: RSLADCallback(nn.Flatten(), lam=v)), ('T', lambda v: AKDCallback(nn.Flatten(), T=v))])
+@pytest.mark.parametrize('value', ['8/255', None, [.1]])
+def test_what_is_no_number(name, make, value):
+    "Such as a fraction in quotes, which the command line takes"
+    with pytest.raises(TypeError, match=f'`{name}` must be a number, got .*{"quotes" if value == "8/255" else ""}'): make(value)
 
 @pytest.mark.parametrize('arch', [models.resnet18, models.wide_resnet, partial(models.resnet18, width=1/16)])
 def test_a_function_that_is_no_architecture(arch, make_dls, tiny_net):

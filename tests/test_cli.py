@@ -104,7 +104,7 @@ def test_images_of_one_class(images, tmp_path):
         assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('args, says', [
-    (('train', '--data', 'nowhere'), '`--data`'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'),
+    (('train', '--data', 'nowhere'), '`data`'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`arch`'),
     (('train', '--data', 'digits', '--eps', '8'), '8/255'), (('train', '--data', 'cifar10', '--data-path', '.'), 'cifar-10-batches-py'),
 ])
 def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
@@ -134,6 +134,11 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match='was cut off: add `--resume`.*epoch_1.pth'): rkd(*command)
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
+    for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'), ('--lr', .5, .1), ('--eps', '4/255', 8/255)): # said in the words of the command line
+        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the run.*another `--out`'): rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
+    monkeypatch.setattr(KeepEpochs, 'each_epoch', keep)
+    rkd('train', *common, '--epochs', 3, '--keep', 2, '--out', tmp_path/'teacher', '--resume')
+    assert (tmp_path/'teacher/model.pth').exists()
 
 @pytest.mark.parametrize('name', ['valid','val','test'])
 def test_held_out_folder_is_the_validation_set(images, name):

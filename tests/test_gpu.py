@@ -22,6 +22,14 @@ methods = dict(
 still = PGD(.1, steps=2, random_start=False)
 fast = [{}, dict(compile=True), dict(bf16=True), dict(compile=True, bf16=True)]
 
+# --- teachers ---
+
+def test_members_from_several_devices(make_dls, tiny_net):
+    "Meet where the first is, and distil"
+    t = Teacher([tiny_net(seed=1), tiny_net(seed=2).cuda()])
+    assert t.probs(torch.rand(2, 1, 8, 8)).shape == (2, 10) and t.members[1].model[0].weight.device.type == 'cpu'
+    rkd_learner(make_dls(), tiny_net(seed=3), t)
+
 # --- attacks ---
 
 @pytest.mark.parametrize('attack', [FGSM(.1), still, PGD(.1, steps=5, random_start=False, objective='cw'), PGD(.5, steps=5, norm='L2', random_start=False)], ids=repr)

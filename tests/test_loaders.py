@@ -503,4 +503,8 @@ def test_images_keep_their_size_without_augmentation(kind, tmp_path):
     got, want = (torch.cat([b[0] for b in dl]) for dl in (new.train.new(shuffle=False, drop_last=False), new.test_dl(new.train_ds.items)))
     same = torch.stack([torch.isclose(o, want).flatten(1).all(1) for o in (got, got.flip(-1))])
     assert same.any(0).all() and (same[0].all() if kind == 'none' else not same[0].all())
+    class Zoom(Resize): "Somebody's own"
+    with pytest.raises(ValueError, match='`dls` get their size from Zoom'): with_augmentation(made(item_tfms=Zoom(16)), kind)
+    again = with_augmentation(new, kind).train
+    assert torch.equal(again.new(shuffle=False, drop_last=False).one_batch()[1], new.train.new(shuffle=False, drop_last=False).one_batch()[1]) and again.one_batch()[0].shape[2:] == (16, 12)
     with pytest.raises(ValueError, match='`dls` get their size from RandomResizedCrop'): with_augmentation(made(item_tfms=RandomResizedCrop(16)), kind)

@@ -349,6 +349,11 @@ def test_a_users_callback(base, tmp_path):
     again = fit([Resume(tmp_path/'run.pth')])
     for k in ('n','names','sums','counts','by_epoch','pairs','kind'): assert getattr(again, k) == getattr(whole, k) and type(getattr(again, k)) is type(getattr(whole, k)), k
 
+def test_two_that_resume(base, tmp_path):
+    "Would each have a say in where to go on"
+    with pytest.raises(ValueError, match='two `Resume`'): run(base, one_cycle, [Resume(tmp_path/'run.pth'), Resume(tmp_path/'other.pth')])
+    assert not [*tmp_path.iterdir()]
+
 def test_two_of_a_kind(base, tmp_path):
     "Two callbacks of one class remember each their own, and which one is missing is noticed"
     class Sums(Callback):
@@ -445,14 +450,16 @@ def test_a_network_with_a_memory(base, tiny_net, tmp_path):
 
 # --- before and after ---
 
-def test_finished_is_finished(base, make_dls, tmp_path):
+def test_finished_is_finished(base, make_dls, tmp_path, capsys):
     "A fit that is done trains nothing and leaves the weights, by the same Learner and by another"
     make = lambda **kw: base(**kw, cbs=[WeightAveraging(.9), GradientClip(.1)])
     learn = run(make, one_cycle, [Resume(tmp_path/'run.pth', 3)])
     want = end(learn)
     where = Where()
+    assert 'left to train' not in capsys.readouterr().out
     one_cycle(learn, [Resume(tmp_path/'run.pth'), where])
     assert differ(end(learn), want) == [] and where.seen == []
+    assert f'`{tmp_path/"run.pth"}` holds all 3 epochs: nothing is left to train' in capsys.readouterr().out
     other = run(make, one_cycle, [Resume(tmp_path/'run.pth'), where], seed=9, net=5)
     assert differ(end(other), want) == [] and where.seen == [] and other.epoch == 2
 

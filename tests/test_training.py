@@ -413,7 +413,7 @@ def test_mixup_ends_with_the_fit(make_learner, make_dls, tiny_net):
         order, run_valid = 50, False
         def before_batch(self): seen.append(self.learn.akd.targ)
     learn.fit(1, cbs=SeesTarg())
-    assert all(t.dtype == torch.int64 for t in seen)
+    assert seen and all(t.dtype == torch.int64 for t in seen)
 
 @each
 def test_no_gradient_is_left_by_the_attack(name, make_learner, make_dls, tiny_net):

@@ -185,7 +185,7 @@ class CKDCallback(DistillationCallback):
         **kwargs
     ):
         check_fraction(lam=lam)
-        if 'attack' in kwargs: raise TypeError("`attack`: clean distillation attacks nothing, leave it out, or take another method")
+        if 'attack' in kwargs: raise TypeError("`attack` means nothing to CKDCallback: clean distillation attacks nothing, leave it out, or take another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # where others look for that of the training
 

@@ -196,8 +196,10 @@ class Resume(FitCallback):
         self._check()
         self.described = describe_training(self.learn)
         if self.path.exists(): self._go_on(self._read())
+        if self.epochs == self.described['n_epoch']: print(f"`{self.path}` holds all {self.epochs} epochs: nothing is left to train. To train anew, delete it or name another file")
 
     def _check(self):
+        if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1: raise ValueError("one training is kept in one file: there are two `Resume`")
         if num_distrib() > 1: raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
         if self.every and not self.can_go_on_in_epoch:
             raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere random numbers are out of reach in the middle of an epoch")

@@ -16,6 +16,7 @@ from ..attacks import PGD, check_attack
 from .core import EachEpoch
 from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, versions, write_atomic
 from ..pixel import model_device, pixel_data, pixel_model, undistributed
+from ..teachers import saved_epochs
 
 # %% ../../nbs/21_callback.trajectory.ipynb #ab91a919
 @torch.no_grad()
@@ -25,10 +26,6 @@ def _outputs(model, x, y):
     if not logits.isfinite().all(): raise ValueError("the network returned NaN or infinite logits: it has diverged, and there is nothing to record")
     log_p = logits.log_softmax(1)
     return log_p.gather(1, y.cpu()[:,None])[:,0], -(log_p.exp()*log_p).sum(1)
-
-def _recorded(folder):
-    "Numbers of the epochs that `folder` holds, in order"
-    return sorted(int(p.stem[6:]) for p in folder.glob('epoch_*.npz') if p.stem[6:].isdigit())
 
 # %% ../../nbs/21_callback.trajectory.ipynb #fb43095c
 class RecordTrajectory(EachEpoch):
@@ -62,7 +59,7 @@ class RecordTrajectory(EachEpoch):
         card,done = self._card(y),max(self.epochs, self.epoch)
         self._check_folder(card, done)
         write_atomic(self.path/'card.json', json.dumps(card, indent=2))
-        for k in _recorded(self.path)[done:]: self._file(k).unlink()
+        for p in [*self._saved().values()][done:]: p.unlink()
         self.data,self.epochs = (x, y),done
 
     def _images(self):
@@ -83,10 +80,11 @@ class RecordTrajectory(EachEpoch):
         return dict(n=len(y), labels=digest([y]), attack=attack, seed=self.seed, versions=versions())
 
     def _file(self, k): return self.path/f'epoch_{k:04d}.npz'
+    def _saved(self): return saved_epochs(self.path, suffix='.npz')
 
     def _check_folder(self, card, done):
         "Raise unless `path` holds the `done` epochs of this training, and no more of any other than it may"
-        there = _recorded(self.path)
+        there = self._saved()
         if len(there) > done+1 and not self.epochs: raise ValueError(f"`path` {self.path} holds {len(there)} epochs of another training: name another folder, or delete it")
         lost = sorted({*range(1, done+1)} - {*there})
         if lost: raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: record it from its start, into one folder")
