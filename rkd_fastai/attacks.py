@@ -189,9 +189,10 @@ def check_eps(
 # %% ../nbs/04_attacks.ipynb #f7974e34
 class FGSM(PGD):
     "Fast gradient sign method: one step of `eps` from `x` (Goodfellow et al., 2014)"
+    own_step = 1
     def __init__(self,
         eps:float=8/255, # radius of the ball, in pixel space
-    ): super().__init__(eps, steps=1, step_size=eps, random_start=False)
+    ): super().__init__(eps, steps=1, random_start=False)
 
 class FFGSM(PGD):
     "Fast FGSM: a uniform start, then one step (Wong et al., 2020)"

@@ -94,8 +94,9 @@ _paths = {'data','data_path','teacher','synthetic'} # what they hold, `Resume` c
 def _check_same(args, out, card):
     "Raise where the command line says anything else than that of the run that was cut off in `out`"
     was = read_json(out/'card.json')
-    for k in set(card) & set(vars(args)) - {'keep'}: # which changes nothing in the training
-        if was.get(k) == card[k] or (k in _paths and card[k] not in data_names): continue
+    for k in card:
+        if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue # `--keep` changes nothing in the training
+        if k in _paths and card[k] not in data_names: continue
         raise ValueError(f"`--{k}` is {card[k]} here, but {was.get(k)} in the run that was cut off in {out}: `--resume` goes on with the same command; for another one name another `--out`")
 
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):

@@ -47,7 +47,9 @@ def to_rkd(self:Learner,
     **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `cache`, `compile`, `bf16`
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
-    return _turn(self, method_class(method)(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
+    cls = method_class(method)
+    check_known(cls, [k for k in kwargs if k not in signature(cls).parameters]) # None is a default, but only of what there is
+    return _turn(self, cls(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
 
 @patch
 def to_adversarial(self:Learner,

@@ -167,7 +167,7 @@ def test_factory_refuses_what_a_network_has_no_use_for(make_dls, tiny_net):
     rkd_learner(make_dls(), tiny_net(), tiny_net(), pretrained=False) # as it is for every `arch`
 
 def test_arguments_of_another_method(unchanged, make_learner, make_dls, tiny_net):
-    for method,wrong in (('ckd', dict(alpha=.5)), ('akd', dict(lam=.5)), ('akd', dict(alhpa=.5))):
+    for method,wrong in (('ckd', dict(alpha=.5)), ('akd', dict(lam=.5)), ('akd', dict(alhpa=.5)), ('akd', dict(alhpa=None))):
         with unchanged(make_learner(), TypeError, f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback, which takes') as learn: learn.to_rkd(tiny_net(), method, **wrong)
     for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True))): # asked for, where `alpha` may be a default
         with pytest.raises(TypeError, match=f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback'): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)

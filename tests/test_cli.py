@@ -136,6 +136,7 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     assert (tmp_path/'student/model.pth').exists()
     for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'), ('--lr', .5, .1), ('--eps', '4/255', 8/255)): # said in the words of the command line
         with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the run.*another `--out`'): rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
+    with pytest.raises(SystemExit, match='`--data` is fashion_sample'): rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, '--out', tmp_path/'teacher', '--resume') # of several always the same
     monkeypatch.setattr(KeepEpochs, 'each_epoch', keep)
     rkd('train', *common, '--epochs', 3, '--keep', 2, '--out', tmp_path/'teacher', '--resume')
     assert (tmp_path/'teacher/model.pth').exists()
