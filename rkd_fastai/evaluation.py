@@ -18,7 +18,8 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
-from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
+from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model, sampled_images
+from .sampling import Sample, images_digest
 from .teachers import Teacher, check_teacher
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
@@ -87,9 +88,11 @@ class Robustness:
         eps, # radius
         norm, # of the radius
         seed, # of every attack
+        sample=None, # `Sample` of the images; None: nothing is known of them but their number
     ):
         self.flags,self.attacks,self.seconds,self.eps,self.norm,self.seed = flags,attacks,seconds,eps,norm,seed
         self.results,self.n = {k: f.sum().item()/len(f) for k,f in flags.items()}, len(next(iter(flags.values())))
+        self.sample = Sample(self.n, self.n) if sample is None else sample
         for name,acc in self.results.items(): setattr(self, name, acc)
 
     def to_df(self):
@@ -99,7 +102,7 @@ class Robustness:
 
     def to_dict(self):
         "The whole card: results with their intervals, settings, versions"
-        return dict(n=self.n, eps=self.eps, norm=self.norm, seed=self.seed,
+        return dict(n=self.n, sample=self.sample.to_dict(), eps=self.eps, norm=self.norm, seed=self.seed,
             results={k: dict(accuracy=v, interval95=wilson(v, self.n), attack=self.attacks[k], seconds=round(self.seconds[k], 2))
                      for k,v in self.results.items()}, versions=versions('pyautoattack'))
 
@@ -117,17 +120,18 @@ class Robustness:
     )->pd.DataFrame:
         "Accuracies side by side, a row per model; only what was measured alike can be compared"
         results = results if isinstance(results, dict) else dict(enumerate(results, 1))
-        settings = {name: dict(n=r.n, eps=r.eps, norm=r.norm) for name,r in results.items()}
+        settings = {name: dict(n=r.n, sample=str(r.sample), images=r.sample.digest, eps=r.eps, norm=r.norm) for name,r in results.items()}
         if not settings: raise ValueError("`results` is empty: there is nothing to compare")
         first = next(iter(settings))
         for name,s in settings.items():
-            if s != settings[first]: raise ValueError(f"`results`: {name!r} was measured with {s}, {first!r} with {settings[first]}: measure them alike")
+            other = {k: v for k,v in s.items() if v != settings[first][k]}
+            if other: raise ValueError(f"`results`: {name!r} was measured with {other}, but {first!r} with {({k: settings[first][k] for k in other})}: measure them alike")
         return pd.DataFrame({name: r.results for name,r in results.items()}).T.rename_axis('model')
 
     @property
     def _caption(self):
         unusual = [f'; {name} {p}' for name,parts in self.attacks.items() for p in parts if p.startswith(('without','transfer'))]
-        return f"{self.n} images, {self.norm} eps {self.eps*255:.4g}/255, seed {self.seed}{''.join(unusual)}"
+        return f"{self.sample}; {self.norm} eps {self.eps*255:.4g}/255, attack seed {self.seed}{''.join(unusual)}"
     def _shown(self):
         df = self.to_df()
         return pd.DataFrame({'accuracy': df.accuracy.map('{:.1%}'.format), 'seconds': df.seconds.map('{:.1f}'.format),
@@ -266,6 +270,7 @@ def measure_robustness(
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
     fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
     progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text
+    sample:Sample=None, # what the card says of the images; None: that these are all there are
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
@@ -273,14 +278,15 @@ def measure_robustness(
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
     made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]} # whoever is wrong already needs no attack
     _check_data(x, y)
-    settings = dict(eps=eps, norm=norm) | ({} if logits else dict(logits=False))
+    if sample is None: sample = Sample(len(x), len(x), digest=images_digest(x, y))
+    settings = dict(sample=str(sample), eps=eps, norm=norm) | ({} if logits else dict(logits=False))
     with _whole_float32():
         with seeded(seed, model_device(model)): # a network may draw random numbers
             model = _as_logits(in_float32(model), x[:8], logits)
             run = _Run(model, x, y, made, settings, seed, bs, state_path, progress)
         at = {name: run.run(name) for name in made}
     return Robustness({k: torch.tensor(at[k]['stands']).bool() for k in attacks}, {k: run.composed[k] for k in attacks},
-                      {k: at[k]['seconds'] for k in attacks}, eps, norm, seed)
+                      {k: at[k]['seconds'] for k in attacks}, eps, norm, seed, sample)
 
 class _LogProbs(torch.nn.Module):
     "A model that returns probabilities, as one that returns logits"
@@ -318,20 +324,21 @@ def robustness(self:Learner,
     attacks=('clean','pgd20','autoattack'), # names, see `make_attack`
     eps=8/255, # radius in pixel space
     norm='Linf', # 'Linf' or 'L2'
-    n=None, # first `n` images only; None means all
-    seed=0, # of every attack
+    n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample and of every attack
     dl=None, # DataLoader; None means the test split where there is one, else the validation set
     state_path=None, # file that keeps the progress of a long run, to resume it
     bs=250, # images at a time
     logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
     fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
     progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text; None means fastai's bar
+    ds_idx=None, # index into `dls`, as in fastai's `get_preds`, in place of `dl`
 )->Robustness:
     "Accuracy clean and under `attacks`, of the Learner's network in eval mode and float32"
     for name in L(attacks): make_attack(name, eps, norm, seed, bs) # a wrong name fails before the images are read
-    x,y = measured_images(self, dl, n, seed)
+    x,y,sample = measured_images(self, dl, n, seed, ds_idx)
     with nullcontext(progress) if progress else _bar(self) as progress:
-        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast, progress)
+        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast, progress, sample)
 
 # %% ../nbs/10_evaluation.ipynb #04854358
 @patch
@@ -340,13 +347,13 @@ def check(self:Teacher,
     attacks=('clean','pgd20'), # names, see `make_attack`
     eps=8/255, # radius in pixel space
     norm='Linf', # 'Linf' or 'L2'
-    n=1000, # first `n` validation images, or all where there are fewer
-    seed=0, # of every attack
+    n=1000, # number of validation images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample and of every attack
     bs=250, # images at a time
 )->Robustness:
     "The teacher's accuracy, clean and under `attacks`; raises where images or classes do not fit"
     check_single_label(dls)
     self.to(dls.device or model_device(self))
     check_teacher(self, dls)
-    with seeded(seed): x,y = pixel_data(dls, dls.valid, None if n is None else min(n, len(dls.valid_ds)))
-    return measure_robustness(self, x, y, attacks, eps, norm, seed, bs=bs)
+    x,y,sample = sampled_images(dls, dls.valid, n, seed)
+    return measure_robustness(self, x, y, attacks, eps, norm, seed, bs=bs, sample=sample)

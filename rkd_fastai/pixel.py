@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['undistributed', 'held_out', 'pixel_stats', 'unwrap', 'pixel_model', 'model_device', 'beside', 'to_pixels',
-           'check_single_label', 'sample_images', 'pixel_data', 'measured_images']
+           'check_single_label', 'sample_images', 'split_name', 'choose_dl', 'pixel_data', 'sampled_images',
+           'measured_images']
 
 # %% ../nbs/07_pixel.ipynb #c0f53735
 import random
+from functools import partial
 import torch, torch.nn as nn
 from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory, get_c
-from .core import PixelModel, check_images, seeded
+from .core import PixelModel, check_images, hard_labels, seeded
+from .sampling import Sample, check_n, class_labels, images_digest, no_labels, sample_positions
 
 # %% ../nbs/07_pixel.ipynb #1397b313
 def undistributed(
@@ -113,37 +116,101 @@ def sample_images(
     return to_pixels(pm, x[:n].cpu())
 
 # %% ../nbs/07_pixel.ipynb #c3d9a0b2
+def split_name(
+    dls, # DataLoaders
+    dl, # one of its loaders, or another
+)->str: # 'train', 'valid' or 'test'; None for a loader that `dls` does not hold
+    "Which split of `dls` a loader reads"
+    names = ('train','valid','test')
+    return next((name for name,own in zip(names, dls.loaders) if own is dl or undistributed(own) is undistributed(dl)), None)
+
+def choose_dl(
+    dls, # DataLoaders
+    dl=None, # DataLoader; None means the one that `ds_idx` names
+    ds_idx=None, # index into `dls`; None means the test split where `dls` has a third loader, else the validation set
+):
+    "The loader to measure on"
+    if dl is not None and ds_idx is not None: raise ValueError("`dl` and `ds_idx` both name a loader: give one of them")
+    if ds_idx is None: return held_out(dls) if dl is None else dl
+    if not isinstance(ds_idx, int) or not 0 <= ds_idx < len(dls.loaders):
+        raise ValueError(f"`ds_idx` must be from 0 to {len(dls.loaders)-1}, as `dls` hold {len(dls.loaders)} loaders, got {ds_idx!r}")
+    return dls[ds_idx]
+
+def _positions(dl, n, seed):
+    "The positions of the images to read in the data set of `dl`, and of how many; `(None, None)` where images have no position"
+    ds = getattr(dl, 'dataset', None)
+    indexed = hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and getattr(dl, 'indexed', True)
+    if not indexed or not getattr(dl, 'bs', getattr(dl, 'batch_size', None)): return None,None
+    mine = list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(len(ds))) # a loader may be of a part of its data set
+    if n is None or n >= len(mine): return mine,len(mine)
+    return [mine[i] for i in sample_positions(class_labels(ds)[mine], n, seed)], len(mine)
+
+def _in_order(dl, positions):
+    "A loader like `dl` that reads the items at `positions` in this order; where these are None, all that it has"
+    if hasattr(dl, 'new'):
+        state = random.getstate()
+        at = {} if positions is None else dict(get_idxs=partial(list, positions))
+        res = dl.new(shuffle=False, drop_last=False, **at)
+        random.setstate(state) # from which fastai seeds every loader
+        return res
+    if positions is None: return dl
+    part = torch.utils.data.Subset(dl.dataset, positions)
+    return torch.utils.data.DataLoader(part, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
+
+def _read(dls, dl):
+    "All images of a loader in pixel space, and their labels, on the CPU"
+    xs,ys,pm = [],[],PixelModel(torch.nn.Identity(), *pixel_stats(dls))
+    for batch in dl:
+        if len(batch) != 2: raise ValueError(no_labels)
+        x,y = batch
+        xs.append(to_pixels(pm, x.cpu()).float()) # a GPU holds one batch, not the whole split
+        ys.append(y.as_subclass(torch.Tensor).cpu())
+        if xs[-1].shape[1:] != xs[0].shape[1:]:
+            raise ValueError(f"images must have one size to be measured, but there are {tuple(xs[0].shape[1:])} and {tuple(xs[-1].shape[1:])}: "
+                             "give the DataLoaders `item_tfms=Resize(…)`")
+    if not xs: raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its images behind, give it `dl=dls.valid`")
+    return torch.cat(xs), torch.cat(ys)
+
+def _sampled(learn, dl, n, seed):
+    "Images, labels, and the number of images that they were drawn from"
+    n,dls,dl = check_n(n),getattr(learn, 'dls', learn),undistributed(dl)
+    positions,of = _positions(dl, n, seed)
+    x,y = _read(dls, _in_order(dl, positions))
+    if positions is not None: return x, y, of
+    idx = sample_positions(hard_labels(y), n, seed) # a stream: all of it was read
+    return x[idx], y[idx], len(x)
+
 def pixel_data(
     learn, # any single-label vision Learner, or its DataLoaders
     dl=None, # its DataLoader; None means the test split where `dls` has a third loader, else the validation set
-    n=None, # number of images; None means all
+    n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample
 ):
-    "The first `n` images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, unshuffled and none dropped; of a PyTorch loader as it gives them"
+    "Images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, without shuffling and with none dropped"
+    x,y,_ = _sampled(learn, choose_dl(getattr(learn, 'dls', learn), dl), n, seed)
+    return x,y
+
+def sampled_images(
+    learn, # any single-label vision Learner, or its DataLoaders
+    dl=None, # DataLoader; None means the test split where there is one, else the validation set
+    n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample and of random transforms
+)->tuple: # images `(n, c, h, w)`, classes `(n,)` and the `Sample` that they are
+    "As `pixel_data`, with what a card says of the images"
     dls = getattr(learn, 'dls', learn)
-    dl = undistributed(held_out(dls) if dl is None else dl)
-    xs,ys,seen,pm = [],[],0,PixelModel(torch.nn.Identity(), *pixel_stats(dls))
-    if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
-    if hasattr(dl, 'new'): # not a loader of PyTorch's own
-        state = random.getstate()
-        dl = dl.new(shuffle=False, drop_last=False)
-        random.setstate(state) # from which fastai seeds every loader
-    for batch in dl:
-        if len(batch) != 2: raise ValueError("`dl` has no labels: make it by `dls.test_dl(items, with_labels=True)`")
-        x,y = batch
-        xs.append(to_pixels(pm, x.cpu()).float()); ys.append(y.as_subclass(torch.Tensor).cpu()) # a GPU holds one batch, not the whole split
-        seen += len(y)
-        if n is not None and seen >= n: break
-    if not seen: raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its images behind, give it `dl=dls.valid`")
-    if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images: leave `n` out to take them all")
-    return torch.cat(xs)[:n], torch.cat(ys)[:n]
+    dl = choose_dl(dls, dl)
+    with seeded(seed): x,y,of = _sampled(learn, dl, n, seed) # a DataLoader draws a random number
+    return x, y, Sample(len(x), of, seed, split_name(dls, dl), images_digest(x, y))
 
 def measured_images(
     learn, # any single-label vision Learner; its network goes to the device of `dls`, as in `fit` and `validate`
-    dl=None, # as for `pixel_data`
-    n=None, # number of images; None means all
-    seed=0, # of random transforms
-):
-    "What `learn.robustness` measures on: images `(n, c, h, w)` and classes `(n,)`"
+    dl=None, # DataLoader; None means the one that `ds_idx` names
+    n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample and of random transforms
+    ds_idx=None, # index into `dls`; None means the test split where there is one, else the validation set
+)->tuple: # images `(n, c, h, w)`, classes `(n,)` and the `Sample` that they are
+    "What `learn.robustness` measures on"
     check_single_label(learn.dls)
+    dl = choose_dl(learn.dls, dl, ds_idx)
     learn.model.to(getattr(learn.dls, 'device', None) or model_device(learn.model))
-    with seeded(seed): return pixel_data(learn, dl, n) # a DataLoader draws a random number
+    return sampled_images(learn, dl, n, seed)
