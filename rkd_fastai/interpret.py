@@ -16,12 +16,8 @@ from .attacks import Attack, check_attack
 from .core import PixelModel, seeded
 from .evaluation import make_attack, measure_robustness, robust_flags, wilson
 from .palette import colours, markers
-from .pixel import held_out, measured_images, model_device, pixel_model, pixel_stats, unwrap
-
-# %% ../nbs/12_interpret.ipynb #a92ad115
-def _at_most(n, dl):
-    "`n`, or the number of images in `dl` where there are fewer"
-    return n if n is None else min(n, len(dl.dataset) or 1) # of none at all `pixel_data` says so
+from .pixel import measured_images, model_device, pixel_model, pixel_stats, unwrap
+from .sampling import Sample
 
 # %% ../nbs/12_interpret.ipynb #f41aaa8f
 _radii = dict(Linf=[k/255 for k in (0,2,4,8,12,16)], L2=[0.,.25,.5,1.,1.5,2.])
@@ -62,17 +58,18 @@ def robustness_curve(self:Learner,
     eps=None, # radii in pixel space; None means 0 to 16/255, or 0 to 2 in L2
     attack='pgd20', # its name, see `make_attack`
     norm='Linf', # 'Linf' or 'L2'
-    n=1000, # first `n` images, or all where there are fewer; None means all
-    seed=0, # of the attack at each radius
+    n=1000, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample and of the attack at each radius
     dl=None, # DataLoader; None means the test split where there is one, else the validation set
     bs=250, # images at a time
     logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
 )->pd.DataFrame:
     "What `robustness` gives for each radius by itself: `accuracy`, and its 95 % interval from `low` to `high`"
     eps = _check_radii(eps, attack, norm, seed, bs) # before the images are read
-    if dl is None: dl = held_out(self.dls)
-    x,y = measured_images(self, dl, _at_most(n, dl), seed)
-    return robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits)
+    x,y,sample = measured_images(self, dl, n, seed)
+    curve = robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits)
+    curve.attrs.update(sample=sample.to_dict())
+    return curve
 
 # %% ../nbs/12_interpret.ipynb #46ac102f
 def plot_robustness_curve(
@@ -88,18 +85,24 @@ def plot_robustness_curve(
     kwargs = dict(color=colours[at], marker=markers[at], markersize=5) | normalize_kwargs(kwargs, Line2D)
     line, = ax.plot(radii, 100*curve.accuracy, label=label or curve.attrs.get('attack'), **kwargs)
     ax.fill_between(radii, 100*curve.low, 100*curve.high, color=line.get_color(), alpha=.18, lw=0)
-    ax.set(xlabel='radius ε (L∞), in 1/255' if norm == 'Linf' else 'radius ε (L2)', ylabel='accuracy, %', ylim=(-2,102)) # all of a marker at either end
+    ax.set(xlabel='radius ε (L∞), in 1/255' if norm == 'Linf' else 'radius ε (L2)', ylabel=_ylabel(curve), ylim=(-2,102)) # all of a marker at either end
     ax.grid(alpha=.3)
     ax.legend(frameon=False)
     return ax
+
+def _ylabel(curve):
+    "The axis names the images that were measured, as far as the curve knows them"
+    sample = curve.attrs.get('sample')
+    images = None if sample is None else Sample(sample['n'], sample['of'], split=sample['split']).images
+    return 'accuracy, %' if images is None else f"accuracy on {sample['n']:,} {images}, %"
 
 @patch
 def plot_robustness_curve(self:Learner,
     eps=None, # radii in pixel space; None means 0 to 16/255, or 0 to 2 in L2
     attack='pgd20', # its name, see `make_attack`
     norm='Linf', # 'Linf' or 'L2'
-    n=1000, # first `n` images, or all where there are fewer; None means all
-    seed=0, # of the attack at each radius
+    n=1000, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample and of the attack at each radius
     ax=None, # axes to draw into, which may hold other curves; None means new ones
     label=None, # in the legend; None means the attack's name
     dl=None, # DataLoader; None means the test split where there is one, else the validation set
@@ -135,7 +138,7 @@ def _attacked(model, x, y, attack, seed, bs):
 
 def _before_after(learn, attack, dl, n, seed, bs=250):
     "A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and their classes"
-    x,y = measured_images(learn, dl, n, seed)
+    x,y,_ = measured_images(learn, dl, n, seed)
     model = PixelModel(deepcopy(unwrap(learn.model)).float(), *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
     with seeded(seed, model_device(model)): measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs) # raises where the model returns anything but logits
     return model, x, _attacked(model, x, y, attack, seed, bs), y
@@ -166,11 +169,11 @@ def _grid(n, nrows, ncols, figsize):
 @patch
 def show_adversarial(self:Learner,
     attack=None, # an `Attack` or the name of one, see `make_attack`; None means PGD-20
-    max_n:int=5, # images, the first ones of `dl`
+    max_n:int=5, # number of images: a sample, stratified by class
     dl=None, # DataLoader; None means the validation set
     eps=None, # radius of an attack given by name, 8/255 if None
     norm=None, # norm of an attack given by name, 'Linf' if None
-    seed=0, # of the attack
+    seed=0, # of the sample and of the attack
     scale=10, # contrast of the perturbation
     nrows=None, ncols=None, figsize=None, # as in `show_results`, where an image stands for its three pictures
     ctxs=None, # axes to draw into, three for each image
@@ -179,7 +182,7 @@ def show_adversarial(self:Learner,
     "Show images clean, their perturbation around grey, and adversarial; those that are wrong already are not attacked"
     if max_n < 1: raise ValueError(f"`max_n` must be >= 1, got {max_n}")
     attack,dl = _made(attack, eps, norm, seed),ifnone(dl, self.dls.valid)
-    model,x,x_adv,y = _before_after(self, attack, dl, _at_most(max_n, dl), seed)
+    model,x,x_adv,y = _before_after(self, attack, dl, max_n, seed)
     before,after = _logits(model, x),_logits(model, x_adv)
     names = _names(self.dls, before.shape[1])
     if ctxs is None: ctxs = _grid(len(x), nrows, ncols, figsize)
@@ -212,12 +215,12 @@ class AdversarialInterpretation(ClassificationInterpretation):
         dl=None, # DataLoader; None means the test split where there is one, else the validation set
         eps=None, # radius of an attack given by name, 8/255 if None
         norm=None, # norm of an attack given by name, 'Linf' if None
-        n=None, # first `n` images only; None means all
-        seed=0, # of the attack
+        n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+        seed=0, # of the sample and of the attack
         bs=250, # images at a time
         act=None, # activation of the predictions; None means the loss function's
     ):
-        "Attack the first `n` images of `dl`, each `robustness` would attack and as it would, and predict them"
+        "Attack the images that `robustness` would attack, as it would, and predict them"
         attack = _made(attack, eps, norm, seed, bs)
         model,_,x_adv,y = _before_after(learn, attack, dl, n, seed, bs)
         with no_random(seed): # making a DataLoader draws a random number, and reading it another

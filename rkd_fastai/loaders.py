@@ -15,6 +15,7 @@ from fastai.vision.all import (DataLoaders, GetAttr, Normalize, PILBase, Pipelin
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
+from .sampling import class_labels, sample_positions
 
 # %% ../nbs/08_loaders.ipynb #fa6a01b5
 def _with_train(dls, train):
@@ -27,21 +28,22 @@ class _Part(GetAttr):
     def __init__(self, whole, idxs): self.whole,self.idxs = whole,idxs
     def __len__(self): return len(self.idxs)
     def __getitem__(self, i): return self.whole[self.idxs[i]]
+    def class_labels(self): return class_labels(self.whole)[list(self.idxs)]
 
 def with_subset(
     dls, # DataLoaders
     n:int, # number of training images
     seed:int=42, # of the choice
-    n_valid:int=None, # the first so many validation images, or all where there are fewer; None takes all
+    n_valid:int=None, # number of validation images: a sample, stratified by class; None, or more than there are, means all
 )->DataLoaders:
     "`dls` with `n` of their training images, drawn at random"
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = len(dls.train_ds),dls.train.bs
-    if n_valid is not None and n_valid < 1: raise ValueError(f"`n_valid` must be >= 1 or None, got {n_valid}")
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
+    kept = None if n_valid is None else sorted(sample_positions(class_labels(dls.valid_ds), n_valid, seed).tolist())
     dls = _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))
-    if n_valid is not None and n_valid < len(dls.valid_ds): dls.loaders[1] = dls.valid.new(_Part(dls.valid_ds, range(n_valid)))
+    if kept is not None: dls.loaders[1] = dls.valid.new(_Part(dls.valid_ds, kept))
     return dls
 
 def with_bs(
@@ -62,6 +64,7 @@ class _Relabelled(GetAttr):
     def __getitem__(self, i):
         x,y = self.whole[i]
         return x, TensorCategory((int(y) + self.shifts[i]) % self.n_out)
+    def class_labels(self): return (class_labels(self.whole) + self.shifts) % self.n_out
 
 def with_label_noise(
     dls, # DataLoaders with one class per image
@@ -150,6 +153,7 @@ class _WithSynthetic(GetAttr):
         self.real,self.images,self.labels,self.like = real,images,labels,type(real[0][0])
         self.n_items = len(real) + len(images)
     def __len__(self): return len(self.real)
+    def class_labels(self): return class_labels(self.real)
     def __getitem__(self, i):
         if i < len(self.real): return self.real[i]
         img,label = self.images[i-len(self.real)],int(self.labels[i-len(self.real)])

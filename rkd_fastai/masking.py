@@ -104,7 +104,8 @@ class MaskingReport:
         symptoms, # list of `Symptom`
         n, # number of images looked at
         eps, # radius in pixel space
-    ): self.symptoms,self.n,self.eps = symptoms,n,eps
+        sample=None, # `Sample` that these images are the rightly classified ones of
+    ): self.symptoms,self.n,self.eps,self.sample = symptoms,n,eps,sample
 
     @property
     def ok(self):
@@ -117,7 +118,8 @@ class MaskingReport:
 
     def __repr__(self):
         lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}" + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
-        return '\n'.join([*lines, f"{self.n} images, eps {self.eps*255:.4g}/255: {'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
+        images = f'{self.n} images' if self.sample is None else f'{self.n} rightly classified of {self.sample}'
+        return '\n'.join([*lines, f"{images}; eps {self.eps*255:.4g}/255: {'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
 
 def check_masking(
     model, # maps pixel space to logits
@@ -125,6 +127,7 @@ def check_masking(
     y, # class indices `(n,)`
     eps=8/255, # radius of the attacks, L∞
     bs=200, # images at a time
+    sample=None, # `Sample` that the report names
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
@@ -133,18 +136,17 @@ def check_masking(
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
-    try: return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps)
+    try: return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps, sample)
     finally: _bs.reset(token)
 
 @patch
 def check_robustness(self:Learner,
     eps=8/255, # radius of the attacks, L∞
-    n=200, # first images of the validation set, or all where there are fewer; None: all
+    n=200, # number of images: a sample, stratified by class; None, or more than there are, means all
     dl=None, # DataLoader; None means the validation set
     bs=200, # images at a time
+    seed=0, # of the sample
 )->MaskingReport:
     "Look for signs that this network's gradients are masked rather than small (Athalye et al., 2018)"
-    if dl is None: dl = self.dls.valid
-    x,y = measured_images(self, dl, None if n is None else min(n, max(len(dl.dataset), 1))) # without any images it says so
-    model = in_float32(pixel_model(self))
-    return check_masking(model, x, y, eps, bs)
+    x,y,sample = measured_images(self, self.dls.valid if dl is None else dl, n, seed)
+    return check_masking(in_float32(pixel_model(self)), x, y, eps, bs, sample)

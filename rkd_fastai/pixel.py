@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['undistributed', 'held_out', 'pixel_stats', 'unwrap', 'pixel_model', 'model_device', 'beside', 'to_pixels',
            'check_single_label', 'sample_images', 'split_name', 'choose_dl', 'pixel_data', 'sampled_images',
-           'measured_images']
+           'measured_images', 'arriving_positions']
 
 # %% ../nbs/07_pixel.ipynb #c0f53735
 import random
@@ -214,3 +214,16 @@ def measured_images(
     dl = choose_dl(learn.dls, dl, ds_idx)
     learn.model.to(getattr(learn.dls, 'device', None) or model_device(learn.model))
     return sampled_images(learn, dl, n, seed)
+
+# %% ../nbs/07_pixel.ipynb #0a7018e7
+def arriving_positions(
+    dl, # loader that is being iterated
+):
+    "Positions in the data set of the images that arrive from `dl`, in this order, -1 for an image that arrives twice; None where the order is not known"
+    if isinstance(dl, torch.utils.data.DataLoader):
+        return list(range(len(dl.dataset))) if isinstance(dl.sampler, torch.utils.data.SequentialSampler) else None
+    idxs = getattr(dl, '_DataLoader__idxs', None) # fastai's, drawn when the iteration started
+    if not isinstance(idxs, list) or None in idxs[:1] or not dl.bs: return None
+    if not hasattr(dl, 'n_padded'): return idxs
+    start = dl.rank*dl.n_padded//dl.world_size
+    return [p if start+i < dl.n else -1 for i,p in enumerate(idxs)]

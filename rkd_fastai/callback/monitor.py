@@ -17,7 +17,8 @@ from .adversarial import RobustCallback
 from .core import EachEpoch
 from ..core import atomic_path, check_fraction, seeded, versions, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
-from ..pixel import beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
+from ..pixel import arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, undistributed, unwrap
+from ..sampling import check_n, class_labels, sample_positions
 from ..teachers import saved_epochs
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
@@ -25,33 +26,73 @@ class RobustAccuracy(Metric):
     "Fraction of the validation images classified rightly as they are *and* under `attack`"
     def __init__(self,
         attack=PGD(steps=20), # the attack
-        n=None, # the first `n` validation images only, with several processes the first of each one's share; None attacks all
-        seed=0, # of the attack's random starts
+        n=None, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
+        seed=0, # of the sample and of the attack's random starts
     ):
-        if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
-        self.attack,self.n,self.seed = copy(check_attack(attack)),n,seed
+        self.attack,self.n,self.seed = copy(check_attack(attack)),check_n(n),seed
         self.reset()
 
-    def reset(self): self.robust = self.seen = 0
+    def reset(self):
+        self.robust = self.seen = self.arrived = 0
+        self.model,self.waiting = None,[] # images in pixel space and their classes, until they fill a batch
+
+    def _start(self, learn):
+        "Find out which of the images that will arrive belong to the sample"
+        self.model,self.bs = pixel_model(learn),len(learn.yb[0])
+        self.positions,self.chosen,self.unordered = arriving_positions(learn.dl),None,None
+        if self.n is None: return
+        dl = undistributed(learn.dl)
+        if self.positions is None: self.unordered = learn.dls,dl # the sample is read by itself
+        else: self.chosen = set(sample_positions(class_labels(dl.dataset), self.n, self.seed).tolist())
 
     def accumulate(self, learn):
         if learn.training: return # `train_metrics=True`: training batches have been attacked already
-        bs,n_procs = len(learn.yb[0]),max(num_distrib(), 1)
-        left = bs*n_procs if self.n is None else self.n - self.seen
-        if left <= 0: return
-        model,own = pixel_model(learn),-(-left//n_procs) # this process's part of them
-        x, targ = to_pixels(model, learn.xb[0][:own]), learn.yb[0][:own].as_subclass(torch.Tensor)
-        flags = torch.full((bs,), torch.nan, device=x.device) # fastai's gather cuts off repeated images, and counts on whole batches
-        with seeded(self.seed + self.seen + rank_distrib(), x.device): flags[:own] = robust_flags(model, x, targ, self.attack).to(flags)
-        flags = learn.to_detach(flags)
-        flags = flags[~flags.isnan()][:left]
-        self.robust += flags.sum().item()
-        self.seen += len(flags)
+        if self.model is None: self._start(learn)
+        if self.unordered is not None: return
+        x,targ = learn.xb[0],learn.yb[0].as_subclass(torch.Tensor)
+        mine = self._in_sample(len(targ))
+        self.arrived += len(targ)
+        if not any(mine): return
+        mine = torch.tensor(mine, device=x.device)
+        self.waiting.append((to_pixels(self.model, x[mine]).cpu(), targ[mine].cpu()))
+        while sum(len(y) for _,y in self.waiting) >= self.bs: self._attack_waiting()
+
+    def _in_sample(self, k):
+        "Which of the next `k` images belong to the sample"
+        if self.positions is None: return [True]*k
+        arriving = self.positions[self.arrived:self.arrived+k]
+        return [p >= 0 and (self.chosen is None or p in self.chosen) for p in arriving]
+
+    def _attack_waiting(self):
+        "Attack one batch of the images that wait"
+        x,y = map(torch.cat, zip(*self.waiting))
+        (x,later_x),(y,later_y) = ((t[:self.bs], t[self.bs:]) for t in (x,y))
+        self.waiting = [(later_x, later_y)] if len(later_y) else []
+        x,y = beside(self.model, x, y)
+        with seeded(self.seed + self.seen + rank_distrib(), x.device):
+            self.robust += robust_flags(self.model, x, y, self.attack).sum().item()
+        self.seen += len(y)
+
+    def _finish(self):
+        "Attack what still waits, and add up what all processes have seen"
+        if self.unordered is not None: self.waiting = [pixel_data(*self.unordered, self.n, self.seed)]
+        while self.waiting: self._attack_waiting()
+        if self.unordered is None: self.robust,self.seen = _sum_of_all([self.robust, self.seen], model_device(self.model))
+        self.model = self.unordered = self.chosen = self.positions = None
 
     @property
-    def value(self): return self.robust/self.seen if self.seen else None
+    def value(self):
+        if self.model is not None: self._finish() # once in a validation, when fastai asks for the value
+        return self.robust/self.seen if self.seen else None
     @property
     def name(self): return 'robust_accuracy'
+
+def _sum_of_all(counts, device):
+    "The sums of `counts` over all processes"
+    if num_distrib() <= 1: return counts
+    counts = torch.tensor(counts, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(counts)
+    return [int(c) for c in counts]
 
 # %% ../../nbs/18_callback.monitor.ipynb #543d895b
 class KeepEpochs(EachEpoch):
@@ -101,13 +142,12 @@ class CatastrophicOverfitting(EachEpoch):
     order,_stateattrs = EachEpoch.order + 1,('kept','data') # after `KeepEpochs`; not exported
     def __init__(self,
         attack=None, # None means PGD-5 at the training attack's `eps` and `norm`
-        n=128, # number of images, the first of the validation set
+        n=128, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
         drop=.2, # what the accuracy may fall below its best so far
         stop=False, # go back to the weights of the last good epoch and end the fit, rather than warn
     ):
-        if n < 1: raise ValueError(f"`n` must be >= 1, got {n}")
         check_fraction(drop=drop)
-        self.attack,self.n,self.drop,self.stop = attack and check_attack(attack),n,drop,stop
+        self.attack,self.n,self.drop,self.stop = attack and check_attack(attack),check_n(n),drop,stop
 
     def before_fit(self): self.best = self.kept = self.data = None
     remembers = ('kept',) # with `best`; the images are read again
@@ -123,7 +163,7 @@ class CatastrophicOverfitting(EachEpoch):
 
     def each_epoch(self):
         with seeded(0, model_device(self.model)):
-            if self.data is None: self.data = pixel_data(self.learn, self.dls.valid, min(self.n, len(self.dls.valid_ds)))
+            if self.data is None: self.data = pixel_data(self.learn, self.dls.valid, self.n)
             x,y = beside(self.model, *self.data)
             acc = _of_the_first(robust_accuracy(pixel_model(self.learn), x, y, self._watched), x.device)
         if self.best is not None and acc < self.best - self.drop:

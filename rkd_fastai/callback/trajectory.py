@@ -15,7 +15,8 @@ from fastai.torch_core import distrib_barrier, no_random, rank_distrib
 from ..attacks import PGD, check_attack
 from .core import EachEpoch
 from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, versions, write_atomic
-from ..pixel import model_device, pixel_data, pixel_model, undistributed
+from ..pixel import model_device, pixel_model, sampled_images, undistributed
+from ..sampling import check_n
 from ..teachers import saved_epochs
 
 # %% ../../nbs/21_callback.trajectory.ipynb #ab91a919
@@ -35,15 +36,14 @@ class RecordTrajectory(EachEpoch):
     def __init__(self,
         path, # folder of this training and these images, made if need be
         dl=None, # their DataLoader; None means the validation set. That of the training set is read in its order, without augmentation
-        n=None, # the first `n` images only; None means all
+        n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
         attack=PGD(), # the attack, on the network of each epoch anew; None: clean images only
-        seed=0, # of the attack's random starts, the same after every epoch
+        seed=0, # of the sample, and of the attack's random starts, which are the same after every epoch
         bs=250, # images at a time
     ):
-        if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
         if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
         if Path(path).is_file(): raise ValueError(f"`path` {path} is a file: name a folder")
-        self.path,self.dl,self.n,self.seed,self.bs = Path(path),dl,n,seed,bs
+        self.path,self.dl,self.n,self.seed,self.bs = Path(path),dl,check_n(n),seed,bs
         self._attack = attack and copy(check_attack(attack)) # not `attack`, where others look for that of the training
         self.epochs = 0 # recorded so far, also what `Resume` remembers
 
@@ -54,9 +54,9 @@ class RecordTrajectory(EachEpoch):
 
     def _begin(self):
         "Read the images, and make the folder end where this training starts"
-        x,y = self._images()
+        x,y,sample = self._images()
         with seeded(self.seed, model_device(self.model)): self._check_classes(x[:2], y)
-        card,done = self._card(y),max(self.epochs, self.epoch)
+        card,done = self._card(y, sample),max(self.epochs, self.epoch)
         self._check_folder(card, done)
         write_atomic(self.path/'card.json', json.dumps(card, indent=2))
         for p in [*self._saved().values()][done:]: p.unlink()
@@ -67,17 +67,18 @@ class RecordTrajectory(EachEpoch):
         dl = self.learn.dls.valid if self.dl is None else self.dl
         dl = undistributed(dl)
         ds = getattr(dl, 'dataset', None)
-        with no_random(self.seed), ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext(): x,y = pixel_data(self.learn, dl, self.n)
-        return x, hard_labels(y)
+        with no_random(self.seed), ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext(): 
+            x,y,sample = sampled_images(self.learn, dl, self.n, self.seed)
+        return x, hard_labels(y), sample
 
     @torch.no_grad()
     def _check_classes(self, x, y):
         with frozen(pixel_model(self.learn)) as model: n_out = check_logits(model(x.to(model_device(model)))).shape[1]
         if not (0 <= y.min() and y.max() < n_out): raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out}")
 
-    def _card(self, y):
+    def _card(self, y, sample):
         attack = self._attack and re.sub(' at 0x[0-9a-f]+', '', repr(self._attack)) # a function's address is another in each process
-        return dict(n=len(y), labels=digest([y]), attack=attack, seed=self.seed, versions=versions())
+        return dict(n=len(y), sample=sample.to_dict(), labels=digest([y]), attack=attack, seed=self.seed, versions=versions())
 
     def _file(self, k): return self.path/f'epoch_{k:04d}.npz'
     def _saved(self): return saved_epochs(self.path, suffix='.npz')
@@ -93,7 +94,7 @@ class RecordTrajectory(EachEpoch):
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e: raise ValueError(f"`path` {self.path} has no card that can be read ({e}): name another folder, or delete it") from e
-        for k in ('n','labels','attack','seed'):
+        for k in ('n','sample','labels','attack','seed'):
             if old.get(k) != card[k]: raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: name another folder, or delete it")
 
     def each_epoch(self):
