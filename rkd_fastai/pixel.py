@@ -136,14 +136,26 @@ def choose_dl(
         raise ValueError(f"`ds_idx` must be from 0 to {len(dls.loaders)-1}, as `dls` hold {len(dls.loaders)} loaders, got {ds_idx!r}")
     return dls[ds_idx]
 
+_tud = torch.utils.data
+
+def _own_positions(dl):
+    "The positions in its data set of all images that `dl` is for; None where it is not a loader of positions"
+    ds = getattr(dl, 'dataset', None)
+    if not hasattr(ds, '__getitem__') or not hasattr(ds, '__len__'): return None
+    if isinstance(dl, _tud.DataLoader):
+        if dl.batch_size is None or isinstance(ds, _tud.IterableDataset): return None
+        if isinstance(dl.sampler, _tud.SubsetRandomSampler): return list(dl.sampler.indices) # a split of a larger data set
+        whole = isinstance(dl.sampler, _tud.SequentialSampler) or isinstance(dl.sampler, _tud.RandomSampler) and not dl.sampler.replacement
+        return list(range(len(ds))) if whole and len(dl.sampler) == len(ds) else None
+    if not hasattr(dl, 'new') or not dl.indexed or dl.bs is None: return None
+    return list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(len(ds)))
+
 def _positions(dl, n, seed):
     "The positions of the images to read in the data set of `dl`, and of how many; `(None, None)` where images have no position"
-    ds = getattr(dl, 'dataset', None)
-    indexed = hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and getattr(dl, 'indexed', True)
-    if not indexed or not getattr(dl, 'bs', getattr(dl, 'batch_size', None)): return None,None
-    mine = list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(len(ds))) # a loader may be of a part of its data set
+    mine = _own_positions(dl)
+    if mine is None: return None,None
     if n is None or n >= len(mine): return mine,len(mine)
-    return [mine[i] for i in sample_positions(class_labels(ds)[mine], n, seed)], len(mine)
+    return [mine[i] for i in sample_positions(class_labels(dl.dataset)[mine], n, seed)], len(mine)
 
 def _in_order(dl, positions):
     "A loader like `dl` that reads the items at `positions` in this order; where these are None, all that it has"
@@ -154,8 +166,7 @@ def _in_order(dl, positions):
         random.setstate(state) # from which fastai seeds every loader
         return res
     if positions is None: return dl
-    part = torch.utils.data.Subset(dl.dataset, positions)
-    return torch.utils.data.DataLoader(part, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
+    return _tud.DataLoader(_tud.Subset(dl.dataset, positions), dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
 
 def _read(dls, dl):
     "All images of a loader in pixel space, and their labels, on the CPU"
@@ -220,8 +231,8 @@ def arriving_positions(
     dl, # loader that is being iterated
 ):
     "Positions in the data set of the images that arrive from `dl`, in this order, -1 for an image that arrives twice; None where the order is not known"
-    if isinstance(dl, torch.utils.data.DataLoader):
-        return list(range(len(dl.dataset))) if isinstance(dl.sampler, torch.utils.data.SequentialSampler) else None
+    if isinstance(dl, _tud.DataLoader):
+        return list(range(len(dl.dataset))) if isinstance(dl.sampler, _tud.SequentialSampler) and dl.batch_size else None
     idxs = getattr(dl, '_DataLoader__idxs', None) # fastai's, drawn when the iteration started
     if not isinstance(idxs, list) or None in idxs[:1] or not dl.bs: return None
     if not hasattr(dl, 'n_padded'): return idxs

@@ -8,10 +8,9 @@ __all__ = ['no_labels', 'stratified_order', 'check_n', 'sample_positions', 'clas
 # %% ../nbs/06_sampling.ipynb #35d67df7
 import weakref
 from dataclasses import dataclass
-from operator import index
 import numpy as np, torch
 from fastai.data.core import Datasets
-from .core import digest, hard_labels
+from .core import digest, hard_labels, whole_number
 
 # %% ../nbs/06_sampling.ipynb #d469efaa
 def stratified_order(
@@ -30,12 +29,8 @@ def stratified_order(
 def check_n(
     n, # number of images; None means all
 )->int:
-    "`n` as an int, or None; raises a `ValueError` unless it is a whole number from 1 on"
-    if n is None: return None
-    try: whole = index(n)
-    except TypeError: whole = 0
-    if whole < 1: raise ValueError(f"`n` is a number of images, from 1 on, or None for all of them, got {n!r}")
-    return whole
+    "`n` as an int, or None; an error unless it is a whole number from 1 on"
+    return whole_number('n', n, 1, none=True)
 
 def sample_positions(
     labels, # class of each image, integers `(n_images,)`
