@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import (DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
+from .core import whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 from .sampling import class_labels, sample_positions
@@ -41,6 +42,7 @@ def with_subset(
     have,bs = len(dls.train_ds),dls.train.bs
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
+    n_valid = whole_number('n_valid', n_valid, 1, none=True)
     kept = None if n_valid is None else sorted(sample_positions(class_labels(dls.valid_ds), n_valid, seed).tolist())
     dls = _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))
     if kept is not None: dls.loaders[1] = dls.valid.new(_Part(dls.valid_ds, kept))
