@@ -15,21 +15,27 @@ from .evaluation import make_attack
 from .fast import faster
 from .grid import Cell, recipe_of, teachers_of
 from .loaders import with_augmentation, with_bs, with_label_noise, with_subset
-from .pixel import pixel_data
+from .pixel import sampled_images
+from .sampling import Sample, images_digest, sample_positions
 from .runs import batch_size, make_dls, make_net, n_watched
 
 # %% ../nbs/33_cells.ipynb #d66816cf
 @lru_cache(maxsize=4)
 def _all_images(data, path, size): return make_dls(data, path, bs=1, size=size)
 @lru_cache(maxsize=2)
-def _eval_images(data, path, size): return pixel_data(_all_images(data, path, size))
+def _eval_images(data, path, size): return sampled_images(_all_images(data, path, size))
 
 def eval_images(
     c, # `Cell`
     path=None, # folder of a published data set; None: it is found or downloaded
-):
-    "Images `(n, c, h, w)` in pixel space and classes `(n,)` that a cell is measured on: the test split, where the data have one"
-    return _eval_images(c.data, path, c.size)
+    n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample
+)->tuple: # images `(n, c, h, w)` in pixel space, classes `(n,)` and the `Sample` that they are
+    "What a cell is measured on: images of the test split where the data have one, else of the validation set"
+    x,y,whole = _eval_images(c.data, path, c.size)
+    if n is None or n >= len(x): return x, y, whole
+    idx = sample_positions(y, n, seed)
+    return x[idx], y[idx], Sample(len(idx), len(y), seed, whole.split, images_digest(x[idx], y[idx]))
 
 def has_test_split(
     c, # `Cell`

@@ -20,8 +20,8 @@ from .core import read_json
 from .learner import method_class
 from .loaders import with_bs, with_subset
 from .recipes import all_recipes, recipe_of_kind, teacher_kinds
-from .pixel import held_out
-from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, folder_size, load_run, make_dls
+from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, folder_size, held_out_digest, load_run, make_dls
+from .sampling import check_n
 from .study import Study, plan_text, report
 from .teachers import Teacher
 from .terminal import Line, reason, watching
@@ -141,9 +141,18 @@ def distill(
     _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=Teacher(teachers, betas=args.betas))
 
 def _checked(learn, eps, n):
-    "What `check_robustness` says of the first `n` images, 200 at most, also where it cannot say anything"
+    "What `check_robustness` says of a sample of `n` images, 200 at most, also where it cannot say anything"
     try: return learn.check_robustness(eps, min(n or 200, 200))
     except ValueError as e: return f'not looked for masked gradients: {e}'
+
+def _check_held_out(args, card, dls):
+    "Raise where images may be measured that the run was trained on"
+    now = held_out_digest(dls)
+    if now is None or len(dls.loaders) > 2 or args.data is not None: return # not of a folder, a test split, or other images
+    if 'held_out' not in card: warnings.warn("the run's card does not say which images were held out of its training, so that some of those measured now may have been trained on")
+    elif card['held_out'] != now:
+        raise ValueError("the images that are held out now are not those that were held out of the run's training: files have come, gone or got other names since. "
+                         "Restore the folder, or name a folder of images that the run has not seen by `--data`")
 
 def evaluate(
     args, # parsed command line
@@ -159,8 +168,8 @@ def evaluate(
     if args.data is None and data not in data_names and not Path(data).is_dir(): raise ValueError(f"the run was trained on the images in {data}, which is not here: name their folder by `--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
-    n_images = len(held_out(dls).dataset)
-    if args.n is not None and not 0 < args.n <= n_images: raise ValueError(f"`--n` must be from 1 to {n_images}, the number of held-out images, got {args.n}")
+    check_n(args.n)
+    _check_held_out(args, card, dls)
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
     with learn.no_bar(), watching(model, line):
@@ -193,7 +202,7 @@ def demo(
     demo(args.quick, args.out, args.seed)
 
 def _data_args(c, default=None, bs=None):
-    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder with a sub-folder of images per class: in `train` and `valid`, or a fifth of them is held out")
+    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder with a sub-folder of images per class: in `train`, `valid` (or `val`) and `test`; without `valid` a fifth of the training images is held out to choose epochs on, and the last numbers are those of `test`, where there is one")
     c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
     c.add_argument('--size', type=int, help='side of the images: those of a folder are cropped to it; left out, as in the run or of the teacher, or 64; fashion_mnist and fashion_sample come in 14 and 28')
     c.add_argument('--bs', type=int, default=bs, help="batch size; left out, the recipe's, or 125 where the images are too few for it" if bs is None else 'batch size')
@@ -237,11 +246,11 @@ def _distill_args(c):
 
 def _evaluate_args(c):
     _data_args(c, bs=250)
-    c.add_argument('model', help='run folder or checkpoint')
+    c.add_argument('model', help='run folder or checkpoint; measured on the test split where there is one, else on the validation images')
     c.add_argument('--attacks', default='clean,pgd20,autoattack', help='clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack')
     c.add_argument('--eps', type=number, help="radius of the attacks in pixel units, e.g. 8/255; left out, the one the run was trained for")
     c.add_argument('--norm', choices=['Linf','L2'], default='Linf', help='norm of the attacks')
-    c.add_argument('--n', type=int, help='the first so many held-out images; left out, all')
+    c.add_argument('--n', type=int, help='number of images: a sample, stratified by class and drawn by --seed; left out, all')
     c.add_argument('--json', help='file for the result card')
     c.add_argument('--state', help='file that keeps the progress, to resume')
     c.add_argument('--fast', action='store_true', help='AutoAttack on a faster copy of the network; what it finds is confirmed on the network itself')

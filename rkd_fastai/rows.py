@@ -11,6 +11,7 @@ import html, re
 from decimal import Decimal, ROUND_HALF_UP
 from fractions import Fraction
 import numpy as np, pandas as pd
+from .sampling import Sample
 
 # %% ../nbs/28_rows.ipynb #65f3deb9
 class NotEnough(ValueError):
@@ -203,12 +204,18 @@ def counted(n, one, many=None):
     return f'{n:,} {one if n == 1 else many or one + "s"}'
 
 def _images(df, names):
-    "On how many images the accuracies `names` were measured"
-    spans = {c: span(df, f'n_{c}') for c in names}
-    known = {c: s for c,s in spans.items() if s}
+    "On how many images of which split the accuracies `names` were measured, and how these were drawn"
+    known = {c: s for c in names if (s := _drawn(df, c))}
     if not known: return ''
-    if len(set(known.values())) == 1 and len(known) == len(names): return f"{next(iter(known.values()))} test images"
-    return 'test images: ' + ', '.join(f'{s} ({head(c)})' for c,s in known.items())
+    splits = [*df['split'].dropna().unique()] if 'split' in df else []
+    images = Sample(0, 0, split=splits[0] if len(splits) == 1 else None).images
+    if len(set(known.values())) == 1 and len(known) == len(names): return f"{next(iter(known.values()))} {images}"
+    return f'{images}: ' + ', '.join(f'{s} ({head(c)})' for c,s in known.items())
+
+def _drawn(df, c):
+    "How many images the accuracy `c` was measured on, and which, where these were not all"
+    n,how = span(df, f'n_{c}'),span(df, f'drawn_{c}')
+    return f'{n}, {how}' if n and how else n
 
 def _seeds(df, spread):
     least,most = (f(df.groupby(settings, dropna=False).size()) for f in (min, max))

@@ -132,15 +132,16 @@ def _teacher(self:Study, c):
 @patch
 def _measure_cell(self:Study, c, label):
     "Attack a cell's network by all that is lacking, and write down each result as it comes"
-    folder,(x,y) = self.folder(c),eval_images(c, self.path)
+    folder,seed = self.folder(c),self.measure['seed']
     for (which,n),attacks in self._lacking(c).items():
         state = folder/f"state_{short_hash(json.dumps([which, n, attacks, self.measure]))}.json"
         line = Line(label)
-        r = measure_robustness(self._model(c, which).to(default_device()), x[:n], y[:n], attacks, c.eps, seed=self.measure['seed'], state_path=state,
-                               bs=self.measure['bs'], fast=self.measure['fast'], progress=line.update)
+        x,y,sample = eval_images(c, self.path, n, seed)
+        r = measure_robustness(self._model(c, which).to(default_device()), x, y, attacks, c.eps, seed=seed, state_path=state,
+                               bs=self.measure['bs'], fast=self.measure['fast'], progress=line.update, sample=sample)
         line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items()) + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
         res = self.results(c)
-        res.setdefault(which, {}).update({k: v | dict(asked=[n, self.measure['seed']], fast=self._fast(k), n=r.n) for k,v in r.to_dict()['results'].items()})
+        res.setdefault(which, {}).update({k: v | dict(asked=[n, seed], fast=self._fast(k), n=r.n, sample=sample.to_dict()) for k,v in r.to_dict()['results'].items()})
         if which == 'best': res['best_epoch'] = best_epoch(folder)
         self._write(c, res)
         state.unlink(missing_ok=True)
@@ -226,7 +227,10 @@ def _row(c, res, which):
     r = res.get(which, {})
     n = len(teachers_of(c))
     d = dict(id=c.id, clean=None) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.stop or 0))
-    return d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()}
+    samples = {k: v.get('sample', {}) for k,v in r.items()}
+    splits = {s.get('split') for s in samples.values()} - {None}
+    return (d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()} | {f'drawn_{k}': s.get('drawn') for k,s in samples.items()}
+            | dict(split=splits.pop() if len(splits) == 1 else None))
 
 def read_rows(
     folder, # of a study
