@@ -102,7 +102,7 @@ def as_markdown(
     lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, wide))) + ' |' for row in [head]+rows]
     lines.insert(1, '|' + '|'.join('-'*(w+1) + ('-' if i == 0 else ':') for i,w in enumerate(wide)) + '|')
     return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed {seed}; clean and PGD-20 on {n} test images, '
-                               f'AutoAttack (standard) on the first {s.n_auto}. The student learns from the teacher of epoch {s.stop}.')
+                               f'AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student learns from the teacher of epoch {s.stop}.')
 
 def verdict(
     df, # from `measure_models`
@@ -128,7 +128,7 @@ def plot_curves(
         for ax,col in zip(axs, ('accuracy','robust_accuracy')):
             i = learn.recorder.metric_names.index(col) - 1 # `values` has no epoch column
             ax.plot(range(1, len(learn.recorder.values)+1), [100*v[i] for v in learn.recorder.values], label=name, lw=1.5)
-    for ax,title in zip(axs, ('clean accuracy, %', f"accuracy under PGD-7, %, first {learners['student'].metrics[1].n} test images")):
+    for ax,title in zip(axs, ('clean accuracy, %', f"accuracy under PGD-7, %, {learners['student'].metrics[1].n} test images")):
         ax.set(title=title, xlabel='epoch'); ax.title.set_size(10); ax.grid(alpha=.3)
     axs[0].legend(frameon=False)
     fig.savefig(path, dpi=110); plt.close(fig)
