@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'class_indices', 'onehot',
-           'hard_labels', 'check_number', 'check_fraction', 'check_T', 'check_weights', 'writing', 'atomic_path',
-           'write_atomic', 'read_json', 'seeded', 'versions', 'digest']
+           'hard_labels', 'as_number', 'whole_number', 'check_number', 'check_fraction', 'check_T', 'check_weights',
+           'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager
 from itertools import chain
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 import hashlib, json, os
 from importlib.metadata import version
 from pathlib import Path
@@ -141,23 +141,53 @@ def hard_labels(
     return targ.argmax(1) if targ.is_floating_point() else targ
 
 # %% ../nbs/00_core.ipynb #4f626cdc
+def as_number(
+    name, # of the argument, in the error
+    value, # what should be one number: Python's, NumPy's, or a tensor of one
+):
+    "`value` as Python's int or float, or a `TypeError` that names the argument"
+    n,got = value,repr(value)
+    if isinstance(n, torch.Tensor) or hasattr(n, '__array__'): # PyTorch's or NumPy's
+        if (n.numel() if isinstance(n, torch.Tensor) else n.size) == 1: n = n.item()
+        else: got = f'{type(value).__name__} of shape {tuple(value.shape)}' if hasattr(value, 'shape') else type(value).__name__
+    if isinstance(n, Real) and not isinstance(n, bool): return int(n) if isinstance(n, Integral) else float(n)
+    raise TypeError(f"`{name}` must be a number, got {got}{': leave the quotes out' if isinstance(value, str) else ''}")
+
+def whole_number(
+    name, # of the argument, in the error
+    value, # what should be a whole number, `50.` and NumPy's among them
+    least=None, # the smallest allowed; None: any
+    none=False, # may it be None, too?
+):
+    "`value` as Python's int, or an error that names the argument: a `TypeError` for no number, else a `ValueError`"
+    if none and value is None: return None
+    n,or_none = as_number(name, value),' or None' if none else ''
+    if n != n or n in (float('inf'), -float('inf')) or n != int(n):
+        raise ValueError(f"`{name}` must be a whole number{or_none}, got {n}")
+    if least is not None and n < least: raise ValueError(f"`{name}` must be >= {least}{or_none}, got {n}")
+    return int(n)
+
+def _as_numbers(kwargs): return {k: as_number(k, v) for k,v in kwargs.items()}
+def _one_or_all(values): return next(iter(values)) if len(values) == 1 else tuple(values)
+
 def check_number(**kwargs):
-    "Raise a `TypeError` naming the argument unless every value is a number"
-    for k,v in kwargs.items():
-        if not isinstance(v, (Real, torch.Tensor)): raise TypeError(f"`{k}` must be a number, got {v!r}{': leave the quotes out' if isinstance(v, str) else ''}")
+    "The values as Python's numbers, one alone or a tuple; a `TypeError` names the argument that is no number"
+    return _one_or_all(_as_numbers(kwargs).values())
 
 def check_fraction(**kwargs):
-    "Raise a `ValueError` naming the argument unless every value lies in [0, 1]"
-    check_number(**kwargs)
-    for k,v in kwargs.items():
+    "The values as Python's numbers, one alone or a tuple; a `ValueError` names the argument that is not in [0, 1]"
+    values = _as_numbers(kwargs)
+    for k,v in values.items():
         if not 0 <= v <= 1: raise ValueError(f"`{k}` is a weight in [0, 1], got {v}")
+    return _one_or_all(values.values())
 
 def check_T(
     T, # temperature
 ):
-    "Raise unless the distillation temperature is a positive finite number"
-    check_number(T=T)
+    "The distillation temperature as Python's number, which must be positive and finite"
+    T = as_number('T', T)
     if not 0 < T < float('inf'): raise ValueError(f"`T` is a temperature > 0, got {T}")
+    return T
 
 def check_weights(
     betas, # weights, or None
@@ -165,11 +195,14 @@ def check_weights(
 ):
     "`betas` as a list of `n` floats: uniform for None, else checked to be non-negative and to sum to 1"
     if betas is None: return [1/n]*n
-    betas = [float(b) for b in betas]
+    if not hasattr(betas, '__len__') or getattr(betas, 'ndim', 1) != 1:
+        raise TypeError(f"`betas` must be a list of weights, one per teacher, got {betas!r}")
+    betas = [float(as_number('betas', b)) for b in betas]
     if len(betas) != n: raise ValueError(f"`betas` needs one weight per teacher: {n}, got {len(betas)}")
     if not all(b >= 0 for b in betas): raise ValueError(f"`betas` must be >= 0, got {betas}")
     if abs(sum(betas) - 1) > 1e-4: raise ValueError(f"`betas` must sum to 1, but {betas} sum to {sum(betas):.6g}: divide them by their sum")
     return betas
+
 
 # %% ../nbs/00_core.ipynb #dd49bd68
 @contextmanager
