@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import PixelModel, frozen, check_images, check_logits, check_number, class_indices, hard_labels, onehot, seeded
+from .core import (PixelModel, as_number, frozen, check_images, check_logits, class_indices, hard_labels, onehot, seeded,
+                             whole_number)
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -117,10 +118,10 @@ class PGD(Attack):
         restarts:int=1, # attempts, of which each image keeps its worst
         objective:str='ce', # 'ce' against `targ`, 'kl' from soft `targ`, or 'cw', the margin of Carlini and Wagner, which no saturation hides
     ):
-        check_number(eps=eps, steps=steps)
-        self.eps,self.steps,self.norm,self.random_start = eps,steps,norm,random_start
-        self.restarts,self.objective = restarts,objective
-        self.step_size = self.own_step*eps if step_size is None else step_size
+        self.eps,self.steps,self.norm,self.objective = as_number('eps', eps),whole_number('steps', steps, 0),norm,objective
+        self.step_size = self.own_step*self.eps if step_size is None else as_number('step_size', step_size)
+        self.random_start = random_start if isinstance(random_start, bool) else as_number('random_start', random_start)
+        self.restarts = whole_number('restarts', restarts, 1)
         self._check_settings()
 
     def _check_settings(self):
@@ -130,8 +131,6 @@ class PGD(Attack):
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
         if not 0 <= self.random_start < float('inf'): raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
-        if self.steps < 0: raise ValueError(f"`steps` must be >= 0, got {self.steps}")
-        if self.restarts < 1: raise ValueError(f"`restarts` must be >= 1, got {self.restarts}")
         if self.restarts > 1 and not self.random_start: raise ValueError("`restarts` without `random_start` would repeat one attempt")
 
     @property
@@ -181,10 +180,11 @@ def check_eps(
     eps, # radius in pixel space
     norm='Linf', # 'Linf' or 'L2'
 ):
-    "Raise unless `eps` is a radius in pixel space"
-    check_number(eps=eps)
+    "`eps` as Python's number, or an error unless it is a radius in pixel space"
+    eps = as_number('eps', eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1: raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
+    return eps
 
 # %% ../nbs/04_attacks.ipynb #f7974e34
 class FGSM(PGD):
@@ -319,11 +319,10 @@ class AutoAttack(Attack):
         queries:int=5000, # of Square, an image
         fast:bool=False, # search on a faster model; what is found is confirmed on the plain one
     ):
-        check_eps(eps, norm)
+        eps,seed = check_eps(eps, norm),whole_number('seed', seed)
+        bs,queries = whole_number('bs', bs, 1),whole_number('queries', queries, 1)
         if norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {norm!r}")
         if version not in ('standard','plus','rand',*_names): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
-        if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
-        if queries < 1: raise ValueError(f"`queries` must be >= 1, got {queries}")
         self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast
 
     def published(self,

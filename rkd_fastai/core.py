@@ -255,7 +255,7 @@ def seeded(
     device='cpu', # of the model; other GPUs are left alone
 ):
     "Within it PyTorch's random numbers start from `seed`; afterwards they go on as if nothing had been drawn"
-    device = torch.device(device)
+    seed,device = whole_number('seed', seed),torch.device(device)
     mps = torch.mps.get_rng_state() if device.type == 'mps' else None
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed every GPU, and only one is restored

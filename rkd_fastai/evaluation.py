@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
+from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, whole_number, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
@@ -63,7 +63,7 @@ def robust_accuracy(
 )->float:
     "Fraction of all images that `model` classifies rightly under `attack`"
     _check_data(x, targ)
-    if not isinstance(bs, int) or bs < 1: raise ValueError(f"`bs` must be a whole number >= 1, got {bs!r}")
+    bs = whole_number('bs', bs, 1)
     if isinstance(model, Learner): model = pixel_model(model)
     attack = PGD(steps=20) if attack is None else check_attack(attack)
     return sum(robust_flags(model, *beside(model, xb, yb), attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
@@ -148,7 +148,7 @@ def make_attack(
 ):
     "The `Attack` that tables call `name`"
     if not isinstance(name, str): raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and `robust_accuracy` take attacks themselves")
-    check_eps(eps, norm)
+    eps = check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
     if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
@@ -268,7 +268,7 @@ def measure_robustness(
     progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
-    if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    bs,eps,seed = whole_number('bs', bs, 1),check_eps(eps, norm),whole_number('seed', seed)
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
     made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]} # whoever is wrong already needs no attack

@@ -8,7 +8,7 @@ __all__ = ['margin', 'apgd', 'fab', 'square']
 # %% ../nbs/03_search.ipynb #d3e78408
 import math
 import torch, torch.nn.functional as F
-from .core import check_logits
+from .core import as_number, check_logits, whole_number
 
 # %% ../nbs/03_search.ipynb #4dc6449f
 def _keep(rows, stands):
@@ -128,6 +128,8 @@ def apgd(
 ):
     "APGD, and APGD-T with `targets` (Croce & Hein, 2020): `x′` `(bs, c, h, w)`"
     if loss not in ('ce','dlr'): raise ValueError(f"`loss` must be 'ce' or 'dlr', got {loss!r}")
+    eps,steps,seed = as_number('eps', eps),whole_number('steps', steps, 0),whole_number('seed', seed)
+    targets,restarts = whole_number('targets', targets, 0),whole_number('restarts', restarts, 1)
     rng = torch.Generator().manual_seed(seed)
     def run(idx, rank=None):
         target = y[idx] if rank is None else _ranked(model, x[idx], y[idx], rank)
@@ -181,6 +183,7 @@ def fab(
     steps:int=100, # towards each
 ):
     "FAB-T (Croce & Hein, 2020) for one radius: `x′` `(bs, c, h, w)`; draws no random numbers"
+    eps,targets,steps = as_number('eps', eps),whole_number('targets', targets, 1),whole_number('steps', steps, 0)
     def run(idx, rank):
         i,found = _fab_run(model, x[idx], y[idx], _ranked(model, x[idx], y[idx], rank), eps, steps)
         return idx[i],found
@@ -215,6 +218,7 @@ def square(
     seed:int=0, # of all that is random
 ):
     "Square (Andriushchenko et al., 2020): `x′` `(bs, c, h, w)`"
+    eps,queries,seed = as_number('eps', eps),whole_number('queries', queries, 0),whole_number('seed', seed)
     rng = torch.Generator().manual_seed(seed)
     n,c,h,w = x.shape
     x_adv,best = x.clone(), (x + eps*_random((n, c, 1, w), rng, x.device).sign()).clamp(0, 1)
