@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import (PixelModel, as_number, frozen, check_images, check_logits, class_indices, hard_labels, onehot, seeded,
+from .core import (PixelModel, as_number, frozen, check_images, check_logits, class_indices, default_tensors, hard_labels, onehot, seeded,
                              whole_number)
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
@@ -150,7 +150,7 @@ class PGD(Attack):
 
     def perturb(self, model, x, targ):
         if self.restarts == 1: return self._ascend(model, x, targ)
-        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf, device=x.device)
+        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         for _ in range(self.restarts):
             x_adv = self._ascend(model, x, targ)
             s = self._score(model, _settle(x_adv, x), targ)
@@ -258,11 +258,12 @@ class _Part(Attack):
         return partial(apgd, loss=o.loss, restarts=o.n_restarts, steps=o.n_iter, seed=o.seed)
 
     def perturb(self, model, x, targ):
-        dtype = x.dtype
-        net = lambda o: check_logits(model(o.to(dtype))) # the package computes in float32 whatever it is given
+        dtype,defaults = x.dtype,(torch.get_default_dtype(), torch.get_default_device())
+        def net(o): # the package computes in float32 whatever it is given
+            with default_tensors(*defaults): return check_logits(model(o.to(dtype)))
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
         o,x,targ = self.published(net, x.device), x.float().contiguous(), targ.long() # the package takes views
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
+        with default_tensors(), torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
 
     def __call__(self, model, x, targ):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'class_indices', 'onehot',
            'hard_labels', 'as_number', 'whole_number', 'check_number', 'check_fraction', 'check_T', 'check_weights',
-           'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'versions', 'digest']
+           'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'default_tensors', 'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
@@ -21,7 +21,7 @@ import rkd_fastai
 # %% ../nbs/00_core.ipynb #b1aab2a8
 def _stats(name, v):
     "`v`, a number or one number per channel, as a tensor `(1, c, 1, 1)`"
-    v = torch.as_tensor(v, dtype=torch.float32).detach().clone().reshape(1, -1, 1, 1)
+    v = torch.as_tensor(v, dtype=torch.float32, device=v.device if isinstance(v, torch.Tensor) else 'cpu').detach().clone().reshape(1, -1, 1, 1)
     if not v.isfinite().all() or (name == 'std' and (v <= 0).any()):
         raise ValueError(f"`{name}` must hold finite{' positive' if name == 'std' else ''} numbers, one per channel, got {v.flatten().tolist()}")
     return v
@@ -264,6 +264,20 @@ def seeded(
         if mps is None: yield; return
         try: torch.mps.manual_seed(seed); yield
         finally: torch.mps.set_rng_state(mps)
+
+# %% ../nbs/00_core.ipynb #d7a90002
+@contextmanager
+def default_tensors(
+    dtype=torch.float32, # of a float tensor that is made without one
+    device='cpu', # of a tensor that is made without one
+):
+    "Within it these are PyTorch's defaults; then they are as before"
+    was,on = torch.get_default_dtype(),torch.get_default_device() != torch.device(device)
+    if was == dtype and not on: yield; return
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device) if on else nullcontext(): yield # which each operation pays for
+    finally: torch.set_default_dtype(was)
 
 # %% ../nbs/00_core.ipynb #d2c1a002
 def versions(*packages):

@@ -166,7 +166,7 @@ def _identity(model):
     "A digest of all that makes the answers of `model`: weights, buffers that are not saved with them (`mean`, `std`), and the β of ensembles"
     saved = model.state_dict()
     buffers = [b for k,b in model.named_buffers() if k not in saved]
-    return digest([*saved.values(), *buffers, *(torch.tensor(m.betas) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1)])
+    return digest([*saved.values(), *buffers, *(torch.tensor(m.betas, dtype=torch.float32) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1)])
 
 @contextmanager
 def _whole_float32():

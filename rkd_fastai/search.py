@@ -16,7 +16,7 @@ def _keep(rows, stands):
     return rows if stands.all() else {k: v[stands] for k,v in rows.items()}
 
 def _per_image(v): return v.view(-1, 1, 1, 1)
-def _random(shape, rng, device): return 2*torch.rand(shape, generator=rng).to(device) - 1 # from the CPU, as the package draws
+def _random(shape, rng, device): return 2*torch.rand(shape, generator=rng, dtype=torch.float32, device='cpu').to(device) - 1 # as the package draws
 def _pick(logits, label): return logits.gather(1, label[:,None])[:,0]
 
 def margin(
@@ -67,7 +67,7 @@ class _APGD:
         self.model,self.loss,self.eps,self.fallen = model,loss,eps,[]
         noise = _random(x.shape, rng, x.device)
         now = (x + eps*noise/_per_image(noise.abs().flatten(1).amax(1))).clamp(0, 1)
-        zero = torch.zeros(len(x), device=x.device)
+        zero = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now, step=_per_image(zero + 2*eps),
                          value=zero, rises=zero, best_value=zero - torch.inf, best=now, best_grad=now, halved=zero == 0, checked=zero)
         self.look()
@@ -204,7 +204,7 @@ def _window(r, eps, query, rng):
     "Where the next square lies, and what each image has there with it"
     c,h,w = r['x'].shape[1:]
     s = _side(query, h, w)
-    top,left = (int((side-s)*torch.rand(1, generator=rng)) for side in (h, w))
+    top,left = (int((side-s)*torch.rand(1, generator=rng, dtype=torch.float32, device='cpu')) for side in (h, w))
     at = (slice(None), slice(None), slice(top, top+s), slice(left, left+s))
     x,colour = r['x'][at], _random((c, 1, 1), rng, r['x'].device).sign()
     return at, (r['best'][at] + 2*eps*colour).clamp(x-eps, x+eps).clamp(0, 1)

@@ -54,7 +54,7 @@ def _mixed(learn):
         if isinstance(mix, MixHandler) and mix.run and getattr(mix, 'stack_y', False):
             n_out = _n_out(learn)
             first,second = (onehot(t.as_subclass(torch.Tensor), n_out) for t in (targ, mix.yb1[0]))
-            lam = torch.as_tensor(mix.lam, device=targ.device).view(-1, 1)
+            lam = torch.as_tensor(mix.lam, dtype=torch.float32, device=targ.device).view(-1, 1)
             return lam*first + (1-lam)*second
     return targ
 

@@ -30,7 +30,7 @@ class CleanCache:
         "64-bit hashes of float images, by integer arithmetic, which does not depend on the rest of the batch"
         bits = x.float().flatten(1).contiguous().view(torch.int32).long()
         if self.weights is None or len(self.weights) != bits.shape[1]:
-            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.device)
+            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0), device='cpu').to(x.device)
         return (bits*self.weights).sum(1).tolist()
 
     def __call__(self,
