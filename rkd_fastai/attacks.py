@@ -43,6 +43,11 @@ class Attack:
         "The attacks it is made of for `model` with `n_out` classes, in their order, each for what the ones before left standing"
         return [self]
 
+    def check(self,
+        x, # images `(bs, c, h, w)`
+    ):
+        "Raise `ValueError` where the attack is not defined for images such as `x`; before it runs, this is asked"
+
     def perturb(self,
         model, # maps pixel space to logits; in eval mode, without parameter gradients
         x, # checked images `(bs, c, h, w)`, at least one
@@ -66,6 +71,7 @@ class Attack:
         "Adversarial examples for `x`: detached, same shape and dtype, within `eps` and [0, 1]"
         check_images(x)
         if len(targ) != len(x): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
+        self.check(x)
         if not len(x): return x.detach().clone()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             # a clone, since tensors made in inference mode cannot take part in autograd
@@ -217,6 +223,12 @@ def _autoattack_parts(version, n_out):
     if n_out == 3: parts = ['apgd-dlr' if p == 'apgd-t' else p for p in parts]
     return list(dict.fromkeys(p for p in parts if n_out >= _least.get(p, 2)))
 
+def _check_height(x, norm, parts):
+    "The package tiles an image with squares of a fifth of its height, to start Square in L2"
+    if norm == 'L2' and 'square' in parts and x.shape[2] < 5:
+        raise ValueError(f"Square in L2 needs images at least 5 pixels high, but these are {x.shape[2]}×{x.shape[3]}: enlarge or transpose them "
+                         "for this network, or take the other parts one by one (`version='apgd-ce'`, 'apgd-t', 'fab-t'), or PGD")
+
 class _Part(Attack):
     "One part of the AutoAttack `whole`, on networks of `n_out` classes"
     def __init__(self, whole, name, n_out, fast=False):
@@ -241,6 +253,8 @@ class _Part(Attack):
         if self.name == 'square': return o.n_queries
         runs = o.n_restarts*(o.n_target_classes if self.name.endswith('-t') else 1)
         return runs*o.n_iter*(4 if self.name.startswith('fab') else 3*o.eot_iter)
+
+    def check(self, x): _check_height(x, self.whole.norm, [self.name])
 
     def __repr__(self):
         o,fast = self.published(None, 'cpu'), ', fast search' if self.folds else ''
@@ -339,6 +353,8 @@ class AutoAttack(Attack):
         try: from autoattack import AutoAttack as Published
         except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
         return Published(model, **kw, verbose=False)
+
+    def check(self, x): _check_height(x, self.norm, _autoattack_parts(self.version, 10))
 
     def parts(self,
         model, # maps pixel space to logits

@@ -185,6 +185,7 @@ class _Run:
     def __init__(self, model, x, y, attacks, settings, seed, bs, path, progress):
         self.model,self.x,self.y,self.seed,self.progress,self.device = model,x,y,seed,progress or (lambda *_: None),model_device(model)
         with torch.no_grad(), frozen(model): n_out = check_logits(model(x[:1].to(self.device))).shape[1]
+        for a in attacks.values(): a.check(x) # before the first of them has run
         self.parts = {name: a.parts(model, n_out) for name,a in attacks.items()}
         self.composed = {name: a.composition(model, n_out) if hasattr(a, 'composition') else [repr(a)] for name,a in attacks.items()}
         self.new = dict(part=0, next=0, bs=bs, seconds=0., stands=[1]*len(x))

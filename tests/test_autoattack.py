@@ -623,3 +623,18 @@ def test_other_defaults_of_pytorch(dtype, device, fast, robust_net, test_images,
     want = run()
     net.seen.clear(); other_defaults(dtype, device)
     assert all(torch.equal(a, b) for a,b in zip(run(), want)) and net.seen == {dtype} and torch.get_default_dtype() == dtype
+
+def test_square_in_l2_on_low_images(monkeypatch):
+    "It starts from squares of a fifth of the height: said before anything has run; narrow images are no matter"
+    net = lambda h, w: nn.Sequential(nn.Flatten(), nn.Linear(h*w, 10)).eval()
+    x, y = torch.rand(4,1,4,30), torch.zeros(4).long()
+    monkeypatch.setattr(attacks._Part, 'perturb', lambda *args: pytest.fail('an attack has run'))
+    for make in (lambda v: AutoAttack(.5, 'L2', v), lambda v: AutoAttack(.5, 'L2', v, fast=True)):
+        for v in ('square', 'standard', 'plus'):
+            with pytest.raises(ValueError, match='Square in L2.*5 pixels high.*4×30'): make(v)(net(4, 30), x, y)
+    with pytest.raises(ValueError, match='Square in L2'): evaluation.measure_robustness(net(4, 30), x, y, ('pgd2', 'autoattack'), .5, 'L2')
+    monkeypatch.undo()
+    for norm,h,w in (('Linf',4,30), ('L2',5,1), ('L2',30,4)):
+        model, x = net(h, w), torch.rand(4,1,h,w)
+        x_adv = AutoAttack(.9, norm, 'square', queries=50)(model, x, model(x).argmax(1))
+        assert (x_adv != x).any()
