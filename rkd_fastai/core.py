@@ -103,6 +103,9 @@ def check_logits(
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = type(logits).__name__ + (f" of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else '')
         raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns that one tensor")
+    if logits.shape[1] < 2:
+        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes, of which to choose one: "
+                         "where z is the logit of the second of two, return `torch.cat([torch.zeros_like(z), z], 1)`")
     return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype, torch.float32))
 
 def are_probs(

@@ -237,6 +237,23 @@ def test_one_class(unchanged, make_learner, make_dls, tiny_net):
     for what in (lambda l: l.to_adversarial(), lambda l: l.to_rkd(tiny_net(n_out=1)), lambda l: l.robustness(('clean',))):
         with unchanged(learn, ValueError, '`dls` have one class'): what(learn)
 
+def test_one_logit(unchanged, make_learner, make_dls, tiny_net):
+    "All labels are 0, and any attack would leave every image standing"
+    net,x,y = tiny_net(n_out=1),torch.rand(4,1,8,8),torch.zeros(4).long()
+    learn = make_learner(make_dls(n_classes=2), net)
+    for attack in (PGD(), FGSM(), AutoAttack(), PGD(objective='cw')):
+        for what in (lambda: attack(net, x, y), lambda: robust_accuracy(net, x, y, attack)):
+            with pytest.raises(ValueError, match='`model` returns 1 logit.*two classes'): what()
+    for what in (lambda: learn.robustness('clean'), lambda: learn.check_robustness(), lambda: robust_accuracy(learn, x, y)):
+        with unchanged(learn, ValueError, '`model` returns 1 logit'): what()
+    with pytest.raises(ValueError, match='`teacher` returns 1 logit'): Teacher(net).probs(x)
+    two = nn.Sequential(net, Two())
+    assert AutoAttack(.3)(two.eval(), x, two(x).argmax(1)).shape == x.shape # the way out
+
+class Two(nn.Module):
+    "The way out"
+    def forward(self, z): return torch.cat([torch.zeros_like(z), z], 1)
+
 def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net):
     one,other = (Teacher(make_learner(make_dls(), tiny_net(seed=i))) for i in (1, 2))
     assert Teacher([one, other]).vocab == one.vocab
