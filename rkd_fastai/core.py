@@ -78,6 +78,9 @@ class NotFinite(FloatingPointError, ValueError): "A number that should be finite
 
 def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
+    if lo >= -.5 and hi <= 1.5:
+        return (f"they span [{lo:.3g}, {hi:.3g}]: a bicubic resize overshoots so, and `x.clamp(0, 1)` mends it; or are they normalised? "
+                "Attacks work before normalisation, which belongs to the model")
     return f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs to the model"
 
 def check_images(

@@ -148,6 +148,32 @@ def test_images_outside_0_1(how, unchanged, make_learner, make_dls, tiny_net):
     with unchanged(learn, ValueError, r'(?s)\[0, 1\].*span \[-1, 2\]'):
         dict(robustness=lambda: learn.robustness(('clean',)), metric=learn.validate).get(how, lambda: learn.fit(1))()
 
+class Upscale(Transform):
+    "To twice the size, which overshoots"
+    order = 200
+    def encodes(self, x: TensorImage): return TensorImage(torch.nn.functional.interpolate(x.as_subclass(torch.Tensor), scale_factor=2, mode='bicubic'))
+
+@pytest.mark.parametrize('how', ['adversarial', 'rkd', 'robustness', 'metric'])
+def test_overshoot_of_a_resize(how, make_learner, make_dls):
+    "Images are clamped, and it is said; normalised ones that stay near [0, 1] are an error, and so is it for an attack itself"
+    dls,net = make_dls(), nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, 10))
+    dls.add_tfms([Upscale()], 'after_batch')
+    x = dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    assert x.min() < -.05 and x.max() > 1.05
+    learn = make_learner(dls, net, metrics=RobustAccuracy(PGD(.1, steps=1)) if how == 'metric' else None)
+    if how == 'adversarial': learn.to_adversarial(PGD(.1, steps=1))
+    run = dict(robustness=lambda l: l.robustness('pgd2', .1), metric=lambda l: l.validate(),
+               rkd=lambda l: l.to_rkd(Teacher(net), attack=PGD(.1, steps=1)).fit(1)).get(how, lambda l: l.fit(1))
+    with pytest.warns(UserWarning, match='overshoot'): run(learn)
+    with pytest.raises(ValueError, match=r'\[0, 1\].*bicubic.*clamp'): PGD()(net, x, torch.zeros(len(x)).long())
+    dls.add_tfms([Darken()], 'after_batch')
+    with pytest.raises(ValueError, match='are they normalised'): run(learn)
+
+class Darken(Transform):
+    "Subtracts a mean"
+    order = 300
+    def encodes(self, x: TensorImage): return x.clamp(0, 1) - .3
+
 def test_images_normalised_by_hand(unchanged, make_learner, make_dls):
     "Normalised in a transform that is not fastai's Normalize, the statistics are not known"
     class ByHand(Transform):
