@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import PixelModel, frozen, check_images, check_logits, check_number, class_indices, hard_labels, onehot, seeded
+from .core import (PixelModel, as_number, frozen, check_images, check_logits, class_indices, default_tensors, hard_labels, onehot, seeded,
+                             whole_number)
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -42,6 +43,11 @@ class Attack:
         "The attacks it is made of for `model` with `n_out` classes, in their order, each for what the ones before left standing"
         return [self]
 
+    def check(self,
+        x, # images `(bs, c, h, w)`
+    ):
+        "Raise `ValueError` where the attack is not defined for images such as `x`; before it runs, this is asked"
+
     def perturb(self,
         model, # maps pixel space to logits; in eval mode, without parameter gradients
         x, # checked images `(bs, c, h, w)`, at least one
@@ -65,6 +71,7 @@ class Attack:
         "Adversarial examples for `x`: detached, same shape and dtype, within `eps` and [0, 1]"
         check_images(x)
         if len(targ) != len(x): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
+        self.check(x)
         if not len(x): return x.detach().clone()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             # a clone, since tensors made in inference mode cannot take part in autograd
@@ -117,10 +124,10 @@ class PGD(Attack):
         restarts:int=1, # attempts, of which each image keeps its worst
         objective:str='ce', # 'ce' against `targ`, 'kl' from soft `targ`, or 'cw', the margin of Carlini and Wagner, which no saturation hides
     ):
-        check_number(eps=eps, steps=steps)
-        self.eps,self.steps,self.norm,self.random_start = eps,steps,norm,random_start
-        self.restarts,self.objective = restarts,objective
-        self.step_size = self.own_step*eps if step_size is None else step_size
+        self.eps,self.steps,self.norm,self.objective = as_number('eps', eps),whole_number('steps', steps, 0),norm,objective
+        self.step_size = self.own_step*self.eps if step_size is None else as_number('step_size', step_size)
+        self.random_start = random_start if isinstance(random_start, bool) else as_number('random_start', random_start)
+        self.restarts = whole_number('restarts', restarts, 1)
         self._check_settings()
 
     def _check_settings(self):
@@ -130,8 +137,6 @@ class PGD(Attack):
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
         if not 0 <= self.random_start < float('inf'): raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
-        if self.steps < 0: raise ValueError(f"`steps` must be >= 0, got {self.steps}")
-        if self.restarts < 1: raise ValueError(f"`restarts` must be >= 1, got {self.restarts}")
         if self.restarts > 1 and not self.random_start: raise ValueError("`restarts` without `random_start` would repeat one attempt")
 
     @property
@@ -151,7 +156,7 @@ class PGD(Attack):
 
     def perturb(self, model, x, targ):
         if self.restarts == 1: return self._ascend(model, x, targ)
-        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf, device=x.device)
+        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         for _ in range(self.restarts):
             x_adv = self._ascend(model, x, targ)
             s = self._score(model, _settle(x_adv, x), targ)
@@ -181,10 +186,11 @@ def check_eps(
     eps, # radius in pixel space
     norm='Linf', # 'Linf' or 'L2'
 ):
-    "Raise unless `eps` is a radius in pixel space"
-    check_number(eps=eps)
+    "`eps` as Python's number, or an error unless it is a radius in pixel space"
+    eps = as_number('eps', eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1: raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
+    return eps
 
 # %% ../nbs/04_attacks.ipynb #f7974e34
 class FGSM(PGD):
@@ -217,6 +223,12 @@ def _autoattack_parts(version, n_out):
     if n_out == 3: parts = ['apgd-dlr' if p == 'apgd-t' else p for p in parts]
     return list(dict.fromkeys(p for p in parts if n_out >= _least.get(p, 2)))
 
+def _check_height(x, norm, parts):
+    "The package tiles an image with squares of a fifth of its height, to start Square in L2"
+    if norm == 'L2' and 'square' in parts and x.shape[2] < 5:
+        raise ValueError(f"Square in L2 needs images at least 5 pixels high, but these are {x.shape[2]}×{x.shape[3]}: enlarge or transpose them "
+                         "for this network, or take the other parts one by one (`version='apgd-ce'`, 'apgd-t', 'fab-t'), or PGD")
+
 class _Part(Attack):
     "One part of the AutoAttack `whole`, on networks of `n_out` classes"
     def __init__(self, whole, name, n_out, fast=False):
@@ -242,6 +254,8 @@ class _Part(Attack):
         runs = o.n_restarts*(o.n_target_classes if self.name.endswith('-t') else 1)
         return runs*o.n_iter*(4 if self.name.startswith('fab') else 3*o.eot_iter)
 
+    def check(self, x): _check_height(x, self.whole.norm, [self.name])
+
     def __repr__(self):
         o,fast = self.published(None, 'cpu'), ', fast search' if self.folds else ''
         if self.name == 'square': return f'square: {o.n_queries} queries{fast}'
@@ -258,11 +272,12 @@ class _Part(Attack):
         return partial(apgd, loss=o.loss, restarts=o.n_restarts, steps=o.n_iter, seed=o.seed)
 
     def perturb(self, model, x, targ):
-        dtype = x.dtype
-        net = lambda o: check_logits(model(o.to(dtype))) # the package computes in float32 whatever it is given
+        dtype,defaults = x.dtype,(torch.get_default_dtype(), torch.get_default_device())
+        def net(o): # the package computes in float32 whatever it is given
+            with default_tensors(*defaults): return check_logits(model(o.to(dtype)))
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
         o,x,targ = self.published(net, x.device), x.float().contiguous(), targ.long() # the package takes views
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
+        with default_tensors(), torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
 
     def __call__(self, model, x, targ):
@@ -319,11 +334,10 @@ class AutoAttack(Attack):
         queries:int=5000, # of Square, an image
         fast:bool=False, # search on a faster model; what is found is confirmed on the plain one
     ):
-        check_eps(eps, norm)
+        eps,seed = check_eps(eps, norm),whole_number('seed', seed)
+        bs,queries = whole_number('bs', bs, 1),whole_number('queries', queries, 1)
         if norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {norm!r}")
         if version not in ('standard','plus','rand',*_names): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
-        if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
-        if queries < 1: raise ValueError(f"`queries` must be >= 1, got {queries}")
         self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast
 
     def published(self,
@@ -339,6 +353,8 @@ class AutoAttack(Attack):
         try: from autoattack import AutoAttack as Published
         except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
         return Published(model, **kw, verbose=False)
+
+    def check(self, x): _check_height(x, self.norm, _autoattack_parts(self.version, 10))
 
     def parts(self,
         model, # maps pixel space to logits

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'class_indices', 'onehot',
            'hard_labels', 'as_number', 'whole_number', 'check_number', 'check_fraction', 'check_T', 'check_weights',
-           'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'versions', 'digest']
+           'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'default_tensors', 'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
@@ -21,7 +21,7 @@ import rkd_fastai
 # %% ../nbs/00_core.ipynb #b1aab2a8
 def _stats(name, v):
     "`v`, a number or one number per channel, as a tensor `(1, c, 1, 1)`"
-    v = torch.as_tensor(v, dtype=torch.float32).detach().clone().reshape(1, -1, 1, 1)
+    v = torch.as_tensor(v, dtype=torch.float32, device=v.device if isinstance(v, torch.Tensor) else 'cpu').detach().clone().reshape(1, -1, 1, 1)
     if not v.isfinite().all() or (name == 'std' and (v <= 0).any()):
         raise ValueError(f"`{name}` must hold finite{' positive' if name == 'std' else ''} numbers, one per channel, got {v.flatten().tolist()}")
     return v
@@ -78,6 +78,9 @@ class NotFinite(FloatingPointError, ValueError): "A number that should be finite
 
 def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
+    if lo >= -.5 and hi <= 1.5:
+        return (f"they span [{lo:.3g}, {hi:.3g}]: a bicubic resize overshoots so, and `x.clamp(0, 1)` mends it; or are they normalised? "
+                "Attacks work before normalisation, which belongs to the model")
     return f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs to the model"
 
 def check_images(
@@ -103,6 +106,9 @@ def check_logits(
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = type(logits).__name__ + (f" of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else '')
         raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns that one tensor")
+    if logits.shape[1] < 2:
+        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes, of which to choose one: "
+                         "where z is the logit of the second of two, return `torch.cat([torch.zeros_like(z), z], 1)`")
     return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype, torch.float32))
 
 def are_probs(
@@ -255,7 +261,7 @@ def seeded(
     device='cpu', # of the model; other GPUs are left alone
 ):
     "Within it PyTorch's random numbers start from `seed`; afterwards they go on as if nothing had been drawn"
-    device = torch.device(device)
+    seed,device = whole_number('seed', seed),torch.device(device)
     mps = torch.mps.get_rng_state() if device.type == 'mps' else None
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed every GPU, and only one is restored
@@ -264,6 +270,20 @@ def seeded(
         if mps is None: yield; return
         try: torch.mps.manual_seed(seed); yield
         finally: torch.mps.set_rng_state(mps)
+
+# %% ../nbs/00_core.ipynb #d7a90002
+@contextmanager
+def default_tensors(
+    dtype=torch.float32, # of a float tensor that is made without one
+    device='cpu', # of a tensor that is made without one
+):
+    "Within it these are PyTorch's defaults; then they are as before"
+    was,on = torch.get_default_dtype(),torch.get_default_device() != torch.device(device)
+    if was == dtype and not on: yield; return
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device) if on else nullcontext(): yield # which each operation pays for
+    finally: torch.set_default_dtype(was)
 
 # %% ../nbs/00_core.ipynb #d2c1a002
 def versions(*packages):

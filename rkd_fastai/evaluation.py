@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
+from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, whole_number, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model, sampled_images
 from .sampling import Sample, images_digest
 from .teachers import Teacher, check_teacher
@@ -64,7 +64,7 @@ def robust_accuracy(
 )->float:
     "Fraction of all images that `model` classifies rightly under `attack`"
     _check_data(x, targ)
-    if not isinstance(bs, int) or bs < 1: raise ValueError(f"`bs` must be a whole number >= 1, got {bs!r}")
+    bs = whole_number('bs', bs, 1)
     if isinstance(model, Learner): model = pixel_model(model)
     attack = PGD(steps=20) if attack is None else check_attack(attack)
     return sum(robust_flags(model, *beside(model, xb, yb), attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
@@ -152,7 +152,7 @@ def make_attack(
 ):
     "The `Attack` that tables call `name`"
     if not isinstance(name, str): raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and `robust_accuracy` take attacks themselves")
-    check_eps(eps, norm)
+    eps = check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
     if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
@@ -170,7 +170,7 @@ def _identity(model):
     "A digest of all that makes the answers of `model`: weights, buffers that are not saved with them (`mean`, `std`), and the β of ensembles"
     saved = model.state_dict()
     buffers = [b for k,b in model.named_buffers() if k not in saved]
-    return digest([*saved.values(), *buffers, *(torch.tensor(m.betas) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1)])
+    return digest([*saved.values(), *buffers, *(torch.tensor(m.betas, dtype=torch.float32) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1)])
 
 @contextmanager
 def _whole_float32():
@@ -189,6 +189,7 @@ class _Run:
     def __init__(self, model, x, y, attacks, settings, seed, bs, path, progress):
         self.model,self.x,self.y,self.seed,self.progress,self.device = model,x,y,seed,progress or (lambda *_: None),model_device(model)
         with torch.no_grad(), frozen(model): n_out = check_logits(model(x[:1].to(self.device))).shape[1]
+        for a in attacks.values(): a.check(x) # before the first of them has run
         self.parts = {name: a.parts(model, n_out) for name,a in attacks.items()}
         self.composed = {name: a.composition(model, n_out) if hasattr(a, 'composition') else [repr(a)] for name,a in attacks.items()}
         self.new = dict(part=0, next=0, bs=bs, seconds=0., stands=[1]*len(x))
@@ -273,7 +274,7 @@ def measure_robustness(
     sample:Sample=None, # what the card says of the images; None: that these are all there are
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
-    if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    bs,eps,seed = whole_number('bs', bs, 1),check_eps(eps, norm),whole_number('seed', seed)
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
     made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]} # whoever is wrong already needs no attack

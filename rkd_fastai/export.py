@@ -85,7 +85,7 @@ def _traced(model, shape):
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter('ignore') # whatever it suspects, the answers are compared
-            program = torch.export.export(net, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+            program = torch.export.export(net, (torch.zeros(2, *shape, dtype=torch.float32, device='cpu'),), dynamic_shapes=({0: torch.export.Dim('batch')},))
     except Exception as e:
         why = (str(e).strip().splitlines() or [''])[0]
         raise ValueError("`model` cannot be exported: its forward pass must be PyTorch's operations, the same ones whatever the images are "
@@ -121,7 +121,7 @@ class ExportedNetwork(torch.nn.Module):
     def train(self, mode=True): return self # in eval mode it was exported
 
     def _apply(self, fn, recurse=True): # what `to`, `cuda` and `cpu` call: the graph has devices in it as well
-        to = fn(torch.zeros(1))
+        to = fn(torch.zeros(1, dtype=torch.float32, device='cpu'))
         if to.dtype != torch.float32: raise TypeError(f"an exported network stays in float32, it cannot become {{to.dtype}}")
         self._use(move_to_device_pass(self.program, to.device))
         return self

@@ -9,7 +9,9 @@ __all__ = ['faster', 'has_bf16', 'compiled', 'folded']
 import warnings
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from enum import Enum
 from functools import partial
+from numbers import Number
 from types import FunctionType
 from weakref import WeakKeyDictionary
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -67,6 +69,7 @@ def _is_slow_backward(conv, compile=False):
 # %% ../nbs/02_fast.ipynb #e57ebdfc
 class _StandIn:
     "The `forward` of a convolution or linear `layer` during an attack, with the BatchNorm behind it, if any, folded in"
+    waiting,astray = None,False # what the BatchNorm is to be given next, and its version; was it given anything else?
     def __init__(self, layer, bn=None): self.layer,self.bn = layer,bn
 
     @torch.no_grad()
@@ -78,12 +81,13 @@ class _StandIn:
             self.turned = self.weight.transpose(0,1).flip(2,3).contiguous()
             self.back_padding = tuple(k-1-p for k,p in zip(conv.kernel_size, conv.padding))
         self.layer.forward = self
-        if self.bn is not None: self.bn.forward = _same
+        self.waiting,self.astray,self.watches = None,False,self.bn is not None and not compile
+        if self.bn is not None: self.bn.forward = self._same if self.watches else _same
 
     def take_off(self):
         vars(self.layer).pop('forward', None)
         if self.bn is not None: vars(self.bn).pop('forward', None)
-        self.weight = self.bias = self.turned = None
+        self.weight = self.bias = self.turned = self.waiting = None
 
     def _weights(self):
         weight,bias,bn = self.layer.weight.detach(), self.layer.bias, self.bn
@@ -96,6 +100,26 @@ class _StandIn:
         return weight*scale.view(-1, *[1]*(weight.ndim-1)).to(weight), bias.to(weight)
 
     def __call__(self, x):
+        out = self._compute(x)
+        if self.watches and not torch.compiler.is_compiling(): # by the user, from outside
+            self.astray |= self.waiting is not None
+            self.waiting = out,out._version
+        return out
+
+    def _same(self, x):
+        if not torch.compiler.is_compiling():
+            out,version = self.waiting or (None,0)
+            self.astray |= x is not out or x._version != version
+            self.waiting = None
+        return x
+
+    def went_astray(self):
+        "Has the output of the layer not gone straight to the BatchNorm in this pass? The next one starts anew"
+        astray = self.astray or self.waiting is not None
+        self.waiting,self.astray = None,False
+        return astray
+
+    def _compute(self, x):
         if isinstance(self.layer, nn.Linear): return F.linear(x, self.weight, self.bias)
         if self.turned is None or torch.is_autocast_enabled(x.device.type): return self.layer._conv_forward(x, self.weight, self.bias)
         return _InputConv.apply(x, self.weight, self.bias, self.turned, self.layer.stride, self.layer.padding, self.back_padding)
@@ -112,11 +136,10 @@ def _is_plain(m):
     "Is the module `m` what its class says: no hooks, no `forward` of its own?"
     return not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m))
 
-def _calls(model, x):
-    "Every call of a layer or BatchNorm in one forward pass, as (module, input, and who made input and output), and the pass's result"
+def _calls(model, x, watched):
+    "Every call of the modules `watched` in one forward pass, as (module, input, and who made input and output), and the pass's result"
     calls,hooks = [],[]
     def put_back(): [h.remove() for h in hooks]
-    watched = [m for m in model.modules() if type(m) in _layers + _norms and _is_plain(m)]
     # `grad_fn` at once: an activation in place would put itself in the layer's stead
     record = lambda m,args,out: calls.append((m, args[0], args[0].grad_fn, out.grad_fn))
     try:
@@ -140,16 +163,19 @@ def _n_uses(out):
 
 def _find_stand_ins(model, x):
     "The stand-ins that pay off in `model`, found on the images `x`"
-    calls,out = _calls(model, x.detach().requires_grad_())
-    uses,n_calls = _n_uses(out), {}
-    for m,*_ in calls: n_calls[m] = n_calls.get(m, 0) + 1
-    made_by = {made: (m,i) for m,i,_,made in calls if type(m) in _layers and n_calls[m] == 1}
-    folds = {}
-    for bn,_,made,_ in calls:
-        if type(bn) not in _norms or n_calls[bn] > 1 or bn.running_mean is None or made is None: continue
-        layer,inp = made_by.get(made, (None,None))
-        if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2): folds[layer] = bn
-    return [_StandIn(m, folds.get(m)) for m in n_calls if type(m) in _layers and (m in folds or _is_slow_backward(m))]
+    watched = [m for m in model.modules() if type(m) in _layers + _norms]
+    plain = {m for m in watched if _is_plain(m)}
+    calls,out = _calls(model, x.detach().requires_grad_(), watched)
+    folds,uses,called = {},_n_uses(out),[m for m,*_ in calls]
+    if len(called) == len(watched) == len(set(called)): # each of them once: else there are other ways through the network
+        made_by = {made: (m,i) for m,i,_,made in calls if type(m) in _layers and m in plain}
+        for bn,_,made,_ in calls:
+            if type(bn) not in _norms or bn not in plain or bn.running_mean is None or made is None: continue
+            layer,inp = made_by.get(made, (None,None))
+            if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2): folds[layer] = bn
+    layers = [m for m in dict.fromkeys(called) if type(m) in _layers and m in plain]
+    return [_StandIn(m, folds.get(m)) for m in layers if m in folds or _is_slow_backward(m)]
+
 
 # %% ../nbs/02_fast.ipynb #5edef6cc
 def _logits_and_grad(model, x):
@@ -160,8 +186,10 @@ def _logits_and_grad(model, x):
 def _agree(model, x, stand_ins):
     "Are logits and input gradients on `x` the same with `stand_ins`, up to rounding?"
     plain = _logits_and_grad(model, x)
-    with _wearing(stand_ins): fast = _logits_and_grad(model, x)
-    return all((f-p).norm() <= 1e-2*p.norm() for f,p in zip(fast, plain))
+    with _wearing(stand_ins):
+        fast = _logits_and_grad(model, x)
+        astray = [s.went_astray() for s in stand_ins]
+    return not any(astray) and all((f-p).norm() <= 1e-2*p.norm() for f,p in zip(fast, plain))
 
 @contextmanager
 def _wearing(stand_ins, *how):
@@ -177,27 +205,108 @@ def _network(model): return model.model if isinstance(model, PixelModel) else mo
 
 def _is_new(net): return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
 
-def _flags(m): return [(k, v) for k,v in vars(m).items() if isinstance(v, (bool, str))] # a network may choose its layers by them; numbers are often counters
+_every_module_has = frozenset(vars(nn.Module()))
+_simple = frozenset((bool, int, float, str, type(None)))
 
-_known = WeakKeyDictionary() # network: (its modules, was it new?, its stand-ins)
+def _setting(v):
+    "`v`, the value of an attribute, where it is simple; an ellipsis for all other values"
+    if type(v) in _simple: return v
+    if type(v) in (tuple, list): return tuple(v) if len(v) <= 16 and _simple.issuperset(map(type, v)) else ...
+    return v if isinstance(v, (Enum, Number)) else ...
 
-def _stand_ins(model, x):
-    "The tried stand-ins for `model`, from the last time where its modules are still the same"
-    if torch.is_inference_mode_enabled(): return [] # no graph to find them in
-    net = _network(model)
-    signature = (x.shape[1:], x.dtype, x.device, [(id(m), type(m), _is_plain(m), _flags(m)) for m in net.modules()])
-    known,was_new,old = _known.get(net, (None,False,[]))
-    # a BatchNorm that has seen nothing changes nothing, and agrees with anything: once more when it has
-    if known == signature and not (was_new and not _is_new(net)): return old
-    try:
+def _settings(net):
+    "The simple attributes of each module of `net`, by its id"
+    return {id(m): {k: _setting(v) for k,v in vars(m).items() if k not in _every_module_has} for m in net.modules()}
+
+def _structure(net):
+    "The modules of `net` in their order, each with its children, its hooks and the buffers that it lacks"
+    found = []
+    for m in net.modules():
+        hooks = [*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks, *m._backward_pre_hooks]
+        lacks = [k for k,b in m._buffers.items() if b is None] # such as statistics
+        found.append((id(m), type(m), [*map(id, m._modules.values())], hooks, lacks, 'forward' in vars(m)))
+    return found
+
+def _pairs(stand_ins): return [(s.layer, s.bn) for s in stand_ins]
+
+class _Trials:
+    "What trials have shown of one network: its stand-ins in each of the states that it was in lately"
+    def __init__(self): self.known,self.counters,self.folds,self.n_calls,self.n_trials = [],set(),True,0,0
+
+    def state(self, net, x):
+        "All that is in sight by which `net` may choose its way, for images such as `x`"
+        settings = _settings(net)
+        for m,k in self.counters: settings.get(m, {}).pop(k, None)
+        return x.shape[1:], x.dtype, x.device, _structure(net), settings
+
+    def stand_ins(self, model, net, x):
+        "The known stand-ins for the state that `net` is in, else those that a trial finds"
+        state,is_new = self.state(net, x),_is_new(net)
+        self.n_calls += 1
+        for there,was_new,found in self.known:
+            # a BatchNorm that has seen nothing changes nothing, and agrees with anything: once more when it has
+            if there == state and not (was_new and not is_new): return found
+        if self.n_trials >= 8 + self.n_calls//16: return [] # it has another state each time
+        self.n_trials += 1
+        try: found,states = self.trial(model, net, x, state)
+        except Exception: found,states = [],[state] # whatever is wrong with the model, the caller meets it in the plain one
+        found = next((old for *_,old in self.known if _pairs(old) == _pairs(found)), found) # compiled code knows them
+        self.known = [*((there, new, f) for there,new,f in self.known if there not in states), *((s, is_new, found) for s in states)][-8:]
+        return found
+
+    def trial(self, model, net, x, state):
+        "The stand-ins that agree with `model` on two images, and the states of `net` that they are for"
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
             two = x[:2].detach().clone()
-            found = _find_stand_ins(model, two)
+            first = found = _find_stand_ins(model, two)
+            after = [_settings(net)]
+            if self.state(net, x) != state: # the first pass may have set something up, once and for all
+                found = _find_stand_ins(model, two)
+                after.append(_settings(net))
             if found and not _agree(model, two, found): found = []
-    except Exception: found = [] # whatever is wrong with the model, the caller meets it in the plain one
-    if [(s.layer,s.bn) for s in found] == [(s.layer,s.bn) for s in old]: found = old # compiled code knows them
-    _known[net] = signature,_is_new(net),found
-    return found
+            after.append(_settings(net))
+        counters = {(m, k) for s in after for m in s for k,v in s[m].items() if after[0].get(m, {}).get(k, _settings) != v}
+        if counters: self.folds,self.counters = False,self.counters | counters
+        if not self.folds: first = found = [_StandIn(s.layer) for s in found if _is_slow_backward(s.layer)]
+        now = self.state(net, x)
+        return found, [state, now] if now != state and _pairs(first) == _pairs(found) else [now]
+
+_trials = WeakKeyDictionary() # network: its `_Trials`
+
+def _trials_of(model):
+    net = _network(model)
+    if net not in _trials: _trials[net] = _Trials()
+    return _trials[net]
+
+def _stand_ins(model, x):
+    "The tried stand-ins for `model`, from the last time where it is still in the same state"
+    if torch.is_inference_mode_enabled(): return [] # no graph to find them in
+    return _trials_of(model).stand_ins(model, _network(model), x)
+
+def _watched_pass(forward, stand_ins, trials, *args, **kwargs):
+    for s in stand_ins: s.went_astray() # an interrupted pass
+    out = forward(*args, **kwargs)
+    if not any([s.went_astray() for s in stand_ins]): return out
+    trials.folds = False
+    trials.known.clear()
+    for s in stand_ins: s.take_off()
+    return forward(*args, **kwargs)
+
+@contextmanager
+def _as_forward(model, forward):
+    own = vars(model).get('forward')
+    model.forward = forward
+    try: yield
+    finally:
+        if own is None: vars(model).pop('forward', None)
+        else: model.forward = own
+
+def _watching(model, stand_ins):
+    "Within it a pass of `model` that goes another way than the trial did is repeated on the plain model"
+    if not any(s.bn is not None for s in stand_ins): return nullcontext()
+    # no function of our own: a copy of `model` made within is to run the copy
+    return _as_forward(model, partial(_watched_pass, model.forward, stand_ins, _trials_of(model)))
+
 
 # %% ../nbs/02_fast.ipynb #ba608b3f
 def _forward(model, x): return type(model).forward(model, x)
@@ -271,14 +380,11 @@ def compiled(
 @contextmanager
 def _in_bf16(model, device):
     "Within it the forward pass of `model`, and nothing around it, is autocast to bfloat16"
-    forward,own = model.forward, vars(model).get('forward')
+    forward = model.forward
     def cast(x):
         with torch.autocast(device.type, torch.bfloat16): return forward(x)
-    model.forward = cast
-    try: yield
-    finally:
-        if own is None: vars(model).pop('forward', None)
-        else: model.forward = own
+    with _as_forward(model, cast): yield
+
 
 # %% ../nbs/02_fast.ipynb #444e84ad
 @contextmanager
@@ -291,5 +397,7 @@ def folded(
     if not ok: yield model; return
     compile,bf16 = _how.get()
     bf16 = bf16 and x.dtype != torch.float64
-    with (_wearing(_stand_ins(model, x), compile, bf16), compiled(model) if compile else nullcontext(),
+    stand_ins = _stand_ins(model, x)
+    # a compiler looks at all that the model reads, and compiles anew where that has changed
+    with (_wearing(stand_ins, compile, bf16), compiled(model) if compile else _watching(model, stand_ins),
           _in_bf16(model, x.device) if bf16 else nullcontext()): yield model

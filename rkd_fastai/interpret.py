@@ -122,9 +122,10 @@ def _made(attack, eps, norm, seed, bs=250):
 
 def _attacked(model, x, y, attack, seed, bs):
     "`x` under `attack`: the images that `robust_flags` would see, of which those that are wrong already stay as they are"
+    if isinstance(attack, Attack): attack.check(x)
     device,x_adv = model_device(model),x.clone() # a GPU holds one batch, not all of them
     def take(idx): return x[idx].to(device),y[idx].to(device)
-    with seeded(seed, device): stands = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu() for idx in torch.arange(len(x)).split(bs)])
+    with seeded(seed, device): stands = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu() for idx in torch.arange(len(x), device=x.device).split(bs)])
     parts = attack.parts(model, _logits(model, x[:1]).shape[1]) if isinstance(attack, Attack) else [attack]
     for part in parts: # as `measure_robustness` goes about it
         for idx in stands.nonzero()[:,0].split(bs):

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .attacks import PGD
-from .core import check_fraction
+from .core import check_fraction, check_number, whole_number
 from .models import resnet18, wide_resnet
 from .callback.adversarial import AdversarialTraining, RobustCallback, check_known
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
@@ -93,7 +93,7 @@ def rkd_learner(
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
     if (ours := getattr(arch, 'func', arch)) in (resnet18, wide_resnet): raise TypeError(f"`arch`: {ours.__name__} of rkd_fastai.models makes a network, give `{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
-    check_fraction(alpha=alpha, lam=lam)
+    alpha,lam = check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache or None, compile=compile, bf16=bf16)
     takes = signature(cls).parameters
     check_known(cls, [k for k in ('attack','cache') if settings[k] is not None and k not in takes] # asked for, not a default
@@ -185,6 +185,7 @@ def fit_sched(self:Learner,
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):
     "Fit for `n_epoch` at `lr_max` times `sched`, with the momentum left alone"
+    n_epoch = whole_number('n_epoch', n_epoch, 0)
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', lr_max)
     lrs = np.array([h['lr'] for h in self.opt.hypers])
@@ -200,7 +201,7 @@ def fit_exp(self:Learner,
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):
     "Fit for `n_epoch` at `lr_max*decay**epoch`: the paper's teachers (Appendix A.1)"
-    return self.fit_sched(n_epoch, lr_max, ExpDecay(decay), wd, cbs, reset_opt, start_epoch)
+    return self.fit_sched(n_epoch, lr_max, ExpDecay(check_number(decay=decay)), wd, cbs, reset_opt, start_epoch)
 
 # %% ../nbs/23_learner.ipynb #7f10d0ee
 @patch
@@ -213,4 +214,5 @@ def fit_rkd(self:Learner,
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):
     "Fit for `n_epoch` by two-phase OneCycle: the paper's students (Appendix A.1)"
-    return self.fit_sched(n_epoch, lr_max, OneCycle(pct_start, div, div_final), wd, cbs, reset_opt, start_epoch)
+    sched = OneCycle(*check_number(pct_start=pct_start, div=div, div_final=div_final))
+    return self.fit_sched(n_epoch, lr_max, sched, wd, cbs, reset_opt, start_epoch)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import (DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
-from .core import whole_number
+from .core import as_number, whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 from .sampling import class_labels, sample_positions
@@ -40,9 +40,9 @@ def with_subset(
     "`dls` with `n` of their training images, drawn at random"
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = len(dls.train_ds),dls.train.bs
+    n,seed,n_valid = whole_number('n', n),whole_number('seed', seed),whole_number('n_valid', n_valid, 1, none=True)
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
-    n_valid = whole_number('n_valid', n_valid, 1, none=True)
     kept = None if n_valid is None else sorted(sample_positions(class_labels(dls.valid_ds), n_valid, seed).tolist())
     dls = _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))
     if kept is not None: dls.loaders[1] = dls.valid.new(_Part(dls.valid_ds, kept))
@@ -53,7 +53,7 @@ def with_bs(
     bs:int, # batch size
 )->DataLoaders:
     "`dls` with batches of another size"
-    if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    bs = whole_number('bs', bs, 1)
     if bs > len(dls.train_ds) and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {len(dls.train_ds)} training images")
     if getattr(dls.train, 'frac', None): _check_share(dls.train.frac, bs)
     return type(dls)(*[dl.new(bs=bs) for dl in dls.loaders], path=dls.path)
@@ -75,6 +75,7 @@ def with_label_noise(
 )->DataLoaders:
     "`dls` with symmetric label noise: a part of the training images has one of the other classes, all of them alike (paper, Section 3.1, on what label mixing is for)"
     check_single_label(dls)
+    frac,seed = as_number('frac', frac),whole_number('seed', seed)
     if not 0 <= frac <= 1: raise ValueError(f"`frac` must lie in [0, 1], got {frac}")
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
     n,n_out,rng = len(dls.train_ds),len(dls.vocab),random.Random(seed)
@@ -209,6 +210,7 @@ def with_synthetic(
 )->DataLoaders:
     "`dls` with synthetic images in every training batch, and epochs as long as before (Rebuffi et al., 2021; Wang et al., 2023)"
     if type(dls.train) not in (TfmdDL, ResidentDL): raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
+    frac = as_number('frac', frac)
     _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
     x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')

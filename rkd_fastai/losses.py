@@ -7,7 +7,7 @@ __all__ = ['soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss', 'rslad_loss
 
 # %% ../nbs/01_losses.ipynb #17724fde
 import torch.nn.functional as F
-from .core import onehot, check_fraction, check_T, check_weights
+from .core import as_number, onehot, check_fraction, check_T, check_weights
 
 # %% ../nbs/01_losses.ipynb #c041a8d4
 def _check(logits, t_probs, name='s_logits', targ=None):
@@ -41,7 +41,7 @@ def soft_targets(
     alpha, # weight of the teacher, in [0, 1]
 ):
     "Label mixing αf_T + (1−α)y: probabilities `(bs, n_out)` in float32"
-    check_fraction(alpha=alpha)
+    alpha = check_fraction(alpha=alpha)
     if len(t_probs) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(t_probs)} rows of `t_probs`")
     return alpha*t_probs.float() + (1-alpha)*onehot(targ, t_probs.shape[-1])
 
@@ -64,7 +64,8 @@ def ckd_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Clean knowledge distillation, Eq. 1 (Hinton et al., 2015)"
-    _check(s_logits, t_probs, targ=targ); check_fraction(lam=lam); check_T(T)
+    _check(s_logits, t_probs, targ=targ)
+    lam,T = check_fraction(lam=lam),check_T(T)
     hard = _ce(s_logits, onehot(targ, s_logits.shape[1]))
     return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits.float()/T, t_probs.float()), reduction)
 
@@ -80,7 +81,8 @@ def ard_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Adversarially robust distillation, Eq. 2, with `alpha < 1` ARD⁺, Eq. 5 (Goldblum et al., 2020)"
-    _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
+    _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv')
+    lam,T = check_fraction(lam=lam),check_T(T)
     hard = _ce(s_logits, onehot(targ, s_logits.shape[1]))
     return _reduce((1-lam)*hard + lam*T**2*_kl(s_logits_adv.float()/T, soft_targets(t_probs, targ, alpha)), reduction)
 
@@ -95,7 +97,8 @@ def rslad_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Robust soft label adversarial distillation, Eq. 3, with `alpha < 1` RSLAD⁺, Eq. 6 (Zi et al., 2021)"
-    _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv'); check_fraction(lam=lam); check_T(T)
+    _check(s_logits, t_probs, targ=targ); _check(s_logits_adv, t_probs, 's_logits_adv')
+    lam,T = check_fraction(lam=lam),check_T(T)
     target = soft_targets(t_probs, targ, alpha)
     return _reduce(T**2*((1-lam)*_kl(s_logits.float()/T, target) + lam*_kl(s_logits_adv.float()/T, target)), reduction)
 
@@ -108,7 +111,8 @@ def akd_loss(
     reduction='mean', # 'mean', 'sum' or 'none' for `(bs,)`
 ):
     "Adversarial knowledge distillation, Eq. 4, with `alpha < 1` AKD⁺, Eq. 7"
-    _check(s_logits_adv, t_probs_adv, 's_logits_adv', targ); check_T(T)
+    _check(s_logits_adv, t_probs_adv, 's_logits_adv', targ)
+    T = check_T(T)
     return _reduce(T**2*_ce(s_logits_adv.float()/T, soft_targets(t_probs_adv, targ, alpha)), reduction)
 
 # %% ../nbs/01_losses.ipynb #fca5dfdd
@@ -122,6 +126,7 @@ def trades_loss(
     "CE(f(x), y) + β KL(f(x) ‖ f(x′)) (Zhang et al., 2019)"
     _check(s_logits, None, targ=targ); _check(s_logits_adv, None, 's_logits_adv')
     if s_logits.shape != s_logits_adv.shape: raise ValueError(f"`s_logits` {tuple(s_logits.shape)} and `s_logits_adv` {tuple(s_logits_adv.shape)} must have the same shape")
+    beta = as_number('beta', beta)
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
     logp, logp_adv = F.log_softmax(s_logits.float(), -1), F.log_softmax(s_logits_adv.float(), -1)
     p = logp.exp()

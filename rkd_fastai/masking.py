@@ -11,8 +11,8 @@ from contextvars import ContextVar
 import pandas as pd, torch, torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
-from .attacks import FGSM, PGD, AutoAttack
-from .core import check_logits, frozen, seeded
+from .attacks import FGSM, PGD, AutoAttack, check_eps
+from .core import check_logits, frozen, seeded, whole_number
 from .evaluation import in_float32, robust_flags
 from .pixel import beside, measured_images, pixel_model
 
@@ -130,7 +130,7 @@ def check_masking(
     sample=None, # `Sample` that the report names
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
-    if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+    bs,eps = whole_number('bs', bs, 1),check_eps(eps)
     x,y = beside(model, x, y)
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")

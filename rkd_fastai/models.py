@@ -7,6 +7,7 @@ __all__ = ['resnet18', 'wide_resnet']
 
 # %% ../nbs/05_models.ipynb #258cefd9
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+from .core import as_number, whole_number
 
 # %% ../nbs/05_models.ipynb #b4e32ce9
 def _conv(n_in, n_out, ks, stride=1): return nn.Conv2d(n_in, n_out, ks, stride=stride, padding=ks//2, bias=False)
@@ -39,9 +40,7 @@ class _ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
-def _check_sizes(**kwargs):
-    for k,v in kwargs.items():
-        if v != int(v) or v < 1: raise ValueError(f"`{k}` must be a whole number >= 1, got {v}")
+def _check_sizes(**kwargs): return [whole_number(k, v, 1) for k,v in kwargs.items()]
 
 def resnet18(
     n_out:int=10, # number of classes
@@ -49,7 +48,7 @@ def resnet18(
     n_in:int=3, # image channels
 ):
     "CIFAR ResNet-18 `(bs, n_in, h, w)` → logits `(bs, n_out)` (He et al., 2016; paper, Section 3.3)"
-    _check_sizes(n_out=n_out, n_in=n_in)
+    (n_out,n_in),width = _check_sizes(n_out=n_out, n_in=n_in),as_number('width', width)
     if not 0 < width < 100: raise ValueError(f"`width` is a positive factor on the channels, got {width}")
     return _ResNet((2,2,2,2), n_out, width, n_in)
 
@@ -101,7 +100,7 @@ def wide_resnet(
     std=1., # likewise
 ):
     "WideResNet `(bs, n_in, h, w)` → logits `(bs, n_out)` (Zagoruyko & Komodakis, 2016; Rebuffi et al., 2021)"
-    _check_sizes(depth=depth, widen=widen, n_out=n_out, n_in=n_in)
+    depth,widen,n_out,n_in = _check_sizes(depth=depth, widen=widen, n_out=n_out, n_in=n_in)
     if depth < 10 or (depth-4) % 6: raise ValueError(f"`depth` of a WideResNet is 6n+4 (10, 16, 22, 28, 34, …), got {depth}")
     for k,v in dict(mean=mean, std=std).items():
         if np.size(v) not in (1, n_in): raise ValueError(f"`{k}` needs one number, or one per channel: {n_in}, got {v}")

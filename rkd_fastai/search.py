@@ -8,7 +8,7 @@ __all__ = ['margin', 'apgd', 'fab', 'square']
 # %% ../nbs/03_search.ipynb #d3e78408
 import math
 import torch, torch.nn.functional as F
-from .core import check_logits
+from .core import as_number, check_logits, whole_number
 
 # %% ../nbs/03_search.ipynb #4dc6449f
 def _keep(rows, stands):
@@ -16,7 +16,7 @@ def _keep(rows, stands):
     return rows if stands.all() else {k: v[stands] for k,v in rows.items()}
 
 def _per_image(v): return v.view(-1, 1, 1, 1)
-def _random(shape, rng, device): return 2*torch.rand(shape, generator=rng).to(device) - 1 # from the CPU, as the package draws
+def _random(shape, rng, device): return 2*torch.rand(shape, generator=rng, dtype=torch.float32, device='cpu').to(device) - 1 # as the package draws
 def _pick(logits, label): return logits.gather(1, label[:,None])[:,0]
 
 def margin(
@@ -67,7 +67,7 @@ class _APGD:
         self.model,self.loss,self.eps,self.fallen = model,loss,eps,[]
         noise = _random(x.shape, rng, x.device)
         now = (x + eps*noise/_per_image(noise.abs().flatten(1).amax(1))).clamp(0, 1)
-        zero = torch.zeros(len(x), device=x.device)
+        zero = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now, step=_per_image(zero + 2*eps),
                          value=zero, rises=zero, best_value=zero - torch.inf, best=now, best_grad=now, halved=zero == 0, checked=zero)
         self.look()
@@ -128,6 +128,8 @@ def apgd(
 ):
     "APGD, and APGD-T with `targets` (Croce & Hein, 2020): `x′` `(bs, c, h, w)`"
     if loss not in ('ce','dlr'): raise ValueError(f"`loss` must be 'ce' or 'dlr', got {loss!r}")
+    eps,steps,seed = as_number('eps', eps),whole_number('steps', steps, 0),whole_number('seed', seed)
+    targets,restarts = whole_number('targets', targets, 0),whole_number('restarts', restarts, 1)
     rng = torch.Generator().manual_seed(seed)
     def run(idx, rank=None):
         target = y[idx] if rank is None else _ranked(model, x[idx], y[idx], rank)
@@ -181,6 +183,7 @@ def fab(
     steps:int=100, # towards each
 ):
     "FAB-T (Croce & Hein, 2020) for one radius: `x′` `(bs, c, h, w)`; draws no random numbers"
+    eps,targets,steps = as_number('eps', eps),whole_number('targets', targets, 1),whole_number('steps', steps, 0)
     def run(idx, rank):
         i,found = _fab_run(model, x[idx], y[idx], _ranked(model, x[idx], y[idx], rank), eps, steps)
         return idx[i],found
@@ -201,7 +204,7 @@ def _window(r, eps, query, rng):
     "Where the next square lies, and what each image has there with it"
     c,h,w = r['x'].shape[1:]
     s = _side(query, h, w)
-    top,left = (int((side-s)*torch.rand(1, generator=rng)) for side in (h, w))
+    top,left = (int((side-s)*torch.rand(1, generator=rng, dtype=torch.float32, device='cpu')) for side in (h, w))
     at = (slice(None), slice(None), slice(top, top+s), slice(left, left+s))
     x,colour = r['x'][at], _random((c, 1, 1), rng, r['x'].device).sign()
     return at, (r['best'][at] + 2*eps*colour).clamp(x-eps, x+eps).clamp(0, 1)
@@ -215,6 +218,7 @@ def square(
     seed:int=0, # of all that is random
 ):
     "Square (Andriushchenko et al., 2020): `x′` `(bs, c, h, w)`"
+    eps,queries,seed = as_number('eps', eps),whole_number('queries', queries, 0),whole_number('seed', seed)
     rng = torch.Generator().manual_seed(seed)
     n,c,h,w = x.shape
     x_adv,best = x.clone(), (x + eps*_random((n, c, 1, w), rng, x.device).sign()).clamp(0, 1)

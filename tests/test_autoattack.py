@@ -595,3 +595,46 @@ def test_a_network_with_members_that_is_no_ensemble(tiny_net):
         def forward(self, x): return self.net(x)
     assert AutoAttack().composition(Club(), 10) == AutoAttack().composition(tiny_net(), 10)
     assert 'transfer' in ' '.join(AutoAttack().composition(Teacher([tiny_net(), tiny_net(seed=1)]), 10))
+
+@pytest.fixture
+def other_defaults(request):
+    "Function: PyTorch's default dtype and device become others, until the test ends"
+    dtype = torch.get_default_dtype()
+    def set_them(dtype, device):
+        torch.set_default_dtype(dtype); torch.set_default_device(device)
+    yield set_them
+    torch.set_default_dtype(dtype); torch.set_default_device(None)
+
+class OwnTensors(nn.Module):
+    "A network that makes a tensor of the default dtype"
+    def __init__(self, net): super().__init__(); self.net,self.seen = net,set()
+    def forward(self, x): self.seen.add(torch.zeros(1, device='cpu').dtype); return self.net(x)
+
+@pytest.mark.parametrize('dtype,device', [(torch.float64, None), (torch.float32, 'meta')], ids=['float64', 'device'])
+@pytest.mark.parametrize('fast', [False, True], ids=['published', 'fast'])
+def test_other_defaults_of_pytorch(dtype, device, fast, robust_net, test_images, other_defaults):
+    "The same x′ to the bit; and the network still sees the user's defaults"
+    x, y = test_images[0][:20], test_images[1][:20]
+    attacks = [AutoAttack(.1, version=v, queries=20, fast=fast) for v in ('apgd-ce', 'fab-t', 'square', 'apgd-dlr')] + [PGD(.1, restarts=2, steps=2)]*fast
+    def run():
+        torch.manual_seed(0)
+        return [a(net, x, y) for a in attacks]
+    net = OwnTensors(robust_net)
+    want = run()
+    net.seen.clear(); other_defaults(dtype, device)
+    assert all(torch.equal(a, b) for a,b in zip(run(), want)) and net.seen == {dtype} and torch.get_default_dtype() == dtype
+
+def test_square_in_l2_on_low_images(monkeypatch):
+    "It starts from squares of a fifth of the height: said before anything has run; narrow images are no matter"
+    net = lambda h, w: nn.Sequential(nn.Flatten(), nn.Linear(h*w, 10)).eval()
+    x, y = torch.rand(4,1,4,30), torch.zeros(4).long()
+    monkeypatch.setattr(attacks._Part, 'perturb', lambda *args: pytest.fail('an attack has run'))
+    for make in (lambda v: AutoAttack(.5, 'L2', v), lambda v: AutoAttack(.5, 'L2', v, fast=True)):
+        for v in ('square', 'standard', 'plus'):
+            with pytest.raises(ValueError, match='Square in L2.*5 pixels high.*4×30'): make(v)(net(4, 30), x, y)
+    with pytest.raises(ValueError, match='Square in L2'): evaluation.measure_robustness(net(4, 30), x, y, ('pgd2', 'autoattack'), .5, 'L2')
+    monkeypatch.undo()
+    for norm,h,w in (('Linf',4,30), ('L2',5,1), ('L2',30,4)):
+        model, x = net(h, w), torch.rand(4,1,h,w)
+        x_adv = AutoAttack(.9, norm, 'square', queries=50)(model, x, model(x).argmax(1))
+        assert (x_adv != x).any()

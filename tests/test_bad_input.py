@@ -1,7 +1,7 @@
 "What bad input gets: an error that names the argument, before anything has changed."
-import re
+import json, re
 from functools import partial
-import pytest, torch, torch.nn as nn
+import numpy as np, pytest, torch, torch.nn as nn
 from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSELossFlat, MultiCategoryBlock, PILImageBW,
                                RegressionBlock, Transform, TensorImage, resnet18)
 
@@ -148,6 +148,32 @@ def test_images_outside_0_1(how, unchanged, make_learner, make_dls, tiny_net):
     with unchanged(learn, ValueError, r'(?s)\[0, 1\].*span \[-1, 2\]'):
         dict(robustness=lambda: learn.robustness(('clean',)), metric=learn.validate).get(how, lambda: learn.fit(1))()
 
+class Upscale(Transform):
+    "To twice the size, which overshoots"
+    order = 200
+    def encodes(self, x: TensorImage): return TensorImage(torch.nn.functional.interpolate(x.as_subclass(torch.Tensor), scale_factor=2, mode='bicubic'))
+
+@pytest.mark.parametrize('how', ['adversarial', 'rkd', 'robustness', 'metric'])
+def test_overshoot_of_a_resize(how, make_learner, make_dls):
+    "Images are clamped, and it is said; normalised ones that stay near [0, 1] are an error, and so is it for an attack itself"
+    dls,net = make_dls(), nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, 10))
+    dls.add_tfms([Upscale()], 'after_batch')
+    x = dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    assert x.min() < -.05 and x.max() > 1.05
+    learn = make_learner(dls, net, metrics=RobustAccuracy(PGD(.1, steps=1)) if how == 'metric' else None)
+    if how == 'adversarial': learn.to_adversarial(PGD(.1, steps=1))
+    run = dict(robustness=lambda l: l.robustness('pgd2', .1), metric=lambda l: l.validate(),
+               rkd=lambda l: l.to_rkd(Teacher(net), attack=PGD(.1, steps=1)).fit(1)).get(how, lambda l: l.fit(1))
+    with pytest.warns(UserWarning, match='overshoot'): run(learn)
+    with pytest.raises(ValueError, match=r'\[0, 1\].*bicubic.*clamp'): PGD()(net, x, torch.zeros(len(x)).long())
+    dls.add_tfms([Darken()], 'after_batch')
+    with pytest.raises(ValueError, match='are they normalised'): run(learn)
+
+class Darken(Transform):
+    "Subtracts a mean"
+    order = 300
+    def encodes(self, x: TensorImage): return x.clamp(0, 1) - .3
+
 def test_images_normalised_by_hand(unchanged, make_learner, make_dls):
     "Normalised in a transform that is not fastai's Normalize, the statistics are not known"
     class ByHand(Transform):
@@ -191,10 +217,40 @@ def test_settings_of_the_attack(wrong, unchanged, make_learner, make_dls, tiny_n
 
 @pytest.mark.parametrize('name,make', [('eps', lambda v: PGD(v)), ('eps', lambda v: FGSM(v)), ('eps', lambda v: FFGSM(v)), ('eps', lambda v: AutoAttack(eps=v)), ('steps', lambda v: PGD(steps=v)),
                                        ('alpha', lambda v: AKDCallback(nn.Flatten(), v)), ('lam', lambda v: RSLADCallback(nn.Flatten(), lam=v)), ('T', lambda v: AKDCallback(nn.Flatten(), T=v))])
-@pytest.mark.parametrize('value', ['8/255', None, [.1]])
+@pytest.mark.parametrize('value', ['8/255', None, [.1], torch.tensor([.1,.1]), np.array([.1,.1]), True], ids=str)
 def test_what_is_no_number(name, make, value):
     "Such as a fraction in quotes, which the command line takes"
-    with pytest.raises(TypeError, match=f'`{name}` must be a number, got .*{"quotes" if value == "8/255" else ""}'): make(value)
+    with pytest.raises(TypeError, match=f'`{name}` must be a number, got .*{"quotes" if isinstance(value, str) else ""}'): make(value)
+
+@pytest.mark.parametrize('name,make', [('steps', lambda v: PGD(steps=v)), ('restarts', lambda v: PGD(restarts=v)), ('bs', lambda v: AutoAttack(bs=v)), ('queries', lambda v: AutoAttack(queries=v)),
+    ('seed', lambda v: AutoAttack(seed=v)), ('every', KeepEpochs), ('n_out', lambda v: wide_resnet(10, 1, n_out=v)), ('bs', lambda v: digits_dls(bs=v)), ('seed', lambda v: digits_dls(seed=v)),
+    ('bs', lambda v: with_bs(None, v)), ('bs', lambda v: robust_accuracy(nn.Flatten(), torch.rand(2,1,2,2), torch.zeros(2).long(), PGD(), v))])
+def test_what_is_no_whole_number(name, make):
+    for bad in (2.5, float('nan'), float('inf')):
+        with pytest.raises(ValueError, match=f'`{name}` must be a whole number'): make(bad)
+    with pytest.raises(TypeError, match=f'`{name}` must be a number'): make('8')
+
+@pytest.mark.parametrize('num,whole', [(np.float64, np.int64), (np.float32, np.float32), (torch.tensor, torch.tensor), (np.array, np.array), (lambda v: torch.tensor([v]), float)],
+                         ids=['numpy', 'float32', 'torch', 'array', 'of one'])
+def test_numbers_of_numpy_and_pytorch(num, whole, make_learner, make_dls, tiny_net, tmp_path):
+    "They are Python's wherever they are kept, and give what Python's give"
+    plain = lambda o: all(type(v) in (int, float, str, bool) for v in o.settings.values())
+    for attack,same in ((PGD(num(.5), whole(5), num(.25), random_start=num(.5)), PGD(.5, 5, .25, random_start=.5)), (PGD(num(.5), restarts=whole(2)), PGD(.5, restarts=2)),
+                        (FFGSM(num(.5), num(.5)), FFGSM(.5, .5)), (AutoAttack(num(.5), seed=whole(1), bs=whole(8), queries=whole(9)), AutoAttack(.5, seed=1, bs=8, queries=9))):
+        assert plain(attack) and repr(attack) == repr(same)
+    learn,dls = make_learner(),make_dls()
+    r = learn.robustness('pgd2', num(.125), seed=whole(1), bs=whole(40), state_path=tmp_path/'state.json')
+    assert json.loads(r.to_json())['eps'] == .125 and r.pgd2 == learn.robustness('pgd2', .125, seed=1, bs=40, state_path=tmp_path/'state.json').pgd2
+    x,y,p = torch.rand(4,3), torch.tensor([0,1,2,0]), torch.rand(4,3).softmax(1)
+    for loss,args in ((rslad_loss, (x,x,p,y,.5,.25,2.)), (ard_loss, (x,x,p,y,.5,.25,2.)), (akd_loss, (x,p,y,.5,2.)), (ckd_loss, (x,p,y,.5,2.)), (trades_loss, (x,x,y,6.))):
+        assert torch.equal(loss(*(num(v) if isinstance(v, float) else v for v in args)), loss(*args))
+    cb = RSLADCallback(Teacher([tiny_net(), tiny_net()], betas=[num(.5), num(.5)]), num(.5), num(.25), T=num(2.))
+    assert (cb.alpha, cb.lam, cb.T, cb.teacher.betas) == (.5, .25, 2., [.5, .5]) and type(cb.alpha) is float
+    for make in (lambda n, f: with_subset(dls, n(40), seed=n(1)), lambda n, f: with_label_noise(dls, f(.5), seed=n(3)), lambda n, f: with_bs(dls, n(8))):
+        mine,theirs = make(whole, num),make(int, float)
+        assert mine.train.bs == theirs.train.bs and [int(y) for _,y in mine.train_ds] == [int(y) for _,y in theirs.train_ds]
+    learn.add_cb(WeightAveraging(num(.5))); learn.fit_exp(whole(1), .1, num(.5))
+    assert len(learn.recorder.values) == 1
 
 @pytest.mark.parametrize('arch', [models.resnet18, models.wide_resnet, partial(models.resnet18, width=1/16)])
 def test_a_function_that_is_no_architecture(arch, make_dls, tiny_net):
@@ -206,6 +262,23 @@ def test_one_class(unchanged, make_learner, make_dls, tiny_net):
     learn = make_learner(make_dls(n=8, n_valid=4, bs=4, n_classes=1), tiny_net(n_out=1))
     for what in (lambda l: l.to_adversarial(), lambda l: l.to_rkd(tiny_net(n_out=1)), lambda l: l.robustness(('clean',))):
         with unchanged(learn, ValueError, '`dls` have one class'): what(learn)
+
+def test_one_logit(unchanged, make_learner, make_dls, tiny_net):
+    "All labels are 0, and any attack would leave every image standing"
+    net,x,y = tiny_net(n_out=1),torch.rand(4,1,8,8),torch.zeros(4).long()
+    learn = make_learner(make_dls(n_classes=2), net)
+    for attack in (PGD(), FGSM(), AutoAttack(), PGD(objective='cw')):
+        for what in (lambda: attack(net, x, y), lambda: robust_accuracy(net, x, y, attack)):
+            with pytest.raises(ValueError, match='`model` returns 1 logit.*two classes'): what()
+    for what in (lambda: learn.robustness('clean'), lambda: learn.check_robustness(), lambda: robust_accuracy(learn, x, y)):
+        with unchanged(learn, ValueError, '`model` returns 1 logit'): what()
+    with pytest.raises(ValueError, match='`teacher` returns 1 logit'): Teacher(net).probs(x)
+    two = nn.Sequential(net, Two())
+    assert AutoAttack(.3)(two.eval(), x, two(x).argmax(1)).shape == x.shape # the way out
+
+class Two(nn.Module):
+    "The way out"
+    def forward(self, z): return torch.cat([torch.zeros_like(z), z], 1)
 
 def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net):
     one,other = (Teacher(make_learner(make_dls(), tiny_net(seed=i))) for i in (1, 2))

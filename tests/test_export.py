@@ -1,7 +1,7 @@
 "What a stranger loads is the network: the same logits, the same gradients, the same broken images, without this library."
 import copy, json, random, subprocess, sys, types, warnings, zipfile
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
-from fastai.vision.all import create_vision_model
+from fastai.vision.all import MixUp, create_vision_model
 from pyautoattack import AutoAttack as Published
 from rkd_fastai.all import *
 from rkd_fastai import export
@@ -438,3 +438,15 @@ def test_a_later_network_does_not_change_the_export(tmp_path, make_learner):
     learn.fit(1, .1)
     assert torch.equal(load(folder)()(x), before)
     with torch.no_grad(), frozen(learn.model): assert (pixel_model(learn)(x) - before).abs().max() > 1e-3
+
+def test_float64_is_the_default_dtype(make_learner, tmp_path):
+    "The network is exported, measured and trained as it is otherwise"
+    learn = make_learner()
+    try:
+        torch.set_default_dtype(torch.float64)
+        folder = learn.to_robustbench(tmp_path/'export', learn.robustness('pgd2', .1))
+        net, x = export._load(folder), torch.rand(4, 1, 8, 8, dtype=torch.float32)
+        with torch.no_grad(): torch.testing.assert_close(net(x), learn.model.eval()(x))
+        learn.to_rkd(copy.deepcopy(learn.model), 'rslad', attack=PGD(steps=1)).fit(1, cbs=MixUp())
+    finally: torch.set_default_dtype(torch.float32)
+    assert len(learn.recorder.values) == 1

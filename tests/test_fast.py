@@ -1,11 +1,14 @@
 "`folded`: the attack's fast path changes no result, on our networks and on foreign ones, and leaves nothing behind."
 import copy, gc, pickle, weakref
+from enum import Enum
+from types import SimpleNamespace
 
-import pytest, timm, torch, torch.nn as nn, torch.nn.functional as F, torchvision
+import numpy as np, pytest, timm, torch, torch.nn as nn, torch.nn.functional as F, torchvision
 
 from rkd_fastai.attacks import FFGSM, FGSM, PGD, Attack, AutoAttack
 from rkd_fastai.core import PixelModel, frozen
 from rkd_fastai.evaluation import robust_flags
+from rkd_fastai import fast
 from rkd_fastai.fast import _stand_ins, folded
 from rkd_fastai.models import resnet18, wide_resnet
 from rkd_fastai.teachers import Teacher
@@ -188,7 +191,7 @@ def test_inference_mode():
     assert (x_adv != x).any()
 
 def test_a_network_that_chooses_its_batchnorm():
-    "AdvProp's two BatchNorms, one for attacked images: the stand-ins of one are not those of the other"
+    "AdvProp's two BatchNorms, one for attacked images: each pass leaves one of them out, and nothing is folded"
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -200,5 +203,80 @@ def test_a_network_that_chooses_its_batchnorm():
     net.eval()
     for net.adv in (False, True, False):
         with torch.no_grad(): plain = net(x)
-        with frozen(net): assert _stand_ins(net, x)
+        with frozen(net): assert not any(s.bn for s in _stand_ins(net, x))
         with torch.no_grad(), frozen(net), folded(net, x): torch.testing.assert_close(net(x), plain, rtol=1e-4, atol=1e-4)
+
+class Way(Enum): straight, doubled = 0, 1
+
+class ManyWays(nn.Module):
+    "Every way calls each layer once: what lies between convolution and BatchNorm is chosen"
+    elsewhere = SimpleNamespace(way=0) # out of sight
+    def __init__(self):
+        super().__init__()
+        self.conv,self.bn,self.head = nn.Conv2d(1,16,3), nn.BatchNorm2d(16), nn.Linear(16*36,10)
+        self.number,self.factor,self.name,self.member,self.several = 0,1.,None,Way.straight,[1,1]
+    def forward(self, x):
+        h = self.conv(x)
+        if self.number or self.name or self.factor != 1. or self.member is Way.doubled or self.several[1] > 1 or self.elsewhere.way or x.mean() > .8: h = 2*h
+        return self.head(F.relu(self.bn(h)).flatten(1))
+
+def set_number(net, x): net.number = np.int64(1)
+def set_factor(net, x): net.factor = 2.
+def set_name(net, x): net.name = 'doubled'
+def set_member(net, x): net.member = Way.doubled
+def set_several(net, x): net.several = [1,2]
+def set_elsewhere(net, x): net.elsewhere.way = 1
+def brighten(net, x): x.copy_(.9 + x/10)
+def hook_before(net, x): net.bn.register_forward_pre_hook(lambda m, i: (2*i[0],))
+def replace(net, x): net.conv = nn.Sequential(net.conv, nn.ReLU())
+def swap_class(net, x): net.bn.forward = lambda h: 2*h
+def no_statistics(net, x): net.bn.running_mean = net.bn.running_var = None
+
+@pytest.mark.parametrize('change', [set_number, set_factor, set_name, set_member, set_several, set_elsewhere, brighten, hook_before, replace, swap_class, no_statistics], ids=lambda f: f.__name__)
+def test_a_network_that_goes_another_way(change, monkeypatch):
+    "The attack is that on a network which has never been folded"
+    monkeypatch.setattr(ManyWays, 'elsewhere', SimpleNamespace(way=0))
+    net,x,y = ManyWays(), torch.rand(32,1,8,8), torch.arange(32) % 10
+    for _ in range(3): net(torch.rand(32,1,8,8)*2)
+    net.eval()
+    attack = PGD(.05, steps=2, random_start=False)
+    attack(net, x, y)
+    with frozen(net): assert [s.bn for s in _stand_ins(net, x)] == [net.bn]
+    change(net, x)
+    got = attack(net, x, y)
+    attack.folds = False
+    assert (got == attack(net, x, y)).float().mean() > .99
+
+@pytest.fixture
+def trials(monkeypatch):
+    "How often stand-ins were looked for"
+    seen,find = [],fast._find_stand_ins
+    monkeypatch.setattr(fast, '_find_stand_ins', lambda *args: seen.append(1) or find(*args))
+    return seen
+
+class Counting(ManyWays):
+    "Each pass is counted"
+    def forward(self, x): self.number += 1; return super().forward(x)
+class Remembering(ManyWays):
+    "The last batch's size is kept"
+    def forward(self, x): self.bs = len(x); return super().forward(x)
+class FirstPass(ManyWays):
+    "The first pass is another one"
+    def __init__(self): super().__init__(); self.number = 1
+    def forward(self, x): out = super().forward(x); self.number = 0; return out
+
+def still(net, i): pass
+def switched(net, i): net.number = i % 2
+def counted(net, i): net.steps = i
+
+@pytest.mark.parametrize('cls,between,most,folds', [(ManyWays, still, 1, True), (Counting, still, 2, False), (Remembering, still, 4, True), (FirstPass, still, 2, True),
+                                                    (ManyWays, switched, 2, True), (ManyWays, counted, 8 + 64//16, None)])
+def test_trials_are_few(cls, between, most, folds, trials):
+    "Whatever becomes of a network's settings; and what is the same each time keeps no network from being folded"
+    net,x,found = cls().eval(), torch.rand(8,1,8,8), []
+    nn.init.normal_(net.bn.running_mean)
+    with frozen(net):
+        for i in range(64):
+            between(net, i)
+            with folded(net, x): found.append(net.bn.forward.__name__ == '_same'); net(x)
+    assert 1 <= len(trials) <= most and folds in (found[-2], None)

@@ -20,7 +20,7 @@ from fastai.vision.data import get_c
 from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from .core import FitCallback, told_where
-from ..core import check_logits, frozen, onehot, seeded
+from ..core import as_number, check_logits, frozen, onehot, seeded
 from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
@@ -54,7 +54,7 @@ def _mixed(learn):
         if isinstance(mix, MixHandler) and mix.run and getattr(mix, 'stack_y', False):
             n_out = _n_out(learn)
             first,second = (onehot(t.as_subclass(torch.Tensor), n_out) for t in (targ, mix.yb1[0]))
-            lam = torch.as_tensor(mix.lam, device=targ.device).view(-1, 1)
+            lam = torch.as_tensor(mix.lam, dtype=torch.float32, device=targ.device).view(-1, 1)
             return lam*first + (1-lam)*second
     return targ
 
@@ -217,6 +217,7 @@ class TRADES(AdversarialTraining):
         beta=6., # weight of the robust term
         **kwargs
     ):
+        beta = as_number('beta', beta)
         if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
         super().__init__(attack, **kwargs)
         self.beta = beta

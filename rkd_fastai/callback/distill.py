@@ -30,7 +30,7 @@ class CleanCache:
         "64-bit hashes of float images, by integer arithmetic, which does not depend on the rest of the batch"
         bits = x.float().flatten(1).contiguous().view(torch.int32).long()
         if self.weights is None or len(self.weights) != bits.shape[1]:
-            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.device)
+            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0), device='cpu').to(x.device)
         return (bits*self.weights).sum(1).tolist()
 
     def __call__(self,
@@ -59,7 +59,7 @@ class DistillationCallback(AdversarialTraining):
         cache:bool=False, # keep the teacher's answers, for images that are the same in every epoch
         **kwargs
     ):
-        check_T(T)
+        T = check_T(T)
         super().__init__(attack, **kwargs)
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.T,self.cache = T,cache
@@ -115,7 +115,7 @@ class AKDCallback(DistillationCallback):
         T=1., # temperature; the paper uses none
         **kwargs
     ):
-        check_fraction(alpha=alpha)
+        alpha = check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
         if self.cache and not self.soft_attack: raise ValueError("`cache=True` keeps answers about clean images, but AKD⁺ asks about adversarial ones, which are others in every epoch: leave it out")
         self.alpha = alpha
@@ -132,7 +132,7 @@ class _CleanAndAdversarial(DistillationCallback):
     "Student on x′ and on x, teacher on x"
     loss = None # the equation
     def __init__(self, teacher, alpha=.8, lam=5/6, attack=PGD(), T=1., cache=False, **kwargs):
-        check_fraction(alpha=alpha, lam=lam)
+        alpha,lam = check_fraction(alpha=alpha, lam=lam)
         super().__init__(teacher, attack, T, cache, **kwargs)
         self.alpha,self.lam = alpha,lam
 
@@ -184,7 +184,7 @@ class CKDCallback(DistillationCallback):
         cache:bool=False, # keep the teacher's answers, for images that are the same in every epoch
         **kwargs
     ):
-        check_fraction(lam=lam)
+        lam = check_fraction(lam=lam)
         if 'attack' in kwargs: raise TypeError("`attack` means nothing to CKDCallback: clean distillation attacks nothing, leave it out, or take another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # where others look for that of the training

@@ -15,7 +15,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import atomic_path, check_fraction, seeded, versions, write_atomic
+from ..core import atomic_path, check_fraction, seeded, versions, whole_number, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, undistributed, unwrap
 from ..sampling import check_n, class_labels, sample_positions
@@ -29,7 +29,7 @@ class RobustAccuracy(Metric):
         n=None, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
         seed=0, # of the sample and of the attack's random starts
     ):
-        self.attack,self.n,self.seed = copy(check_attack(attack)),check_n(n),seed
+        self.attack,self.n,self.seed = copy(check_attack(attack)),check_n(n),whole_number('seed', seed)
         self.reset()
 
     def reset(self):
@@ -103,7 +103,7 @@ class KeepEpochs(EachEpoch):
         fname='epoch', # start of the file name
         card=None, # dict of what else the cards are to say, e.g. `dict(data='cifar10', seed=42)`
     ):
-        if every < 1: raise ValueError(f"`every` must be >= 1, got {every}")
+        every = whole_number('every', every, 1)
         self.every,self.fname,self.card = every,fname,card or {}
         json.dumps(self.card) # a card that cannot be written is to fail now
 
@@ -146,7 +146,7 @@ class CatastrophicOverfitting(EachEpoch):
         drop=.2, # what the accuracy may fall below its best so far
         stop=False, # go back to the weights of the last good epoch and end the fit, rather than warn
     ):
-        check_fraction(drop=drop)
+        drop = check_fraction(drop=drop)
         self.attack,self.n,self.drop,self.stop = attack and check_attack(attack),check_n(n),drop,stop
 
     def before_fit(self): self.best = self.kept = self.data = None
@@ -193,7 +193,7 @@ class RobustOverfitting(EachEpoch):
         gap=.02, # what the last epoch may lie below the best before it is said
         restore=False, # and go back to the best epoch's weights
     ):
-        check_fraction(gap=gap)
+        gap = check_fraction(gap=gap)
         self.by,self.gap,self.restore = by,gap,restore
         self.best = self.best_epoch = self.last = self.kept = None
 

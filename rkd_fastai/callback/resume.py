@@ -20,7 +20,7 @@ from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest, seeded, writing
+from ..core import atomic_path, digest, seeded, whole_number, writing
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain
 from .adversarial import label_settings
@@ -186,7 +186,7 @@ class Resume(FitCallback):
         path, # file; its folder is made
         every=None, # also after so many batches; None: after each epoch only
     ):
-        if every is not None and every < 1: raise ValueError(f"`every` must be >= 1 or None, got {every}")
+        every = whole_number('every', every, 1, none=True)
         self.path,self.every = Path(path),every
         self.on = False
 

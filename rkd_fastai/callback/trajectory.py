@@ -14,7 +14,7 @@ import numpy as np, torch
 from fastai.torch_core import distrib_barrier, no_random, rank_distrib
 from ..attacks import PGD, check_attack
 from .core import EachEpoch
-from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, versions, write_atomic
+from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, versions, whole_number, write_atomic
 from ..pixel import model_device, pixel_model, sampled_images, undistributed
 from ..sampling import check_n
 from ..teachers import saved_epochs
@@ -41,7 +41,7 @@ class RecordTrajectory(EachEpoch):
         seed=0, # of the sample, and of the attack's random starts, which are the same after every epoch
         bs=250, # images at a time
     ):
-        if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
+        seed,bs = whole_number('seed', seed),whole_number('bs', bs, 1)
         if Path(path).is_file(): raise ValueError(f"`path` {path} is a file: name a folder")
         self.path,self.dl,self.n,self.seed,self.bs = Path(path),dl,check_n(n),seed,bs
         self._attack = attack and copy(check_attack(attack)) # not `attack`, where others look for that of the training
