@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import PixelModel, frozen, check_images, check_logits, check_number, class_indices, hard_labels, onehot, seeded
+from .core import PixelModel, frozen, check_images, check_logits, check_number, check_targ, class_indices, hard_labels, onehot, seeded
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -64,6 +64,7 @@ class Attack:
     ):
         "Adversarial examples for `x`: detached, same shape and dtype, within `eps` and [0, 1]"
         check_images(x)
+        check_targ(targ)
         if len(targ) != len(x): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
         if not len(x): return x.detach().clone()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):

@@ -12,7 +12,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .attacks import FGSM, PGD, AutoAttack
-from .core import check_logits, frozen, seeded
+from .core import check_logits, check_targ, frozen, hard_labels, seeded
 from .evaluation import in_float32, robust_flags
 from .pixel import beside, measured_images, pixel_model
 
@@ -128,7 +128,9 @@ def check_masking(
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
-    x,y = beside(model, x, y)
+    check_targ(y, name='y')
+    x,y = beside(model, x, hard_labels(y))
+    if len(x) != len(y): raise ValueError(f"`y` has {len(y)} labels for {len(x)} images")
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
