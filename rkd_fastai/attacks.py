@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 import torch, torch.nn.functional as F
-from .core import (PixelModel, as_number, frozen, check_images, check_logits, class_indices, default_tensors, hard_labels, onehot, seeded,
-                             whole_number)
+from .core import (PixelModel, as_number, frozen, check_images, check_logits, check_targ, class_indices, default_tensors, hard_labels,
+                             onehot, seeded, whole_number)
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -70,6 +70,7 @@ class Attack:
     ):
         "Adversarial examples for `x`: detached, same shape and dtype, within `eps` and [0, 1]"
         check_images(x)
+        check_targ(targ)
         if len(targ) != len(x): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
         self.check(x)
         if not len(x): return x.detach().clone()

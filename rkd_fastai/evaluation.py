@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, whole_number, write_atomic
+from .core import (NotFinite, are_probs, check_images, check_logits, check_targ, digest, frozen, hard_labels, read_json, seeded, versions,
+                             whole_number, write_atomic)
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model, sampled_images
 from .sampling import Sample, images_digest
 from .teachers import Teacher, check_teacher
@@ -38,6 +39,7 @@ def robust_flags(
     label = hard_labels(targ)
     with torch.no_grad(), frozen(model):
         logits = _finite_logits(model, x)
+        check_targ(targ, logits.shape[1])
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
             raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
         flags = logits.argmax(1) == label
@@ -48,9 +50,8 @@ def robust_flags(
     return flags
 
 def _check_data(x, targ):
-    for name,v,kind in (('x', x, 'images `(n, c, h, w)`'), ('targ', targ, 'class indices `(n,)`')):
-        if not isinstance(v, torch.Tensor): raise TypeError(f"`{name}` must be a tensor of {kind}, got {type(v).__name__}")
-    if targ.ndim != 1 and not (targ.ndim == 2 and targ.is_floating_point()): raise ValueError(f"`targ` must hold class indices `(n,)` or soft labels `(n, n_out)`, got shape {tuple(targ.shape)}")
+    if not isinstance(x, torch.Tensor): raise TypeError(f"`x` must be a tensor of images `(n, c, h, w)`, got {type(x).__name__}")
+    check_targ(targ)
     if not len(x): raise ValueError("`x` holds no images")
     if len(x) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
     check_images(x)

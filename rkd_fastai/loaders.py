@@ -9,9 +9,11 @@ __all__ = ['with_subset', 'with_bs', 'with_label_noise', 'with_batch_tfms', 'wit
 # %% ../nbs/08_loaders.ipynb #53be05be
 import random, zipfile
 from copy import copy
+from inspect import signature
 from pathlib import Path
 import numpy as np, torch
-from fastai.vision.all import (DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
+from fastai.callback.data import PartialDL, WeightedDL
+from fastai.vision.all import (DataLoader, DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
 from .core import as_number, whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
@@ -19,9 +21,63 @@ from .pixel import check_single_label
 from .sampling import class_labels, sample_positions
 
 # %% ../nbs/08_loaders.ipynb #fa6a01b5
+def _as_told(k, dl, new, changed):
+    "Is the attribute `k` of `dl` the same in `new`? Weights are scaled to sum to 1, and no part is larger than the whole, where the images have `changed`"
+    if (isinstance(dl, WeightedDL) and k == 'wgts') or (isinstance(dl, PartialDL) and k == 'partial_n' and changed): return True
+    a,b = vars(dl)[k],vars(new).get(k)
+    return a is b or bool(np.array_equal(a, b)) if isinstance(a, (np.ndarray, torch.Tensor)) else bool(a is b or a == b)
+
+_fastais = {*DataLoader._methods, *'dataset bs shuffle drop_last indexed n pin_memory timeout device rng num_workers offs fake_l it'.split()}
+
+_plain_loaders = [DataLoader, TfmdDL, ResidentDL] # whose `new` loses nothing
+
+def _own_arguments(dl):
+    "What the class of `dl` takes beyond fastai's arguments, and whether it has a `new` of its own to hand it on"
+    plain = {k for cls in (TfmdDL, DataLoader) for k in signature(cls).parameters}
+    classes = [cls for cls in type(dl).__mro__ if cls not in TfmdDL.__mro__]
+    names = [p.name for cls in classes for p in signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [*dict.fromkeys(k for k in names if k not in plain)], any('new' in vars(cls) for cls in classes if cls is not ResidentDL)
+
+def _check_loaders(dls):
+    "Raise a `TypeError` unless other loaders can be made of `dls`"
+    for dl in dls.loaders:
+        if not isinstance(dl, DataLoader): raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, of which no other loader can be made: use fastai's `DataLoader`")
+        if 'world_size' in vars(dl): raise TypeError("`dls` are split among processes already: make them what they are to be before `learn.distrib_ctx`")
+
+def _new(dl, dataset=None, idxs=None, **kwargs):
+    "`dl.new` that loses nothing that the class of `dl` was told, or an error; `idxs` are the items of `dl` that `dataset` consists of, None: all"
+    kind = type(dl).__name__
+    if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs # the first `n` items only
+    if dl.fake_l.persistent_workers: kwargs = dict(persistent_workers=True) | kwargs
+    if type(dl) in _plain_loaders: return dl.new(dataset, **kwargs)
+    names,hands_on = _own_arguments(dl)
+    own = {} if hands_on else {k: vars(dl).get(k, _own_arguments) for k in names}
+    for k,v in own.items():
+        if v is _own_arguments: raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: keep it as `self.{k}`, or give the class a `new` that hands it on")
+    if idxs is not None: own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
+    try: new = dl.new(dataset, **own | kwargs)
+    except TypeError as e: raise TypeError(f"`dls` have a {kind}, which cannot be made anew ({e}): give the class a `new` that can") from e
+    lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_told(k, dl, new, idxs is not None)]
+    if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: give the class a `new` that hands it on")
+    return new
+
+def _length(o):
+    try: return len(o)
+    except TypeError: return None # a stream
+def _is_own(k): return k not in _fastais and k[0] != '_'
+def _is_per_item(v, dl): return not isinstance(v, (str, dict)) and hasattr(v, '__len__') and getattr(v, 'ndim', 1) and len(v) == dl.n
+
+def _of_items(k, v, dl, idxs):
+    "The weights `v` of the items `idxs`"
+    if not (isinstance(dl, WeightedDL) and k == 'wgts'):
+        raise TypeError(f"`dls` have a {type(dl).__name__} with `{k}` for each image: take the subset first, and make the loader of its images")
+    w = v[list(idxs)]
+    if not w.sum(): raise ValueError(f"the {len(w)} images of the subset have the weight 0, all of them: take more (`n`), or others (`seed`)")
+    return w
+
 def _with_train(dls, train):
     "`dls` with another training loader; the others are new, too, so that a `Normalize` added here is not added there"
-    return type(dls)(train, *[dl.new() for dl in dls.loaders[1:]], path=dls.path)
+    return type(dls)(train, *[_new(dl) for dl in dls.loaders[1:]], path=dls.path)
 
 class _Part(GetAttr):
     "Some items of a data set"
@@ -38,25 +94,35 @@ def with_subset(
     n_valid:int=None, # number of validation images: a sample, stratified by class; None, or more than there are, means all
 )->DataLoaders:
     "`dls` with `n` of their training images, drawn at random"
+    _check_loaders(dls)
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
-    have,bs = len(dls.train_ds),dls.train.bs
+    have,bs = _n_items(dls.train),dls.train.bs
     n,seed,n_valid = whole_number('n', n),whole_number('seed', seed),whole_number('n_valid', n_valid, 1, none=True)
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
-    kept = None if n_valid is None else sorted(sample_positions(class_labels(dls.valid_ds), n_valid, seed).tolist())
-    dls = _with_train(dls, dls.train.new(_Part(dls.train_ds, random.Random(seed).sample(range(have), n))))
-    if kept is not None: dls.loaders[1] = dls.valid.new(_Part(dls.valid_ds, kept))
+    some_valid = n_valid is not None and n_valid < _n_items(dls.valid)
+    kept = sorted(sample_positions(class_labels(dls.valid_ds), n_valid, seed).tolist()) if some_valid else None
+    def part(dl, idxs): return _new(dl, _Part(dl.dataset, idxs), idxs)
+    dls = _with_train(dls, part(dls.train, random.Random(seed).sample(range(have), n)))
+    if some_valid: dls.loaders[1] = part(dls.valid, kept)
     return dls
+
+def _n_items(dl):
+    "How many items there are to take some of"
+    if getattr(dl, 'n', None) is None or not dl.indexed: raise TypeError(f"`dls` have a {type(dl).__name__} of items without an index, such as a stream: no subset of it can be taken")
+    return dl.n
 
 def with_bs(
     dls, # DataLoaders
     bs:int, # batch size
 )->DataLoaders:
     "`dls` with batches of another size"
+    _check_loaders(dls)
     bs = whole_number('bs', bs, 1)
-    if bs > len(dls.train_ds) and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {len(dls.train_ds)} training images")
+    n = getattr(dls.train, 'n', None) # None: a stream
+    if n is not None and bs > n and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {n} training images")
     if getattr(dls.train, 'frac', None): _check_share(dls.train.frac, bs)
-    return type(dls)(*[dl.new(bs=bs) for dl in dls.loaders], path=dls.path)
+    return type(dls)(*[_new(dl, bs=bs) for dl in dls.loaders], path=dls.path)
 
 class _Relabelled(GetAttr):
     "The items of `whole`, their class moved on by `shifts`, around `n_out` classes"
@@ -74,21 +140,23 @@ def with_label_noise(
     seed:int=42, # of the choice
 )->DataLoaders:
     "`dls` with symmetric label noise: a part of the training images has one of the other classes, all of them alike (paper, Section 3.1, on what label mixing is for)"
+    _check_loaders(dls)
     check_single_label(dls)
     frac,seed = as_number('frac', frac),whole_number('seed', seed)
     if not 0 <= frac <= 1: raise ValueError(f"`frac` must lie in [0, 1], got {frac}")
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
     n,n_out,rng = len(dls.train_ds),len(dls.vocab),random.Random(seed)
     wrong = set(rng.sample(range(n), round(frac*n)))
-    return _with_train(dls, dls.train.new(_Relabelled(dls.train_ds, [rng.randrange(1, n_out) if i in wrong else 0 for i in range(n)], n_out)))
+    return _with_train(dls, _new(dls.train, _Relabelled(dls.train_ds, [rng.randrange(1, n_out) if i in wrong else 0 for i in range(n)], n_out)))
 
 def with_batch_tfms(
     dls, # DataLoaders
     *tfms, # transforms of a batch, put in the place their `order` says, behind those of the same
 )->DataLoaders:
     "`dls` with further transforms of the training batches"
+    _check_loaders(dls)
     if any(isinstance(t, Normalize) for t in tfms): raise ValueError("`tfms`: Normalize here would be of the training batches alone: give it to the data block, as one of its `batch_tfms`")
-    return _with_train(dls, dls.train.new(after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
+    return _with_train(dls, _new(dls.train, after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
 class _StillResize(Resize):
     "Crops in training where it does in validation"
@@ -110,9 +178,10 @@ def with_augmentation(
     kind, # 'none': no random transform of items or batches; 'flip': left to right, half the time
 )->DataLoaders:
     "`dls` with other augmentation of the training images than their own"
+    _check_loaders(dls)
     if kind not in ('none','flip'): raise ValueError(f"`kind` must be 'none' or 'flip', got {kind!r}")
     flip = [PadCropFlip()] if kind == 'flip' else []
-    return _with_train(dls, dls.train.new(after_item=Pipeline(_still(dls.train.after_item)), after_batch=Pipeline([*flip, *_still(dls.train.after_batch)])))
+    return _with_train(dls, _new(dls.train, after_item=Pipeline(_still(dls.train.after_item)), after_batch=Pipeline([*flip, *_still(dls.train.after_batch)])))
 
 # %% ../nbs/08_loaders.ipynb #6c92017e
 def _npz_arrays(path, **want):
@@ -189,6 +258,8 @@ class _Mixed:
 class MixedDL(_Mixed, TfmdDL): "A training loader with synthetic images in every batch"
 class ResidentMixedDL(_Mixed, ResidentDL): "A training loader with synthetic images in every batch, all of them on the device"
 
+_plain_loaders += [MixedDL, ResidentMixedDL]
+
 def _check_share(frac, bs):
     if not 0 < frac < 1: raise ValueError(f"`frac` must lie between 0 and 1, got {frac}")
     if not 0 < round(frac*bs) < bs: raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
@@ -211,10 +282,11 @@ def with_synthetic(
     "`dls` with synthetic images in every training batch, and epochs as long as before (Rebuffi et al., 2021; Wang et al., 2023)"
     if type(dls.train) not in (TfmdDL, ResidentDL): raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
     frac = as_number('frac', frac)
+    if dls.train.n != len(dls.train_ds): raise ValueError(f"`dls` take the first {dls.train.n} of {len(dls.train_ds)} images only: take them by `with_subset` first")
     _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
     x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')
     _check_synthetic(x, y, dls)
-    train = dls.train.new(_WithSynthetic(dls.train_ds, x, y), ResidentMixedDL if isinstance(dls.train, ResidentDL) else MixedDL)
+    train = _new(dls.train, _WithSynthetic(dls.train_ds, x, y), cls=ResidentMixedDL if isinstance(dls.train, ResidentDL) else MixedDL)
     train.frac = frac
     return _with_train(dls, train)

@@ -12,7 +12,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .attacks import FGSM, PGD, AutoAttack, check_eps
-from .core import check_logits, frozen, seeded, whole_number
+from .core import check_logits, check_targ, frozen, hard_labels, seeded, whole_number
 from .evaluation import in_float32, robust_flags
 from .pixel import beside, measured_images, pixel_model
 
@@ -131,7 +131,9 @@ def check_masking(
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
     bs,eps = whole_number('bs', bs, 1),check_eps(eps)
-    x,y = beside(model, x, y)
+    check_targ(y, name='y')
+    x,y = beside(model, x, hard_labels(y))
+    if len(x) != len(y): raise ValueError(f"`y` has {len(y)} labels for {len(x)} images")
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]

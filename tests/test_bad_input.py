@@ -287,3 +287,31 @@ def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net
     Teacher([one, other])
     other.vocab = other.vocab[::-1]
     with pytest.raises(ValueError, match='order the classes differently'): Teacher([one, other])
+
+takes_targ = dict(
+    pgd=lambda m, x, t: PGD(.1, steps=1)(m, x, t), kl=lambda m, x, t: PGD(.1, steps=1, objective='kl')(m, x, t), cw=lambda m, x, t: PGD(.1, steps=1, objective='cw')(m, x, t),
+    autoattack=lambda m, x, t: AutoAttack(.1, version='apgd-ce')(m, x, t), robust_accuracy=lambda m, x, t: robust_accuracy(m, x, t, lambda m, x, t: x),
+    check_masking=lambda m, x, t: check_masking(m, x, t), soft_targets=lambda m, x, t: soft_targets(torch.full((16, 10), .1), t, .5), ckd=lambda m, x, t: ckd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t),
+    trades=lambda m, x, t: trades_loss(torch.zeros(16, 10), torch.zeros(16, 10), t), akd=lambda m, x, t: akd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t))
+no_targ = dict(
+    floats=(lambda y: y.float(), ValueError, r'`(targ|y)` holds one torch.float32 per image, but class indices are integers: use `(targ|y).long\(\)`'),
+    halves=(lambda y: y.half(), ValueError, r'`(targ|y)` holds one torch.float16 per image.*`(targ|y).long\(\)`'),
+    a_column=(lambda y: y[:,None], ValueError, r'`(targ|y)` must hold class indices \(bs,\).*shape \(16, 1\): use `(targ|y).flatten\(\)`'),
+    a_column_of_floats=(lambda y: y[:,None].float(), ValueError, r'soft `(targ|y)`.*\(16, 1\)'),
+    one_number=(lambda y: torch.tensor(1), ValueError, r'`(targ|y)` must hold class indices'),
+    a_list=(lambda y: y.tolist(), TypeError, r'`(targ|y)` must be a tensor of class indices .*got list: use `torch.as_tensor'),
+    an_array=(lambda y: y.numpy(), TypeError, r'`(targ|y)` must be a tensor of class indices .*got ndarray'))
+
+@pytest.mark.parametrize('kind', no_targ)
+@pytest.mark.parametrize('name', takes_targ)
+def test_labels_that_are_none(name, kind, digits, robust_net):
+    "Said before the network is asked, let alone attacked"
+    def model(x): asked.append(x); return robust_net(x)
+    asked, (make, error, says), (x, y) = [], no_targ[kind], (digits.x[:16], digits.y[:16])
+    with pytest.raises(error, match=says): takes_targ[name](model, x, make(y))
+    assert not asked
+
+def test_soft_labels_of_other_classes(digits, robust_net):
+    "Their likeliest class is none of the model's: 100 % would mean nothing"
+    x, y = digits.x[:16], digits.y[:16]
+    with pytest.raises(ValueError, match=r'soft `targ` must be \(bs, 10\).*\(16, 12\)'): robust_accuracy(robust_net, x, torch.nn.functional.one_hot(y, 12).float(), PGD(0., steps=0))

@@ -425,12 +425,13 @@ def test_two_averages_are_refused(make_learner):
 
 @pytest.mark.parametrize('cbs', [lambda net: AKDCallback(net, attack=still), lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
     lambda net: [RSLADCallback(net, cache=True, attack=still), CatastrophicOverfitting(stop=True)]], ids=['akd','averaged','cached and watched'])
-def test_validate_in_the_middle_of_a_fit(cbs, make_learner, make_dls, tiny_net):
+@pytest.mark.parametrize('measure', [lambda l: l.validate(), lambda l: (l.tta(n=1), l.summary())], ids=['validate','tta and summary'])
+def test_validate_in_the_middle_of_a_fit(cbs, measure, make_learner, make_dls, tiny_net):
     "What another callback measures between two batches is not the end of the fit to ours"
     class Nosy(Callback):
         order, run_valid = 200, False
         def after_batch(self):
-            self.learn.validate()
+            measure(self.learn)
             self.learn.training = True; self.model.train()
     ends = []
     for nosy in ([], [Nosy()]):
@@ -439,3 +440,28 @@ def test_validate_in_the_middle_of_a_fit(cbs, make_learner, make_dls, tiny_net):
         learn.fit(2, .01)
         ends.append(weights(learn.model))
     assert same(*ends)
+
+ours = {k: lambda net, d, m=methods[k]: m(net, still) for k in ('at','trades','akd','ckd')} | dict(
+    averaging=lambda net, d: WeightAveraging(.5), keep=lambda net, d: KeepEpochs(), catastrophic=lambda net, d: CatastrophicOverfitting(still, n=16),
+    overfitting=lambda net, d: RobustOverfitting(restore=True), resume=lambda net, d: Resume(d/'resume.pth'), finite=lambda net, d: NonFinite(),
+    trajectory=lambda net, d: RecordTrajectory(d/'trajectory', n=16, attack=still))
+
+@loads
+@pytest.mark.parametrize('name,fitted', [*((k, True) for k in ours), ('resume', False)])
+def test_what_else_a_learner_does(name, fitted, make_learner, make_dls, tiny_net, tmp_path):
+    "Each answers as on a plain Learner, and leaves the weights and the files of the callback alone; `Resume` must not bring back those of its file"
+    learn = make_learner(make_dls(n=32, n_valid=16, bs=16, shuffle=False), tiny_net(), metrics=[accuracy, RobustAccuracy(still)], cbs=ours[name](tiny_net(seed=7), tmp_path))
+    if fitted: learn.fit(1, .01)
+    learn.model.load_state_dict(tiny_net(seed=3).state_dict())
+    plain_learn = make_learner(learn.dls, tiny_net(seed=3))
+    files = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+    kept = files()
+    assert 'Conv2d' in learn.summary() and 'Conv2d' in plain_learn.summary()
+    for f in (lambda l: l.validate()[:1], lambda l: l.get_preds()[0], lambda l: l.get_preds(with_loss=True)[2], lambda l: l.tta(n=1)[0], lambda l: l.predict(l.dls.valid_ds[0][0])[2]):
+        np.testing.assert_allclose(f(learn), f(plain_learn), rtol=1e-5)
+    learn.show_results(max_n=2); plt.close('all')
+    assert files() == kept
+    learn.lr_find(num_it=8, show_plot=False)
+    assert same(weights(learn.model), weights(tiny_net(seed=3)))
+    assert {k: v for k,v in files().items() if k in kept} == kept
+    learn.export()

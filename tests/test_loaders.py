@@ -3,6 +3,7 @@ import copy, pickle, random, struct, tracemalloc, zipfile
 from collections import Counter
 
 import numpy as np, pytest, torch
+from fastai.callback.data import PartialDL, WeightedDL
 from fastai.distributed import DistributedDL
 from fastai.vision.all import (CategoryBlock, CutMix, DataBlock, DataLoaders, Image, ImageBlock, ImageDataLoaders, MultiCategoryBlock, Normalize, PILImage, PILImageBW,
                                RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdDL, Transform, load_learner, set_seed)
@@ -508,3 +509,93 @@ def test_images_keep_their_size_without_augmentation(kind, tmp_path):
     again = with_augmentation(new, kind).train
     assert torch.equal(again.new(shuffle=False, drop_last=False).one_batch()[1], new.train.new(shuffle=False, drop_last=False).one_batch()[1]) and again.one_batch()[0].shape[2:] == (16, 12)
     with pytest.raises(ValueError, match='`dls` get their size from RandomResizedCrop'): with_augmentation(made(item_tfms=RandomResizedCrop(16)), kind)
+
+
+# --- loaders of other classes, which fastai's `new` would make ordinary ---
+
+ways = dict(bs=lambda d: with_bs(d, 16), augmentation=lambda d: with_augmentation(d, 'none'), batch_tfms=lambda d: with_batch_tfms(d, Cutout(2)),
+            noise=lambda d: with_label_noise(d, 0.), subset=lambda d: with_subset(d, 60, n_valid=20))
+each_way = pytest.mark.parametrize('way', ways.values(), ids=ways)
+
+def loaders_of(make_dls, cls, **kw):
+    "Training loader of the class `cls`"
+    d = make_dls(n=96, n_valid=48, bs=32)
+    return DataLoaders(cls(d.train_ds, bs=32, shuffle=True, num_workers=0, after_item=d.train.after_item, after_batch=d.train.after_batch, **kw), d.valid)
+def labels(ds): return np.array([int(y) for _,y in ds])
+
+@each_way
+def test_weights_are_kept(way, make_dls):
+    "Those of a fastai `WeightedDL`: only threes are drawn, of a subset with the weights of its own images"
+    d = make_dls(n=96)
+    w = (labels(d.train_ds) == 3) * np.arange(1., 97)
+    d = loaders_of(make_dls, WeightedDL, wgts=w)
+    d.one_batch()
+    new = way(d)
+    assert type(new.train) is WeightedDL and {int(y) for _,ys in new.train for y in ys} == {3}
+    idxs = getattr(new.train_ds, 'idxs', range(96))
+    np.testing.assert_allclose(new.train.wgts, w[list(idxs)]/w[list(idxs)].sum())
+    np.testing.assert_allclose(d.train.wgts, w/w.sum()) # the loader given stays
+
+def test_a_subset_of_weight_0(make_dls):
+    w = np.zeros(96); w[5] = 1
+    d = loaders_of(make_dls, WeightedDL, wgts=w)
+    with pytest.raises(ValueError, match='40 images of the subset have the weight 0.*`n`.*`seed`'): with_subset(d, 40, seed=next(s for s in range(9) if 5 not in random.Random(s).sample(range(96), 40)))
+
+def test_weights_of_a_validation_loader(make_dls):
+    d = loaders_of(make_dls, TfmdDL)
+    d.loaders[1] = WeightedDL(d.valid_ds, bs=32, wgts=np.arange(48.), shuffle=True, num_workers=0, after_item=d.train.after_item, after_batch=d.train.after_batch)
+    np.testing.assert_allclose(with_subset(d, 60, n_valid=20).valid.wgts, np.arange(20)/sum(range(20)))
+    np.testing.assert_allclose(with_bs(d, 16).valid.wgts, np.arange(48)/sum(range(48)))
+
+@each_way
+def test_part_of_an_epoch_is_kept(way, make_dls):
+    new = way(loaders_of(make_dls, PartialDL, partial_n=40)).train
+    assert type(new) is PartialDL and new.partial_n == 40 and sum(len(y) for _,y in new) in (32, 40) and len(new.get_idxs()) == 40
+def test_no_part_is_larger_than_the_whole(make_dls):
+    assert with_subset(loaders_of(make_dls, PartialDL, partial_n=90), 60).train.partial_n == 60
+
+class Hard(TfmdDL):
+    "Draws by `power`, which it keeps by its name"
+    def __init__(self, dataset, power, *, note='', **kwargs): super().__init__(dataset, **kwargs); self.power,self.note = power,note
+class Hidden(TfmdDL):
+    def __init__(self, dataset, power=1, **kwargs): super().__init__(dataset, **kwargs); self._p = power
+class Inverse(TfmdDL):
+    "Keeps something else by the name of its argument"
+    def __init__(self, dataset, power=1, **kwargs): super().__init__(dataset, **kwargs); self.power = 2/power + 1
+class Popped(TfmdDL):
+    def __init__(self, dataset, **kwargs): self.power = kwargs.pop('power', 1); super().__init__(dataset, **kwargs)
+class Own(Hidden):
+    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **dict(power=self._p) | kwargs)
+class HardResident(ResidentDL):
+    def __init__(self, *args, power=1, **kwargs): super().__init__(*args, **kwargs); self.power = power
+
+@each_way
+@pytest.mark.parametrize('cls', [Hard, Own, HardResident])
+def test_a_loader_class_of_a_users(cls, way, make_dls):
+    new = way(loaders_of(make_dls, cls, power=3)).train
+    assert type(new) is cls and vars(new).get('power', vars(new).get('_p')) == 3
+
+@each_way
+@pytest.mark.parametrize('cls', [Hidden, Inverse, Popped])
+def test_a_loader_class_that_would_lose_something(cls, way, make_dls):
+    with pytest.raises(TypeError, match=f'`dls` have a {cls.__name__}, whose (argument )?`power` would be lost.*`new`'): way(loaders_of(make_dls, cls, power=3))
+
+def test_what_belongs_to_each_image_of_an_unknown_class(make_dls):
+    d = loaders_of(make_dls, Hard, power=list(range(96)))
+    assert with_bs(d, 16).train.power == list(range(96))
+    with pytest.raises(TypeError, match='a Hard with `power` for each image'): with_subset(d, 60)
+
+@each_way
+def test_the_first_n_stay_the_first_n(way, make_dls):
+    d = loaders_of(make_dls, TfmdDL, n=70)
+    first, new = {i for i in range(70)}, way(d).train
+    assert new.n in (60, 70) and {getattr(new.dataset, 'idxs', range(96))[i] for i in new.get_idxs()} <= first
+    with pytest.raises(ValueError, match='first 70 of 96 images'): with_synthetic(d, SYN)
+
+def test_loaders_that_cannot_be_made_anew(make_dls):
+    d = make_dls(n=96)
+    of_torch = DataLoaders(torch.utils.data.DataLoader(d.train_ds, batch_size=32), d.valid)
+    split = DataLoaders(DistributedDL(d.train, rank=0, world_size=2), d.valid)
+    for dls,says in ((of_torch, "a DataLoader of torch.utils.data.*: use fastai's"), (split, 'split among processes already.*distrib_ctx')):
+        for f in (lambda d: with_bs(d, 16), lambda d: with_label_noise(d, 0.)):
+            with pytest.raises(TypeError, match=says): f(dls)

@@ -1,8 +1,8 @@
 "What watches a fit: called once an epoch of training and at no other time, and what `RobustOverfitting` says and puts back."
-import copy, warnings
+import copy, json, warnings
 
 import pytest, torch, torch.nn as nn
-from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, accuracy, load_learner
+from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, SaveModelCallback, accuracy, load_learner
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.core import EachEpoch
@@ -286,3 +286,44 @@ def test_clean_distillation_has_no_attack(make_learner, make_dls, tiny_net):
     assert read_card(learn.path/learn.model_dir/'epoch_1.json')['attack'] == 'None'
     learn.add_cb(CatastrophicOverfitting())
     with pytest.raises(ValueError, match='no training attack'): learn.fit(1)
+
+
+# --- several `RobustAccuracy` on one Learner ---
+
+several = dict(
+    eps=([RobustAccuracy(PGD(8/255)), RobustAccuracy(PGD(.1))], ['robust_accuracy', 'robust_accuracy_eps0.1']),
+    steps_and_n=([RobustAccuracy(PGD(.1, steps=3)), RobustAccuracy(PGD(.1, steps=50), n=10)], ['robust_accuracy', 'robust_accuracy_steps50_n10']),
+    attack=([RobustAccuracy(PGD(.1)), RobustAccuracy(FGSM(8/255))], ['robust_accuracy', 'robust_accuracy_FGSM_eps8/255']),
+    no_settings=([RobustAccuracy(PGD(.1)), RobustAccuracy(lambda model, x, y: x)], ['robust_accuracy', 'robust_accuracy_function']),
+    alike=([RobustAccuracy() for _ in range(3)], ['robust_accuracy', 'robust_accuracy_2', 'robust_accuracy_3']),
+    named=([RobustAccuracy(PGD(.1), name='mine'), RobustAccuracy(), RobustAccuracy(PGD(.2), name='mine')], ['mine', 'robust_accuracy', 'mine_eps0.2']))
+
+@pytest.mark.parametrize('metrics,names', several.values(), ids=several)
+def test_names_of_several_robust_accuracies(metrics, names, make_learner, make_dls):
+    learn = make_learner(make_dls(n=64), metrics=[accuracy, *metrics])
+    assert list(learn.metrics.attrgot('name')) == ['accuracy', *names]
+    for m in metrics: # alone, each has its own again
+        learn.metrics = m
+        assert learn.metrics[0].name == ('mine' if 'mine' in m.name else 'robust_accuracy')
+    learn.metrics = metrics[0]
+    learn.metrics.append(metrics[1])
+    assert len(set(learn.metrics.attrgot('name'))) == 2
+
+@pytest.mark.filterwarnings(ANY)
+def test_several_robust_accuracies_in_tables_cards_and_monitors(make_learner, make_dls, plain_net):
+    "The weak attack, which comes first, is what all of them call `robust_accuracy`; none of them mistakes the strong one for it"
+    weak, strong = PGD(.02, steps=2), PGD(.3, steps=5)
+    save, watch = SaveModelCallback('robust_accuracy'), RobustOverfitting()
+    learn = make_learner(make_dls(n=64), copy.deepcopy(plain_net), metrics=[RobustAccuracy(weak), RobustAccuracy(strong)], cbs=[KeepEpochs(), save, watch])
+    best = []
+    class BestSoFar(Callback):
+        order = 90
+        def after_epoch(self): best.append((save.best, watch.best))
+    learn.fit(1, 0., cbs=BestSoFar())
+    values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    x, y = pixel_data(learn)
+    want = {k: robust_accuracy(plain_net, x, y, a) for k,a in (('robust_accuracy', weak), ('robust_accuracy_eps0.3_steps5', strong))}
+    assert want['robust_accuracy'] > .8 and want['robust_accuracy_eps0.3_steps5'] < .2
+    card = json.loads((learn.path/'models/epoch_1.json').read_text())
+    for k,v in want.items(): assert values[k] == card[k] == pytest.approx(v, abs=.05)
+    assert best == [(values['robust_accuracy'],)*2]

@@ -6,16 +6,30 @@
 __all__ = ['FitCallback', 'told_where', 'EachEpoch']
 
 # %% ../../nbs/14_callback.core.ipynb #33524aae
+import sys
 from contextlib import contextmanager
 from itertools import chain
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from ..core import NotFinite
 
 # %% ../../nbs/14_callback.core.ipynb #e7cb8b36
+_sent_by_others = ('before_fit','before_epoch','after_epoch','after_fit')
+
+def _sent_by_fit():
+    "Has a fit sent the event that is being handled, rather than `tta` or the `with learn` of `summary`?"
+    others = {getattr(f, '__code__', None) for f in (Learner.__enter__, Learner.__exit__, Learner.tta)}
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not Learner._with_events.__code__:
+        if frame.f_code in others: return False
+        frame = frame.f_back
+    return True
+
 class FitCallback(Callback):
-    "A callback that sleeps through `validate` and `get_preds`, also those that another callback calls in the middle of a fit"
+    "A callback that sleeps through `validate`, `get_preds`, `tta` and `summary`, also those that another callback calls in the middle of a fit"
     def __call__(self, event_name):
-        if not self.learn.lock.locked(): return super().__call__(event_name) # they hold the lock
+        if self.learn.lock.locked(): return # `validate` and `get_preds` hold it
+        if event_name not in _sent_by_others or _sent_by_fit(): return super().__call__(event_name)
 
 @contextmanager
 def told_where(

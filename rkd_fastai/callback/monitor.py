@@ -10,7 +10,7 @@ import json, warnings
 from copy import copy
 import torch
 from fastai.callback.core import CancelFitException
-from fastai.learner import Metric
+from fastai.learner import Learner, Metric
 from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
@@ -28,8 +28,10 @@ class RobustAccuracy(Metric):
         attack=PGD(steps=20), # the attack
         n=None, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
         seed=0, # of the sample and of the attack's random starts
+        name=None, # in tables and cards; None means 'robust_accuracy', and what differs behind it where a Learner has several
     ):
         self.attack,self.n,self.seed = copy(check_attack(attack)),check_n(n),whole_number('seed', seed)
+        self.own_name = name
         self.reset()
 
     def reset(self):
@@ -84,8 +86,9 @@ class RobustAccuracy(Metric):
     def value(self):
         if self.model is not None: self._finish() # once in a validation, when fastai asks for the value
         return self.robust/self.seen if self.seen else None
+    added = '' # behind the name, see `_tell_apart`
     @property
-    def name(self): return 'robust_accuracy'
+    def name(self): return (self.own_name or 'robust_accuracy') + self.added
 
 def _sum_of_all(counts, device):
     "The sums of `counts` over all processes"
@@ -93,6 +96,42 @@ def _sum_of_all(counts, device):
     counts = torch.tensor(counts, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(counts)
     return [int(c) for c in counts]
+
+# %% ../../nbs/18_callback.monitor.ipynb #5530b238
+def _short(v):
+    "A number as people write it: 0.1, 8/255"
+    if not isinstance(v, float) or float(f'{v:.3g}') == v: return str(v)
+    return f'{round(v*255)}/255' if abs(v*255 - round(v*255)) < 1e-6 else f'{v:.4g}'
+
+def _settings(metric):
+    "What tells one `RobustAccuracy` from another, as texts by name; a step that follows from `eps` says nothing new"
+    s = getattr(metric.attack, 'settings', {}) | dict(n=metric.n, seed=metric.seed)
+    if s.get('step_size') and s.get('eps'): s['step_size'] = s['step_size']/s['eps']
+    return {k: _short(v) for k,v in s.items()}
+
+def _differs(metric, first):
+    "What makes `metric` another than `first`, as the end of a name"
+    kind,mine,its = type(metric.attack).__name__, _settings(metric), _settings(first)
+    other = [] if kind == type(first.attack).__name__ else [kind]
+    other += [f'{k}{v}' for k,v in mine.items() if k in its and v != its[k]]
+    return ''.join(f'_{o}' for o in other)
+
+def _tell_apart(metrics):
+    "Give each `RobustAccuracy` among `metrics` a name that no other one has; a single one, and the first, keeps its own"
+    taken = {}
+    for m in metrics:
+        if not isinstance(m, RobustAccuracy): continue
+        m.added = ''
+        if m.name in taken: m.added = _differs(m, taken[m.name])
+        end,twin = m.added,1
+        while m.name in taken:
+            twin += 1
+            m.added = f'{end}_{twin}'
+        taken[m.name] = m
+    return metrics
+
+_metrics = Learner.metrics
+Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset, doc="Metrics, of which no two `RobustAccuracy` have one name")
 
 # %% ../../nbs/18_callback.monitor.ipynb #543d895b
 class KeepEpochs(EachEpoch):
