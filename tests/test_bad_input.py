@@ -169,9 +169,10 @@ def test_factory_refuses_what_a_network_has_no_use_for(make_dls, tiny_net):
 def test_arguments_of_another_method(unchanged, make_learner, make_dls, tiny_net):
     for method,wrong in (('ckd', dict(alpha=.5)), ('akd', dict(lam=.5)), ('akd', dict(alhpa=.5)), ('akd', dict(alhpa=None))):
         with unchanged(make_learner(), TypeError, f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback, which takes') as learn: learn.to_rkd(tiny_net(), method, **wrong)
-    for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True))): # asked for, where `alpha` may be a default
+    for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True)), ('akd', dict(lam=.5)), ('ckd', dict(alpha=.5))): # asked for, and no default
         with pytest.raises(TypeError, match=f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback'): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)
     assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'rslad', cache=True).cbs[-1].cache
+    assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'akd', lam=5/6).cbs[-1].alpha == .8 and rkd_learner(make_dls(), tiny_net(), tiny_net(), 'ckd', lam=.5).cbs[-1].lam == .5
     assert repr(make_learner().to_rkd(tiny_net(), attack=None).cbs[-1].attack) == repr(PGD())
 
 @pytest.mark.parametrize('wrong', [dict(eps=4/255), dict(steps=3), dict(norm='L2')])
