@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
+from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, tensors_in, versions, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
@@ -166,7 +166,9 @@ def _identity(model):
     "A digest of all that makes the answers of `model`: weights, buffers that are not saved with them (`mean`, `std`), and the β of ensembles"
     saved = model.state_dict()
     buffers = [b for k,b in model.named_buffers() if k not in saved]
-    return digest([*saved.values(), *buffers, *(torch.tensor(m.betas) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1)])
+    extra = [re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in saved.items() if not isinstance(v, torch.Tensor)]
+    betas = [torch.tensor(m.betas) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1]
+    return digest([*tensors_in(saved), *buffers, *(torch.tensor(list(s.encode())) for s in extra), *betas])
 
 @contextmanager
 def _whole_float32():
@@ -299,7 +301,7 @@ def in_float32(
     model, # any `nn.Module`; it is left as it is
 ):
     "`model`, or a float32 copy of it where it has weights in another precision"
-    if all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point()): return model
+    if all(t.dtype == torch.float32 for t in tensors_in(model.state_dict()) if t.is_floating_point()): return model
     return deepcopy(model).float()
 
 @contextmanager
