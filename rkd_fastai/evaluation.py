@@ -17,13 +17,16 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, tensors_in, versions, write_atomic
+from .core import LogProbs, NotFinite, check_images, check_logits, check_no_probs, digest, frozen, hard_labels
+from .core import read_json, seeded, tensors_in, versions, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
 def _finite_logits(model, x):
-    logits = check_logits(model(x))
+    out = model(x)
+    logits = check_logits(out)
+    check_no_probs(out)
     if not logits.isfinite().all(): raise NotFinite("`model` returned NaN or infinite logits: its accuracy would mean nothing")
     return logits
 
@@ -284,17 +287,11 @@ def measure_robustness(
     return Robustness({k: torch.tensor(at[k]['stands']).bool() for k in attacks}, {k: run.composed[k] for k in attacks},
                       {k: at[k]['seconds'] for k in attacks}, eps, norm, seed)
 
-class _LogProbs(torch.nn.Module):
-    "A model that returns probabilities, as one that returns logits"
-    def __init__(self, model): super().__init__(); self.model = model
-    def forward(self, x): return self.model(x).clamp_min(1e-38).log()
-
 def _as_logits(model, x, logits):
-    if not logits: return _LogProbs(model)
+    if not logits: return LogProbs(model)
     with torch.no_grad(), frozen(model): # one at a time: the size that fits into memory is found later
         out = torch.cat([check_logits(model(xb.to(model_device(model)))) for xb in x.split(1)])
-    if are_probs(out):
-        raise ValueError("`model` returns probabilities, not logits: attacks need logits, or their gradients vanish. Take the softmax off the model, or say `logits=False`")
+    check_no_probs(out, or_else=", or say `logits=False`")
     return model
 
 def in_float32(

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import load_file
 from torchvision.models import get_model, get_weight
-from .core import NotFinite, PixelModel, check_T, check_logits, check_weights, is_extra, read_json, tensors_in
+from .core import NotFinite, PixelModel, are_probs, check_T, check_logits, check_no_probs, check_weights
+from .core import is_extra, read_json, tensors_in
 from .fast import folded
 from .losses import ensemble_probs
 from .pixel import model_device, pixel_model, sample_images
@@ -36,7 +37,11 @@ def _as_member(model, mean, std):
     return member
 
 def _probs(member, x, T):
-    with folded(member, x): return (check_logits(member(x), 'teacher')/T).softmax(1)
+    with folded(member, x): out = member(x)
+    if not getattr(member, 'known', False):
+        check_no_probs(out, 'teacher')
+        member.known = not (torch.is_tensor(out) and out.ndim == 2 and are_probs(out)) # for good: a GPU waits but once
+    return (check_logits(out, 'teacher')/T).softmax(1)
 
 class Teacher(nn.Module):
     "A frozen teacher, or a β-weighted ensemble of them: pixel space in, logits or `probs` out (paper, Sections 2 and 3.6)"
