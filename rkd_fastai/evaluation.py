@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import LogProbs, NotFinite, check_images, check_logits, check_no_probs, digest, frozen, hard_labels
-from .core import read_json, seeded, tensors_in, versions, write_atomic
+from .core import read_json, seeded, tensors_in, versions, warn_of_batch_statistics, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
@@ -38,6 +38,7 @@ def robust_flags(
 ):
     "True for each image classified rightly both as it is and under `attack`: `(bs,)`"
     label = hard_labels(targ)
+    warn_of_batch_statistics(model)
     with torch.no_grad(), frozen(model):
         logits = _finite_logits(model, x)
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):

@@ -20,7 +20,7 @@ from fastcore.foundation import L
 from safetensors.torch import load_file
 from torchvision.models import get_model, get_weight
 from .core import NotFinite, PixelModel, are_probs, check_T, check_logits, check_no_probs, check_weights
-from .core import is_extra, read_json, tensors_in
+from .core import is_extra, naming_batchnorm, read_json, tensors_in, warn_of_batch_statistics
 from .fast import folded
 from .losses import ensemble_probs
 from .pixel import model_device, pixel_model, sample_images
@@ -37,7 +37,7 @@ def _as_member(model, mean, std):
     return member
 
 def _probs(member, x, T):
-    with folded(member, x): out = member(x)
+    with folded(member, x), naming_batchnorm(member, 'teacher'): out = member(x)
     if not getattr(member, 'known', False):
         check_no_probs(out, 'teacher')
         member.known = not (torch.is_tensor(out) and out.ndim == 2 and are_probs(out)) # for good: a GPU waits but once
@@ -344,6 +344,7 @@ def check_teacher(
     channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel) and m.mean is not None} - {1, images.shape[1]}
     if channels: # a grey image minus three means would be a colour image
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it normalises {channels.pop()} channels")
+    warn_of_batch_statistics(teacher, 'teacher')
     try: probs = teacher.probs(images)
     except RuntimeError as e:
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
