@@ -42,10 +42,17 @@ class PixelModel(nn.Module):
         device = next((t.device for t in chain(self.parameters(), self.buffers())), None) # where the network lies already
         for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, None if v is None else _stats(k, v).to(device), persistent=False)
 
+    def _check_channels(self, x):
+        n = 1 if self.mean is None else max(self.mean.shape[1], self.std.shape[1])
+        if n > 1 and n != x.shape[-3]: # three means would make three channels of one
+            raise ValueError(f"`mean` and `std` are of {n} channels, but the images of {x.shape[-3]}: "
+                             "give as many numbers as there are channels, or one")
+
     def normalize(self,
         x, # images in [0, 1], `(bs, c, h, w)`
     ):
         "Pixel space → the space `model` was trained in"
+        self._check_channels(x)
         return x if self.mean is None else (x - self.mean.to(x)) / self.std.to(x)
 
     def denormalize(self,

@@ -316,21 +316,36 @@ def from_robustbench(cls:Teacher,
 def from_timm(cls:Teacher,
     name, # of a network in timm, e.g. 'resnet50.a1_in1k'
     pretrained:bool=True, # with the published weights
-    **kwargs, # of `timm.create_model`, e.g. `checkpoint_path`
+    mean=None, # per-channel mean that its input is to be normalised by; None: the network's own, for grey images the mean of its channels
+    std=None, # per-channel standard deviation, likewise
+    **kwargs, # of `timm.create_model`, e.g. `in_chans` or `checkpoint_path`
 )->Teacher:
     "A network of timm with its own normalisation; it takes images of the size it was trained on"
     net = _import('timm', 'timm').create_model(name, pretrained=pretrained, **kwargs)
-    return cls(net, mean=net.pretrained_cfg['mean'], std=net.pretrained_cfg['std'])
+    if mean is None and std is None:
+        cfg = net.pretrained_cfg
+        mean,std = (_for_channels(cfg[k], kwargs.get('in_chans') or cfg['input_size'][0]) for k in ('mean','std'))
+    return cls(net, mean=mean, std=std)
+
+def _for_channels(stats, n):
+    "The published `stats` for `n` channels; for grey images, whose weights timm makes by adding up the channels', their mean"
+    if len(stats) in (1, n): return stats
+    if n == 1: return [sum(stats)/len(stats)]
+    raise ValueError(f"`in_chans` is {n}, but the network's own normalisation is of {len(stats)} channels: "
+                     f"give `mean` and `std` of {n}")
 
 @patch(cls_method=True)
 def from_torchvision(cls:Teacher,
     weights, # torchvision's weights, e.g. `ResNet50_Weights.DEFAULT`, or their name as text
+    mean=None, # per-channel mean that its input is to be normalised by; None: the weights' own
+    std=None, # per-channel standard deviation, likewise
 )->Teacher:
     "A pretrained classifier of torchvision with its own normalisation and the names of its classes"
     weights = get_weight(weights) if isinstance(weights, str) else weights
     if not weights.meta.get('categories'): raise ValueError(f"`weights` {weights} know no classes: take those of a classifier")
     tfms = weights.transforms()
-    teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=tfms.mean, std=tfms.std)
+    if mean is None and std is None: mean,std = tfms.mean,tfms.std
+    teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=mean, std=std)
     teacher.vocab = list(weights.meta['categories'])
     return teacher
 
@@ -343,10 +358,15 @@ def check_teacher(
     images,n_out = sample_images(dls).to(model_device(teacher)), get_c(dls)
     channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel) and m.mean is not None} - {1, images.shape[1]}
     if channels: # a grey image minus three means would be a colour image
-        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it normalises {channels.pop()} channels")
+        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it normalises "
+                         f"{channels.pop()} channels; where its network takes {images.shape[1]}, make it with `mean` and `std` of so many")
     warn_of_batch_statistics(teacher, 'teacher')
     try: probs = teacher.probs(images)
     except RuntimeError as e:
+        devices = sorted({str(t.device) for ts in (teacher.parameters(), teacher.buffers()) for t in ts})
+        if len(devices) > 1:
+            raise ValueError(f"`teacher` lies on several devices, {' and '.join(devices)}: move all of it to one, "
+                             f"`teacher.to({str(model_device(teacher))!r})` ({str(e).splitlines()[0]})") from e
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
         raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of the same classes")

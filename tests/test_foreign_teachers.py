@@ -94,6 +94,33 @@ def test_timm_loads_weights_unless_told_not_to():
     assert made.call_args.args == ('test_resnet',) and made.call_args.kwargs == dict(pretrained=True, num_classes=4)
     with pytest.raises(Exception, match='no_such_network'): Teacher.from_timm('no_such_network', pretrained=False)
 
+@pytest.mark.parametrize('stats', [{}, dict(mean=.3, std=[.2])], ids=['its own','given'])
+def test_timm_in_other_channels(stats, make_dls, make_learner):
+    "Grey images are normalised by the mean of the network's own statistics, or by what is given; there is none for two channels"
+    own = dict(mean=(.1, .2, .6), std=(.4, .5, .9))
+    make = lambda **kw: Teacher.from_timm('test_resnet', pretrained=False, num_classes=10, pretrained_cfg_overlay=own, **kw)
+    t, x = make(in_chans=1, **stats), torch.rand(3, 1, 32, 32)
+    net = t.members[0].model
+    close(t.probs(x), probs(net, (x - .3)/(.2 if stats else .6)), rtol=1e-4, atol=1e-6)
+    assert make_learner().to_rkd(t).cbs[-1].teacher is t # it runs on grey images
+    if stats:
+        close(make(in_chans=2, mean=[.1, .2], std=.5).members[0].mean.flatten(), torch.tensor([.1, .2]))
+        with pytest.raises(ValueError, match='both `mean` and `std`'): make(mean=.3)
+    else:
+        with pytest.raises(ValueError, match='`in_chans` is 2.*give `mean` and `std` of 2'): make(in_chans=2)
+        with pytest.raises(ValueError, match='of 3 channels, but the images of 1'): make().probs(x)
+
+def test_torchvision_with_other_statistics():
+    w = torchvision.models.ResNet18_Weights.DEFAULT
+    with patch.object(teachers, 'get_model', return_value=nn.Flatten()): t = Teacher.from_torchvision(w, mean=[.1, .2, .3], std=.5)
+    close(t.members[0].mean.flatten(), torch.tensor([.1, .2, .3])); close(t.members[0].std.flatten(), torch.tensor([.5]))
+
+def test_members_on_several_devices(make_dls, tiny_net):
+    "Which is what the error is about, not the images"
+    t = Teacher([tiny_net(), tiny_net(seed=1)])
+    t.members[1].to('meta')
+    with pytest.raises(ValueError, match=r"`teacher` lies on several devices, cpu and meta: move all of it to one, `teacher.to\('cpu'\)`"): check_teacher(t, make_dls())
+
 
 # --- torchvision ---
 
