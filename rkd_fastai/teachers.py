@@ -8,10 +8,11 @@ __all__ = ['Teacher', 'MissingFile', 'load_plain', 'plain_state', 'read_state', 
 
 # %% ../nbs/09_teachers.ipynb #f10d9b51
 import io, math, mmap, pickle, re, warnings, zipfile
+from argparse import Namespace
 from importlib import import_module
 from copy import deepcopy
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 import numpy as np, torch, torch.nn as nn
 from fastai.learner import Learner
 from fastai.vision.data import get_c
@@ -102,9 +103,13 @@ class MissingFile(FileNotFoundError, ValueError): "A file that was named is not 
 
 # hyper-parameters that a schedule set: numbers, which execute nothing
 _numpy_numbers = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(t)) for t in ('f8','f4','i8'))]
-_harmless = [L, *_numpy_numbers] # learn.save keeps the optimiser's settings in fastcore lists
-_wrappings = ('state_dict', 'model_state_dict', 'model', 'net', 'ema')
-_prefixes  = ('module.', '_orig_mod.', 'model.')
+_settings = [Namespace, PosixPath, WindowsPath] # that a training was started with: texts and numbers
+_wrappings = ('state_dict', 'model_state_dict', 'model', 'model_state', 'net', 'net_state_dict', 'ema')
+_suffixes = ('.safetensors', '.pth', '.pt', '.ckpt') # before which others put `.tar`, `.best` and `.latest`
+_prefixes = ('module.', '_orig_mod.', 'model.', 'attacker.') # the last by MadryLab, whose files have each weight twice
+_normaliser = re.compile(r'(normali[sz]e[rd]?\.)?(?P<new>new_)?(?P<what>mean|std|mu|sigma)')
+
+_harmless = [L, *_numpy_numbers, *_settings] # learn.save keeps the optimiser's settings in fastcore lists
 
 _any_size = b'bytearray\n' # the one thing PyTorch lets a file call that takes as much memory as it is told
 
@@ -151,14 +156,15 @@ def plain_state(
     return state
 
 def read_state(
-    path, # `.pth`, `.pt`, `.ckpt` or `.safetensors`
+    path, # `.pth`, `.pt`, `.ckpt`, the same with a further `.tar`, `.best` or `.latest`, or `.safetensors`
 ):
     "The `state_dict` in a checkpoint, read without executing anything it holds"
     path = Path(path)
     if path.is_dir(): raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or open a run of `rkd train` or `rkd distill` by `load_run` or `load_network` of rkd_fastai.runs")
     if not path.is_file(): raise MissingFile(f"no teacher file at `{path}`")
-    if path.suffix not in ('.safetensors', '.pth', '.pt', '.ckpt'):
-        raise ValueError(f"`{path}`: a teacher file is .safetensors, .pth, .pt or .ckpt. An exported Learner (.pkl) runs code when loaded: "
+    suffix = Path(path.stem).suffix if path.suffix in ('.tar', '.best', '.latest') else path.suffix
+    if suffix not in _suffixes or path.suffix != suffix == '.safetensors':
+        raise ValueError(f"`{path}`: a teacher file is .safetensors, .pth, .pth.tar, .pt or .ckpt. An exported Learner (.pkl) runs code when loaded: "
                          "if you trust it, pass `load_learner(path)` as the teacher")
     if path.suffix != '.safetensors': return _find_state(load_plain(path), path)
     try: return load_file(path)
@@ -181,13 +187,30 @@ def _is_state(d):
     named = all(isinstance(k, str) and (isinstance(v, torch.Tensor) or is_extra(k)) for k,v in d.items())
     return named and any(isinstance(v, torch.Tensor) for v in d.values())
 
-def _strip(state, want):
-    "`state` without a prefix that every name carries and `want` does not know"
-    while state and not set(state) & set(want):
-        p = next((p for p in _prefixes if all(k.startswith(p) for k in state)), None)
-        if p is None: break
-        state = {k[len(p):]: v for k,v in state.items()}
-    return state
+def _names(k):
+    "The name `k` in a file, and what it is without each of the usual prefixes before it"
+    yield k
+    while p := next((p for p in _prefixes if k.startswith(p)), None):
+        k = k[len(p):]
+        yield k
+
+def _strip(state, want, path):
+    "`state` by the names in `want`, each without the prefixes that keep it from being one, and `(mean, std)` of a normaliser, or None"
+    found,stats,origin = {},{},{}
+    for k,v in state.items():
+        names = list(_names(k))
+        name = next((n for n in names if n in want), None)
+        m = None if name else _normaliser.fullmatch(names[-1])
+        if m: into,name = stats,dict(mu='mean', sigma='std').get(m['what'], m['what'])
+        else: into,name = found,name or names[-1]
+        if name in into and not _equal(into[name], v):
+            raise ValueError(f"`{path}` holds two different tensors for `{name}`, `{origin[name]}` and `{k}`: "
+                             "save the state_dict of one network")
+        into[name],origin[name] = v,k
+    if set(stats) == {'mean','std'}: return found, (stats['mean'].flatten().tolist(), stats['std'].flatten().tolist())
+    return found | stats, None
+
+def _equal(a, b): return a is b or torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
 
 def _mismatch(state, want):
     "What keeps `state` from fitting `want`, in words"
@@ -203,14 +226,20 @@ def fitting_state(
     model:nn.Module, # network; its weights are not looked at
 ):
     "The `state_dict` in a checkpoint by the names of `model`, or a `ValueError` that says why it is another network's"
+    state,stats = _fitting(path, model)
+    if stats: raise ValueError(f"`{path}` holds the normalisation of its images, too: take it by `load_teacher`")
+    return state
+
+def _fitting(path, model):
+    "`fitting_state`, and `(mean, std)` where the checkpoint holds a normaliser that `model` has not, else None"
     want = model.state_dict()
-    state = _strip(read_state(path), want)
+    state,stats = _strip(read_state(path), want, path)
     problem = _mismatch(state, want)
     if problem: raise ValueError(f"`{path}` does not fit `model` ({problem}): build `model` with the checkpoint's architecture and number of classes")
     absent = [k for k in want if is_extra(k) and k not in state]
     if absent: warnings.warn(f"`{path}` has no `{absent[0]}`, and a .safetensors file can have none: "
                              "what `get_extra_state` returns stays as it is in `model`")
-    return state
+    return state, stats
 
 def _normalisation(path):
     "`(mean, std)` on the card that `KeepEpochs` wrote beside a checkpoint, else `(None, None)`"
@@ -224,16 +253,18 @@ def _normalisation(path):
     return card['mean'],card['std']
 
 def load_teacher(
-    path, # `.pth`, `.pt`, `.ckpt` or `.safetensors` file of weights
+    path, # `.pth`, `.pt`, `.ckpt`, `.pth.tar` or `.safetensors` file of weights
     model:nn.Module, # network of the checkpoint's architecture; it is copied, not changed
-    mean=None, # per-channel mean that the network expects its input to be normalised by; None: what the card of `KeepEpochs` says, or it takes pixel space
+    mean=None, # per-channel mean that its input is to be normalised by; None: what the file or the card of `KeepEpochs` says, or it takes pixel space
     std=None, # per-channel standard deviation, likewise
 ):
     "A `Teacher` with the weights in `path`, which is never executed"
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module of the checkpoint's architecture, got {model!r}")
-    state,model = fitting_state(path, model),deepcopy(model)
+    (state,stats),model = _fitting(path, model),deepcopy(model)
     model.load_state_dict(state, strict=False) # BatchNorm's step counters may be missing, which eval mode does not read
-    if mean is None and std is None: mean,std = _normalisation(path)
+    if mean is None and std is None: mean,std = stats or _normalisation(path)
+    if stats and mean is stats[0] and max(mean) > 1:
+        raise ValueError(f"`{path}` normalises images by a mean of {mean}, which is none of images in [0, 1]: give `mean` and `std`")
     return Teacher(model, mean=mean, std=std)
 
 # %% ../nbs/09_teachers.ipynb #40b4d339
