@@ -23,10 +23,12 @@ from .study import Study, read_rows, report
 
 # what one module has for another: importable from there, and no part of `*`
 _inside = """
-    writing atomic_path write_atomic read_json digest are_probs check_images check_logits check_targ check_fraction check_T check_weights
+    writing atomic_path write_atomic read_json digest is_extra tensors_in copy_value copy_state are_probs check_no_probs
+    batch_statistics warn_of_batch_statistics naming_batchnorm
+    check_images check_logits check_targ check_fraction check_T check_weights
     as_number whole_number default_tensors check_n class_labels images_digest no_labels split_name choose_dl sampled_images arriving_positions
-    check_attack check_eps check_xy check_single_label check_teacher undistributed unwrap held_out measured_images in_float32
-    load_plain fitting_state symptom Symptom told_where label_settings own_loss batch_targ weighted_mean describe_training
+    check_attack check_eps check_xy check_single_label check_teacher warn_of_chance undistributed unwrap held_out measured_images in_float32
+    load_plain plain_state fitting_state symptom Symptom told_where label_settings own_loss batch_targ weighted_mean describe_training
 """.split()
 
 # `resnet18` is torchvision's to fastai users: ours is importable by name from here, and with `*` from `rkd_fastai.models`

@@ -6,12 +6,15 @@
 __all__ = ['Attack', 'check_attack', 'PGD', 'check_eps', 'FGSM', 'FFGSM', 'AutoAttack']
 
 # %% ../nbs/04_attacks.ipynb #32f1d320
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
+from weakref import WeakSet
 import torch, torch.nn.functional as F
-from .core import (PixelModel, as_number, frozen, check_images, check_logits, check_targ, class_indices, default_tensors, hard_labels,
-                             onehot, seeded, whole_number)
+from .core import (PixelModel, as_number, check_images, check_logits, check_no_probs, check_number,
+                             check_targ, class_indices, default_tensors, frozen, hard_labels, onehot, seeded,
+                             whole_number)
 from .fast import faster, folded, has_bf16
 from .search import apgd, fab, margin, square
 
@@ -30,6 +33,17 @@ def _settle(x_adv, x):
     # neighbouring non-negative half-precision numbers are neighbouring integers
     one_ulp = torch.sign(wide - x_adv).to(torch.int16) * too_far
     return (out.view(torch.int16) + one_ulp.to(torch.int16)).view(x.dtype)
+
+_tried = WeakSet() # networks that are known to return logits, or were warned of
+
+def _warn_of_probs(model, x):
+    "Warn once of a network that returns probabilities: it is tried on some of the images `x` when it is first attacked"
+    net = model.model if isinstance(model, PixelModel) else model # it outlives the `PixelModel` around it
+    if len(x) < 2 or not isinstance(net, torch.nn.Module) or net in _tried: return
+    _tried.add(net)
+    with torch.no_grad(), seeded(0, x.device): out = model(x[:8])
+    try: check_no_probs(out)
+    except ValueError as e: warnings.warn(str(e))
 
 class Attack:
     "Base of all attacks: subclass it, keep the settings as attributes, define `perturb`"
@@ -77,6 +91,7 @@ class Attack:
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             # a clone, since tensors made in inference mode cannot take part in autograd
             x,targ = (t.detach().as_subclass(torch.Tensor).clone() for t in (x, targ))
+            _warn_of_probs(model, x)
             with folded(model, x) if self.folds else nullcontext(): x_adv = self.perturb(model, x, targ)
             return _settle(x_adv.detach(), x)
 

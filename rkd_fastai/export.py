@@ -15,7 +15,7 @@ import torch, torch.nn as nn
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from .core import PixelModel, are_probs, check_images, check_logits, frozen, seeded
+from .core import PixelModel, check_images, check_logits, check_no_probs, frozen, seeded, warn_of_batch_statistics
 from .evaluation import Robustness
 from .pixel import check_single_label, held_out, pixel_model, sample_images
 from .teachers import Teacher
@@ -149,12 +149,12 @@ def _answers(net, x):
 
 def _check_model(model, x):
     "The number of classes of `model`, which returns logits and runs on `x`"
+    warn_of_batch_statistics(model)
     try:
-        with torch.no_grad(), frozen(model): logits = check_logits(model(x))
+        with torch.no_grad(), frozen(model): logits = check_logits(model(torch.cat([x, 1-x]))) # of one image it would be chance
     except RuntimeError as e: raise ValueError(f"`model` cannot run on images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}") from e
     if not logits.isfinite().all(): raise ValueError("`model` returned NaN or infinite logits: there is nothing to export")
-    if are_probs(logits):
-        raise ValueError("`model` returns probabilities, but RobustBench attacks logits: take the softmax off the model")
+    check_no_probs(logits)
     return logits.shape[1]
 
 def _check_same(loaded, model, x):

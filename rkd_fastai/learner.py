@@ -81,8 +81,8 @@ def rkd_learner(
     arch, # what `vision_learner` takes, a timm name, or an `nn.Module` that is used as it is
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
-    alpha=.8, # weight of the teacher inside the soft target; CKD has none
-    lam=5/6, # weight of the adversarial term, of ARD and RSLAD; in CKD of the distilled term, where `CKDCallback` itself has .9
+    alpha=.8, # weight of the teacher inside the soft target; CKD has none, and refuses another value
+    lam=5/6, # weight of the adversarial term, of ARD and RSLAD; in CKD of the distilled term, where `CKDCallback` itself has .9; AKD has none, and refuses another value
     attack=None, # the attack on the training images; None means the method's own, `PGD()`; CKD has none
     T=1., # temperature
     cache:bool=False, # keep the teacher's answers, for images that are the same in every epoch; not of AKD
@@ -94,9 +94,9 @@ def rkd_learner(
     cls = method_class(method)
     if (ours := getattr(arch, 'func', arch)) in (resnet18, wide_resnet): raise TypeError(f"`arch`: {ours.__name__} of rkd_fastai.models makes a network, give `{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
     alpha,lam = check_fraction(alpha=alpha, lam=lam)
-    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache or None, compile=compile, bf16=bf16)
-    takes = signature(cls).parameters
-    check_known(cls, [k for k in ('attack','cache') if settings[k] is not None and k not in takes] # asked for, not a default
+    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache, compile=compile, bf16=bf16)
+    takes,defaults = signature(cls).parameters,signature(rkd_learner).parameters
+    check_known(cls, [k for k,v in settings.items() if k not in takes and v != defaults[k].default] # asked for, not a default
                      + [k for k in kwargs if k in signature(PGD).parameters]) # `vision_learner` takes the others
     cb = cls(teacher, **{k: v for k,v in settings.items() if k in takes and v is not None})
     cb.check(dls) # before `vision_learner` adds its Normalize to them

@@ -23,12 +23,13 @@ from .attacks import PGD
 from .callback.finite import NonFinite
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .callback.resume import Resume
-from .core import atomic_path, digest, read_json, versions, write_atomic
-from .data import cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls, tiny_imagenet_dls
+from .core import atomic_path, digest, read_json, tensors_in, versions, write_atomic
+from .data import (cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls,
+                             tiny_imagenet_dls)
 from .models import resnet18, wide_resnet
 from .pixel import sample_images, unwrap
 from .sampling import sample_positions
-from .teachers import MissingFile, fitting_state, load_teacher, read_state, saved_epochs
+from .teachers import MissingFile, fitting_state, load_teacher, plain_state, read_state, saved_epochs
 from .terminal import one_line
 
 # %% ../nbs/26_runs.ipynb #b9a5d2f4
@@ -126,7 +127,7 @@ def save_run(
     **card
 ):
     "Weights and card of a finished run"
-    with atomic_path(out/'model.pth') as tmp: torch.save(unwrap(learn.model).state_dict(), tmp)
+    with atomic_path(out/'model.pth') as tmp: torch.save(plain_state(unwrap(learn.model)), tmp)
     names,values = learn.recorder.metric_names[1:-1],learn.recorder.values[-1]
     last = {n: v for n,v in zip(names, values) if v is not None}
     write_atomic(out/'card.json', json.dumps(dict(card, last_epoch=last, versions=versions()), indent=2))
@@ -135,7 +136,7 @@ def _described(card_path, path):
     "Card and network of the checkpoint `path`: no larger a one than the checkpoint is"
     card = read_json(card_path)
     told = [card[k] for k in ('arch','width','n_in','n_out')]
-    sizes = {n for t in read_state(path).values() for n in t.shape}
+    sizes = {n for t in tensors_in(read_state(path)) for n in t.shape}
     if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{card['n_in']} channels and {card['n_out']} classes are not those of {path.name}")
     if told[0] == 'resnet18' or str(told[0]).startswith('wrn-'): # timm's are of one size
         with torch.device('meta'): fitting_state(path, make_net(*told))

@@ -7,6 +7,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSE
 
 from rkd_fastai import models
 from rkd_fastai.all import *
+from rkd_fastai.core import are_probs
 
 methods = ['akd', 'rslad', 'ard', 'ckd']
 callbacks = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
@@ -195,9 +196,10 @@ def test_factory_refuses_what_a_network_has_no_use_for(make_dls, tiny_net):
 def test_arguments_of_another_method(unchanged, make_learner, make_dls, tiny_net):
     for method,wrong in (('ckd', dict(alpha=.5)), ('akd', dict(lam=.5)), ('akd', dict(alhpa=.5)), ('akd', dict(alhpa=None))):
         with unchanged(make_learner(), TypeError, f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback, which takes') as learn: learn.to_rkd(tiny_net(), method, **wrong)
-    for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True))): # asked for, where `alpha` may be a default
+    for method,wrong in (('ckd', dict(attack=PGD())), ('akd', dict(cache=True)), ('akd', dict(lam=.5)), ('ckd', dict(alpha=.5))): # asked for, and no default
         with pytest.raises(TypeError, match=f'`{next(iter(wrong))}` means nothing to {method.upper()}Callback'): rkd_learner(make_dls(), tiny_net(), tiny_net(), method, **wrong)
     assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'rslad', cache=True).cbs[-1].cache
+    assert rkd_learner(make_dls(), tiny_net(), tiny_net(), 'akd', lam=5/6).cbs[-1].alpha == .8 and rkd_learner(make_dls(), tiny_net(), tiny_net(), 'ckd', lam=.5).cbs[-1].lam == .5
     assert repr(make_learner().to_rkd(tiny_net(), attack=None).cbs[-1].attack) == repr(PGD())
 
 @pytest.mark.parametrize('wrong', [dict(eps=4/255), dict(steps=3), dict(norm='L2')])
@@ -315,3 +317,64 @@ def test_soft_labels_of_other_classes(digits, robust_net):
     "Their likeliest class is none of the model's: 100 % would mean nothing"
     x, y = digits.x[:16], digits.y[:16]
     with pytest.raises(ValueError, match=r'soft `targ` must be \(bs, 10\).*\(16, 12\)'): robust_accuracy(robust_net, x, torch.nn.functional.one_hot(y, 12).float(), PGD(0., steps=0))
+
+# --- networks that end in a softmax ---
+
+def softened(net): return nn.Sequential(net, nn.Softmax(1))
+
+class InEvalMode(nn.Module):
+    "Logits while it trains, probabilities when it is asked"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x) if self.training else self.net(x).softmax(1)
+
+@each
+@pytest.mark.parametrize('teacher', [softened, lambda net: Teacher([net, Teacher(softened(net))])], ids=['alone','a member of a member'])
+def test_teacher_that_ends_in_a_softmax(method, teacher, unchanged, make_learner, tiny_net):
+    both_ways(unchanged, make_learner(), teacher(tiny_net()), method, ValueError, r'`teacher` returns probabilities, not logits.*`LogProbs\(net\)`')
+
+@pytest.mark.parametrize('method', [*methods, 'at', 'trades'])
+@pytest.mark.parametrize('student', [softened, InEvalMode])
+def test_student_that_ends_in_a_softmax(method, student, unchanged, make_learner, tiny_net):
+    "Said before the first step"
+    cb = dict(at=AdversarialTraining, trades=TRADES).get(method) or partial(callbacks[method], tiny_net(seed=1))
+    learn = make_learner(model=student(tiny_net()), cbs=cb())
+    with unchanged(learn, ValueError, '`learn.model` returns probabilities, not logits'): learn.fit(1)
+
+measures = dict(
+    robust_accuracy = lambda l, x, y: robust_accuracy(l.model, x, y, PGD(.1, steps=1)),
+    metric = lambda l, x, y: make_metric(l).validate(),
+    robustness = lambda l, x, y: l.robustness('pgd1'),
+    curve = lambda l, x, y: robustness_curve(l.model, x, y, [.1], 'pgd1'),
+    masking = lambda l, x, y: check_masking(l.model, x, y),
+    check_robustness = lambda l, x, y: l.check_robustness(),
+    teacher = lambda l, x, y: Teacher(l.model).probs(x),
+    teacher_check = lambda l, x, y: Teacher(l).check(l.dls, 'clean'),
+    adversarial = lambda l, x, y: l.show_adversarial(max_n=2),
+    trajectory = lambda l, x, y: l.fit(1, 0., cbs=RecordTrajectory(l.path/'t', attack=None)))
+def make_metric(learn): learn.metrics = [*learn.metrics, RobustAccuracy(PGD(.1, steps=1))]; return learn
+
+@pytest.mark.parametrize('measure', measures.values(), ids=measures)
+def test_measuring_probabilities(measure, make_learner, make_dls, plain_net, test_images):
+    x, y = (o[:40] for o in test_images)
+    with pytest.raises(ValueError, match='returns probabilities, not logits'): measure(make_learner(model=softened(plain_net)), x, y)
+
+def test_logits_that_are_logarithms(make_learner, make_dls, plain_net, test_images):
+    "Of probabilities, they are logits as good as others: nothing is said, and the numbers are the network's own"
+    x, y = (o[:40] for o in test_images)
+    want = robust_accuracy(plain_net, x, y, PGD(.1, steps=3, random_start=False))
+    for net in (nn.Sequential(plain_net, nn.LogSoftmax(1)), LogProbs(softened(plain_net))):
+        assert abs(robust_accuracy(net, x, y, PGD(.1, steps=3, random_start=False)) - want) < .03 and 0 < want < 1
+        torch.testing.assert_close(Teacher(net).probs(x), Teacher(plain_net).probs(x))
+        make_learner(model=net, cbs=TRADES(PGD(.1, steps=1, objective='kl'))).fit(1, 0.)
+    learn = make_learner().to_rkd(LogProbs(softened(plain_net)), attack=PGD(.1, steps=1))
+    learn.fit(1, 0.)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert are_probs(torch.randn(9, 1000).softmax(1).to(dtype)) and not are_probs(torch.rand(9, 1000).to(dtype))
+    same = torch.eye(10)[[3, 3]] # two images that a sure network answers alike
+    assert Teacher(nn.Sequential(nn.Flatten(), nn.Identity())).probs(same.view(2, 1, 1, 10)).argmax(1).tolist() == [3, 3]
+
+def test_attack_on_probabilities(plain_net, test_images):
+    "A warning, once for each network"
+    x, y, net = test_images[0][:10], test_images[1][:10], softened(plain_net)
+    with pytest.warns(UserWarning, match='returns probabilities'): PGD(.1, steps=1)(net, x, y)
+    PGD(.1, steps=1)(PixelModel(net), x, y); PGD(.1, steps=1)(plain_net, x, y)

@@ -8,6 +8,7 @@ from fastai.vision.all import (SGD, AdaptiveAvgPool, BnFreeze, Callback, Classif
                                GradientAccumulation, GradientClip, ImageDataLoaders, L, PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback,
                                ValueMetric, accuracy, params, resnet18, set_seed, vision_learner)
 from fastprogress.fastprogress import ConsoleMasterBar
+from safetensors.torch import save_file
 
 from rkd_fastai.all import *
 
@@ -465,3 +466,77 @@ def test_what_else_a_learner_does(name, fitted, make_learner, make_dls, tiny_net
     assert same(weights(learn.model), weights(tiny_net(seed=3)))
     assert {k: v for k,v in files().items() if k in kept} == kept
     learn.export()
+
+# --- a network whose `state_dict` holds more than tensors ---
+
+class Counting(nn.Module):
+    "A network that counts its training steps, and keeps the count in its extra state"
+    def __init__(self, net): super().__init__(); self.net, self.steps = net, 0
+    def forward(self, x): self.steps += self.training; return self.net(x)
+    def get_extra_state(self): return dict(steps=self.steps, at=[torch.tensor(float(self.steps))], mark=b'\x00')
+    def set_extra_state(self, state):
+        self.steps = state['steps']
+        assert state['at'][0] == self.steps and state['mark'] == b'\x00'
+
+@pytest.mark.parametrize('cbs', [lambda: [KeepEpochs(), WeightAveraging(.9)],
+    lambda: [AdversarialTraining(still), CatastrophicOverfitting(stop=True, drop=0.)],
+    lambda: [RobustOverfitting('accuracy', gap=0., restore=True)]], ids=['kept and averaged','collapse','overfitting'])
+def test_extra_state(cbs, make_learner, make_dls, tiny_net):
+    "It goes with the weights it was saved with, and these are the bits of a network without it"
+    fits = []
+    for wrap in (nn.Sequential, Counting):
+        torch.manual_seed(0)
+        learn = make_learner(make_dls(shuffle=False), wrap(tiny_net()), cbs=cbs(), metrics=accuracy)
+        learn.fit(2, .1)
+        fits.append(learn)
+    tensors = lambda l: [v for k,v in l.model.state_dict().items() if not k.endswith('_extra_state')]
+    assert same(*map(tensors, fits))
+    plain_learn,learn = fits
+    assert learn.robustness(('clean','pgd2')).results == plain_learn.robustness(('clean','pgd2')).results
+    assert learn.model.steps in (3, 6)
+    if not (saved := list((learn.path/'models').glob('*.pth'))): return
+    teacher = Teacher.at_epoch(learn.path/'models', 2, Counting(tiny_net(seed=9)))
+    assert len(saved) == 2 and teacher.members[0].model.steps == learn.model.steps == 6
+    assert same(weights_of(teacher), tensors(learn))
+
+def weights_of(teacher): return [v for v in teacher.state_dict().values() if isinstance(v, torch.Tensor)]
+
+def test_extra_state_that_is_not_plain(make_learner, tiny_net, tmp_path):
+    "Said before a training that could not be gone on with, or read back"
+    class Opaque(Counting):
+        def get_extra_state(self): return dict(f=test_extra_state)
+    for cb in (KeepEpochs(), Resume(tmp_path/'run.pth')):
+        learn = make_learner(model=Opaque(tiny_net()), cbs=cb)
+        before = copy.deepcopy(learn.model.net.state_dict())
+        with pytest.raises(ValueError, match='`_extra_state`, which `get_extra_state` returned, is not plain data'): learn.fit(1)
+        assert all(torch.equal(v, before[k]) for k,v in learn.model.net.state_dict().items())
+        assert not list(tmp_path.rglob('*.pth'))
+
+def test_state_file_of_another_extra_state(plain_net, test_images, tmp_path):
+    x, y = (o[:4] for o in test_images)
+    net = Counting(plain_net)
+    measure = lambda: measure_robustness(net, x, y, 'clean', state_path=tmp_path/'s').clean
+    assert measure() == measure()
+    net.steps = 7
+    with pytest.raises(ValueError, match='belongs to another run'): measure()
+
+def test_extra_state_in_files(make_learner, tiny_net, digits, tmp_path):
+    "Checkpoints of both kinds; one without it says so, one with more than its bytes is refused"
+    net, x = Counting(tiny_net(seed=4)), digits.x[:5]
+    net.steps = 5
+    torch.save({'state_dict': {f'module.{k}': v for k,v in net.state_dict().items()}, 'epoch': 3}, tmp_path/'a.pth')
+    teacher = load_teacher(tmp_path/'a.pth', Counting(tiny_net()))
+    assert teacher.members[0].model.steps == 5 and torch.equal(teacher.probs(x), Teacher(net).probs(x))
+    save_file({k: v for k,v in net.state_dict().items() if isinstance(v, torch.Tensor)}, tmp_path/'a.safetensors')
+    with pytest.warns(UserWarning, match='has no `_extra_state`'):
+        teacher = load_teacher(tmp_path/'a.safetensors', Counting(tiny_net()))
+    assert teacher.members[0].model.steps == 0 and torch.equal(teacher.probs(x), Teacher(net).probs(x))
+    for extra in ([torch.zeros(1).expand(10**9)], dict(a=[[torch.zeros(1).expand(10**9)]])):
+        torch.save({**net.state_dict(), '_extra_state': extra}, tmp_path/'b.pth')
+        with pytest.raises(ValueError, match='b.pth.*`_extra_state` of shape'):
+            load_teacher(tmp_path/'b.pth', Counting(tiny_net()))
+    around = []; around.append(around)
+    torch.save({**net.state_dict(), '_extra_state': around}, tmp_path/'c.pth')
+    with pytest.raises(TypeError): load_teacher(tmp_path/'c.pth', Counting(tiny_net())) # from its own `set_extra_state`
+    out = export_robustbench(net, x, tmp_path/'out')
+    assert (out/'model.pt2').exists()

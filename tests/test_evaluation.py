@@ -1,5 +1,5 @@
 "The number that is reported: against a loop written by hand, resumed, and with the Learner as it was."
-import copy, json
+import copy, json, re, warnings
 
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import accuracy, imagenet_stats
@@ -318,3 +318,33 @@ def test_a_network_that_returns_nan_under_attack():
             return torch.where(m > .51, torch.nan, torch.cat([1-m, m], 1))
     x, y = torch.full((4,1,2,2), .499), torch.zeros(4, dtype=torch.long)
     with pytest.raises(NotFinite, match='NaN or infinite logits'): robust_accuracy(Breaks(), x, y, PGD(steps=5))
+
+
+# --- BatchNorm without running statistics ---
+
+def batchwise(dim):
+    if dim == 1: return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+without = r'BatchNorm `{}` of `{}` keeps no running statistics \(`track_running_stats=False`\).*build the network with `track_running_stats=True`'
+
+def test_batch_statistics_are_named(make_learner, digits):
+    "Where one image has no statistics, an error; where its answer depends on others, a warning; by the layer, on every way"
+    one, many = batchwise(1), batchwise(2)
+    x, y = digits.x[:9], digits.y[:9]
+    for call in (lambda: make_learner(model=one).robustness('clean'), lambda: PGD(.1)(one, x[:1], y[:1])):
+        with pytest.raises(ValueError, match=without.format(2, 'model')), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            call()
+    with pytest.raises(ValueError, match=without.format(2, 'teacher')): Teacher(one).probs(x[:1])
+    for call in (lambda: robust_accuracy(many, x, y, PGD(steps=1)), lambda: make_learner(model=many).robustness('clean'),
+                 lambda: make_learner(model=many, metrics=RobustAccuracy(PGD(steps=1))).validate()):
+        with pytest.warns(UserWarning, match=without.format(1, 'model')): call()
+    for call in (lambda: make_learner().to_rkd(many), lambda: Teacher([many, Teacher(one)]).check(make_learner().dls, 'clean')):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            try: call()
+            except ValueError as e: assert re.search(without.format('.*', 'model'), str(e)) # of the check of one image at a time
+        assert any(re.match(without.format('members.0.model.1', 'teacher'), str(w.message)) for w in said)
+    groups = nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(288, 10)) # each image by itself
+    assert 0 <= robust_accuracy(groups, x, y, PGD(steps=1)) <= 1

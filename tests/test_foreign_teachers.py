@@ -1,13 +1,13 @@
 "Teachers of RobustBench, timm and torchvision answer as their networks do natively, `Teacher.check` tells the truth, and so do TRADES's start and a WideResNet's own normalisation."
-import copy, random, sys, types
+import copy, random, re, sys, types, warnings
 from unittest.mock import patch
 
 import numpy as np, pytest, timm, torch, torch.nn as nn, torch.nn.functional as F, torchvision
-from fastai.vision.all import DataBlock, ImageBlock, MultiCategoryBlock, Image
+from fastai.vision.all import DataBlock, Image, ImageBlock, MultiCategoryBlock, Normalize
 from torchvision.models._api import WeightsEnum
 
 from rkd_fastai.all import *
-from rkd_fastai import teachers
+from rkd_fastai import evaluation, teachers
 from rkd_fastai.sampling import sample_positions
 from rkd_fastai.teachers import check_teacher
 
@@ -94,6 +94,33 @@ def test_timm_loads_weights_unless_told_not_to():
     with patch.object(timm, 'create_model', side_effect=lambda name, pretrained, **kw: timm.models.create_model(name, num_classes=4)) as made: Teacher.from_timm('test_resnet', num_classes=4)
     assert made.call_args.args == ('test_resnet',) and made.call_args.kwargs == dict(pretrained=True, num_classes=4)
     with pytest.raises(Exception, match='no_such_network'): Teacher.from_timm('no_such_network', pretrained=False)
+
+@pytest.mark.parametrize('stats', [{}, dict(mean=.3, std=[.2])], ids=['its own','given'])
+def test_timm_in_other_channels(stats, make_dls, make_learner):
+    "Grey images are normalised by the mean of the network's own statistics, or by what is given; there is none for two channels"
+    own = dict(mean=(.1, .2, .6), std=(.4, .5, .9))
+    make = lambda **kw: Teacher.from_timm('test_resnet', pretrained=False, num_classes=10, pretrained_cfg_overlay=own, **kw)
+    t, x = make(in_chans=1, **stats), torch.rand(3, 1, 32, 32)
+    net = t.members[0].model
+    close(t.probs(x), probs(net, (x - .3)/(.2 if stats else .6)), rtol=1e-4, atol=1e-6)
+    assert make_learner().to_rkd(t).cbs[-1].teacher is t # it runs on grey images
+    if stats:
+        close(make(in_chans=2, mean=[.1, .2], std=.5).members[0].mean.flatten(), torch.tensor([.1, .2]))
+        with pytest.raises(ValueError, match='both `mean` and `std`'): make(mean=.3)
+    else:
+        with pytest.raises(ValueError, match='`in_chans` is 2.*give `mean` and `std` of 2'): make(in_chans=2)
+        with pytest.raises(ValueError, match='of 3 channels, but the images of 1'): make().probs(x)
+
+def test_torchvision_with_other_statistics():
+    w = torchvision.models.ResNet18_Weights.DEFAULT
+    with patch.object(teachers, 'get_model', return_value=nn.Flatten()): t = Teacher.from_torchvision(w, mean=[.1, .2, .3], std=.5)
+    close(t.members[0].mean.flatten(), torch.tensor([.1, .2, .3])); close(t.members[0].std.flatten(), torch.tensor([.5]))
+
+def test_members_on_several_devices(make_dls, tiny_net):
+    "Which is what the error is about, not the images"
+    t = Teacher([tiny_net(), tiny_net(seed=1)])
+    t.members[1].to('meta')
+    with pytest.raises(ValueError, match=r"`teacher` lies on several devices, cpu and meta: move all of it to one, `teacher.to\('cpu'\)`"): check_teacher(t, make_dls())
 
 
 # --- torchvision ---
@@ -279,3 +306,63 @@ def test_start_alone(tiny_net):
     for bad in (-.001, float('nan'), float('inf')):
         with pytest.raises(ValueError, match='`random_start`'): PGD(random_start=bad)
     assert eval(repr(PGD(.1, random_start=.001))).settings == PGD(.1, random_start=.001).settings
+
+
+# --- a teacher that knows nothing ---
+
+guessing = '`teacher` classifies .* validation images rightly, which is no better than guessing'
+
+class Asked(nn.Module):
+    "Counts the images it is asked about"
+    def __init__(self, net): super().__init__(); self.net, self.n = net, 0
+    def forward(self, x): self.n += len(x); return self.net(x)
+
+@pytest.fixture
+def ordered(digits):
+    "A validation set that is ordered by class, normalised as a network of `lost` was trained"
+    order = digits.y[1000:1400].argsort(stable=True) + 1000
+    dls = arrays_dls((digits.imgs[:96], digits.labels[:96]), (digits.imgs[order], digits.labels[order]), vocab=list(range(10)), bs=32)
+    dls.add_tfms([Normalize.from_stats([.3], [.02], cuda=False)], 'after_batch')
+    return dls
+
+class Denormalised(nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x*.02 + .3)
+
+def test_teacher_that_lost_its_normalisation(ordered, plain_net, make_learner):
+    "Counted by hand on 200 images of a set that is ordered by class; the Learner, or `mean` and `std`, bring it back without a word"
+    lost = Denormalised(plain_net) # what it takes is normalised
+    learn = make_learner(ordered, lost)
+    with pytest.warns(UserWarning, match=guessing + ".*behind the DataLoaders' Normalize it would be (1..|200) of 200 .*`learn.model` alone.*give the Learner itself"):
+        make_learner(ordered).to_rkd(lost, 'ckd').fit(1)
+    for teacher in (learn, Teacher(lost, mean=.3, std=.02), plain_net):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            make_learner(ordered).to_rkd(teacher, 'ckd').fit(1)
+
+def test_teacher_at_chance_is_asked_once(make_dls, make_learner, tiny_net):
+    "About all validation images where there are few, and said of 50 at least; the student's bits are the same"
+    blind = tiny_net(); blind[-1].weight.data.zero_()
+    ends = []
+    for n_valid in (48, 70, 300):
+        torch.manual_seed(0); random.seed(0); np.random.seed(0)
+        teacher = Teacher(Asked(blind))
+        learn = make_learner(make_dls(n_valid=n_valid, shuffle=False)).to_rkd(teacher, 'akd', attack=PGD(.1, steps=1))
+        before = teacher.members[0].model.n
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            learn.fit(1); learn.fit(1)
+        assert teacher.members[0].model.n - before == 2*96 + 2*2 + min(n_valid, 200) # two epochs, two checks that it fits
+        assert [bool(re.match(guessing, str(w.message))) for w in said] == [True]*(n_valid >= 50)
+        ends.append((random.random(), np.random.rand(), torch.rand(1).item(), *[v.sum().item() for v in learn.model.state_dict().values()]))
+    assert ends[0] == ends[1] == ends[2]
+
+def test_teachers_that_are_not_warned_of(make_dls, digits, plain_net):
+    "A good one of images that are nearly all of one class, or all; and where nothing can be said"
+    for few in (0, 3):
+        y = np.where(np.arange(200) < 200-few, 4, 7)
+        imgs = np.stack([digits.imgs[(digits.labels == c).nonzero()[0][i % 100]] for i,c in enumerate(y)])
+        dls = arrays_dls((imgs, y), (imgs, y), vocab=list(range(10)), bs=32)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            evaluation.warn_of_chance(Teacher(plain_net), dls)

@@ -125,6 +125,19 @@ def test_every_schedule(how, base, tmp_path):
     step = 3 if how == 'later' else 6
     check(lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])]), tmp_path, fits[how], [(None, step), (3, step+1)])
 
+class Counting(nn.Module):
+    "Counts its training steps in its extra state"
+    def __init__(self, net): super().__init__(); self.net, self.steps = net, 0
+    def forward(self, x): self.steps += self.training; return self.net(x)
+    def get_extra_state(self): return dict(steps=self.steps, mark=b'x')
+    def set_extra_state(self, state): self.steps = state['steps']
+
+def test_extra_state(base, tiny_net, tmp_path):
+    "What `get_extra_state` returns goes on, the average's too"
+    make = lambda net=0, **kw: base(**kw, model=Counting(tiny_net(seed=net)),
+                                cbs=[WeightAveraging(.9), RobustOverfitting('accuracy', restore=True)])
+    assert check(make, tmp_path, kills=[(None, 6), (3, 8)]).model.steps == 12
+
 def partial_dls(make_dls):
     dls = make_dls(n=160)
     return DataLoaders(PartialDL(dls.train_ds, bs=32, partial_n=128, shuffle=True, num_workers=0, after_batch=dls.train.after_batch), dls.valid)

@@ -1,5 +1,6 @@
 "Teachers of every kind and from every kind of file, the hostile ones included."
 import os, pickle, warnings
+from argparse import Namespace
 from collections import OrderedDict
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -164,6 +165,39 @@ def test_usual_prefixes(prefix, suffix, net, tiny_net, x, tmp_path):
 def test_usual_wrappings(key, net, tiny_net, x, tmp_path):
     torch.save({key: OrderedDict({'module.'+k: v for k,v in net.state_dict().items()}), 'epoch': 3, 'acc': .5}, tmp_path/'a.pth')
     check(tmp_path/'a.pth', net, tiny_net, x)
+
+def of_madry(net, mean=(.3,), std=(.2,)):
+    "What MadryLab's `robustness` saves of a network: each weight twice, and twice the statistics of its images"
+    weights = {f'module.{part}.{k}': v for part in ('model','attacker.model') for k,v in net.state_dict().items()}
+    stats = {f'module.{part}.new_{k}': torch.tensor(v).view(-1, 1, 1) for part in ('normalizer','attacker.normalize') for k,v in (('mean', mean), ('std', std))}
+    return OrderedDict(stats | weights)
+
+@pytest.mark.parametrize('name', ['a.pt', 'a.pth.tar', 'a.pt.best', '7_a.pt.latest'])
+@pytest.mark.parametrize('parts', [('model','attacker','normalizer'), ('model','normalizer'), ('attacker',)], ids='+'.join)
+def test_checkpoint_of_madrylab(name, parts, net, tiny_net, x, tmp_path):
+    "With the settings of its training; its normalisation is taken over, and another one where it is told"
+    state = {k: v for k,v in of_madry(net).items() if k.split('.')[1] in parts}
+    settings = Namespace(lr=.1, out=Path('runs'), classes=['a', 'b'])
+    torch.save(dict(model=state, optimizer=torch.optim.SGD(net.parameters(), .1, .9).state_dict(), schedule=None, epoch=150, args=settings, nat_prec1=np.float64(87.)), tmp_path/name)
+    t = load_teacher(tmp_path/name, tiny_net())
+    close(t.probs(x), probs_of(net, (x-.3)/.2)); close(t.members[0].mean.flatten(), torch.tensor([.3]))
+    close(load_teacher(tmp_path/name, tiny_net(), mean=.5, std=.25).probs(x), probs_of(net, (x-.5)/.25))
+    with pytest.raises(ValueError, match='normalisation of its images, too: take it by `load_teacher`'): fitting_state(tmp_path/name, tiny_net())
+
+def test_prefixes_before_some_names(net, tiny_net, x, tmp_path):
+    state = {f'module.{k}' if i % 2 else f'module.model.{k}' if i % 3 else k: v for i,(k,v) in enumerate(net.state_dict().items())}
+    torch.save(dict(state, mu=torch.full((1, 1, 1, 1), .3), sigma=torch.full((1, 1, 1, 1), .2)), tmp_path/'a.pth')
+    close(load_teacher(tmp_path/'a.pth', tiny_net()).probs(x), probs_of(net, (x-.3)/.2))
+
+def test_two_networks_in_one_checkpoint(net, tiny_net, tmp_path):
+    "Neither is chosen; nor is half a normaliser left out, or one of images that end at 255"
+    other = {f'module.model.{k}': v for k,v in tiny_net(seed=6).state_dict().items()}
+    torch.save(of_madry(net) | other, tmp_path/'a.pth')
+    with pytest.raises(ValueError, match='a.pth` holds two different tensors for `0.weight`, `module.model.0.weight` and `module.attacker.model.0.weight`'): load_teacher(tmp_path/'a.pth', tiny_net())
+    torch.save({k: v for k,v in of_madry(net).items() if not k.endswith('new_std')}, tmp_path/'b.pth')
+    with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'): load_teacher(tmp_path/'b.pth', tiny_net())
+    torch.save(of_madry(net, mean=(125.3,), std=(63.,)), tmp_path/'c.pth')
+    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which is none of images in \[0, 1\]: give `mean` and `std`'): load_teacher(tmp_path/'c.pth', tiny_net())
 
 def test_legacy_format(net, tiny_net, x, tmp_path):
     torch.save(net.state_dict(), tmp_path/'a.pth', _use_new_zipfile_serialization=False)

@@ -20,7 +20,7 @@ from fastai.vision.data import get_c
 from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from .core import FitCallback, told_where
-from ..core import as_number, check_logits, frozen, onehot, seeded
+from ..core import as_number, check_logits, check_no_probs, frozen, onehot, seeded
 from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
@@ -159,13 +159,19 @@ class RobustCallback(FitCallback):
         self.opt.zero_grad() # what an interrupted backward pass left behind
         self.pixel = pixel_model(self.learn)
 
+    @torch.no_grad()
+    def _check_student(self):
+        "Raise `ValueError` where the network, in eval mode as an attack sees it, returns probabilities for the first images"
+        with seeded(0, self.images.device), frozen(self.pixel): check_no_probs(self.pixel(self.images[:8]), 'learn.model')
+
     def before_batch(self):
         if len(self.xb) != 1: raise ValueError(f"robust training needs one image input per batch, got {len(self.xb)} inputs")
         x = self.xb[0].as_subclass(torch.Tensor)
-        self.full_bs = self.full_bs or len(x)
+        first,self.full_bs = self.full_bs is None, self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
         with told_where(self.learn):
             self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
+            if first: self._check_student()
             with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
         self.learn.xb = (self.pixel.normalize(x),)
         self._compiled = ExitStack()

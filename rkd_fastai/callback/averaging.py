@@ -8,7 +8,7 @@ __all__ = ['WeightAveraging']
 # %% ../../nbs/17_callback.averaging.ipynb #eabec730
 import torch
 from .core import FitCallback
-from ..core import as_number
+from ..core import as_number, copy_state, copy_value, is_extra
 from ..pixel import unwrap
 
 # %% ../../nbs/17_callback.averaging.ipynb #42bcf9e3
@@ -32,7 +32,7 @@ class WeightAveraging(FitCallback):
 
     def before_train(self):
         if not self.on: return
-        if self.ema is None: self.ema,self.t = self._weights(),0
+        if self.ema is None: self.ema,self.t = copy_state(unwrap(self.model)),0
         if self.raw is not None: self._load(self.raw)
         self.raw = None
 
@@ -47,6 +47,7 @@ class WeightAveraging(FitCallback):
         params = dict(unwrap(self.model).named_parameters(remove_duplicate=False)) # both names of a tied weight
         for k,v in unwrap(self.model).state_dict().items():
             if k in params: self.ema[k].lerp_(v, 1-d)
+            elif is_extra(k): self.ema[k] = copy_value(v) # whatever it is, it has no average
             else: self.ema[k].copy_(v)
 
     def after_train(self): self._average_in()
@@ -55,6 +56,5 @@ class WeightAveraging(FitCallback):
         self.ema = self.raw = None
 
     def _average_in(self):
-        if self.ema is not None and self.raw is None: self.raw = self._weights(); self._load(self.ema)
-    def _weights(self): return {k: v.detach().clone() for k,v in unwrap(self.model).state_dict().items()}
+        if self.ema is not None and self.raw is None: self.raw = copy_state(unwrap(self.model)); self._load(self.ema)
     def _load(self, state): unwrap(self.model).load_state_dict(state)

@@ -8,9 +8,11 @@ __all__ = ['CleanCache', 'DistillationCallback', 'AKDCallback', 'RSLADCallback',
 # %% ../../nbs/16_callback.distill.ipynb #a0aa4cee
 from functools import partial
 import torch
+from fastai.torch_core import rank_distrib
 from fastcore.meta import delegates
 from ..attacks import PGD
 from ..core import check_T, check_fraction
+from ..evaluation import warn_of_chance
 from ..losses import akd_loss, ard_loss, ckd_loss, rslad_loss, soft_targets
 from ..pixel import model_device
 from .adversarial import AdversarialTraining, RobustCallback
@@ -49,6 +51,7 @@ class DistillationCallback(AdversarialTraining):
     "Base of the distillation methods: a frozen teacher on the callback, on the student's device, tried before training, never exported"
     _stateattrs = AdversarialTraining._stateattrs + ('teacher','t_probs','kept')
     teacher = kept = None
+    tried = False # has the teacher been asked about validation images?
     alpha = 1. # weight of the teacher inside the soft target, in methods that mix labels
 
     @delegates(RobustCallback.__init__)
@@ -76,6 +79,8 @@ class DistillationCallback(AdversarialTraining):
     def before_train(self):
         super().before_train()
         self.teacher.to(model_device(self.model))
+        if not self.tried and not rank_distrib(): warn_of_chance(self.teacher, self.dls)
+        self.tried = True
         if self.cache and self.kept is None: self.kept = self._new_cache()
 
     def _new_cache(self):

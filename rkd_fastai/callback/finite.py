@@ -9,19 +9,13 @@ __all__ = ['NonFinite']
 import torch
 from .adversarial import RobustCallback
 from .core import FitCallback, told_where
-from ..core import NotFinite
+from ..core import NotFinite, tensors_in
 from ..pixel import unwrap
 
 # %% ../../nbs/20_callback.finite.ipynb #566f5198
-def _tensors(o):
-    "The tensors in `o`, a tensor or a container of what may be one"
-    if isinstance(o, torch.Tensor): yield o.detach().as_subclass(torch.Tensor)
-    elif isinstance(o, (dict, list, tuple)):
-        for v in o.values() if isinstance(o, dict) else o: yield from _tensors(v)
-
 def _finite(o, device):
     "Is every number in `o` finite? A tensor of one bool on `device`"
-    flags = [t.isfinite().all().to(device) for t in _tensors(o)]
+    flags = [t.isfinite().all().to(device) for t in tensors_in(o)]
     return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
 
 # %% ../../nbs/20_callback.finite.ipynb #03c284fb

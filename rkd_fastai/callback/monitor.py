@@ -15,11 +15,12 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import atomic_path, check_fraction, seeded, versions, whole_number, write_atomic
+from ..core import atomic_path, check_fraction, copy_state, seeded, versions, whole_number, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
-from ..pixel import arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, undistributed, unwrap
+from ..pixel import (arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats,
+                              to_pixels, undistributed, unwrap)
 from ..sampling import check_n, class_labels, sample_positions
-from ..teachers import saved_epochs
+from ..teachers import plain_state, saved_epochs
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -146,6 +147,8 @@ class KeepEpochs(EachEpoch):
         self.every,self.fname,self.card = every,fname,card or {}
         json.dumps(self.card) # a card that cannot be written is to fail now
 
+    def before_fit(self): plain_state(unwrap(self.model)) # what could not be read back is refused now
+
     def each_epoch(self):
         if (self.epoch+1) % self.every or rank_distrib(): return
         path = self.path/self.model_dir/f'{self.fname}_{self.epoch+1}.pth'
@@ -209,7 +212,7 @@ class CatastrophicOverfitting(EachEpoch):
             self._collapsed(acc)
             self.best = None # told once
         self.best = max(acc, self.best or 0)
-        if self.stop: self.kept = {k: v.clone() for k,v in unwrap(self.model).state_dict().items()}
+        if self.stop: self.kept = copy_state(unwrap(self.model))
 
     def _collapsed(self, acc):
         what = f"catastrophic overfitting: in epoch {self.epoch+1} the accuracy of {len(self.data[0])} images under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
@@ -248,7 +251,7 @@ class RobustOverfitting(EachEpoch):
         self.last = now
         if self.best is not None and now <= self.best: return
         self.best,self.best_epoch = self.last,self.epoch+1
-        if self.restore: self.kept = {k: v.clone() for k,v in unwrap(self.model).state_dict().items()}
+        if self.restore: self.kept = copy_state(unwrap(self.model))
 
     def after_fit(self):
         if not self.trained or self.last is None: return # `lr_find` ends in an `after_fit`, too

@@ -20,9 +20,9 @@ from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest, seeded, whole_number, writing
+from ..core import atomic_path, digest, is_extra, seeded, whole_number, writing
 from ..pixel import model_device, unwrap
-from ..teachers import Teacher, load_plain
+from ..teachers import Teacher, load_plain, plain_state
 from .adversarial import label_settings
 from .core import FitCallback
 
@@ -38,7 +38,7 @@ def _said(o):
     if isinstance(o, partial): return [_said(o.func), _said(o.args), _said(o.keywords)]
     return getattr(o, '__qualname__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o)) # the address changes from process to process
 
-_simple = (bool, int, float, str, type(None)) # and no subclass, which `torch.load` would refuse
+_simple = (bool, int, float, str, bytes, type(None)) # and no subclass, which `torch.load` would refuse
 
 def _settings(o):
     "The arguments that made a callback or a transform, as far as it keeps them; a schedule as its values, four an epoch"
@@ -73,7 +73,8 @@ def describe_training(
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
     return dict(n_epoch=learn.n_epoch, batches=len(dls.train), bs=getattr(dls.train, 'bs', None), vocab=[str(o) for o in getattr(dls, 'vocab', [])],
         images=_items_digest(dls), synthetic=getattr(dls.train, 'frac', None), transforms=_transforms(dls.train),
-        network={k: list(v.shape) for k,v in net.state_dict().items()}, frozen=[k for k,p in net.named_parameters() if not p.requires_grad],
+        network={k: 'extra state' if is_extra(k) else list(v.shape) for k,v in net.state_dict().items()},
+        frozen=[k for k,p in net.named_parameters() if not p.requires_grad],
         loss=dict(zip(('function','smoothing','weights'), map(_said, (loss, *label_settings(loss))))), metrics=list(learn.recorder.metric_names),
         optimiser=[{k: _said(v) for k,v in h.items() if k not in scheduled} for h in learn.opt.hypers],
         callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, only_show) and not getattr(type(cb), 'only_shows', False)})
@@ -203,6 +204,7 @@ class Resume(FitCallback):
         if num_distrib() > 1: raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
         if self.every and not self.can_go_on_in_epoch:
             raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere random numbers are out of reach in the middle of an epoch")
+        plain_state(unwrap(self.model))
         with writing(self.path): # or not: better said now than after an epoch
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path.parent).close()

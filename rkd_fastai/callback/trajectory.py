@@ -14,8 +14,9 @@ import numpy as np, torch
 from fastai.torch_core import distrib_barrier, no_random, rank_distrib
 from ..attacks import PGD, check_attack
 from .core import EachEpoch
-from ..core import atomic_path, check_logits, digest, frozen, hard_labels, seeded, versions, whole_number, write_atomic
-from ..pixel import model_device, pixel_model, sampled_images, undistributed
+from ..core import (atomic_path, check_logits, check_no_probs, digest, frozen, hard_labels, seeded, versions,
+                             whole_number, write_atomic)
+from ..pixel import model_device, pixel_data, pixel_model, sampled_images, undistributed
 from ..sampling import check_n
 from ..teachers import saved_epochs
 
@@ -73,7 +74,7 @@ class RecordTrajectory(EachEpoch):
 
     @torch.no_grad()
     def _check_classes(self, x, y):
-        with frozen(pixel_model(self.learn)) as model: n_out = check_logits(model(x.to(model_device(model)))).shape[1]
+        with frozen(pixel_model(self.learn)) as model: n_out = check_no_probs(check_logits(model(x.to(model_device(model))))).shape[1]
         if not (0 <= y.min() and y.max() < n_out): raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out}")
 
     def _card(self, y, sample):
