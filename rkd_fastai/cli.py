@@ -24,7 +24,7 @@ from .pixel import held_out
 from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, folder_size, load_run, make_dls
 from .study import Study, plan_text, report
 from .teachers import Teacher
-from .terminal import Line, reason, watching
+from .terminal import Line, reason
 
 # %% ../nbs/36_cli.ipynb #3db3fceb
 def number(
@@ -142,8 +142,11 @@ def distill(
 
 def _checked(learn, eps, n):
     "What `check_robustness` says of the first `n` images, 200 at most, also where it cannot say anything"
-    try: return learn.check_robustness(eps, min(n or 200, 200))
+    line = Line('looking for masks')
+    try: report = learn.check_robustness(eps, min(n or 200, 200), progress=line.progress)
     except ValueError as e: return f'not looked for masked gradients: {e}'
+    line.finish()
+    return report
 
 def evaluate(
     args, # parsed command line
@@ -163,12 +166,11 @@ def evaluate(
     if args.n is not None and not 0 < args.n <= n_images: raise ValueError(f"`--n` must be from 1 to {n_images}, the number of held-out images, got {args.n}")
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
-    with learn.no_bar(), watching(model, line):
-        res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.update)
+    res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.progress)
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
-    if args.check: print(f'\n{_checked(learn, eps, args.n)}')
+    if args.check: print('', _checked(learn, eps, args.n), sep='\n')
 
 def study(
     args, # parsed command line

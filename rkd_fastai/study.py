@@ -137,7 +137,7 @@ def _measure_cell(self:Study, c, label):
         state = folder/f"state_{short_hash(json.dumps([which, n, attacks, self.measure]))}.json"
         line = Line(label)
         r = measure_robustness(self._model(c, which).to(default_device()), x[:n], y[:n], attacks, c.eps, seed=self.measure['seed'], state_path=state,
-                               bs=self.measure['bs'], fast=self.measure['fast'], progress=line.update)
+                               bs=self.measure['bs'], fast=self.measure['fast'], progress=line.progress)
         line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items()) + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
         res = self.results(c)
         res.setdefault(which, {}).update({k: v | dict(asked=[n, self.measure['seed']], fast=self._fast(k), n=r.n) for k,v in r.to_dict()['results'].items()})
