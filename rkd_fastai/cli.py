@@ -142,7 +142,7 @@ def distill(
 
 def _checked(learn, eps, n):
     "What `check_robustness` says of the first `n` images, 200 at most, also where it cannot say anything"
-    line = Line('looking for masks')
+    line = Line('checking gradients')
     try: report = learn.check_robustness(eps, min(n or 200, 200), progress=line.progress)
     except ValueError as e: return f'not looked for masked gradients: {e}'
     line.finish()

@@ -23,8 +23,9 @@ from .data import digits_dls, fashion_sample_dls
 from .learner import sgd_nesterov
 from .models import resnet18
 from .pixel import model_device, pixel_data, pixel_model
+from .progress import clock
 from .teachers import Teacher
-from .terminal import Line, clock, one_line
+from .terminal import Line, one_line
 
 # %% ../nbs/35_demo.ipynb #8e86ff19
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')

@@ -61,7 +61,7 @@ def check_progress(
 
 class Progress:
     "How much of a task is done and how long the rest takes, in forward passes of one image; a counter for `counting`"
-    every = .1 # seconds between two calls of `show` within a batch
+    every = .2 # seconds between two calls of `show` within a batch
     memory = 60. # seconds back in time at which a pass counts a third towards the speed
     def __init__(self,
         show, # called with the share of the work done, in [0, 1], and a text: the time left and what is known so far

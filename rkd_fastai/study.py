@@ -20,11 +20,12 @@ from .core import read_json, write_atomic
 from .evaluation import measure_robustness
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
 from .learner import distil_methods
+from .progress import clock
 from .report import views, write_report
 from .rows import NotEnough, cells_of, head, main, measured, pareto, points, said
 from .runs import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
-from .terminal import Line, clock, reason
+from .terminal import Line, reason
 
 # %% ../nbs/34_study.ipynb #6c21bcca
 @contextmanager
