@@ -24,7 +24,7 @@ from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, fo
 from .sampling import check_n
 from .study import Study, plan_text, report
 from .teachers import Teacher
-from .terminal import Line, reason, watching
+from .terminal import Line, reason
 
 # %% ../nbs/36_cli.ipynb #3db3fceb
 def number(
@@ -142,8 +142,11 @@ def distill(
 
 def _checked(learn, eps, n):
     "What `check_robustness` says of a sample of `n` images, 200 at most, also where it cannot say anything"
-    try: return learn.check_robustness(eps, min(n or 200, 200))
+    line = Line('checking gradients')
+    try: report = learn.check_robustness(eps, min(n or 200, 200), progress=line.progress)
     except ValueError as e: return f'not looked for masked gradients: {e}'
+    line.finish()
+    return report
 
 def _check_held_out(args, card, dls):
     "Raise where images may be measured that the run was trained on"
@@ -172,12 +175,11 @@ def evaluate(
     _check_held_out(args, card, dls)
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
-    with learn.no_bar(), watching(model, line):
-        res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.update)
+    res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.progress)
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
-    if args.check: print(f'\n{_checked(learn, eps, args.n)}')
+    if args.check: print('', _checked(learn, eps, args.n), sep='\n')
 
 def study(
     args, # parsed command line

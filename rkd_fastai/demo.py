@@ -23,8 +23,9 @@ from .data import digits_dls, fashion_sample_dls
 from .learner import sgd_nesterov
 from .models import resnet18
 from .pixel import model_device, pixel_data, pixel_model
+from .progress import clock
 from .teachers import Teacher
-from .terminal import Line, clock, one_line, watching
+from .terminal import Line, one_line
 
 # %% ../nbs/35_demo.ipynb #8e86ff19
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
@@ -67,8 +68,7 @@ def measure(
 ):
     "`learn.robustness` with its progress on one line"
     line = Line(f'attacking {name}')
-    with learn.no_bar(), watching(learn.model, line):
-        res = learn.robustness(attacks, eps=s.eps, n=n, seed=seed, progress=line.update)
+    res = learn.robustness(attacks, eps=s.eps, n=n, seed=seed, progress=line.progress)
     line.finish(', '.join(f'{k} {v:.1%}' for k,v in res.results.items()) + f' of {res.n} images')
     return res
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_attack', 'measure_robustness', 'in_float32',
-           'warn_of_chance']
+           'showing', 'warn_of_chance']
 
 # %% ../nbs/10_evaluation.ipynb #77d62977
-import json, math, random, re, time, warnings
+import json, math, random, re, time, warnings, os, sys
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastprogress.fastprogress import progress_bar
+from fastprogress.fastprogress import NBProgressBar, progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import (LogProbs, NotFinite, PixelModel, are_probs, check_images, check_logits, check_no_probs,
                              check_targ, digest, frozen, hard_labels, read_json, seeded, tensors_in, versions,
@@ -24,6 +24,7 @@ from .core import (LogProbs, NotFinite, PixelModel, are_probs, check_images, che
 from .pixel import (beside, check_single_label, measured_images, model_device, pixel_data, pixel_model,
                               pixel_stats, sampled_images, undistributed)
 from .sampling import Sample, images_digest
+from .progress import Progress, check_progress, clock, counted, counting
 from .teachers import Teacher, check_teacher
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
@@ -41,10 +42,10 @@ def robust_flags(
     attack, # an `Attack`
 ):
     "True for each image classified rightly both as it is and under `attack`: `(bs,)`"
-    label = hard_labels(targ)
+    label,ask = hard_labels(targ),counted(model)
     warn_of_batch_statistics(model)
     with torch.no_grad(), frozen(model):
-        logits = _finite_logits(model, x)
+        logits = _finite_logits(ask, x)
         check_targ(targ, logits.shape[1])
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
             raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
@@ -52,7 +53,7 @@ def robust_flags(
         if flags.any(): # what is wrong already needs no attack
             standing = flags.nonzero()[:,0]
             x_adv = attack(model, x[standing], targ[standing])
-            flags[standing] = _finite_logits(model, x_adv).argmax(1) == label[standing]
+            flags[standing] = _finite_logits(ask, x_adv).argmax(1) == label[standing]
     return flags
 
 def _check_data(x, targ):
@@ -196,12 +197,14 @@ def _whole_float32():
 class _Run:
     "Attacks on one model, batch by batch: how far each has come and which images stand, on disk where a path is given"
     def __init__(self, model, x, y, attacks, settings, seed, bs, path, progress):
-        self.model,self.x,self.y,self.seed,self.progress,self.device = model,x,y,seed,progress or (lambda *_: None),model_device(model)
+        self.model,self.x,self.y,self.seed,self.progress,self.device = model,x,y,seed,progress,model_device(model)
+        if progress is not None: progress.device = self.device
         with torch.no_grad(), frozen(model): n_out = check_logits(model(x[:1].to(self.device))).shape[1]
         for a in attacks.values(): a.check(x) # before the first of them has run
         self.parts = {name: a.parts(model, n_out) for name,a in attacks.items()}
         self.composed = {name: a.composition(model, n_out) if hasattr(a, 'composition') else [repr(a)] for name,a in attacks.items()}
         self.new = dict(part=0, next=0, bs=bs, seconds=0., stands=[1]*len(x))
+        self.seen = None,0,0,0 # part of an attack; how many images went through it, how many stand, passes of all
         self.at,self.path = {}, None if path is None else Path(path)
         # all that a file's owner must have in common with this run
         self.id = {} if path is None else dict(settings, attacks=self.composed, seed=seed, bs=bs, weights=_identity(model), images=digest([x, y]))
@@ -235,18 +238,19 @@ class _Run:
         "All parts of the attack `name`"
         at = self.at.setdefault(name, dict(self.new, stands=list(self.at['clean']['stands'] if 'clean' in self.at else self.new['stands'])))
         while at['part'] < len(self.parts[name]):
-            self._show(name, at)
             todo = [i for i in range(at['next'], len(self.x)) if at['stands'][i]][:at['bs']]
-            if todo: self._batch(at, self.parts[name][at['part']], todo)
+            if todo: self._batch(name, at, self.parts[name][at['part']], todo)
             else: at.update(part=at['part']+1, next=0)
             self._save()
+        self._expect(name, at, [])
         return at
 
-    def _batch(self, at, part, todo):
+    def _batch(self, name, at, part, todo):
         "Attack the images `todo`, or see to it that there will be fewer"
-        start,too_many = time.time(), False
+        self._expect(name, at, todo)
+        start,too_many,done = time.time(), False, self.progress and self.progress.done
         try:
-            with seeded(self.seed + todo[0], self.device):
+            with seeded(self.seed + todo[0], self.device), counting(self.progress):
                 flags = robust_flags(self.model, self.x[todo].to(self.device), self.y[todo].to(self.device), part).tolist()
         except (RuntimeError, MemoryError) as e:
             if not _out_of_memory(e) or len(todo) == 1: raise
@@ -257,15 +261,41 @@ class _Run:
             warnings.warn(f"out of memory with {len(todo)} images at a time: going on with {at['bs']}")
             return
         for i,stands in zip(todo, flags): at['stands'][i] = int(stands)
+        if self.progress is not None: self._see((name, at['part']), len(todo), sum(flags), self.progress.done - done)
         at.update(next=todo[-1]+1, seconds=at['seconds'] + time.time() - start)
 
-    def _show(self, name, at):
-        "Tell `progress` the share of the work that is done, and what is known"
-        left = sum(part.cost*sum(at['stands'][at['next'] if i == at['part'] else 0:]) for i,part in enumerate(self.parts[name]) if i >= at['part'])
-        later = [k for k in self.parts if k not in self.at]
-        left += sum(part.cost for k in later for part in self.parts[k])*sum(self.at['clean']['stands'] if 'clean' in self.at else at['stands'])
-        self.most = max(getattr(self, 'most', 0), left)
-        self.progress(1 - left/self.most if left else 1., f"{name} ≤ {sum(at['stands'])/len(self.x):.1%}")
+    def _see(self, part, n, stand, passes):
+        "Learn from a batch of `n` images what the next ones in `part` will cost"
+        old = self.seen[1:] if self.seen[0] == part else (0, 0, 0)
+        self.seen = part, *(a+b for a,b in zip(old, (n, stand, passes)))
+
+    def _at_most(self):
+        "Is it unknown how many images an attack is for, or how many of them will stand, on which its cost depends?"
+        begun = lambda name: name in self.at and self.at[name]['part'] > 0 # its first part is over
+        unknown = any(parts[0].stops_early and not begun(name) for name,parts in self.parts.items())
+        return unknown or (len(self.parts) > 1 and not begun('clean'))
+
+    def _passes(self, name, at, n, at_most):
+        "Forward passes of an image that stands in a batch of `n`, and of all images after it: expected, or an upper bound"
+        # a look before and one after each attack; a search asks a few times more than it has steps
+        costs = {k: [1.02*part.cost + 2 for part in parts] for k,parts in self.parts.items()}
+        cost,*later = costs[name][at['part']:] or [0.]
+        through,waiting = sum(at['stands'][:at['next']]), sum(at['stands'][at['next']:]) - n
+        part,seen,stand,passes = self.seen
+        if at_most or part != (name, at['part']): seen = stand = passes = 0
+        # of the next images what those before them say, and one that stands
+        each,stay = (passes + cost)/(seen + 1), (stand + 1)/(seen + 1)
+        right = sum(self.at['clean']['stands']) if 'clean' in self.at else len(self.x)
+        other = right*sum(sum(v) for k,v in costs.items() if k not in self.at)
+        return cost, waiting*each + (through + stay*(waiting + n))*sum(later) + other
+
+    def _expect(self, name, at, todo):
+        "Tell `progress` what is left where the batch `todo` begins, or the attack has ended, and what is known"
+        if self.progress is None: return
+        at_most = self._at_most()
+        known = f"{sum(at['stands'])/len(self.x):.1%} {'right' if name == 'clean' else 'robust'}"
+        text = f'{name}: {known}' if at['part'] == len(self.parts[name]) else f'{name}: at most {known} so far'
+        self.progress.expect(len(todo), *self._passes(name, at, len(todo), at_most), text, at_most)
 
 def measure_robustness(
     model:torch.nn.Module, # maps pixel space to logits
@@ -279,10 +309,11 @@ def measure_robustness(
     bs=250, # images at a time
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
     fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
-    progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text
+    progress=None, # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
     sample:Sample=None, # what the card says of the images; None: that these are all there are
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
+    check_progress(progress)
     bs,eps,seed = whole_number('bs', bs, 1),check_eps(eps, norm),whole_number('seed', seed)
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
@@ -290,7 +321,7 @@ def measure_robustness(
     _check_data(x, y)
     if sample is None: sample = Sample(len(x), len(x), digest=images_digest(x, y))
     settings = dict(sample=str(sample), eps=eps, norm=norm) | ({} if logits else dict(logits=False))
-    with _whole_float32():
+    with _whole_float32(), showing(progress) as progress:
         with seeded(seed, model_device(model)): # a network may draw random numbers
             model = _as_logits(in_float32(model), x[:8], logits)
             run = _Run(model, x, y, made, settings, seed, bs, state_path, progress)
@@ -312,16 +343,36 @@ def in_float32(
     if all(t.dtype == torch.float32 for t in tensors_in(model.state_dict()) if t.is_floating_point()): return model
     return deepcopy(model).float()
 
+def _is_watched():
+    "Does anybody see a progress bar, rather than a file full of them?"
+    return progress_bar is NBProgressBar or 'PYCHARM_HOSTED' in os.environ or sys.stdout.isatty()
+
 @contextmanager
-def _bar(learn):
-    "fastai's progress bar as a function of share and comment, where `learn` shows any"
-    if not any(isinstance(cb, ProgressCallback) for cb in learn.cbs): yield None; return
-    bar = progress_bar(range(100), leave=False) # percent of the work
-    def progress(share, comment):
-        bar.comment = comment
-        bar.update(round(100*share))
-    try: yield progress
+def _bar():
+    "fastprogress's bar as a function of share and text, with our time left in place of its own, a straight line"
+    bar,start,width = progress_bar(range(100), leave=False), time.time(), 0
+    most = getattr(bar, 'cols', 1000) - 8 # on a terminal; what is longer would wrap
+    def show(share, text):
+        nonlocal width
+        text = f'{share:.0%} [{clock(time.time() - start)}, {text}]'[:most]
+        width = max(width, len(text))
+        bar.on_update(round(100*share), text.ljust(width)) # over what was there
+    bar.on_iter_begin()
+    try: yield show
     finally: bar.on_iter_end()
+
+@contextmanager
+def showing(
+    progress, # as users give it: None, True, False, a function of share and text, or a `Progress`
+    learn=None, # Learner; where it shows fastai's bar, None means a bar
+):
+    "`progress` as a `Progress`, or None where nothing is to be shown"
+    check_progress(progress)
+    if progress is None: progress = learn is not None and any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
+    if callable(progress): yield progress if isinstance(progress, Progress) else Progress(progress)
+    elif progress and _is_watched():
+        with _bar() as show: yield Progress(show)
+    else: yield None
 
 @patch
 def robustness(self:Learner,
@@ -335,14 +386,16 @@ def robustness(self:Learner,
     bs=250, # images at a time
     logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
     fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
-    progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text; None means fastai's bar
+    progress=None, # True: a bar, False: none, None: as the Learner; or a function, see `measure_robustness`
     ds_idx=None, # index into `dls`, as in fastai's `get_preds`, in place of `dl`
 )->Robustness:
     "Accuracy clean and under `attacks`, of the Learner's network in eval mode and float32"
+    check_progress(progress)
     for name in L(attacks): make_attack(name, eps, norm, seed, bs) # a wrong name fails before the images are read
     x,y,sample = measured_images(self, dl, n, seed, ds_idx)
-    with nullcontext(progress) if progress else _bar(self) as progress:
-        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast, progress, sample)
+    with showing(progress, self) as progress:
+        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast,
+                                  progress, sample)
 
 # %% ../nbs/10_evaluation.ipynb #04854358
 @patch

@@ -14,10 +14,11 @@ from fastai.vision.all import (CategoryMap, Categorize, ClassificationInterpreta
                                Learner, ProgressCallback, TensorImage, TensorImageBW, TfmdDL, get_grid, ifnone, no_random, patch, show_title)
 from .attacks import Attack, check_attack
 from .core import PixelModel, seeded
-from .evaluation import make_attack, measure_robustness, robust_flags, wilson
+from .evaluation import make_attack, measure_robustness, robust_flags, showing, wilson
 from .palette import colours, markers
-from .pixel import measured_images, model_device, pixel_model, pixel_stats, unwrap
+from .pixel import held_out, measured_images, model_device, pixel_model, pixel_stats, unwrap
 from .sampling import Sample
+from .progress import check_progress
 
 # %% ../nbs/12_interpret.ipynb #f41aaa8f
 _radii = dict(Linf=[k/255 for k in (0,2,4,8,12,16)], L2=[0.,.25,.5,1.,1.5,2.])
@@ -31,6 +32,13 @@ def _check_radii(eps, attack, norm, seed, bs):
     for e in eps: make_attack(attack, e, norm, seed, bs)
     return eps
 
+def _look_ahead(progress, i, radii, attack, norm, n):
+    "Tell `progress` what comes after the `i`-th of `radii`, for `n` images that are right as they are"
+    parts = make_attack(attack, radii[i], norm).parts(None, 10)
+    progress.later = n*sum(part.cost + 2 for part in parts)*(len(radii) - i - 1)
+    progress.label = f'radius {i+1} of {len(radii)}, '
+    progress.later_at_most = any(part.stops_early for part in parts)
+
 def robustness_curve(
     model, # maps pixel space to logits
     x, # images in [0, 1], `(n, c, h, w)`
@@ -41,14 +49,19 @@ def robustness_curve(
     seed=0, # of the attack at each radius
     bs=250, # images at a time
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
+    progress=None, # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
 )->pd.DataFrame:
     "Accuracy under `attack`, with its 95 % interval from `low` to `high`, for each radius by itself; at 0 the clean one"
-    rows = {}
-    for e in _check_radii(eps, attack, norm, seed, bs):
-        name = attack if e else 'clean' # a ball of one point needs no search
-        with seeded(seed, model_device(model)): # a network may be random
-            acc = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, logits=logits).results[name]
-        rows[e] = acc,*wilson(acc, len(x))
+    check_progress(progress)
+    radii,accs = _check_radii(eps, attack, norm, seed, bs),{}
+    with showing(progress) as progress:
+        for i,e in enumerate(radii):
+            name = attack if e else 'clean' # a ball of one point needs no search
+            if progress is not None: _look_ahead(progress, i, radii, attack, norm, len(x)*accs.get(0., 1.))
+            with seeded(seed, model_device(model)): # a network may be random
+                res = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, logits=logits, progress=progress)
+            accs[e] = res.results[name]
+    rows = {e: (acc, *wilson(acc, len(x))) for e,acc in accs.items()}
     curve = pd.DataFrame.from_dict(rows, orient='index', columns=['accuracy','low','high']).rename_axis('eps')
     curve.attrs.update(attack=attack, norm=norm, n=len(x), seed=seed)
     return curve
@@ -63,11 +76,14 @@ def robustness_curve(self:Learner,
     dl=None, # DataLoader; None means the test split where there is one, else the validation set
     bs=250, # images at a time
     logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
+    progress=None, # True: a bar, False: none, None: as the Learner; or a function, see `measure_robustness`
 )->pd.DataFrame:
     "What `robustness` gives for each radius by itself: `accuracy`, and its 95 % interval from `low` to `high`"
+    check_progress(progress)
     eps = _check_radii(eps, attack, norm, seed, bs) # before the images are read
     x,y,sample = measured_images(self, dl, n, seed)
-    curve = robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits)
+    with showing(progress, self) as progress:
+        curve = robustness_curve(pixel_model(self), x, y, eps, attack, norm, seed, bs, logits, progress)
     curve.attrs.update(sample=sample.to_dict())
     return curve
 
@@ -108,10 +124,12 @@ def plot_robustness_curve(self:Learner,
     dl=None, # DataLoader; None means the test split where there is one, else the validation set
     bs=250, # images at a time
     logits:bool=True, # does the network return logits? False: probabilities, whose logarithm is attacked
+    progress=None, # as in `robustness_curve`
     **kwargs # passed to matplotlib's `plot`
 ):
     "Draw `robustness_curve`, and return the axes"
-    return plot_robustness_curve(self.robustness_curve(eps, attack, norm, n, seed, dl, bs, logits), ax, label, **kwargs)
+    curve = self.robustness_curve(eps, attack, norm, n, seed, dl, bs, logits, progress)
+    return plot_robustness_curve(curve, ax, label, **kwargs)
 
 # %% ../nbs/12_interpret.ipynb #475dd7fc
 def _made(attack, eps, norm, seed, bs=250):

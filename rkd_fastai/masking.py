@@ -11,10 +11,11 @@ from contextvars import ContextVar
 import pandas as pd, torch, torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.basics import patch
-from .attacks import FGSM, PGD, AutoAttack, check_eps
+from .attacks import AutoAttack, FGSM, PGD, check_eps
 from .core import check_logits, check_targ, frozen, hard_labels, seeded, whole_number
-from .evaluation import in_float32, robust_flags
+from .evaluation import in_float32, robust_flags, showing
 from .pixel import beside, measured_images, pixel_model
+from .progress import check_progress, counting
 
 # %% ../nbs/11_masking.ipynb #ebb58fb0
 Symptom = namedtuple('Symptom', 'name figure suspicious advice')
@@ -23,10 +24,11 @@ _symptoms = []
 def symptom(
     name, # what is looked at, a few words
     advice, # what to do where it is suspicious, a sentence
+    cost=100, # forward passes an image, a gradient counted as two more: what the time left is reckoned by
 ):
     "Make a function `(model, x, y, eps) -> (figure as text, suspicious?)` one of the checks of `check_robustness`"
     def make(f):
-        _symptoms.append((name, advice, f))
+        _symptoms.append((name, advice, f, cost))
         return f
     return make
 
@@ -41,23 +43,23 @@ def _accuracy(model, x, y, attack):
 
 def _slack(n): return 2/n + .005 # what chance may do on n images, seen twice
 
-@symptom('more steps', 'The attack finds less the longer it looks: its gradients mislead. Look for randomness and non-differentiable layers, and attack through a smooth stand-in of them (BPDA).')
+@symptom('more steps', 'The attack finds less the longer it looks: its gradients mislead. Look for randomness and non-differentiable layers, and attack through a smooth stand-in of them (BPDA).', 3*(5+20+50))
 def _more_steps(model, x, y, eps):
     steps = (5, 20, 50)
     accs = [_accuracy(model, x, y, PGD(eps, k, step_size=2.5*eps/k)) for k in steps]
     return ', '.join(f'{k}: {a:.1%}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x)) for a,b in zip(accs, accs[1:]))
 
-@symptom('larger radius', 'Within a radius of one half every image can be turned to grey: an attack that fails there does not work on this network.')
+@symptom('larger radius', 'Within a radius of one half every image can be turned to grey: an attack that fails there does not work on this network.', 3*50)
 def _larger_radius(model, x, y, eps):
     acc = _accuracy(model, x, y, PGD(.5, 50, step_size=.05))
     return f'{acc:.1%} at eps 127.5/255', acc > .05
 
-@symptom('one step', 'One step does more than twenty: the loss is jagged around the images. Use attacks with restarts and without gradients, such as AutoAttack.')
+@symptom('one step', 'One step does more than twenty: the loss is jagged around the images. Use attacks with restarts and without gradients, such as AutoAttack.', 3*(1+20))
 def _one_step(model, x, y, eps):
     one,many = _accuracy(model, x, y, FGSM(eps)),_accuracy(model, x, y, PGD(eps, 20))
     return f'FGSM {one:.1%}, PGD-20 {many:.1%}', one < many - _slack(len(x))
 
-@symptom('noise', 'Noise breaks images that PGD leaves standing: PGD does not climb here.')
+@symptom('noise', 'Noise breaks images that PGD leaves standing: PGD does not climb here.', 3*20 + 10)
 def _noise(model, x, y, eps):
     with seeded(0, x.device):
         stands = _flags(model, x, y, PGD(eps, 20))
@@ -66,7 +68,7 @@ def _noise(model, x, y, eps):
     lost = (stands & ~survives).float().mean().item()
     return f'{lost:.1%} fall to noise and not to PGD-20; noise leaves {survives.float().mean():.1%}, PGD-20 {stands.float().mean():.1%}', lost > _slack(len(x))
 
-@symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report no number of a gradient attack for this network.')
+@symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report no number of a gradient attack for this network.', 3*(50+50) + 500)
 def _no_gradient_needed(model, x, y, eps):
     with seeded(0, x.device):
         stands = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
@@ -83,12 +85,12 @@ def _gradients(model, x, y):
     with torch.inference_mode(False), torch.enable_grad(), frozen(model): return _in_batches(grad, x.clone(), y.clone()) # copies are no inference tensors
 
 @symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. '
-         'Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.')
+         'Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.', 3)
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{share:.1%} of the images', share > .05
 
-@symptom('along the gradient', 'A step along the gradient raises the loss no more than a step anywhere: the gradient is noise, and so is what is measured with it.')
+@symptom('along the gradient', 'A step along the gradient raises the loss no more than a step anywhere: the gradient is noise, and so is what is measured with it.', 9)
 def _along_the_gradient(model, x, y, eps):
     with torch.no_grad(), frozen(model), seeded(0, x.device):
         loss = lambda x: _in_batches(lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y, reduction='none'), x, y)
@@ -127,9 +129,11 @@ def check_masking(
     y, # class indices `(n,)`
     eps=8/255, # radius of the attacks, L∞
     bs=200, # images at a time
+    progress=None, # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
     sample=None, # `Sample` that the report names
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
+    check_progress(progress)
     bs,eps = whole_number('bs', bs, 1),check_eps(eps)
     check_targ(y, name='y')
     x,y = beside(model, x, hard_labels(y))
@@ -138,8 +142,20 @@ def check_masking(
     if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
-    try: return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps, sample)
+    try:
+        with showing(progress) as progress: return MaskingReport(_look_for_all(model, x, y, eps, progress), len(x), eps, sample)
     finally: _bs.reset(token)
+
+def _look_for_all(model, x, y, eps, progress):
+    found,costs = [],[cost for *_,cost in _symptoms]
+    if progress is not None: progress.device = x.device
+    for i,(name,advice,f,cost) in enumerate(_symptoms):
+        if progress is not None:
+            text = f'{i+1} of {len(costs)}: {name}'
+            progress.expect(len(x), cost, len(x)*sum(costs[i+1:]), text, together=False)
+        with counting(progress): found.append(Symptom(name, *f(model, x, y, eps), advice))
+    if progress is not None: progress.expect(0, 0, 0, f'{len(costs)} of {len(costs)}')
+    return found
 
 @patch
 def check_robustness(self:Learner,
@@ -147,8 +163,11 @@ def check_robustness(self:Learner,
     n=200, # number of images: a sample, stratified by class; None, or more than there are, means all
     dl=None, # DataLoader; None means the validation set
     bs=200, # images at a time
+    progress=None, # True: a bar, False: none, None: as the Learner; or a function, see `check_masking`
     seed=0, # of the sample
 )->MaskingReport:
     "Look for signs that this network's gradients are masked rather than small (Athalye et al., 2018)"
+    check_progress(progress)
     x,y,sample = measured_images(self, self.dls.valid if dl is None else dl, n, seed)
-    return check_masking(in_float32(pixel_model(self)), x, y, eps, bs, sample)
+    model = in_float32(pixel_model(self))
+    with showing(progress, self) as progress: return check_masking(model, x, y, eps, bs, progress, sample)

@@ -9,6 +9,7 @@ __all__ = ['margin', 'apgd', 'fab', 'square']
 import math
 import torch, torch.nn.functional as F
 from .core import as_number, check_logits, whole_number
+from .progress import count_passes
 
 # %% ../nbs/03_search.ipynb #4dc6449f
 def _keep(rows, stands):
@@ -235,7 +236,9 @@ def square(
 def _try_square(model, r, eps, query, rng):
     at,patch = _window(r, eps, query, rng)
     new = (patch != r['best'][at]).flatten(1).any(1).nonzero()[:,0]
-    if not len(new): return r
+    if not len(new):
+        count_passes(0) # the time left is reckoned by the queries that are left
+        return r
     x = r['best'][new]
     x[at] = patch[new]
     margin = _margin(model, x, r['y'][new])

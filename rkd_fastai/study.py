@@ -20,11 +20,12 @@ from .core import read_json, write_atomic
 from .evaluation import measure_robustness
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
 from .learner import distil_methods
+from .progress import clock
 from .report import views, write_report
 from .rows import NotEnough, cells_of, head, main, measured, pareto, points, said
 from .runs import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
-from .terminal import Line, clock, reason
+from .terminal import Line, reason
 
 # %% ../nbs/34_study.ipynb #6c21bcca
 @contextmanager
@@ -138,7 +139,7 @@ def _measure_cell(self:Study, c, label):
         line = Line(label)
         x,y,sample = eval_images(c, self.path, n, seed)
         r = measure_robustness(self._model(c, which).to(default_device()), x, y, attacks, c.eps, seed=seed, state_path=state,
-                               bs=self.measure['bs'], fast=self.measure['fast'], progress=line.update, sample=sample)
+                               bs=self.measure['bs'], fast=self.measure['fast'], progress=line.progress, sample=sample)
         line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items()) + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
         res = self.results(c)
         res.setdefault(which, {}).update({k: v | dict(asked=[n, seed], fast=self._fast(k), n=r.n, sample=sample.to_dict()) for k,v in r.to_dict()['results'].items()})

@@ -1,12 +1,14 @@
 "AutoAttack and the number that comes of it: against `pyautoattack`, on a faster model, on ensembles, when memory or disk run out, and when killed."
-import copy, errno, json, logging, os, random, resource, subprocess, sys
+import copy, errno, json, logging, os, random, re, resource, subprocess, sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch, torch.nn as nn
 
 from rkd_fastai import attacks, evaluation
 from rkd_fastai.all import *
+from rkd_fastai.progress import Progress
 
 logging.getLogger('auto-attack').setLevel(logging.ERROR)
 
@@ -461,11 +463,72 @@ def test_progress(attacks, through, robust_net, test_images, make_learner, make_
     else: r = measure_robustness(robust_net, *(o[:25] for o in test_images), attacks, .15, bs=7, progress=note, state_path=tmp_path/'s.json')
     shares, texts = zip(*told)
     assert shares[0] == 0 and shares[-1] == 1 and all(a <= b for a,b in zip(shares, shares[1:])) and len(set(shares)) > 4
-    order = list(dict.fromkeys(t.split()[0] for t in texts))
+    known = [t.rpartition(' left, ')[2] for t in texts]
+    order = list(dict.fromkeys(t.split(':')[0] for t in known))
     assert order == list(dict.fromkeys(['clean', *([attacks] if isinstance(attacks, str) else attacks)]))
     for name,flags in r.flags.items():
-        last = [t for t in texts if t.split()[0] == name][-1]
-        assert last == f'{name} ≤ {flags.float().mean().item():.1%}'
+        mine = [t for t in known if t.startswith(f'{name}:')]
+        what = 'right' if name == 'clean' else 'robust'
+        assert mine[-1] == f'{name}: {flags.float().mean().item():.1%} {what}'
+        assert all(re.fullmatch(rf'{name}: at most [\d.]+% {what} so far', t) for t in mine[:-1])
+
+class Counts(nn.Module):
+    "`net`, and the passes of each image through it, a gradient counted as two more"
+    def __init__(self, net): super().__init__(); self.net,self.passes = net,0
+    def count(self, n): self.passes += n
+    def forward(self, x):
+        self.count(len(x))
+        out = self.net(x)
+        if out.requires_grad: out.register_hook(lambda grad: self.count(2*len(grad)))
+        return out
+
+def seconds_left(text):
+    "The time left that `text` says, None where it says none"
+    found = re.match(r'(?:at most )?([\d:]+) left, ', text)
+    return found and sum(60**i*int(s) for i,s in enumerate(reversed(found[1].split(':'))))
+
+@pytest.fixture
+def one_pass_a_second(robust_net, monkeypatch):
+    "A network that counts, by whose passes the clock of `Progress` goes"
+    net = Counts(robust_net).eval()
+    monkeypatch.setattr('rkd_fastai.progress.time', SimpleNamespace(time=lambda: net.passes))
+    monkeypatch.setattr('rkd_fastai.progress.Progress.memory', 2000)
+    return net
+
+@pytest.mark.parametrize('bs,fast', [(48, False), (48, True), (17, True)])
+def test_time_left_in_passes(bs, fast, one_pass_a_second, test_images):
+    "Until AutoAttack's first part has ended an upper bound, which says so; from then on within a factor of two; and it moves within a batch"
+    net, said, starts = one_pass_a_second, [], []
+    class Noted(Progress):
+        def expect(self, *args): starts.append(net.passes); super().expect(*args)
+    with shorter(15, 150):
+        r = measure_robustness(net, *(o[:48] for o in test_images), 'autoattack', .18, bs=bs, fast=fast,
+                               progress=Noted(lambda share, text: said.append((net.passes, share, text))))
+    whole, shares = net.passes, [share for _,share,_ in said]
+    assert 12 <= r.flags['autoattack'].sum() <= 20 and shares == sorted(shares) and shares[-1] == 1 and max(shares[:-1]) < 1
+    first = r.n*(3*15 + 10)*1.1 # no more than that has been asked when the first part ends
+    known = [(passes, 'at most' in text.split(' left,')[0], seconds_left(text), whole - passes) for passes,_,text in said if seconds_left(text)]
+    bounds, estimates = ([(passes, left, true) for passes,at_most,left,true in known if at_most == yes] for yes in (True, False))
+    assert max(passes for passes,*_ in bounds) <= min(passes for passes,*_ in estimates) < first
+    assert all(left >= true for _,left,true in bounds)
+    assert all(true/2 <= left <= 2*true for _,left,true in estimates if true > whole/50)
+    for a,b in zip(starts, starts[1:]): # every tenth of a batch, and more
+        if b - a > 200: assert len({left for passes,_,left,_ in known if a <= passes < b}) >= 10
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_counting_changes_nothing(fast, robust_net, test_images, short, monkeypatch):
+    "Not the flags, also where random numbers are drawn in between, and no module is asked otherwise: what is folded stays so"
+    x, y = (o[:25] for o in test_images)
+    norms, forward = [0], nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: (norms.append(norms.pop() + 1), forward(self, x))[1])
+    def found(progress):
+        norms[:] = [0]
+        return measure_robustness(robust_net, x, y, ('pgd3', 'autoattack'), .2, fast=fast, progress=progress).flags, *norms
+    found(False)
+    monkeypatch.setattr(Progress, 'every', 0)
+    (want, n_plain), (got, n_counted) = found(False), found(lambda *_: torch.rand(3))
+    assert all(torch.equal(want[k], got[k]) for k in want) and 0 < want['autoattack'].sum() < 25 and n_plain == n_counted
+    assert not any(m._forward_hooks or 'forward' in vars(m) for m in robust_net.modules())
 
 def test_progress_of_what_is_gone_on_with(robust_net, test_images, tmp_path, short):
     x, y = (o[:25] for o in test_images)

@@ -1,10 +1,11 @@
 "The number that is reported: against a loop written by hand, resumed, and with the Learner as it was."
 import copy, json, re, warnings
+from types import SimpleNamespace
 
-import pytest, torch, torch.nn as nn
-from fastai.vision.all import accuracy, imagenet_stats
+import matplotlib.pyplot as plt, pytest, torch, torch.nn as nn
+from fastai.vision.all import ProgressCallback, accuracy, imagenet_stats
 
-from rkd_fastai import evaluation
+from rkd_fastai import evaluation, masking
 from rkd_fastai.all import *
 from rkd_fastai.sampling import sample_positions
 
@@ -348,3 +349,79 @@ def test_batch_statistics_are_named(make_learner, digits):
         assert any(re.match(without.format('members.0.model.1', 'teacher'), str(w.message)) for w in said)
     groups = nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(288, 10)) # each image by itself
     assert 0 <= robust_accuracy(groups, x, y, PGD(steps=1)) <= 1
+# --- bars ---
+
+looks = dict(robustness=dict(attacks='pgd2'), check_robustness={}, robustness_curve=dict(eps=(0, .1), attack='pgd2'),
+             plot_robustness_curve=dict(eps=(0, .1), attack='pgd2'))
+
+@pytest.fixture
+def bars(monkeypatch):
+    "What each bar shows on a terminal that anybody watches"
+    made = []
+    class Bar:
+        def __init__(self, gen, leave): assert not leave; self.shown = []; made.append(self)
+        def on_iter_begin(self): self.live = True
+        def on_update(self, value, text): assert self.live; self.shown.append((value, text))
+        def on_iter_end(self): self.live = False
+    monkeypatch.setattr(evaluation, 'progress_bar', Bar)
+    monkeypatch.setattr('sys.stdout.isatty', lambda: True)
+    return made
+
+@pytest.fixture
+def one_symptom(monkeypatch): monkeypatch.setattr(masking, '_symptoms', masking._symptoms[2:3])
+
+@pytest.mark.parametrize('look', looks)
+def test_who_sees_a_bar(look, learn, bars, one_symptom):
+    "Whoever sees fastai's, unless `progress` says otherwise: one, which comes to its end and is cleared"
+    see = lambda **kwargs: getattr(learn, look)(n=20, **{'eps': .1} | looks[look] | kwargs)
+    see(); see(progress=False)
+    assert not bars
+    see(progress=True)
+    learn.add_cb(ProgressCallback())
+    see(progress=False)
+    assert len(bars) == 1
+    see(); see(progress=True)
+    assert len(bars) == 3
+    for bar in bars:
+        values = [value for value,_ in bar.shown]
+        assert not bar.live and values == sorted(values) and (values[0], values[-1]) == (0, 100)
+        assert all(re.match(r'\d+% \[\d+:\d\d, ', text) for _,text in bar.shown)
+    plt.close('all')
+
+@pytest.mark.parametrize('look', looks)
+def test_no_bar_in_a_file(look, learn, one_symptom, capsys):
+    "Where the output is no terminal nothing is printed"
+    learn.add_cb(ProgressCallback())
+    for progress in (None, True): getattr(learn, look)(n=20, **{'eps': .1} | looks[look], progress=progress)
+    plt.close('all')
+    assert capsys.readouterr() == ('', '')
+
+def test_a_bar_is_cleared_after_an_error(learn, bars):
+    class Fails(torch.nn.Module):
+        def forward(self, x): raise RuntimeError('no')
+    learn.model.append(Fails())
+    with pytest.raises(RuntimeError, match='no'): learn.robustness('pgd2', n=20, progress=True)
+    assert [bar.live for bar in bars] == [False]
+
+@pytest.mark.parametrize('bad', ['bar', 1, [print]], ids=str)
+@pytest.mark.parametrize('look', looks)
+def test_what_progress_cannot_be(look, bad, learn, monkeypatch):
+    "Said before any image is read"
+    for dl in learn.dls.loaders: monkeypatch.setattr(dl, 'new', lambda *_, **__: pytest.fail('images were read'))
+    with pytest.raises(TypeError, match='`progress` must be True'): getattr(learn, look)(**looks[look], progress=bad)
+
+@pytest.mark.parametrize('look,kwargs', [('robustness', dict(attacks=('pgd20', 'pgd10'), eps=.1)), ('check_robustness', dict(eps=.1)),
+                                         ('robustness_curve', dict(eps=(0, .05, .1, .15)))], ids=lambda o: o if isinstance(o, str) else '')
+def test_progress_as_a_function(look, kwargs, learn, monkeypatch):
+    "A share that never falls, from 0 to 1; within a factor of two the time left, in passes of the network; and it moves within batches"
+    passes, said = [0], []
+    learn.model.register_forward_hook(lambda m, x, out: passes.append(passes.pop() + len(out)*(3 if out.requires_grad else 1)))
+    monkeypatch.setattr('rkd_fastai.progress.time', SimpleNamespace(time=lambda: passes[0])) # whose clock goes by them
+    monkeypatch.setattr('rkd_fastai.progress.Progress.memory', 1e9)
+    getattr(learn, look)(**kwargs, bs=30, progress=lambda share, text: said.append((passes[0], share, text)))
+    shares = [share for _,share,_ in said]
+    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares) and len(set(shares)) > 60
+    left = [(re.match(r'(at most )?(?:(\d+):)?(\d+):(\d\d) left, ', text), passes[0] - done) for done,_,text in said]
+    left = [(sum(k*int(m[i] or 0) for i,k in ((2, 3600), (3, 60), (4, 1))), true, m[1]) for m,true in left if m]
+    assert all(true/2 < seconds < 2*true for seconds,true,_ in left if .05 < true/passes[0] < .95)
+    assert look != 'check_robustness' or not any(at_most for *_,at_most in left)
