@@ -1,5 +1,5 @@
 "What watches a fit: called once an epoch of training and at no other time, and what `RobustOverfitting` says and puts back."
-import copy, warnings
+import copy
 
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, accuracy, load_learner
@@ -190,7 +190,7 @@ def ids(folder, fname='epoch'): return {read_card(p).get('training') for p in sa
 
 @pytest.mark.parametrize('there', ['epochs', 'of an earlier version', 'card alone', 'weights alone', 'by the same callback', 'damaged card', 'by `learn.save`'])
 @pytest.mark.parametrize('every', [1, 2])
-def test_another_trainings_epochs(every, there, make_learner, make_dls, tmp_path):
+def test_epochs_of_an_older_training(every, there, make_learner, make_dls, tmp_path):
     "A Learner made anew is refused before its first step, and told what to do; not one byte changes"
     teacher = make_learner(make_dls(n=64), cbs=[] if there == 'by `learn.save`' else KeepEpochs())
     teacher.fit(3)
