@@ -97,6 +97,22 @@ def test_gap(gap, says, scripted, capsys):
     for bad in (-.1, 2, float('nan')):
         with pytest.raises(ValueError, match='`gap`'): RobustOverfitting(gap=bad)
 
+@pytest.mark.parametrize('n,fell,says', [(200, .06, False), (200, .12, True), (5000, .04, True), (5000, .015, False), (1, .3, False), (None, .06, True)])
+def test_a_fall_within_chance(n, fell, says, scripted, capsys):
+    "More than two standard errors of the difference, and than the gap: (.5*.5 + .44*.56)/200 is .05 squared; the number of images is told"
+    learn, cb, _ = scripted([.3, .5, .5-fell], restore=True)
+    learn.metrics[1].seen = n
+    learn.fit(3)
+    out = capsys.readouterr().out
+    assert ('robust overfitting' in out) == says and (f' of {n:,} images was 50.0%' in out if says and n else 'images' not in out)
+
+def test_images_that_a_metric_was_measured_on(make_learner, make_dls):
+    "Ours and fastai's, after a real fit: all 48 of them, or the sample"
+    n = 48
+    for metric,by,want in ((RobustAccuracy(PGD(.1, steps=1)), 'robust_accuracy', n), (RobustAccuracy(PGD(.1, steps=1), n=20), 'robust_accuracy', 20), (accuracy, 'accuracy', n)):
+        learn = make_learner(make_dls(n=64, n_valid=n), metrics=metric, cbs=RobustOverfitting(by)); learn.fit(1)
+        assert learn.robust_overfitting.n_images == want
+
 def test_restores_batchnorm_too(scripted):
     "The running statistics and the step counter are those of the best epoch; the optimiser goes on from there"
     learn, _, keep = scripted([.5, .2, .1], restore=True)

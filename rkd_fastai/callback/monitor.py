@@ -20,6 +20,7 @@ from ..core import atomic_path, check_fraction, read_json, seeded, versions, wri
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
 from ..teachers import saved_epochs
+from ..text import counted
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -222,18 +223,23 @@ class CatastrophicOverfitting(EachEpoch):
     def after_fit(self): self.kept = self.data = None
 
 # %% ../../nbs/18_callback.monitor.ipynb #e7993146
+def _noise(p, q, n):
+    "Two standard errors of the difference of two accuracies that are measured on `n` images each; 0 where that is unknown"
+    if not n or not (0 <= p <= 1 and 0 <= q <= 1): return 0.
+    return 2*((p*(1-p) + q*(1-q))/n)**.5
+
 class RobustOverfitting(EachEpoch):
     "Say after the fit how far the last epoch's robust accuracy lies below the best one's (Rice et al., 2020)"
     order,_stateattrs,kept = EachEpoch.order + 1,('kept',),None # after `KeepEpochs`; not exported
     remembers = _stateattrs # for `Resume`
     def __init__(self,
         by='robust_accuracy', # metric, the higher the better
-        gap=.02, # what the last epoch may lie below the best before it is said
+        gap=.02, # what the last epoch may lie below the best before it is said; chance may take two standard errors in any case
         restore=False, # and go back to the best epoch's weights
     ):
         check_fraction(gap=gap)
         self.by,self.gap,self.restore = by,gap,restore
-        self.best = self.best_epoch = self.last = self.kept = None
+        self.best = self.best_epoch = self.last = self.kept = self.n_images = None
 
     def before_train(self):
         super().before_train()
@@ -244,15 +250,21 @@ class RobustOverfitting(EachEpoch):
     def each_epoch(self):
         now = self.logged().get(self.by)
         if now is None: return # an epoch that was cut short
-        self.last = now
+        self.last,self.n_images = now,self._seen()
         if self.best is not None and now <= self.best: return
         self.best,self.best_epoch = self.last,self.epochs_done
         if self.restore: self.kept = {k: v.clone() for k,v in unwrap(self.model).state_dict().items()}
 
+    def _seen(self):
+        "On how many images the metric was measured, where it says so: ours by `seen`, fastai's averages by `count`"
+        metric = next((m for m in self.learn.metrics if m.name == self.by), None)
+        return next((n for k in ('seen','count') if isinstance(n := getattr(metric, k, None), int)), None)
+
     def after_fit(self):
         if not self.trained or self.last is None: return # `lr_find` ends in an `after_fit`, too
         last,kept,self.last,self.kept = self.last,self.kept,None,None
-        if self.best - last <= self.gap: return
+        if self.best - last <= max(self.gap, _noise(self.best, last, self.n_images)): return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
-        print(f"robust overfitting: {self.by} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
+        of = f" of {counted(self.n_images, 'image')}" if self.n_images else ''
+        print(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
               + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))
