@@ -51,7 +51,7 @@ def train_models(
         learn = learners[name] = turn(_learner(s, out, seed + 1000*(name == 'student'), cbs)) # which must not start where its teacher did
         with one_line(learn, f'training {name}'): getattr(learn, fit)(epochs)
     train('standard', s.student, turn=lambda learn: learn)
-    train('teacher', s.teacher, 'fit_exp', cbs=[KeepEpochs()])
+    train('teacher', s.teacher, 'fit_exp', cbs=[KeepEpochs(overwrite=True)]) # of the demonstration before
     train('baseline', s.teacher + s.student)
     teacher = Teacher.at_epoch(Path(out)/'models', s.stop, learners['teacher'].model)
     train('student', s.student, turn=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))

@@ -12,8 +12,9 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from .palette import colours, markers
 from .rows import NotEnough, methods, pareto, rows, settings
-from .rows import accuracy, cells_of, check_column, counted, head, kind_name, make_table, one_task, points, said, students_of, told_apart, varying
+from .rows import accuracy, cells_of, check_column, head, kind_name, make_table, one_task, points, said, students_of, told_apart, varying
 from .tables import baseline_of, hyper, nearest
+from .text import counted
 
 # %% ../nbs/30_figures.ipynb #52562050
 _look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'axes.axisbelow': True,

@@ -12,6 +12,7 @@ from decimal import Decimal, ROUND_HALF_UP
 from fractions import Fraction
 import numpy as np, pandas as pd
 from .sampling import Sample
+from .text import counted
 
 # %% ../nbs/28_rows.ipynb #65f3deb9
 class NotEnough(ValueError):
@@ -198,10 +199,6 @@ def span(df, c):
     values = sorted(df[c].dropna().unique()) if c in df else []
     shown = [said(c, v) for v in values]
     return ', '.join(shown) if len(shown) <= 3 else f'{shown[0]} to {shown[-1]}'
-
-def counted(n, one, many=None):
-    "'1 student', '2 students'"
-    return f'{n:,} {one if n == 1 else many or one + "s"}'
 
 def _images(df, names):
     "On how many images of which split the accuracies `names` were measured, and how these were drawn"

@@ -210,11 +210,12 @@ def fit_run(
     cbs=(), # further callbacks
     watch=n_watched, # number of validation images whose accuracy under PGD-7 is followed
     keep=1, # keep the checkpoint of each so many epochs; None keeps none
+    overwrite=False, # delete the checkpoints of an older training in `out`, rather than refuse
     **kwargs, # of `Recipe.learner`: `teacher`, `synthetic`, `compile`, `bf16`
 ):
     "The Learner, trained by `recipe` and saved in `out`"
     for half in out.glob('.*.tmp'): half.unlink() # being written when the run was killed
-    epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')})]
+    epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}, overwrite=overwrite)]
     learn = recipe.learner(dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
         cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite(), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
     if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too

@@ -159,7 +159,7 @@ def _train(self:Study, c, label):
     card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=asdict(c)))
     keep = math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1 if self.measure['best'] and not c.distils else None
     kwargs = dict(teacher=self._teacher(c)) if c.distils else {}
-    fit_run(recipe, dls, out, card, label, keep=keep, compile=c.compile, bf16=c.bf16, **kwargs)
+    fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs) # the folder is the cell's alone
 
 @patch
 def _has(self:Study, c):

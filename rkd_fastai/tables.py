@@ -9,7 +9,8 @@ __all__ = ['select', 'own_students', 'table2', 'gains', 'gain', 'table3', 'table
 import numpy as np, pandas as pd
 from .core import check_fraction
 from .rows import NotEnough, extras, measures, methods, rows, task, wider
-from .rows import accuracy, cells_of, counted, head, key_of, kind_name, make_table, one_task, points, said, students_of, told_apart, varying
+from .rows import accuracy, cells_of, head, key_of, kind_name, make_table, one_task, points, said, students_of, told_apart, varying
+from .text import counted
 
 # %% ../nbs/29_tables.ipynb #0ef239b5
 def baseline_of(cells, baseline=None):

@@ -300,6 +300,10 @@ def best_epoch(
     "The earliest epoch of the highest `by`, as the cards tell"
     cards = {n: read_card(p) for n,p in saved_epochs(folder, fname, '.json').items()}
     if not cards: raise MissingFile(f"no cards `{fname}_*.json` in `{folder}`: `KeepEpochs` writes them beside its checkpoints")
+    trainings = {}
+    for n,card in cards.items(): trainings.setdefault(str(card.get('training')), []).append(n)
+    if len(trainings) > 1:
+        raise ValueError(f"`{folder}` holds epochs of {len(trainings)} trainings, {' and '.join(map(str, trainings.values()))}: their numbers do not compare. Move those of all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)
     scores = {n: score(card) for n,card in cards.items()}
     lacking = [n for n,v in scores.items() if not isinstance(v, (int, float)) or v != v]

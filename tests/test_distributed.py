@@ -104,6 +104,8 @@ def main(out):
     res['noise'] = [noise(3), noise(3), noise(4)]
     res['collectives'] = {name: collectives(learner(name)) for name in [None, *methods]}
     fit(learner('akd', 'trained', path=f'{out}/{rank_distrib()}', cbs=[KeepEpochs()])).save('last', with_opt=False)
+    try: fit(learner('akd', path=f'{out}/{rank_distrib()}', cbs=[KeepEpochs()]))
+    except ValueError as e: res['refused'] = str(e)
     torch.save(res, f'{out}/{rank_distrib()}.pt')
 
 # --- the tests ---
@@ -195,6 +197,10 @@ def test_checkpoints(out):
     saved = [torch.load(out/'0'/'models'/f, weights_only=True) for f in files[0] if f.endswith('.pth')]
     for s in saved: net().load_state_dict(s)
     assert same(saved[1], saved[2])
+
+def test_another_trainings_epochs_are_refused_by_all(ranks):
+    "Though the first process alone sees them: the second would wait for it without end"
+    assert ['epoch_1 to epoch_2 of another training' in r['refused'] for r in ranks] == [True, False] and 'holds epochs of another training' in ranks[1]['refused']
 
 if __name__ == '__main__': main(sys.argv[1])
 

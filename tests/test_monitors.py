@@ -97,6 +97,22 @@ def test_gap(gap, says, scripted, capsys):
     for bad in (-.1, 2, float('nan')):
         with pytest.raises(ValueError, match='`gap`'): RobustOverfitting(gap=bad)
 
+@pytest.mark.parametrize('n,fell,says', [(200, .06, False), (200, .12, True), (5000, .04, True), (5000, .015, False), (1, .3, False), (None, .06, True)])
+def test_a_fall_within_chance(n, fell, says, scripted, capsys):
+    "More than two standard errors of the difference, and than the gap: (.5*.5 + .44*.56)/200 is .05 squared; the number of images is told"
+    learn, cb, _ = scripted([.3, .5, .5-fell], restore=True)
+    learn.metrics[1].seen = n
+    learn.fit(3)
+    out = capsys.readouterr().out
+    assert ('robust overfitting' in out) == says and (f' of {n:,} images was 50.0%' in out if says and n else 'images' not in out)
+
+def test_images_that_a_metric_was_measured_on(make_learner, make_dls):
+    "Ours and fastai's, after a real fit: all 48 of them, or the sample"
+    n = 48
+    for metric,by,want in ((RobustAccuracy(PGD(.1, steps=1)), 'robust_accuracy', n), (RobustAccuracy(PGD(.1, steps=1), n=20), 'robust_accuracy', 20), (accuracy, 'accuracy', n)):
+        learn = make_learner(make_dls(n=64, n_valid=n), metrics=metric, cbs=RobustOverfitting(by)); learn.fit(1)
+        assert learn.robust_overfitting.n_images == want
+
 def test_restores_batchnorm_too(scripted):
     "The running statistics and the step counter are those of the best epoch; the optimiser goes on from there"
     learn, _, keep = scripted([.5, .2, .1], restore=True)
@@ -132,14 +148,15 @@ def test_said_once(restore, scripted, capsys):
 
 @pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
 def test_second_fit_starts_afresh(restore, scripted, capsys):
+    "With its best value; the number of the epoch is that under which `KeepEpochs` keeps it, counted over all fits"
     learn, cb, keep = scripted([.5, .4], restore=restore)
     learn.fit(2, .01); capsys.readouterr()
     learn.metrics[1].values = [.2, .3]
     learn.fit(2, .01)
-    assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.3, 2) and same(weights(learn.model), keep.at[3])
+    assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.3, 4) and same(weights(learn.model), keep.at[3])
     learn.metrics[1].values = [.3, .1]
     learn.fit(2, .01)
-    assert 'was 30.0% after epoch 1 and is 10.0% now' in capsys.readouterr().out and same(weights(learn.model), keep.at[4 if restore else 5])
+    assert 'was 30.0% after epoch 5 and is 10.0% now' in capsys.readouterr().out and same(weights(learn.model), keep.at[4 if restore else 5])
 
 def test_continued_fit(scripted, capsys):
     "`start_epoch` after a fit that has ended: that one has been told, and its weights are gone"
@@ -159,7 +176,7 @@ def test_interrupted_fit(restore, event, at, scripted, capsys):
     assert capsys.readouterr().out == '' and same(weights(learn.model), before)
     learn.metrics[1].values = [.1, .2]
     learn.fit(2, .01)
-    assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.2, 2)
+    assert capsys.readouterr().out == '' and (cb.best, cb.best_epoch) == (.2, at + 2) # after those that were finished
 
 @pytest.mark.parametrize('error,event', [(e, w) for e,ws in {CancelEpochException: ('before_train', 'after_batch', 'after_train', 'before_validate'), CancelTrainException: ('before_train', 'after_batch'),
     CancelValidException: ('before_validate',), CancelFitException: ('before_train', 'after_batch', 'after_train', 'before_validate', 'after_epoch')}.items() for w in ws])
@@ -184,12 +201,122 @@ def test_values_of_an_epoch_that_is_cut_short(error, make_learner, make_dls):
     assert learn.count.found[0][0] is not None and all(f == (None, None) for f in learn.count.found[1:])
     assert 'valid_loss' in cards[0] and not any(k in c for c in cards[1:] for k in ('train_loss', 'valid_loss', 'accuracy', 'robust_accuracy'))
 
-def test_epochs_of_an_older_training(make_learner, make_dls):
-    "A shorter fit in the same folder says that there are some, which `best_epoch` cannot tell from its own; the same or a longer one writes over them"
-    learn = make_learner(make_dls(n=64), cbs=KeepEpochs(2))
-    with warnings.catch_warnings(): warnings.simplefilter('error'); learn.fit(4); learn.fit(5)
-    with pytest.warns(UserWarning, match='epoch_4 to epoch_4 of an older training'): learn.fit(2)
-    assert list(saved_epochs(learn.path/learn.model_dir)) == [2, 4] # nothing is deleted
+def kept(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+def ids(folder, fname='epoch'): return {read_card(p).get('training') for p in saved_epochs(folder, fname, '.json').values()}
+
+@pytest.mark.parametrize('there', ['epochs', 'of an earlier version', 'card alone', 'weights alone', 'by the same callback', 'damaged card', 'by `learn.save`'])
+@pytest.mark.parametrize('every', [1, 2])
+def test_epochs_of_an_older_training(every, there, make_learner, make_dls, tmp_path):
+    "A Learner made anew is refused before its first step, and told what to do; not one byte changes"
+    teacher = make_learner(make_dls(n=64), cbs=[] if there == 'by `learn.save`' else KeepEpochs())
+    teacher.fit(3)
+    folder = teacher.path/teacher.model_dir
+    if there == 'by `learn.save`': teacher.save('epoch_2')
+    if there == 'of an earlier version':
+        for n in (1, 2, 3): (folder/f'epoch_{n}.json').write_text('{"epoch": %d, "robust_accuracy": 0.5}' % n)
+    if there == 'damaged card': (folder/'epoch_1.json').write_text('{"training": ')
+    if there.endswith('alone'):
+        for p in folder.glob('epoch_[13]*'): p.unlink()
+        (folder/('epoch_2.pth' if there == 'card alone' else 'epoch_2.json')).unlink()
+    before, learn = kept(folder), make_learner(make_dls(n=64), cbs=teacher.cbs[-1] if there == 'by the same callback' else KeepEpochs(every))
+    was = weights(learn.model)
+    with pytest.raises(ValueError, match='epoch_(1 to epoch_3|2) of another training.*delete them.*another `fname`.*overwrite=True'): learn.fit(2)
+    assert kept(folder) == before and same(weights(learn.model), was) and len(learn.recorder.losses) == 0
+
+def test_ways_out_of_another_trainings_folder(make_learner, make_dls):
+    "Another name, another folder, or theirs deleted, to the last of them"
+    teacher = make_learner(make_dls(n=64), cbs=KeepEpochs())
+    teacher.fit(3)
+    folder = teacher.path/teacher.model_dir
+    before = kept(folder)
+    make_learner(make_dls(n=64), cbs=[KeepEpochs(fname='student'), KeepEpochs(2, fname='deeper/epoch')]).fit(2)
+    make_learner(make_dls(n=64), cbs=KeepEpochs(), model_dir='other').fit(2)
+    with pytest.raises(ValueError, match='deeper` holds epoch_2 of another'): make_learner(make_dls(n=64), cbs=KeepEpochs(fname='deeper/epoch')).fit(1)
+    after = {k: v for k,v in kept_files(folder).items() if not k.startswith('student')}
+    assert after == before and list(saved_epochs(folder, 'student')) == [1, 2] and list(saved_epochs(teacher.path/'other')) == [1, 2]
+    other = make_learner(make_dls(n=64), cbs=KeepEpochs(overwrite=True))
+    other.fit(2)
+    assert list(saved_epochs(folder)) == list(saved_epochs(folder, suffix='.json')) == [1, 2] and ids(folder) == {other.keep_epochs.training_id} != ids(folder, 'student')
+    other.fit(1)
+    assert list(saved_epochs(folder)) == [1, 2, 3] # its own it does not delete
+def kept_files(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+@pytest.mark.filterwarnings(ANY)
+def test_further_fits_go_on_counting(make_learner, make_dls, tiny_net):
+    "Of `fine_tune`, of the same Learner with the same callbacks and with new ones, after `lr_find` and an interrupted fit; the cards say so"
+    watch = lambda: [KeepEpochs(), KeepEpochs(2, 'second')]
+    learn = make_learner(make_dls(n=64), metrics=[accuracy, Scripted([.5, .4, *[.3]*6])], cbs=[*watch(), RobustOverfitting()])
+    folder = learn.path/learn.model_dir
+    learn.fine_tune(2)
+    first = kept(folder)
+    assert list(saved_epochs(folder)) == [1, 2, 3] and list(saved_epochs(folder, 'second')) == [2] and learn.robust_overfitting.best_epoch == 2
+    learn.lr_find(show_plot=False, num_it=5); learn.validate()
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=Raises('after_batch', KeyboardInterrupt, 1))
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, KeepEpochs)])
+    learn.fit(2, cbs=watch())
+    learn.fit(8, start_epoch=6, cbs=watch()) # by hand
+    assert list(saved_epochs(folder)) == [*range(1, 9)] and list(saved_epochs(folder, 'second')) == [2, 4, 6, 8] and len(ids(folder)) == 1
+    assert [read_card(p)['epoch'] for p in saved_epochs(folder, suffix='.json').values()] == [*range(1, 9)]
+    assert {k: v for k,v in kept(folder).items() if k in first} == first
+    assert same(Teacher.at_epoch(folder, 8, tiny_net()).members[0].model.state_dict(), learn.model.state_dict())
+
+def test_start_epoch_in_a_new_process(make_learner, make_dls):
+    "The user says that the first epochs were done: they are this training's, and what lies behind them is not"
+    make_learner(make_dls(n=64), cbs=KeepEpochs()).fit(2)
+    learn = make_learner(make_dls(n=64), cbs=KeepEpochs())
+    folder = learn.path/learn.model_dir
+    with pytest.raises(ValueError, match='epoch_1 to epoch_2 of another'): learn.fit(4, start_epoch=1)
+    learn.fit(4, start_epoch=2)
+    assert list(saved_epochs(folder)) == [1, 2, 3, 4] and len(ids(folder)) == 1 and best_epoch(folder, by='valid_loss') in (1, 2, 3, 4)
+
+@pytest.mark.parametrize('how', ['after the weights', 'after the card', 'other file', 'no file', 'finished'])
+@pytest.mark.parametrize('every', [1, 2])
+def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path, monkeypatch):
+    "The first epoch is there and `Resume` has not kept it: the training that starts anew writes it again, and no other one does"
+    from rkd_fastai.callback import monitor
+    def start(path='run.pth', cbs=()): make_learner(make_dls(n=64), cbs=[KeepEpochs(every), *cbs, *([Resume(tmp_path/path)] if path else [])]).fit(every if how == 'finished' else 4)
+    class Die(Callback):
+        order, only_shows = 900, True
+        def after_epoch(self):
+            if self.epoch == every-1: raise KeyboardInterrupt
+    def die(): raise KeyboardInterrupt
+    folder = tmp_path/'models'
+    if how == 'finished': start(); (tmp_path/'run.pth').unlink()
+    else:
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            write = monitor.write_atomic
+            if how == 'after the weights': m.setattr(monitor, 'write_atomic', lambda path, text: die() if path.name == f'epoch_{every}.json' else write(path, text))
+            start(cbs=[Die()])
+    assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')
+    if how in ('other file', 'no file', 'finished'):
+        with pytest.raises(ValueError, match=f'epoch_{every} of another training'): start('other.pth' if how == 'other file' else 'run.pth' if how == 'finished' else None)
+        return
+    start()
+    assert list(saved_epochs(folder)) == [*range(every, 5, every)] and len(ids(folder)) == 1
+    assert not [p for p in folder.iterdir() if p.name.startswith('.')]
+
+def test_two_that_keep_the_same_epochs(make_learner, make_dls):
+    learn = make_learner(make_dls(n=64), cbs=[KeepEpochs(), KeepEpochs(2)])
+    with pytest.raises(ValueError, match='two `KeepEpochs` would both write.*its own `fname`'): learn.fit(2)
+    assert not (learn.path/learn.model_dir).exists()
+
+def test_two_trainings_at_the_same_time(make_learner, make_dls):
+    "Both began in an empty folder: the second to write is told"
+    class Runs(Callback):
+        order, run_valid = 40, False
+        def after_train(self): make_learner(make_dls(n=64), cbs=KeepEpochs()).fit(1)
+    learn = make_learner(make_dls(n=64), cbs=[KeepEpochs(), Runs()])
+    with pytest.raises(ValueError, match='epoch_1.pth` was written by another training'): learn.fit(1)
+    assert ids(learn.path/learn.model_dir) != {learn.keep_epochs.training_id}
+
+def test_epochs_of_two_trainings_do_not_compare(make_learner, make_dls, tiny_net):
+    "Copied into one folder by hand"
+    for model_dir in ('a', 'b'): make_learner(make_dls(n=64), cbs=KeepEpochs(), model_dir=model_dir, metrics=Scripted([.5, .4, .3])).fit(3)
+    a, b = (learn_dir for learn_dir in (make_learner().path/'a', make_learner().path/'b'))
+    for suffix in ('.pth','.json'): (b/f'epoch_3{suffix}').rename(a/f'epoch_3{suffix}')
+    with pytest.raises(ValueError, match=r'epochs of 2 trainings, \[1, 2\] and \[3\]'): best_epoch(a)
+    with pytest.raises(ValueError, match='epochs of 2 trainings'): Teacher.at_epoch(a, 'best', tiny_net())
+    Teacher.at_epoch(a, 3, tiny_net())
 
 def test_needs_the_metric(make_learner, make_dls, scripted):
     with pytest.raises(ValueError, match="'robust_accuracy', which is not among the metrics"): make_learner(make_dls(), metrics=accuracy, cbs=RobustOverfitting()).fit(1)

@@ -405,9 +405,12 @@ def test_kept_epochs(base, tmp_path):
     fit('whole', [])
     fit('parts', [Resume(tmp_path/'run.pth', 1), Die(6)], dies=True)
     fit('parts', [Resume(tmp_path/'run.pth')], seed=9, net=5)
+    ids = [read_card(tmp_path/f'{k}/models/epoch_1.json')['training'] for k in ('whole','parts')]
+    assert ids[0] != ids[1]
     for n in (1, 2, 3):
         a,b = (bits(torch.load(tmp_path/f'{k}/models/epoch_{n}.pth')) for k in ('whole','parts'))
-        assert a == b and read_card(tmp_path/f'parts/models/epoch_{n}.json') == read_card(tmp_path/f'whole/models/epoch_{n}.json')
+        cards = [read_card(tmp_path/f'{k}/models/epoch_{n}.json') for k in ('whole','parts')]
+        assert a == b and [c.pop('training') for c in cards] == ids and cards[0] == cards[1]
 
 def test_robust_overfitting_restores(base, tmp_path, capsys):
     "The best epoch lies before the power cut"
@@ -459,6 +462,162 @@ def test_a_network_with_a_memory(base, tiny_net, tmp_path):
     make = lambda net=0, **kw: base(**kw, model=Net(tiny_net(seed=net)), cbs=[WeightAveraging(.9)])
     check(make, tmp_path)
     with pytest.raises(ValueError, match='weight_averaging'): one_cycle(base(model=Net(tiny_net())), Resume(tmp_path/'None_6.pth'))
+
+
+# --- several fits of one training ---
+
+def tuned(learn, cbs=()): learn.fine_tune(2, .01, cbs=cbs) # 4 batches, and then 8
+def twice(learn, cbs=()): learn.fit(2, .01, cbs=cbs); learn.fit(2, .01, cbs=cbs)
+def thrice(learn, cbs=()): learn.fit(1, .01, cbs=cbs); learn.fit_one_cycle(2, .02, cbs=cbs); learn.fit(1, .003, cbs=cbs)
+sequences = dict(tuned=tuned, twice=twice, thrice=thrice)
+class DieIn(Die):
+    "A power cut in the `fit`-th fit, from 0, of the training"
+    def __init__(self, fit, step, event='after_batch'):
+        super().__init__(step, event)
+        dies, fits = vars(self)[event], [] # not an attribute, which would be remembered
+        setattr(self, event, lambda: dies() if len(fits) == fit+1 else None)
+        self.before_fit = lambda: None if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder') else fits.append(1)
+
+def groups(base, **more):
+    return lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])], **{k: v() for k,v in more.items()})
+def until_killed(make, fit, folder, cuts, wide=False, every=None):
+    "A training killed at each of `cuts` in turn and begun again from its start, and at last left alone"
+    for i,cut in enumerate([*cuts, None]):
+        resume = Resume(folder/'run.pth', every)
+        cbs = [DieIn(*cut)] if cut else []
+        learn = run((lambda **kw: make(**kw).add_cb(resume)) if wide else make, fit, cbs if wide else [resume, *cbs], seed=i and 90+i, net=i and 4+i, dies=bool(cut))
+    return learn
+
+@pytest.mark.parametrize('every', [None, 3])
+@pytest.mark.parametrize('how', sequences)
+def test_killed_in_any_fit(how, every, base, make_dls, tmp_path):
+    "Of `fine_tune`, and of fits one after another: the same bits, however often the script is killed and begun again"
+    make = groups(base, cbs=lambda: [MixUp(.4), GradientAccumulation(96)], dls=lambda: make_dls(n=128, batch_tfms=[PadCropFlip(1), Draws()]))
+    want = end(run(make, sequences[how]))
+    for i,cuts in enumerate([[(1, 2)], [(1, 4), (1, 6, 'before_batch')], [(0, 8 if how == 'twice' else 4, 'after_fit'), (1, 0, 'before_train')]] + [[(1, 8, 'after_fit'), (2, 1), (2, 4, 'after_fit')]]*(how == 'thrice')):
+        (tmp_path/f'{i}').mkdir()
+        assert differ(end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, wide=i % 2, every=every)), want) == [], cuts
+
+def test_killed_in_the_first_of_two_fits(base, tmp_path):
+    make = groups(base)
+    assert differ(end(until_killed(make, tuned, tmp_path, [(0, 2), (1, 6)], every=1)), end(run(make, tuned))) == []
+
+def test_a_second_fit_trains(base, tmp_path, capsys):
+    "With a `Resume` that stays, after one that is finished, one of other settings too; a third after an interruption"
+    want, path = run(base, twice), tmp_path/'run.pth'
+    learn = run(lambda **kw: base(**kw).add_cb(Resume(path)), twice)
+    assert differ(end(learn), end(want)) == [] and capsys.readouterr().out == ''
+    for l in (want, learn):
+        set_seed(3); l.dls.train.rng.seed(3)
+        l.fit_one_cycle(1, .02)
+    assert weights(learn) == weights(want)
+    def end_of_first(learn, cbs=()): learn.fit(2, .01, cbs=cbs)
+    other, first = base(net=5), run(base, end_of_first)
+    other.fit(2, .01, cbs=Resume(path)) # in a new process
+    assert differ(end(other), end(first)) == []
+    said = capsys.readouterr().out
+    assert said == f'`{path}`: fit 1 of 3 has ended and is not trained again\n'
+
+def test_what_is_said_of_several_fits(base, tmp_path, capsys):
+    path = tmp_path/'run.pth'
+    run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
+    assert capsys.readouterr().out == ''
+    run(groups(base), tuned, [Resume(path)])
+    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 goes on after 1 epoch\n'
+    run(groups(base), tuned, [Resume(path)])
+    assert f'`{path}` holds all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
+
+@pytest.mark.parametrize('wide', [False, True])
+def test_ctrl_c_in_a_second_fit(wide, base, tmp_path):
+    "The cell is run again on the same Learner: all of `fine_tune`, or the second fit alone where that is the cell"
+    def interrupted(make, fit, name):
+        path = tmp_path/f'{name}.pth'
+        set_seed(0)
+        learn = make()
+        if wide: learn.add_cb(Resume(path))
+        cbs = lambda *more: [*more, *([] if wide else [Resume(path)])]
+        with pytest.raises(KeyboardInterrupt): fit(learn, cbs(DieIn(1, 6)))
+        return learn, cbs()
+    learn, cbs = interrupted(groups(base), tuned, 'tuned')
+    tuned(learn, cbs)
+    assert differ(end(learn), end(run(groups(base), tuned))) == []
+    if not wide: return
+    learn, cbs = interrupted(base, twice, 'twice')
+    learn.fit(2, .01)
+    assert differ(end(learn), end(run(base, twice))) == []
+
+def test_another_second_fit(base, tmp_path):
+    "Refused by what differs, in which fit; and so is a first one"
+    path = tmp_path/'run.pth'
+    run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
+    file = path.read_bytes()
+    with pytest.raises(ValueError, match=r'another training \(fit 2: optimiser|another training \(fit 2: callbacks'): run(groups(base), lambda l, cbs: l.fine_tune(2, .01, div=7., cbs=cbs), [Resume(path)])
+    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 there and 2 here'): run(groups(base), lambda l, cbs: l.fine_tune(2, .01, freeze_epochs=2, cbs=cbs), [Resume(path)])
+    assert path.read_bytes() == file
+    learn = run(lambda **kw: base(**kw).add_cb(Resume(tmp_path/'b.pth')), twice)
+    run(base, fits['fit'], [Resume(tmp_path/'b2.pth'), Die(6)], dies=True)
+    (tmp_path/'b2.pth').rename(tmp_path/'b.pth')
+    with pytest.raises(ValueError, match='does not hold the fits that came before'): learn.fit(1)
+
+@pytest.mark.parametrize('stops', ['epoch', 'first epoch', 'batch'])
+def test_a_fit_that_a_callback_stops(stops, base, tmp_path):
+    "As early stopping does: a further fit goes on from where it stopped, and so it does after a kill; the same fit alone goes on from what was kept"
+    from fastai.vision.all import CancelFitException
+    class Stops(Callback):
+        order = 60
+        def before_fit(self): self.at = dict(epoch=8, batch=6).get(stops, 4) if not hasattr(self, 'at') else None
+        def _stop(self):
+            if self.learn.train_iter == self.at and not self.learn.lock.locked(): raise CancelFitException
+        def after_batch(self): self._stop() if self.training and stops == 'batch' else None
+        def after_epoch(self): self._stop() if stops != 'batch' else None
+    make = lambda **kw: base(**kw, cbs=[Stops(), WeightAveraging(.9)])
+    def fit(learn, cbs=()): learn.fit(3, .01, cbs=cbs); learn.fit(2, .01, cbs=cbs)
+    want = end(run(make, fit))
+    assert differ(end(run(make, fit, [Resume(tmp_path/'a.pth')])), want) == []
+    (tmp_path/'b').mkdir()
+    cuts = [(1, 2), (1, 6)] if stops != 'first epoch' else [(1, 6), (1, 8, 'after_fit')]
+    assert differ(end(until_killed(make, fit, tmp_path/'b', cuts)), want) == []
+    one = lambda learn, cbs=(): learn.fit(3, .01, cbs=cbs)
+    run(make, one, [Resume(tmp_path/'c.pth')])
+    again = run(lambda **kw: base(**kw, cbs=[Stops(), WeightAveraging(.9)]), one, [Resume(tmp_path/'c.pth')], seed=0 if stops == 'first epoch' else 9)
+    assert again.train_iter == dict(epoch=8, batch=6).get(stops, 4)
+
+def test_epochs_and_best_ones_of_resumed_fits(base, tmp_path, capsys):
+    "`KeepEpochs` counts on and keeps each epoch once, `RobustOverfitting` puts back the best of a fit that is not trained again, the log goes on"
+    from fastai.vision.all import ValueMetric
+    scores, logs = dict(zip(range(1, 5), [.5, .3, .4, .6])), []
+    def made(folder):
+        def make(**kw):
+            for log in logs: log.file.close() # which fastai forgets in an interrupted fit
+            learn = base(**kw, path=tmp_path/folder, cbs=[KeepEpochs(), RobustOverfitting(restore=True), CSVLogger(append=True)])
+            learn.metrics = [accuracy, ValueMetric(lambda: scores[learn.keep_epochs.epochs_done + 1], 'robust_accuracy')]
+            logs.append(learn.csv_logger)
+            return learn
+        return make
+    for k in 'ab': (tmp_path/k).mkdir()
+    want = end(run(made('a'), twice))
+    got = end(until_killed(made('b'), twice, tmp_path, [(0, 6), (1, 2), (1, 6), (1, 8, 'after_fit')]))
+    assert differ(got, want) == []
+    for n in (1, 2, 3, 4): assert bits(torch.load(tmp_path/f'a/models/epoch_{n}.pth')) == bits(torch.load(tmp_path/f'b/models/epoch_{n}.pth'))
+    read = lambda k: [l.rpartition(',')[0] for l in (tmp_path/k/'history.csv').read_text().splitlines()]
+    assert len({read_card(tmp_path/f'b/models/epoch_{n}.json')['training'] for n in (1, 2, 3, 4)}) == 1 and read('a') == read('b')
+
+def test_a_file_of_an_earlier_version(base, tmp_path):
+    path = tmp_path/'run.pth'
+    want = end(run(base, one_cycle))
+    run(base, one_cycle, [Resume(path), Die(6)], dies=True)
+    s = load_plain(path)
+    torch.save({k: v for k,v in s.items() if k not in ('ended','stopped')}, path)
+    assert differ(end(run(base, one_cycle, [Resume(path)], seed=9, net=5)), want) == []
+    for bad in (dict(ended=3), dict(ended=[3]), dict(ended=[{}]), dict(stopped={})):
+        torch.save(s | bad, path)
+        with pytest.raises(ValueError, match='is damaged'): run(base, one_cycle, [Resume(path)])
+
+def test_a_phase_of_no_epochs(base, tmp_path, capsys):
+    "There is nothing of it to keep"
+    def fit(learn, cbs=()): learn.fine_tune(2, .01, freeze_epochs=0, cbs=cbs)
+    want = end(run(groups(base), fit))
+    assert differ(end(until_killed(groups(base), fit, tmp_path, [(1, 6)])), want) == [] and capsys.readouterr().out == ''
 
 
 # --- before and after ---

@@ -9,6 +9,7 @@ __all__ = ['FitCallback', 'told_where', 'EachEpoch']
 import sys
 from contextlib import contextmanager
 from itertools import chain
+from uuid import uuid4
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from ..core import NotFinite
@@ -45,10 +46,32 @@ def told_where(
 class EachEpoch(FitCallback):
     "Base of the callbacks that do something, `each_epoch`, after every epoch of training and its validation"
     order,trained = 51,False # after the Recorder
+    training_id,epochs_done = None,0 # of the Learner: which training this is, and how many of its epochs were watched, in all its fits
+
+    def __call__(self, event_name):
+        if self.learn.lock.locked(): return
+        if event_name == 'before_fit': self.training_id,self.epochs_done = self._shared()
+        if event_name == 'after_fit': self._share() # also what `Resume` remembered of a fit that is not run again
+        return super().__call__(event_name)
+
+    def _shared(self): return vars(self.learn).get('_training', (None, 0))
+    def _share(self):
+        "Leave both numbers with the Learner, for its next fit and for its other callbacks"
+        if self.training_id is not None: self.learn._training = self.training_id,self.epochs_done
+
     def before_epoch(self): self.trained = False
-    def before_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
+    def before_train(self):
+        self.trained = not hasattr(self.learn, 'lr_finder')
+        if not self.trained: return
+        self.training_id = self.training_id or self._shared()[0] or uuid4().hex # which draws none of the user's random numbers
+        self.epochs_done = max(self.epochs_done, self.epoch) # `start_epoch` leaves out what was done elsewhere
+        self._share()
+
     def after_epoch(self):
-        if self.trained: self.each_epoch()
+        if not self.trained: return
+        self.epochs_done += 1
+        self._share()
+        self.each_epoch()
 
     def logged(self):
         "This epoch's values by name, none where it was cut short: fastai then logs fewer of them, under each other's names"

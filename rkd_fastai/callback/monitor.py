@@ -8,19 +8,22 @@ __all__ = ['RobustAccuracy', 'KeepEpochs', 'CatastrophicOverfitting', 'RobustOve
 # %% ../../nbs/18_callback.monitor.ipynb #5f9f4c6a
 import json, warnings
 from copy import copy
+from pathlib import Path
 import torch
 from fastai.callback.core import CancelFitException
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner, Metric, SkipToEpoch
 from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import atomic_path, check_fraction, copy_state, seeded, versions, whole_number, write_atomic
+from ..core import (atomic_path, check_fraction, copy_state, read_json, seeded, versions, whole_number,
+                             write_atomic)
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import (arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats,
                               to_pixels, undistributed, unwrap)
 from ..sampling import check_n, class_labels, sample_positions
 from ..teachers import plain_state, saved_epochs
+from ..text import counted
 
 # %% ../../nbs/18_callback.monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -134,44 +137,31 @@ def _tell_apart(metrics):
 _metrics = Learner.metrics
 Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset, doc="Metrics, of which no two `RobustAccuracy` have one name")
 
-# %% ../../nbs/18_callback.monitor.ipynb #543d895b
-class KeepEpochs(EachEpoch):
-    "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`, and a card beside them"
-    only_shows = True # does nothing to the training, see `Resume`
-    def __init__(self,
-        every=1, # save after each `every`-th epoch
-        fname='epoch', # start of the file name
-        card=None, # dict of what else the cards are to say, e.g. `dict(data='cifar10', seed=42)`
-    ):
-        every = whole_number('every', every, 1)
-        self.every,self.fname,self.card = every,fname,card or {}
-        json.dumps(self.card) # a card that cannot be written is to fail now
+# %% ../../nbs/18_callback.monitor.ipynb #4934ee2f
+class _Epochs:
+    "The epochs that are kept in a folder under one name, whosever they are"
+    def __init__(self, path): self.folder,self.name = path.parent,path.name # `fname` may name a folder, too
+    def file(self, n, suffix): return self.folder/f'{self.name}_{n}{suffix}'
+    def numbers(self): return sorted({n for suffix in ('.pth','.json') for n in saved_epochs(self.folder, self.name, suffix)})
 
-    def before_fit(self): plain_state(unwrap(self.model)) # what could not be read back is refused now
+    def training_of(self, n):
+        "Whose epoch `n` is, as its card says: None without a card, '' where it does not say"
+        try: card = read_json(self.file(n, '.json'))
+        except FileNotFoundError: return None
+        except (OSError, ValueError): return ''
+        return str(card.get('training', '')) if isinstance(card, dict) else ''
 
-    def each_epoch(self):
-        if (self.epoch+1) % self.every or rank_distrib(): return
-        path = self.path/self.model_dir/f'{self.fname}_{self.epoch+1}.pth'
-        with atomic_path(path) as tmp:
-            torch.save(unwrap(self.model).state_dict(), tmp)
-            path.with_suffix('.json').unlink(missing_ok=True) # of an older run, whose weights go now
-        write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
-        if self.epoch+1 == self.every: self._warn_of_older(path.parent)
+    @property
+    def claim(self):
+        "Says whose the first epoch is, until `Resume` has kept the training"
+        return self.folder/f'.{self.name}.training'
 
-    def _warn_of_older(self, folder):
-        "Epochs that this fit will not reach are another's"
-        older = [n for n in saved_epochs(folder, self.fname) if n > self.n_epoch]
-        if older: warnings.warn(f"`{folder}` holds {self.fname}_{older[0]} to {self.fname}_{older[-1]} of an older training, which `best_epoch` and `Teacher.at_epoch` would take for this one's: delete them, or give `KeepEpochs` another `fname`")
+    def claimed_by(self, resume):
+        "The training that claimed this place and is kept by the `Resume` file `resume`, or None"
+        try: claim = read_json(self.claim)
+        except (OSError, ValueError): return None
+        return claim.get('training') if isinstance(claim, dict) and claim.get('resume') == str(resume.absolute()) else None
 
-    def _card(self):
-        net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
-        normalised = {} if mean is None else dict(mean=mean.tolist(), std=std.tolist()) # `load_teacher` reads them
-        method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return self.card | normalised | self.logged() | dict(epoch=self.epoch+1, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
-            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
-            versions=versions())
-
-# %% ../../nbs/18_callback.monitor.ipynb #68cf33e0
 def _of_the_first(v, device):
     "The number `v` of the first of several processes, in each of them, lest one ends the fit and the others wait for it"
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return v
@@ -179,6 +169,93 @@ def _of_the_first(v, device):
     torch.distributed.broadcast(v, 0)
     return v.item()
 
+# %% ../../nbs/18_callback.monitor.ipynb #543d895b
+class KeepEpochs(EachEpoch):
+    "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`, and a card beside them; never over those of another training"
+    only_shows,_kept = True,None # does nothing to the training, see `Resume`
+    def __init__(self,
+        every=1, # save after each `every`-th epoch
+        fname='epoch', # start of the file name
+        card=None, # dict of what else the cards are to say, e.g. `dict(data='cifar10', seed=42)`
+        overwrite=False, # delete what another training kept there under that name, rather than refuse to train
+    ):
+        self.every,self.fname,self.card,self.overwrite = whole_number('every', every, 1),fname,card or {},overwrite
+        json.dumps(self.card) # a card that cannot be written is to fail now
+
+    def _place(self): return self.path/self.model_dir/self.fname
+    def _unborn(self):
+        "The file of a `Resume` that has kept nothing yet, or None"
+        path = getattr(vars(self.learn).get('resume'), 'path', None)
+        return path if isinstance(path, Path) and not path.exists() else None
+
+    def before_fit(self):
+        plain_state(unwrap(self.model)) # what could not be read back is refused now
+        self._kept = None
+        if self.training_id is None and not rank_distrib(): self._take_up(_Epochs(self._place()))
+
+    def _take_up(self, kept):
+        "A new Learner may go on with an older training: by the user's own `start_epoch`, or one that was killed before `Resume` had kept it"
+        there,resume = kept.numbers(),self._unborn()
+        found = {kept.training_of(n) for n in there}
+        skips = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
+        if skips and len(found) == 1 and there[-1] <= skips: self.training_id = found.pop() or None
+        elif resume and len(there) <= 1: self.training_id = kept.claimed_by(resume)
+        self._share()
+
+    def before_train(self):
+        goes_on = self.training_id is not None
+        super().before_train()
+        if not self.trained: return
+        if self._kept is None: self._begin(goes_on)
+        elif not self._unborn(): self._kept.claim.unlink(missing_ok=True)
+
+    def _begin(self, goes_on):
+        "Refuse a folder that holds another training's epochs, in all processes if the first one sees some"
+        kept = _Epochs(self._place())
+        if any(isinstance(cb, KeepEpochs) and cb is not self and cb._place() == self._place() for cb in self.learn.cbs):
+            raise ValueError(f"two `KeepEpochs` would both write `{kept.file(self.every, '.pth')}`: give each its own `fname`")
+        others = [] if rank_distrib() else self._others(kept, goes_on)
+        if self.overwrite:
+            for n in others:
+                for suffix in ('.json','.pth'): kept.file(n, suffix).unlink(missing_ok=True)
+        elif _of_the_first(len(others), model_device(self.model)):
+            if not goes_on: vars(self.learn).pop('_training', None) # which has not begun
+            which = f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others else 'epochs'
+            raise ValueError(f"`{kept.folder}` holds {which} of another training, which `KeepEpochs` does not overwrite: delete them, give `KeepEpochs` another `fname` "
+                             "or the Learner another `path` or `model_dir`, or let `KeepEpochs(overwrite=True)` delete them")
+        self._kept,resume = kept,self._unborn()
+        if resume and not rank_distrib(): write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
+
+    def _others(self, kept, goes_on):
+        "Numbers of the epochs that are not this training's"
+        following = (self.epochs_done//self.every + 1)*self.every
+        def own(n):
+            of = kept.training_of(n)
+            return of == self.training_id if of is not None else goes_on and n <= following # killed between the weights and their card
+        return [n for n in kept.numbers() if not own(n)]
+
+    def each_epoch(self):
+        if self.epochs_done % self.every or rank_distrib(): return
+        path = self._kept.file(self.epochs_done, '.pth')
+        if self._kept.training_of(self.epochs_done) not in (None, self.training_id):
+            raise ValueError(f"`{path}` was written by another training after this one had begun: let two that run at the same time keep their epochs under different names, by `fname`")
+        with atomic_path(path) as tmp:
+            torch.save(unwrap(self.model).state_dict(), tmp)
+            path.with_suffix('.json').unlink(missing_ok=True) # this training's own, of weights that go now
+        write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
+
+    def after_fit(self):
+        if self._kept is not None: self._kept.claim.unlink(missing_ok=True)
+
+    def _card(self):
+        net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
+        normalised = {} if mean is None else dict(mean=mean.tolist(), std=std.tolist()) # `load_teacher` reads them
+        method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
+        return self.card | normalised | self.logged() | dict(epoch=self.epochs_done, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
+            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
+            versions=versions(), training=self.training_id)
+
+# %% ../../nbs/18_callback.monitor.ipynb #68cf33e0
 class CatastrophicOverfitting(EachEpoch):
     "Watch the accuracy of fixed validation images under PGD, and warn, or go back and stop, where it collapses (Wong et al., 2020)"
     order,_stateattrs = EachEpoch.order + 1,('kept','data') # after `KeepEpochs`; not exported
@@ -215,7 +292,7 @@ class CatastrophicOverfitting(EachEpoch):
         if self.stop: self.kept = copy_state(unwrap(self.model))
 
     def _collapsed(self, acc):
-        what = f"catastrophic overfitting: in epoch {self.epoch+1} the accuracy of {len(self.data[0])} images under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
+        what = f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of {len(self.data[0])} images under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
         if not self.stop:
             warnings.warn(f"{what}. Take a smaller step, or PGD for the training attack")
             return
@@ -226,18 +303,23 @@ class CatastrophicOverfitting(EachEpoch):
     def after_fit(self): self.kept = self.data = None
 
 # %% ../../nbs/18_callback.monitor.ipynb #e7993146
+def _noise(p, q, n):
+    "Two standard errors of the difference of two accuracies that are measured on `n` images each; 0 where that is unknown"
+    if not n or not (0 <= p <= 1 and 0 <= q <= 1): return 0.
+    return 2*((p*(1-p) + q*(1-q))/n)**.5
+
 class RobustOverfitting(EachEpoch):
     "Say after the fit how far the last epoch's robust accuracy lies below the best one's (Rice et al., 2020)"
     order,_stateattrs,kept = EachEpoch.order + 1,('kept',),None # after `KeepEpochs`; not exported
     remembers = _stateattrs # for `Resume`
     def __init__(self,
         by='robust_accuracy', # metric, the higher the better
-        gap=.02, # what the last epoch may lie below the best before it is said
+        gap=.02, # what the last epoch may lie below the best before it is said; chance may take two standard errors in any case
         restore=False, # and go back to the best epoch's weights
     ):
         gap = check_fraction(gap=gap)
         self.by,self.gap,self.restore = by,gap,restore
-        self.best = self.best_epoch = self.last = self.kept = None
+        self.best = self.best_epoch = self.last = self.kept = self.n_images = None
 
     def before_train(self):
         super().before_train()
@@ -248,15 +330,21 @@ class RobustOverfitting(EachEpoch):
     def each_epoch(self):
         now = self.logged().get(self.by)
         if now is None: return # an epoch that was cut short
-        self.last = now
+        self.last,self.n_images = now,self._seen()
         if self.best is not None and now <= self.best: return
-        self.best,self.best_epoch = self.last,self.epoch+1
+        self.best,self.best_epoch = self.last,self.epochs_done
         if self.restore: self.kept = copy_state(unwrap(self.model))
+
+    def _seen(self):
+        "On how many images the metric was measured, where it says so: ours by `seen`, fastai's averages by `count`"
+        metric = next((m for m in self.learn.metrics if m.name == self.by), None)
+        return next((n for k in ('seen','count') if isinstance(n := getattr(metric, k, None), int)), None)
 
     def after_fit(self):
         if not self.trained or self.last is None: return # `lr_find` ends in an `after_fit`, too
         last,kept,self.last,self.kept = self.last,self.kept,None,None
-        if self.best - last <= self.gap: return
+        if self.best - last <= max(self.gap, _noise(self.best, last, self.n_images)): return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
-        print(f"robust overfitting: {self.by} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
+        of = f" of {counted(self.n_images, 'image')}" if self.n_images else ''
+        print(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
               + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))

@@ -12,6 +12,7 @@ from functools import partial
 from inspect import signature
 from itertools import islice
 from pathlib import Path
+from uuid import uuid4
 import numpy as np, torch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback
@@ -23,6 +24,7 @@ from fastcore.foundation import L
 from ..core import atomic_path, digest, is_extra, seeded, whole_number, writing
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain, plain_state
+from ..text import counted
 from .adversarial import label_settings
 from .core import FitCallback
 
@@ -181,23 +183,32 @@ def _once(obj, **methods):
         for k,v in had.items(): setattr(obj, k, v)
 
 class Resume(FitCallback):
-    "Keep a training in the file `path`, and go on from there if it is one"
-    order = 1000 # the last to act at the end of an epoch
+    "Keep a training in the file `path`, and go on from there if it is one; of several fits of a Learner each in its turn"
+    order,_stateattrs = 1000,('loaded','ended') # the last to act at the end of an epoch
     def __init__(self,
         path, # file; its folder is made
         every=None, # also after so many batches; None: after each epoch only
     ):
         every = whole_number('every', every, 1, none=True)
         self.path,self.every = Path(path),every
-        self.on = False
+        self.on,self.loaded,self.ended,self._id = False,None,[],uuid4().hex
 
     def before_fit(self):
-        self.on,self.loaded,self.epochs,self.done = not hasattr(self.learn, 'lr_finder'),None,0,0
+        self.on = not hasattr(self.learn, 'lr_finder') and self.learn.n_epoch > 0 # of no epochs there is nothing to keep
+        self.loaded,self.ended,self.epochs,self.done,self.kept = None,[],0,0,False
         if not self.on: return
         self._check()
         self.described = describe_training(self.learn)
-        if self.path.exists(): self._go_on(self._read())
-        if self.epochs == self.described['n_epoch']: print(f"`{self.path}` holds all {self.epochs} epochs: nothing is left to train. To train anew, delete it or name another file")
+        fit,s = self._find(self._read()) if self.path.exists() else (0, None)
+        self._fits = fit,True
+        if s is not None: self._go_on(s, fit)
+
+    @property
+    def _fits(self):
+        "How many fits of this Learner this callback has seen to the end, and whether the next one has begun"
+        return vars(self.learn).get('_fits_kept', {}).get(self._id, (0, False))
+    @_fits.setter
+    def _fits(self, v): vars(self.learn).setdefault('_fits_kept', {})[self._id] = v
 
     def _check(self):
         if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1: raise ValueError("one training is kept in one file: there are two `Resume`")
@@ -218,16 +229,41 @@ class Resume(FitCallback):
     def _read(self):
         s = load_plain(self.path)
         if not isinstance(s, dict) or s.get('what') != _what: raise ValueError(f"`{self.path}` is not a training that `Resume` kept: name another file")
-        with zipfile.ZipFile(self.path) as z: damaged = z.testzip() or set(s) != _kept # PyTorch does not look at the checksums
-        d = None if damaged else _difference(s['training'], self.described)
-        seed = ', and give a random split of the images its `seed`' if d and d.startswith('images') else ''
-        if d: raise ValueError(f"`{self.path}` is of another training ({d}): name another file, or delete it{seed}")
-        if damaged or not (0 <= s['epoch'] <= self.learn.n_epoch and 0 <= s['done'] < len(self.dls.train)): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
-        if s['done'] and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
+        with zipfile.ZipFile(self.path) as z: damaged = z.testzip() # PyTorch does not look at the checksums
+        s = dict(ended=[], stopped=None) | s # which earlier versions lack
+        fits = [*s['ended'], *([] if s['stopped'] in (None, _here) else [s['stopped']])] if isinstance(s['ended'], list) else [None]
+        if damaged or set(s) != _kept | {'ended','stopped'} or not all(isinstance(f, dict) and set(f) == _kept for f in fits): self._damaged()
         return s
 
-    def _go_on(self, s):
-        learn,device = self.learn,model_device(self.model)
+    def _damaged(self): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
+
+    def _find(self, s):
+        "Which fit of those in the file this one is, counted from 0, and the state to go on from, or None"
+        n,(done,begun) = len(s['ended']),self._fits
+        if done == n+1: return done,self._append(s)
+        if done > n: raise ValueError(f"`{self.path}` does not hold the fits that came before this one: name another file, or delete it")
+        # of a Learner that was interrupted the same fit comes again, or all of them
+        wrong = {}
+        for fit in ([done, 0] if begun else [done]):
+            there = s if fit == n else s['ended'][fit]
+            if wrong.setdefault(fit, _difference(there['training'], self.described)) is None: break
+        else:
+            d = wrong[done]
+            seed = ', and give a random split of the images its `seed`' if d.startswith('images') else ''
+            raise ValueError(f"`{self.path}` is of another training ({f'fit {done+1}: ' if n else ''}{d}): name another file, or delete it{seed}")
+        if not (0 <= there['epoch'] <= self.learn.n_epoch and 0 <= there['done'] < len(self.dls.train)): self._damaged()
+        if there['done'] and fit == n and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
+        self.ended = s['ended'] # also of the fits to come, which are told apart by their number
+        return fit,None if fit == n and s['stopped'] == _here else there
+
+    def _append(self, s):
+        "A further fit begins: the one before has ended, at its last epoch or where a callback stopped it"
+        last = {k: s[k] for k in _kept} if s['stopped'] in (None, _here) else s['stopped']
+        if s['stopped'] is None and s['epoch'] != s['training']['n_epoch']: self._damaged()
+        self.ended = [*s['ended'], last]
+
+    def _go_on(self, s, fit):
+        learn,device,ended = self.learn,model_device(self.model),fit < len(self.ended)
         unwrap(learn.model).load_state_dict(s['model'])
         learn.opt.load_state_dict(s['opt'] if isinstance(learn.opt, OptimWrapper) else _on(s['opt'], device)) # PyTorch's own move what they want on a GPU, which Adam's step count is not
         if s['scaler'] is not None: learn.scaler.load_state_dict(s['scaler'])
@@ -237,17 +273,29 @@ class Resume(FitCallback):
             if isinstance(cb, CSVLogger) and s['csv']: cb.file.seek(0); cb.file.truncate(); cb.file.write(s['csv']); cb.file.flush()
             if isinstance(cb, ProgressCallback) and 'mbar' in vars(cb): cb.mbar.update(0) # it counts from there
         learn.epoch,learn.train_iter = max(s['epoch']-1, 0),s['train_iter']
-        self.loaded,self.epochs = s,s['epoch']
+        self.loaded,self.epochs,self.kept = s,learn.n_epoch if ended else s['epoch'],True
         _set_random_states(s['random'], learn.dls)
-        learn.add_cb(_FromEpoch(s['epoch'], learn.n_epoch))
-        learn.n_epoch -= s['epoch'] # how often the loop is to run, see `_FromEpoch`
+        if self.epochs == learn.n_epoch: self._set_grads(s) # no training will
+        self._say(fit, ended)
+        learn.add_cb(_FromEpoch(self.epochs, learn.n_epoch))
+        learn.n_epoch -= self.epochs # how often the loop is to run, see `_FromEpoch`
+
+    def _say(self, fit, ended):
+        which = f"fit {fit+1} of {len(self.ended)+1}"
+        if ended: print(f"`{self.path}`: {which} has ended and is not trained again")
+        elif self.epochs == self.learn.n_epoch:
+            print(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing is left to train. To train anew, delete it or name another file")
+        elif fit: print(f"`{self.path}`: {which} goes on after {counted(self.epochs, 'epoch')}")
+
+    def _set_grads(self, s):
+        for p,g in zip(self.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p) if isinstance(g, torch.Tensor) else torch.zeros_like(p)
 
     def before_train(self):
         if not self.on: return
         s,self.loaded,self.done = self.loaded,None,0
         self.epoch_random = _random_states(self.dls)
         if s is None: return
-        for p,g in zip(self.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p) if isinstance(g, torch.Tensor) else torch.zeros_like(p)
+        self._set_grads(s)
         if s['done']: self._go_on_in_epoch(s)
 
     def _go_on_in_epoch(self, s):
@@ -273,18 +321,34 @@ class Resume(FitCallback):
         self.epochs,self.done = self.epochs+1,0 # not from the Learner, whose `epoch` a `validate` in between sets to 0
         self._save()
 
-    def after_fit(self): self.on,self.loaded = False,None
+    def after_cancel_fit(self):
+        "A callback has stopped the fit: a further fit goes on from here, the same one from where it was kept before"
+        if self.on: self._save(stopped=True)
 
-    def _save(self):
+    def after_fit(self):
+        if self.on: self._fits = self._fits[0]+1,False
+        self.on,self.loaded,self.ended = False,None,[]
+
+    def _save(self, stopped=False):
+        state = self._state()
+        if not stopped: file = dict(state, ended=self.ended, stopped=None)
+        else:
+            state |= dict(epoch=min(self.learn.epoch + 1, self.described['n_epoch']), done=0) # nothing goes on in this epoch
+            file = dict(self._read(), stopped=state) if self.kept else dict(state, ended=self.ended, stopped=_here)
+        with atomic_path(self.path) as tmp: torch.save(file, tmp)
+        self.kept = True
+
+    def _state(self):
+        "All that the rest of the training depends on"
         learn,scaler,done = self.learn,vars(self.learn).get('scaler'),self.done
         csv = next((cb for cb in learn.cbs if isinstance(cb, CSVLogger)), None)
-        state = dict(what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train, train_iter=learn.train_iter,
+        return dict(what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train, train_iter=learn.train_iter,
             model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()), scaler=None if scaler is None else scaler.state_dict(),
             grads=[None if p.grad is None else p.grad.detach() if p.grad.any() else 0 for p in learn.model.parameters()], recorder=_recorded(learn.recorder),
             memory={k: _memory(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
             metrics=[_memory(m, tensors=True) for m in learn.metrics] if done and learn.recorder.train_metrics else [],
             csv='' if csv is None else (learn.path/csv.fname).read_text(), epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
-        with atomic_path(self.path) as tmp: torch.save(state, tmp)
 
 _what = 'a training, kept by rkd_fastai'
 _kept = set('what training epoch done pct_train train_iter model opt scaler grads recorder memory metrics csv epoch_random random'.split())
+_here = 'here' # a fit that was stopped before anything of it had been kept: it starts anew, and a further one goes on from there

@@ -46,9 +46,11 @@ class RecordTrajectory(EachEpoch):
         if Path(path).is_file(): raise ValueError(f"`path` {path} is a file: name a folder")
         self.path,self.dl,self.n,self.seed,self.bs = Path(path),dl,check_n(n),seed,bs
         self._attack = attack and copy(check_attack(attack)) # not `attack`, where others look for that of the training
-        self.epochs = 0 # recorded so far, also what `Resume` remembers
+        self.epochs,self._of = 0,None # recorded so far and of which training, also what `Resume` remembers
 
-    def before_fit(self): self.data = None
+    def before_fit(self):
+        self.data = None
+        if self._of != self.training_id: self.epochs,self._of = 0,None # of another Learner
     def before_train(self):
         super().before_train()
         if self.trained and self.data is None and not rank_distrib(): self._begin()
@@ -61,7 +63,7 @@ class RecordTrajectory(EachEpoch):
         self._check_folder(card, done)
         write_atomic(self.path/'card.json', json.dumps(card, indent=2))
         for p in [*self._saved().values()][done:]: p.unlink()
-        self.data,self.epochs = (x, y),done
+        self.data,self.epochs,self._of = (x, y),done,self.training_id
 
     def _images(self):
         "Images in pixel space `(n, c, h, w)` and classes `(n,)`, the same in every process that asks"
