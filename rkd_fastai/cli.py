@@ -284,3 +284,6 @@ def main(
     try: args.run(args)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {reason(e)}')
     except KeyboardInterrupt: sys.exit('\nrkd: interrupted')
+
+# %% ../nbs/36_cli.ipynb #d3a7c002
+if __name__ == '__main__': main()
