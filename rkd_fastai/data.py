@@ -202,7 +202,7 @@ def _downloaded(name, get):
     "What `get` returns, which downloads the data set `name`"
     try: return get()
     except (RuntimeError, OSError) as e: # torchvision's and the network's
-        raise OSError(f"{name} cannot be downloaded: give the folder of its files, as `path` or by `--data-path` ({' '.join(str(e).split())})") from e
+        raise OSError(f"{name} cannot be downloaded: give the folder of its files by `path` ({' '.join(str(e).split())})") from e
 
 def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **kwargs):
     "Three loaders: a held-out part of the split `train` is the second; `batch_tfms` come after the usual augmentation"

@@ -198,7 +198,7 @@ class _Run:
             saved = read_json(self.path, 2**26)
             run,found = dict(saved['run']),dict(saved['attacks'])
             if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
-        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())

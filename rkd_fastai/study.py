@@ -403,7 +403,7 @@ def report(
     if made.get('no_test_split'):
         notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
-    except NotEnough as e: return f'no tables yet: {e}'
+    except NotEnough as e: return f'no tables yet: the study {e.reason}'
     first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)
     shown = [] if first is None else [f'{first.to_string(index=False)}\n{first.attrs["caption"]}']
     verdict = [found['gain'].table.attrs['verdict']] if 'gain' in found else []

@@ -104,10 +104,11 @@ class CatastrophicOverfitting(EachEpoch):
         n=128, # number of images, the first of the validation set
         drop=.2, # what the accuracy may fall below its best so far
         stop=False, # go back to the weights of the last good epoch and end the fit, rather than warn
+        advice='Take a smaller step, or PGD for the training attack', # what the warning tells to do
     ):
         if n < 1: raise ValueError(f"`n` must be >= 1, got {n}")
         check_fraction(drop=drop)
-        self.attack,self.n,self.drop,self.stop = attack and check_attack(attack),n,drop,stop
+        self.attack,self.n,self.drop,self.stop,self._advice = attack and check_attack(attack),n,drop,stop,advice
 
     def before_fit(self): self.best = self.kept = self.data = None
     remembers = ('kept',) # with `best`; the images are read again
@@ -135,7 +136,7 @@ class CatastrophicOverfitting(EachEpoch):
     def _collapsed(self, acc):
         what = f"catastrophic overfitting: in epoch {self.epoch+1} the accuracy of {len(self.data[0])} images under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
         if not self.stop:
-            warnings.warn(f"{what}. Take a smaller step, or PGD for the training attack")
+            warnings.warn(f"{what}. {self._advice}")
             return
         unwrap(self.model).load_state_dict(self.kept)
         print(f"{what}: back to the epoch before")
@@ -152,9 +153,10 @@ class RobustOverfitting(EachEpoch):
         by='robust_accuracy', # metric, the higher the better
         gap=.02, # what the last epoch may lie below the best before it is said
         restore=False, # and go back to the best epoch's weights
+        advice="`KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {epoch}, model)` takes it".format, # what to do about it, a function of the best `epoch`
     ):
         check_fraction(gap=gap)
-        self.by,self.gap,self.restore = by,gap,restore
+        self.by,self.gap,self.restore,self._advice = by,gap,restore,advice # no setting of the training, see `Resume`
         self.best = self.best_epoch = self.last = self.kept = None
 
     def before_train(self):
@@ -177,4 +179,4 @@ class RobustOverfitting(EachEpoch):
         if self.best - last <= self.gap: return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
         print(f"robust overfitting: {self.by} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
-              + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))
+              + (": back to those weights" if self.restore else f'; {self._advice(epoch=self.best_epoch)}'))
