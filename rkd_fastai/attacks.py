@@ -127,6 +127,7 @@ class PGD(Attack):
         if self.norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {self.norm!r}")
         if self.objective not in ('ce','kl','cw'): raise ValueError(f"`objective` must be 'ce', 'kl' or 'cw', got {self.objective!r}")
         check_eps(self.eps, self.norm)
+        check_number(step_size=self.step_size, random_start=self.random_start, restarts=self.restarts)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
         if not 0 <= self.random_start < float('inf'): raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
@@ -322,6 +323,7 @@ class AutoAttack(Attack):
         check_eps(eps, norm)
         if norm not in _norms: raise ValueError(f"`norm` must be one of {list(_norms)}, got {norm!r}")
         if version not in ('standard','plus','rand',*_names): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
+        check_number(bs=bs, queries=queries)
         if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
         if queries < 1: raise ValueError(f"`queries` must be >= 1, got {queries}")
         self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast

@@ -8,6 +8,7 @@ __all__ = ['PixelModel', 'frozen', 'NotFinite', 'check_images', 'check_logits', 
            'write_atomic', 'read_json', 'seeded', 'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
+from collections.abc import Iterable
 from contextlib import contextmanager
 from itertools import chain
 from math import isfinite
@@ -165,6 +166,9 @@ def check_weights(
 ):
     "`betas` as a list of `n` floats: uniform for None, else checked to be non-negative and to sum to 1"
     if betas is None: return [1/n]*n
+    if isinstance(betas, str) or not isinstance(betas, Iterable): raise TypeError(f"`betas` must be a list of numbers, one per teacher, got {betas!r}")
+    betas = list(betas)
+    for b in betas: check_number(betas=b)
     betas = [float(b) for b in betas]
     if len(betas) != n: raise ValueError(f"`betas` needs one weight per teacher: {n}, got {len(betas)}")
     if not all(b >= 0 for b in betas): raise ValueError(f"`betas` must be >= 0, got {betas}")

@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets as tvd
+from .core import check_number
 
 # %% ../nbs/06_data.ipynb #48953665
 class OpenImage(ItemTransform):
@@ -105,6 +106,7 @@ class ResidentDL(TfmdDL):
 def _pairs_dls(parts, cls, vocab, bs, batch_tfms=None, device_resident=False, **kwargs):
     "`DataLoaders` with one loader for each list of (image, class name) pairs in `parts`"
     n = len(parts[0])
+    check_number(bs=bs)
     if not 0 < bs <= n: raise ValueError(f"`bs` must be from 1 to {n}, the number of training images, got {bs}")
     ends = np.cumsum([0] + [len(p) for p in parts]).tolist()
     dsets = Datasets([o for p in parts for o in p], [[OpenImage(cls)], [ItemGetter(1), Categorize(vocab, sort=False)]],
@@ -155,6 +157,7 @@ def arrays_dls(
 # %% ../nbs/06_data.ipynb #9229f9fa
 def _split(y, valid_pct, seed):
     "Indices of the training and of the held-out part of labels `y`, stratified"
+    check_number(valid_pct=valid_pct)
     if not 0 < valid_pct < 1: raise ValueError(f"`valid_pct` must lie between 0 and 1, got {valid_pct}")
     return train_test_split(np.arange(len(y)), test_size=valid_pct, random_state=seed, stratify=y)
 
@@ -175,7 +178,7 @@ fashion_vocab = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shi
 
 def _of_size(x, size):
     "Images `(n, 28, 28)` as they are, or the rounded mean of each 2×2 square"
-    if size not in (14,28): raise ValueError(f"`size` must be 14 or 28, got {size}")
+    if size not in (14,28): raise ValueError(f"`size` must be 14 or 28, got {size!r}")
     return x if size == 28 else x.reshape(-1,14,2,14,2).mean((2,4)).round().astype(np.uint8)
 
 def fashion_sample_dls(

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
+from .core import NotFinite, are_probs, check_images, check_logits, check_number, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
@@ -268,6 +268,7 @@ def measure_robustness(
     progress=None, # called with the share of the work done, in [0, 1], and what is known so far, a text
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
+    check_number(bs=bs, seed=seed)
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .attacks import PGD
-from .core import check_fraction
+from .core import check_fraction, check_number
 from .models import resnet18, wide_resnet
 from .callback.adversarial import AdversarialTraining, RobustCallback, check_known
 from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
@@ -139,10 +139,12 @@ class ExpDecay:
     "`decay` to the number of finished epochs"
     decay:float=.9 # factor from epoch to epoch
     def __post_init__(self):
+        check_number(decay=self.decay)
         if not 0 < self.decay <= 1: raise ValueError(f"`decay` must lie in (0, 1], got {self.decay}")
     def __call__(self, pct, n_epoch): return self.decay**int(pct*n_epoch + 1e-6) # `pct` of an epoch's start may be rounded down
 
 def _check_pct(**kwargs):
+    check_number(**kwargs)
     for k,v in kwargs.items():
         if not 0 < v < 1: raise ValueError(f"`{k}` is a part of the training between 0 and 1, got {v}")
 

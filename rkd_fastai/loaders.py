@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import (DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
+from .core import check_number
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 
@@ -49,6 +50,7 @@ def with_bs(
     bs:int, # batch size
 )->DataLoaders:
     "`dls` with batches of another size"
+    check_number(bs=bs)
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     if bs > len(dls.train_ds) and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {len(dls.train_ds)} training images")
     if getattr(dls.train, 'frac', None): _check_share(dls.train.frac, bs)
@@ -70,6 +72,7 @@ def with_label_noise(
 )->DataLoaders:
     "`dls` with symmetric label noise: a part of the training images has one of the other classes, all of them alike (paper, Section 3.1, on what label mixing is for)"
     check_single_label(dls)
+    check_number(frac=frac)
     if not 0 <= frac <= 1: raise ValueError(f"`frac` must lie in [0, 1], got {frac}")
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
     n,n_out,rng = len(dls.train_ds),len(dls.vocab),random.Random(seed)
@@ -183,6 +186,7 @@ class MixedDL(_Mixed, TfmdDL): "A training loader with synthetic images in every
 class ResidentMixedDL(_Mixed, ResidentDL): "A training loader with synthetic images in every batch, all of them on the device"
 
 def _check_share(frac, bs):
+    check_number(frac=frac)
     if not 0 < frac < 1: raise ValueError(f"`frac` must lie between 0 and 1, got {frac}")
     if not 0 < round(frac*bs) < bs: raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
 

@@ -7,7 +7,7 @@ __all__ = ['soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss', 'rslad_loss
 
 # %% ../nbs/01_losses.ipynb #17724fde
 import torch.nn.functional as F
-from .core import onehot, check_fraction, check_T, check_weights
+from .core import onehot, check_fraction, check_number, check_T, check_weights
 
 # %% ../nbs/01_losses.ipynb #c041a8d4
 def _check(logits, t_probs, name='s_logits', targ=None):
@@ -122,6 +122,7 @@ def trades_loss(
     "CE(f(x), y) + β KL(f(x) ‖ f(x′)) (Zhang et al., 2019)"
     _check(s_logits, None, targ=targ); _check(s_logits_adv, None, 's_logits_adv')
     if s_logits.shape != s_logits_adv.shape: raise ValueError(f"`s_logits` {tuple(s_logits.shape)} and `s_logits_adv` {tuple(s_logits_adv.shape)} must have the same shape")
+    check_number(beta=beta)
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
     logp, logp_adv = F.log_softmax(s_logits.float(), -1), F.log_softmax(s_logits_adv.float(), -1)
     p = logp.exp()

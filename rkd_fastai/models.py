@@ -7,6 +7,7 @@ __all__ = ['resnet18', 'wide_resnet']
 
 # %% ../nbs/05_models.ipynb #258cefd9
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+from .core import check_number
 
 # %% ../nbs/05_models.ipynb #b4e32ce9
 def _conv(n_in, n_out, ks, stride=1): return nn.Conv2d(n_in, n_out, ks, stride=stride, padding=ks//2, bias=False)
@@ -41,6 +42,7 @@ class _ResNet(nn.Module):
 
 def _check_sizes(**kwargs):
     for k,v in kwargs.items():
+        check_number(**{k: v})
         if v != int(v) or v < 1: raise ValueError(f"`{k}` must be a whole number >= 1, got {v}")
 
 def resnet18(
@@ -50,6 +52,7 @@ def resnet18(
 ):
     "CIFAR ResNet-18 `(bs, n_in, h, w)` → logits `(bs, n_out)` (He et al., 2016; paper, Section 3.3)"
     _check_sizes(n_out=n_out, n_in=n_in)
+    check_number(width=width)
     if not 0 < width < 100: raise ValueError(f"`width` is a positive factor on the channels, got {width}")
     return _ResNet((2,2,2,2), n_out, width, n_in)
 

@@ -20,7 +20,7 @@ from fastai.vision.data import get_c
 from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from .core import FitCallback, told_where
-from ..core import check_logits, frozen, onehot, seeded
+from ..core import check_logits, check_number, frozen, onehot, seeded
 from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
@@ -217,6 +217,7 @@ class TRADES(AdversarialTraining):
         beta=6., # weight of the robust term
         **kwargs
     ):
+        check_number(beta=beta)
         if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
         super().__init__(attack, **kwargs)
         self.beta = beta

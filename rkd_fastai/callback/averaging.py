@@ -8,6 +8,7 @@ __all__ = ['WeightAveraging']
 # %% ../../nbs/17_callback.averaging.ipynb #eabec730
 import torch
 from .core import FitCallback
+from ..core import check_number
 from ..pixel import unwrap
 
 # %% ../../nbs/17_callback.averaging.ipynb #42bcf9e3
@@ -19,6 +20,7 @@ class WeightAveraging(FitCallback):
         decay=.995, # weight of the past at each step
         ramp=True, # start with min(decay, (1+t)/(10+t)) at step t
     ):
+        check_number(decay=decay)
         if not 0 <= decay < 1: raise ValueError(f"`decay` must lie in [0, 1), got {decay}")
         self.decay,self.ramp = decay,ramp
         self.ema = self.raw = None

@@ -20,7 +20,7 @@ from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest, seeded, writing
+from ..core import atomic_path, check_number, digest, seeded, writing
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain
 from .adversarial import label_settings
@@ -196,6 +196,7 @@ class Resume(FitCallback):
         path, # file; its folder is made
         every=None, # also after so many batches; None: after each epoch only
     ):
+        if every is not None: check_number(every=every)
         if every is not None and every < 1: raise ValueError(f"`every` must be >= 1 or None, got {every}")
         self.path,self.every = Path(path),every
         self.on = False
