@@ -198,7 +198,7 @@ def _check_sgd(opt, lr):
     "Warn unless `opt` is a kind of SGD, for which the rate `lr` is meant"
     name = _optimiser_name(opt)
     if 'sgd' in name.lower(): return
-    way = '`lr_max=3e-3` suits it' if re.search('adam|rms', name.lower()) else '`learn.lr_find()` finds one'
+    way = '`lr_max=1e-2` suits it' if re.search('adam|rms', name.lower()) else '`learn.lr_find()` finds one'
     warnings.warn(f"the default `lr_max` {lr:g} is for SGD, and this Learner trains by {name}: give a rate of its own ({way}), "
                   "or train by SGD with `opt_func=sgd_nesterov` in the Learner", stacklevel=4)
 
@@ -222,7 +222,7 @@ def fit_sched(self:Learner,
 @patch
 def fit_exp(self:Learner,
     n_epoch, # epochs
-    lr_max=_exp_lr, # learning rate of the first epoch, 0.1 for SGD; Adam takes about 3e-3; a `slice` for discriminative rates
+    lr_max=_exp_lr, # learning rate of the first epoch, 0.1 for SGD; Adam takes about 1e-2; a `slice` for discriminative rates
     decay=.9, # factor on the learning rate after every epoch
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):
@@ -233,7 +233,7 @@ def fit_exp(self:Learner,
 @patch
 def fit_rkd(self:Learner,
     n_epoch, # epochs
-    lr_max=_rkd_lr, # top learning rate, 0.21 for SGD; Adam takes about 3e-3; a `slice` for discriminative rates
+    lr_max=_rkd_lr, # top learning rate, 0.21 for SGD; Adam takes about 1e-2; a `slice` for discriminative rates
     div=25., # the first learning rate is `lr_max/div`
     div_final=2.5e5, # the last is `lr_max/div_final`
     pct_start=.3, # share of the steps on the way up
