@@ -136,6 +136,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     if args.frac is not None:
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
         recipe = recipe.but(synthetic=args.frac)
+    if args.synthetic is not None and recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or leave `--synthetic` out")
     out = _new_folder(args.out, args.resume)
     if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # a student must not start where its teacher did

@@ -99,7 +99,7 @@ def _callback(recipe, teacher, **kwargs):
 
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
-        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the batch by `recipe.but(synthetic=.7)`, `--frac .7`")
+        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the batch by `recipe.but(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 
