@@ -12,7 +12,7 @@ from functools import partial
 from inspect import signature
 from weakref import WeakSet
 import torch, torch.nn.functional as F
-from .core import (PixelModel, as_number, check_images, check_logits, check_no_probs, check_number,
+from .core import (PixelModel, as_number, check_images, check_logits, check_no_probs,
                              check_targ, class_indices, default_tensors, frozen, hard_labels, onehot, seeded,
                              whole_number)
 from .fast import faster, folded, has_bf16

@@ -6,7 +6,8 @@
 __all__ = ['number', 'with_args', 'teacher_recipe', 'student_recipe', 'train', 'distill', 'evaluate', 'study', 'demo', 'main']
 
 # %% ../nbs/36_cli.ipynb #e8e6b1f9
-import argparse, sys, warnings
+import argparse, re, shlex, sys, warnings
+from contextlib import contextmanager
 from inspect import signature
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's own, at every start
 from pathlib import Path
@@ -16,6 +17,7 @@ import rkd_fastai
 import rkd_fastai.masking # `learn.check_robustness`
 from .attacks import FFGSM
 from .callback.monitor import CatastrophicOverfitting, RobustOverfitting
+from .callback.resume import OtherTraining
 from .core import read_json
 from .learner import method_class
 from .loaders import with_bs, with_subset
@@ -23,7 +25,7 @@ from .recipes import all_recipes, recipe_of_kind, teacher_kinds
 from .runs import batch_size, check_vocab, data_names, describe_run, fit_run, folder_size, held_out_digest, load_run, make_dls
 from .sampling import check_n
 from .study import Study, plan_text, report
-from .teachers import Teacher
+from .teachers import Teacher, saved_epochs
 from .terminal import Line, reason
 
 # %% ../nbs/36_cli.ipynb #3db3fceb
@@ -91,13 +93,41 @@ _eps = 8/255 # of the accuracy under attack that is watched, and of a run whose 
 
 _paths = {'data','data_path','teacher','synthetic'} # what they hold, `Resume` compares
 
+def _option(name): return f"--{name.replace('_', '-')}"
+def _value(v): return 'given' if v is True else 'left out' if v is None or v is False else v
+
 def _check_same(args, out, card):
     "Raise where the command line says anything else than that of the run that was cut off in `out`"
     was = read_json(out/'card.json')
     for k in card:
         if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue # `--keep` changes nothing in the training
         if k in _paths and card[k] not in data_names: continue
-        raise ValueError(f"`--{k}` is {card[k]} here, but {was.get(k)} in the run that was cut off in {out}: `--resume` goes on with the same command; for another one name another `--out`")
+        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the run that was cut off in {out}: `--resume` goes on with the same command; for another one name another `--out`")
+
+_parts = dict(images='the training images are', synthetic='the synthetic images are', vocab='the classes are', network='the network is') # of a training, as `Resume` calls them
+
+@contextmanager
+def _same_training(out):
+    "Within it a training that is not that of the run which was cut off in `out` is told of in words"
+    try: yield
+    except OtherTraining as e:
+        name = e.difference.split()[0]
+        what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
+        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: put back what it had, or name another `--out`" if what else
+                         f"the run that was cut off in {out} was another training ({e.difference}): name another `--out`") from e
+
+def _check_older(out, epochs):
+    "Raise where `out` has checkpoints of another training that this one, of so many epochs, would not replace"
+    older = [n for n in saved_epochs(out) if n > epochs]
+    if older: raise ValueError(f"`--out` {out} holds checkpoints of a longer training, up to epoch_{older[-1]}.pth: delete them, or name another folder")
+
+def _advice(out, keep):
+    "What to do with an epoch that was more robust than the last one, as a function of it"
+    def advice(epoch):
+        if epoch % keep: return '`--keep 1` keeps the checkpoint of every epoch, from which a student can be distilled'
+        path = shlex.quote(str(out/f'epoch_{epoch}.pth'))
+        return f'`rkd distill --teacher {path}` learns from that epoch, `rkd evaluate {path}` measures it'
+    return advice
 
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     "Train one network by `recipe` as `args` say and save it"
@@ -106,6 +136,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     if args.frac is not None:
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
         recipe = recipe.but(synthetic=args.frac)
+    if args.synthetic is not None and recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or leave `--synthetic` out")
     out = _new_folder(args.out, args.resume)
     if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # a student must not start where its teacher did
@@ -113,8 +144,10 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     for card in teacher_cards: check_vocab(card, dls, '`--teacher`')
     card = _card(args, recipe, dls)
     if (out/'resume.pth').exists(): _check_same(args, out, card)
-    fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(), *cbs], keep=args.keep,
-            synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
+    else: _check_older(out, card['epochs'])
+    with _same_training(out):
+        fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(advice=_advice(out, args.keep)), *cbs], keep=args.keep,
+                synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 
 # %% ../nbs/36_cli.ipynb #f673648c
@@ -123,7 +156,7 @@ def train(
 ):
     "`rkd train`"
     recipe = teacher_recipe(args)
-    _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting()] if isinstance(recipe.attack, FFGSM) else ())
+    _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting(advice='`--how at` trains on PGD')] if isinstance(recipe.attack, FFGSM) else ())
 
 def _teachers_size(args, cards):
     "Side of the images that the teachers were trained on, where they are of the data of `args`"
@@ -179,7 +212,7 @@ def evaluate(
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
-    if args.check: print('', _checked(learn, eps, args.n), sep='\n')
+    if args.check: print(_in_options(f'\n{_checked(learn, eps, args.n)}', args))
 
 def study(
     args, # parsed command line
@@ -287,11 +320,29 @@ def _parser():
         add_args(c)
     return p
 
+def _in_options(text, args):
+    "`text` with the names of arguments as the command line has them, `--data-path` for `data_path`; a word that was typed as a value stays"
+    typed = {str(o) for v in vars(args).values() for o in (v if isinstance(v, (list, tuple)) else [v])}
+    options = {k: _option(k) for k in vars(args) if k not in ('run','model','study')}
+    options |= {k: options[o] for k,o in dict(state_path='state', path='data_path', every='keep').items() if o in options} # which have other names inside
+    return re.sub(r'`(\w+)`', lambda m: f'`{options[m[1]]}`' if m[1] in options and m[1] not in typed else m[0], text)
+
+@contextmanager
+def _plain_warnings(args):
+    "Within it a warning is a line like an error, without the code that raised it"
+    was,warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f'rkd: warning: {_in_options(str(message), args)}\n'
+    try: yield
+    finally: warnings.formatwarning = was
+
 def main(
     argv=None, # arguments; None: those of the process
 ):
     "Entry point of `rkd`"
     args = _parser().parse_args(argv)
-    try: args.run(args)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {reason(e)}')
+    try:
+        with _plain_warnings(args): args.run(args)
+    except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {_in_options(reason(e), args)}')
     except KeyboardInterrupt: sys.exit('\nrkd: interrupted')
+
+# %% ../nbs/36_cli.ipynb #d3a7c002
+if __name__ == '__main__': main()

@@ -11,6 +11,7 @@ __all__ = ['PixelModel', 'batch_statistics', 'warn_of_batch_statistics', 'naming
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
@@ -312,14 +313,13 @@ def check_weights(
 ):
     "`betas` as a list of `n` floats: uniform for None, else checked to be non-negative and to sum to 1"
     if betas is None: return [1/n]*n
-    if not hasattr(betas, '__len__') or getattr(betas, 'ndim', 1) != 1:
-        raise TypeError(f"`betas` must be a list of weights, one per teacher, got {betas!r}")
+    if isinstance(betas, str) or not isinstance(betas, Iterable) or getattr(betas, 'ndim', 1) != 1:
+        raise TypeError(f"`betas` must be a list of numbers, one per teacher, got {betas!r}")
     betas = [float(as_number('betas', b)) for b in betas]
     if len(betas) != n: raise ValueError(f"`betas` needs one weight per teacher: {n}, got {len(betas)}")
     if not all(b >= 0 for b in betas): raise ValueError(f"`betas` must be >= 0, got {betas}")
     if abs(sum(betas) - 1) > 1e-4: raise ValueError(f"`betas` must sum to 1, but {betas} sum to {sum(betas):.6g}: divide them by their sum")
     return betas
-
 
 # %% ../nbs/00_core.ipynb #dd49bd68
 @contextmanager

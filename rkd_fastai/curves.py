@@ -31,7 +31,7 @@ def axis_lines(
         alike = [o.sort_values([x, robust]).drop_duplicates(x, keep='last') for _,o in g.groupby(fixed, dropna=False, sort=False)]
         most = max(alike, key=lambda o: (len(o), o[robust].mean()))
         if len(most) > 1: lines.append(most)
-    if not any(o['method'].iloc[0] in methods for o in lines): raise NotEnough(f"`df` has no students that differ in `{x}` and are otherwise trained alike")
+    if not any(o['method'].iloc[0] in methods for o in lines): raise NotEnough(f"has no students that differ in `{x}` and are otherwise trained alike")
     return lines, cells, robust
 
 _axis_texts = dict(eps='radius ε', alpha='mixing weight α', stop='epoch the teacher was stopped after', lam='weight λ', T='temperature T',
@@ -127,7 +127,7 @@ def _mixed(df):
     "`df` with no students but those of several kinds of teachers"
     df = rows(df)
     mixed = df['teacher'].fillna('').astype(str).str.contains(',')
-    if not (mixed & df['method'].isin(methods)).any(): raise NotEnough("`df` has no students of mixed ensembles, such as '2 st, 2 at'")
+    if not (mixed & df['method'].isin(methods)).any(): raise NotEnough("has no students of mixed ensembles, such as '2 st, 2 at'")
     return df[mixed | ~df['method'].isin(methods)]
 
 @looks
@@ -174,8 +174,8 @@ def capacities(df, robust, baseline, within):
             if row is not None: found[-1][f'{name}_by'] = f"{said('method', row['method'])}, {hyper(row, s)}"
     columns = ['width', *[f'{n}_{w}' for n in ('clean','robust') for w in ('gain','gain_std','by')]]
     found = pd.DataFrame(found).reindex(columns=columns).dropna(subset='width').sort_values('width')
-    if found['width'].nunique() < 2: raise NotEnough("`df` has students and a baseline at fewer than two widths")
-    if found['width'].duplicated().any(): raise NotEnough("`df` has several tasks with the same `width`: choose one, or take `main(df, free=['width'])`")
+    if found['width'].nunique() < 2: raise NotEnough("has students and a baseline at fewer than two widths")
+    if found['width'].duplicated().any(): raise NotEnough("has several tasks with the same `width`", ": choose one, or take `main(df, free=['width'])`")
     return found, robust
 
 # %% ../nbs/31_curves.ipynb #a1d6f7d0

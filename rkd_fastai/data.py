@@ -178,7 +178,7 @@ fashion_vocab = ['T-shirt/top','Trouser','Pullover','Dress','Coat','Sandal','Shi
 
 def _of_size(x, size):
     "Images `(n, 28, 28)` as they are, or the rounded mean of each 2×2 square"
-    if size not in (14,28): raise ValueError(f"`size` must be 14 or 28, got {size}")
+    if size not in (14,28): raise ValueError(f"`size` must be 14 or 28, got {size!r}")
     return x if size == 28 else x.reshape(-1,14,2,14,2).mean((2,4)).round().astype(np.uint8)
 
 def fashion_sample_dls(
@@ -205,7 +205,7 @@ def _downloaded(name, get):
     "What `get` returns, which downloads the data set `name`"
     try: return get()
     except (RuntimeError, OSError) as e: # torchvision's and the network's
-        raise OSError(f"{name} cannot be downloaded: give the folder of its files, as `path` or by `--data-path` ({' '.join(str(e).split())})") from e
+        raise OSError(f"{name} cannot be downloaded: give the folder of its files by `path` ({' '.join(str(e).split())})") from e
 
 def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **kwargs):
     "Three loaders: a held-out part of the split `train` is the second; `batch_tfms` come after the usual augmentation"

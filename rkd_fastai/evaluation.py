@@ -8,7 +8,7 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_atta
 
 # %% ../nbs/10_evaluation.ipynb #77d62977
 import json, math, random, re, time, warnings, os, sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import NBProgressBar, progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import (LogProbs, NotFinite, PixelModel, are_probs, check_images, check_logits, check_no_probs,
-                             check_targ, digest, frozen, hard_labels, read_json, seeded, tensors_in, versions,
-                             warn_of_batch_statistics, whole_number, write_atomic)
-from .pixel import (beside, check_single_label, measured_images, model_device, pixel_data, pixel_model,
+from .core import (LogProbs, NotFinite, PixelModel, check_images, check_logits, check_no_probs,
+                             check_targ, digest, frozen, hard_labels, read_json, seeded, tensors_in,
+                             versions, warn_of_batch_statistics, whole_number, write_atomic)
+from .pixel import (beside, check_single_label, measured_images, model_device, pixel_model,
                               pixel_stats, sampled_images, undistributed)
 from .sampling import Sample, images_digest
 from .progress import Progress, check_progress, clock, counted, counting
@@ -215,7 +215,7 @@ class _Run:
             saved = read_json(self.path, 2**26)
             run,found = dict(saved['run']),dict(saved['attacks'])
             if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
-        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of `robustness`: name another") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())

@@ -58,7 +58,7 @@ def front_table(
     df = one_task(rows(df))
     cells,robust = cells_of(df, robust)
     s = students_of(cells)
-    if len(s) < 2: raise NotEnough("`df` has one student only: no trade-off to show")
+    if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
     if by: check_column(s, by, 'by')
     fronts = [pareto(o, robust=robust) for _,o in (s.groupby(by, dropna=False, sort=False) if by else [(None, s)])]
     shown = ['method','teacher','alpha','stop', *told_apart(s)]
@@ -148,7 +148,7 @@ def plot_pareto(
     if color not in ('stop','alpha','method','teacher'): raise ValueError(f"`color` must be 'stop', 'alpha', 'method' or 'teacher', got {color!r}")
     cells,robust = cells_of(one_task(rows(df)), robust)
     s = students_of(cells)
-    if len(s) < 2: raise NotEnough("`df` has one student only: no trade-off to show")
+    if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
     base = base_near(cells, s, robust, baseline)
     near = _near(s, base, robust, below)
     if not near.any(): near |= True # all are far below: then that is what there is to see
@@ -194,11 +194,11 @@ def maps(
     cells,robust = cells_of(df, None if value in ('clean','robust') else value)
     s = students_of(cells).dropna(subset=['alpha','stop'])
     grids = {k: g for k,g in s.groupby(['method','teacher'], sort=False) if max(g['alpha'].nunique(), g['stop'].nunique()) > 1}
-    if not grids: raise NotEnough("`df` has no method with two values of α or of the teacher’s stopping epoch")
+    if not grids: raise NotEnough("has no method with two values of α or of the teacher’s stopping epoch")
     for (m,t),g in grids.items():
         if g.duplicated(['alpha','stop']).any():
-            raise NotEnough(f"`df` has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` and `stop`, "
-                            f"which differ in {varying(g, [c for c in settings if c not in ('alpha','stop')])}: choose one, or take `main(df)`")
+            raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` and `stop`, "
+                            f"which differ in {varying(g, [c for c in settings if c not in ('alpha','stop')])}", ': choose one, or take `main(df)`')
     return grids, cells, robust, robust if value == 'robust' else value
 
 # %% ../nbs/30_figures.ipynb #e81260e2

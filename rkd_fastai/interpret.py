@@ -16,7 +16,7 @@ from .attacks import Attack, check_attack
 from .core import PixelModel, seeded
 from .evaluation import make_attack, measure_robustness, robust_flags, showing, wilson
 from .palette import colours, markers
-from .pixel import held_out, measured_images, model_device, pixel_model, pixel_stats, unwrap
+from .pixel import measured_images, model_device, pixel_model, pixel_stats, unwrap
 from .sampling import Sample
 from .progress import check_progress
 

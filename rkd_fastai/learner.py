@@ -8,11 +8,12 @@ __all__ = ['distil_methods', 'method_class', 'rkd_learner', 'sgd', 'sgd_nesterov
 
 # %% ../nbs/23_learner.ipynb #0aa0945a
 from dataclasses import dataclass
-import warnings
+import re, warnings
 from inspect import signature
 import numpy as np, torch, torch.nn as nn
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds, combined_cos
 from fastai.learner import Learner
+from fastai import optimizer as fastai_optimizer
 from fastai.optimizer import OptimWrapper
 from fastai.vision.learner import vision_learner
 from fastcore.basics import patch
@@ -138,10 +139,12 @@ class ExpDecay:
     "`decay` to the number of finished epochs"
     decay:float=.9 # factor from epoch to epoch
     def __post_init__(self):
+        check_number(decay=self.decay)
         if not 0 < self.decay <= 1: raise ValueError(f"`decay` must lie in (0, 1], got {self.decay}")
     def __call__(self, pct, n_epoch): return self.decay**int(pct*n_epoch + 1e-6) # `pct` of an epoch's start may be rounded down
 
 def _check_pct(**kwargs):
+    check_number(**kwargs)
     for k,v in kwargs.items():
         if not 0 < v < 1: raise ValueError(f"`{k}` is a part of the training between 0 and 1, got {v}")
 
@@ -176,6 +179,29 @@ class Triangle:
     def __post_init__(self): _check_pct(pct_peak=self.pct_peak)
     def __call__(self, pct, n_epoch): return min(pct/self.pct_peak, (1-pct)/(1-self.pct_peak))
 
+# %% ../nbs/23_learner.ipynb #c1d6a0e2
+_exp_lr,_rkd_lr = float('.1'),float('.21') # of the paper, for SGD; objects of their own, which a rate that somebody gives is not
+
+_inner = ('opt','optimizer','base_optimizer','_base_optimizer') # where a wrapper keeps what it wraps: fastai, Accelerate, SAM, timm
+
+def _optimiser_name(opt):
+    "What trains, behind all wrappers: 'SGD', 'Adam', 'AdamW', …"
+    while inner := next((vars(opt)[k] for k in _inner if vars(opt).get(k) is not None), None): opt = inner
+    steps = [f.__name__ for f in getattr(opt, 'cbs', []) if getattr(f, '__name__', '').endswith('_step')] # fastai's own are made of functions
+    if not steps: return 'SGD' if isinstance(opt, torch.optim.SGD) else type(opt).__name__
+    if steps[-1] in ('sgd_step','momentum_step'): return 'SGD'
+    named = {k.lower(): k for k in fastai_optimizer.__all__}
+    name = steps[-1].removesuffix('_step').replace('_', '')
+    return named.get(name, name)
+
+def _check_sgd(opt, lr):
+    "Warn unless `opt` is a kind of SGD, for which the rate `lr` is meant"
+    name = _optimiser_name(opt)
+    if 'sgd' in name.lower(): return
+    way = '`lr_max=1e-2` suits it' if re.search('adam|rms', name.lower()) else '`learn.lr_find()` finds one'
+    warnings.warn(f"the default `lr_max` {lr:g} is for SGD, and this Learner trains by {name}: give a rate of its own ({way}), "
+                  "or train by SGD with `opt_func=sgd_nesterov` in the Learner", stacklevel=4)
+
 # %% ../nbs/23_learner.ipynb #b8afb754
 @patch
 def fit_sched(self:Learner,
@@ -186,17 +212,18 @@ def fit_sched(self:Learner,
 ):
     "Fit for `n_epoch` at `lr_max` times `sched`, with the momentum left alone"
     n_epoch = whole_number('n_epoch', n_epoch, 0)
-    if self.opt is None: self.create_opt()
+    if self.opt is None or reset_opt: self.create_opt()
+    if lr_max is _exp_lr or lr_max is _rkd_lr: _check_sgd(self.opt, lr_max)
     self.opt.set_hyper('lr', lr_max)
     lrs = np.array([h['lr'] for h in self.opt.hypers])
-    self.fit(n_epoch, cbs=ParamScheduler({'lr': lambda pct: lrs * sched(pct, n_epoch)})+L(cbs), wd=wd, reset_opt=reset_opt, start_epoch=start_epoch)
+    self.fit(n_epoch, cbs=ParamScheduler({'lr': lambda pct: lrs * sched(pct, n_epoch)})+L(cbs), wd=wd, start_epoch=start_epoch)
     return self
 
 # %% ../nbs/23_learner.ipynb #2144b7cb
 @patch
 def fit_exp(self:Learner,
     n_epoch, # epochs
-    lr_max=.1, # learning rate of the first epoch, for SGD; a `slice` for discriminative rates
+    lr_max=_exp_lr, # learning rate of the first epoch, 0.1 for SGD; Adam takes about 1e-2; a `slice` for discriminative rates
     decay=.9, # factor on the learning rate after every epoch
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):
@@ -207,7 +234,7 @@ def fit_exp(self:Learner,
 @patch
 def fit_rkd(self:Learner,
     n_epoch, # epochs
-    lr_max=.21, # top learning rate, for SGD; a `slice` for discriminative rates
+    lr_max=_rkd_lr, # top learning rate, 0.21 for SGD; Adam takes about 1e-2; a `slice` for discriminative rates
     div=25., # the first learning rate is `lr_max/div`
     div_final=2.5e5, # the last is `lr_max/div_final`
     pct_start=.3, # share of the steps on the way up

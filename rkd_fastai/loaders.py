@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.vision.all import (DataLoader, DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
-from .core import as_number, whole_number
+from .core import as_number, check_number, whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 from .sampling import class_labels, sample_positions
@@ -261,6 +261,7 @@ class ResidentMixedDL(_Mixed, ResidentDL): "A training loader with synthetic ima
 _plain_loaders += [MixedDL, ResidentMixedDL]
 
 def _check_share(frac, bs):
+    check_number(frac=frac)
     if not 0 < frac < 1: raise ValueError(f"`frac` must lie between 0 and 1, got {frac}")
     if not 0 < round(frac*bs) < bs: raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
 

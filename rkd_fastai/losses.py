@@ -7,7 +7,7 @@ __all__ = ['soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss', 'rslad_loss
 
 # %% ../nbs/01_losses.ipynb #17724fde
 import torch.nn.functional as F
-from .core import as_number, onehot, check_fraction, check_T, check_targ, check_weights
+from .core import as_number, check_T, check_fraction, check_targ, check_weights, onehot
 
 # %% ../nbs/01_losses.ipynb #c041a8d4
 def _check(logits, t_probs, name='s_logits', targ=None):

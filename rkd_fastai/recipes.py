@@ -20,6 +20,7 @@ from fastcore.foundation import L
 from .attacks import FFGSM, PGD
 from .callback.adversarial import TRADES, AdversarialTraining, RobustCallback
 from .callback.averaging import WeightAveraging
+from .core import check_number
 from .data import Cutout
 from .learner import ExpDecay, OneCycle, Steps, Triangle, WarmupCosine, batchnorm_splitter, distil_methods, sgd
 from .loaders import with_batch_tfms, with_synthetic
@@ -68,6 +69,7 @@ class Recipe:
         eps, # radius in pixel space
     ):
         "This recipe with an attack of radius `eps`, and steps in proportion"
+        check_number(eps=eps)
         if self.attack is None: return self
         old = self.attack.settings
         steps = {'step_size': old['step_size']*eps/old['eps']} if 'step_size' in old else {}
@@ -97,7 +99,7 @@ def _callback(recipe, teacher, **kwargs):
 
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
-        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the batch by `recipe.but(synthetic=.7)`, `--frac .7`")
+        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the batch by `recipe.but(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 

@@ -28,7 +28,7 @@ def _singles(df):
 def _kinds(df):
     "`_singles(df)`, if they are by several kinds of teachers"
     df = _singles(df)
-    if df.loc[df['method'].isin(methods), 'teacher'].nunique() < 2: raise NotEnough("`df` has students of fewer than two kinds of single teachers")
+    if df.loc[df['method'].isin(methods), 'teacher'].nunique() < 2: raise NotEnough("has students of fewer than two kinds of single teachers")
     return df
 
 def _grid(df):
@@ -36,7 +36,7 @@ def _grid(df):
     df = _singles(df)
     s = df[df['method'].isin(methods)].groupby('teacher')
     tried = [t for t,o in s if max(o['alpha'].nunique(), o['stop'].nunique()) > 1]
-    if not tried: raise NotEnough("`df` has no teacher whose students have several values of α or of the stopping epoch")
+    if not tried: raise NotEnough("has no teacher whose students have several values of α or of the stopping epoch")
     return df[~df['method'].isin(methods) | df['teacher'].isin(tried)]
 
 def _view(title, rows_of, table, plot=None):
@@ -67,7 +67,7 @@ def _look(df):
     found,missing = {},{}
     for name,make in _views.items():
         try: found[name] = make(df)
-        except NotEnough as e: missing[name] = str(e)
+        except NotEnough as e: missing[name] = f'the study {e.reason}'
     return found,missing
 
 def views(
@@ -144,7 +144,7 @@ def _page(title, notes, found, missing, pictures):
     text,links = html.escape(title),''.join(f'<li><a href="#{k}">{html.escape(v.title)}</a></li>' for k,v in found.items())
     about = ''.join(f'<p>{html.escape(p)}</p>' for p in notes.split('\n\n') if p.strip())
     left = ''.join(f'<li>{html.escape(k)}: {html.escape(why)}</li>' for k,why in missing.items())
-    left = f'<section><h2>Not shown</h2><p class="left">What these need is not among the rows.</p><ul class="left">{left}</ul></section>' if left else ''
+    left = f'<section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not there.</p><ul class="left">{left}</ul></section>' if left else ''
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{text}</title>'
             f'<style>{_css}</style></head>\n<body><main><h1>{text}</h1>{about}<nav aria-label="Contents"><ul>{links}</ul></nav>\n'
             + '\n'.join(_section(k, v, pictures.get(k)) for k,v in found.items()) + f'\n{left}</main></body></html>\n')
@@ -164,7 +164,7 @@ def write_report(
     folder,df = Path(folder),rows(df)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"`folder` is a file: {folder}")
     found,missing = _look(df)
-    if not found: raise NotEnough(f"`df` is not enough for any table or figure: {'; '.join(dict.fromkeys(missing.values()))}")
+    if not found: raise NotEnough(f"is not enough for any table or figure: {'; '.join(dict.fromkeys(missing.values()))}")
     pictures = {k: [_png(v.plot, dark) for dark in (False, True)] for k,v in found.items() if v.plot} # all is made before anything is written
     page = _page(title, notes, found, missing, pictures)
     for k,v in found.items():

@@ -17,6 +17,12 @@ from .text import counted
 # %% ../nbs/28_rows.ipynb #65f3deb9
 class NotEnough(ValueError):
     "The rows do not hold what a table or figure is about"
+    def __init__(self,
+        reason, # how the rows fall short; it follows "`df` ", and for a reader of tables, who knows of no `df`, "the study "
+        way_out='', # what a caller can do, behind `reason`
+    ):
+        super().__init__(f'`df` {reason}{way_out}')
+        self.reason = reason
 
 methods = dict(akd='AKD⁺', rslad='RSLAD⁺', ard='ARD⁺', ckd='CKD') # of students
 task = ['data','size','augment','eps','n','noise','arch','width'] # only networks for the same one can be compared
@@ -89,7 +95,7 @@ def strongest(
     trained = df[df['method'] != 'teacher']
     df = trained if len(trained) else df
     attacks = measures(df)[1:]
-    if not attacks: raise NotEnough("`df` has no robust accuracy: measure 'autoattack' or 'pgd20' too")
+    if not attacks: raise NotEnough("has no robust accuracy: measure 'autoattack' or 'pgd20' too")
     share = {c: df[c].notna().mean() for c in attacks}
     return next((c for c in attacks if share[c] == 1), max(attacks, key=share.get))
 
@@ -118,14 +124,14 @@ def _said_settings(row): return ', '.join(f'{c}={row[c]}' for c in settings if p
 def cells_of(df, robust=None):
     "`over_seeds(df)` where there is a clean accuracy and that of the attack `robust`, and the attack's name"
     found = measured(df)
-    if not len(found): raise NotEnough("`df` has no row with accuracies")
+    if not len(found): raise NotEnough("has no row with accuracies")
     robust = check_column(found, robust or strongest(found), 'robust')
     return over_seeds(df).dropna(subset=['clean', robust]).reset_index(drop=True), robust
 
 def students_of(cells):
     "Those of `cells` that have a teacher; raises where there is none"
     s = cells[cells['method'].isin(methods)]
-    if not len(s): raise NotEnough(f"`df` has no students: rows whose `method` is one of {list(methods)}")
+    if not len(s): raise NotEnough(f"has no students: rows whose `method` is one of {list(methods)}")
     return s
 
 # %% ../nbs/28_rows.ipynb #df6dc2c4

@@ -8,6 +8,7 @@ __all__ = ['data_names', 'folder_size', 'n_watched', 'folder_dls', 'make_dls', '
 
 # %% ../nbs/26_runs.ipynb #72fdaa4b
 import json, os, platform, re, warnings
+from contextlib import contextmanager
 from functools import reduce
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -132,15 +133,26 @@ def save_run(
     last = {n: v for n,v in zip(names, values) if v is not None}
     write_atomic(out/'card.json', json.dumps(dict(card, last_epoch=last, versions=versions()), indent=2))
 
+@contextmanager
+def _read_from(card_path):
+    "Within it whatever is wrong is the fault of a run's card"
+    try: yield
+    except (ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
+
 def _described(card_path, path):
     "Card and network of the checkpoint `path`: no larger a one than the checkpoint is"
-    card = read_json(card_path)
-    told = [card[k] for k in ('arch','width','n_in','n_out')]
+    with _read_from(card_path):
+        card = read_json(card_path)
+        told = [card[k] for k in ('arch','width','n_in','n_out')]
     sizes = {n for t in tensors_in(read_state(path)) for n in t.shape}
+    with _read_from(card_path): return card, _network(card, told, path, sizes)
+
+def _network(card, told, path, sizes):
+    "The network that the card tells of, where the checkpoint has tensors of these `sizes`"
     if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{card['n_in']} channels and {card['n_out']} classes are not those of {path.name}")
     if told[0] == 'resnet18' or str(told[0]).startswith('wrn-'): # timm's are of one size
         with torch.device('meta'): fitting_state(path, make_net(*told))
-    return card, make_net(*told)
+    return make_net(*told)
 
 def _found(path):
     "Checkpoint, card and the network to load it into, of a run folder or of one checkpoint in it"
@@ -152,9 +164,7 @@ def _found(path):
         path = path/'model.pth'
     card_path = path.parent/'card.json'
     if not card_path.is_file(): raise MissingFile(f"no card.json beside `{path}`: name a folder that `rkd train` or `rkd distill` made, or a checkpoint in it")
-    try: card,net = _described(card_path, path)
-    except (ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
-    return path, card, net
+    return path, *_described(card_path, path)
 
 def load_run(
     path, # what `rkd train` or `rkd distill` wrote, or a `.pth` in it
@@ -217,7 +227,7 @@ def fit_run(
     for half in out.glob('.*.tmp'): half.unlink() # being written when the run was killed
     epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}, overwrite=overwrite)]
     learn = recipe.learner(dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
-        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite(), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
+        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite('lower the learning rate (`lr`)'), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
     if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
     with one_line(learn, label):
         try: recipe.fit(learn, card['epochs'], card['lr'])

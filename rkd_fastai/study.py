@@ -8,7 +8,7 @@ __all__ = ['Study', 'read_rows', 'plan_text', 'pareto_text', 'hours', 'report']
 # %% ../nbs/34_study.ipynb #10136e1e
 import json, math, os, re, subprocess, sys, time
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 import pandas as pd, torch
@@ -23,7 +23,7 @@ from .learner import distil_methods
 from .progress import clock
 from .report import views, write_report
 from .rows import NotEnough, cells_of, head, main, measured, pareto, points, said
-from .runs import describe_run, fit_run, load_run, machine, n_watched, train_seconds
+from .runs import data_names, describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
 from .terminal import Line, reason
 
@@ -63,7 +63,7 @@ def _check_version(folder):
 class Study:
     "A grid of trainings in a folder"
     def __init__(self,
-        spec, # path of a TOML file, or the dict it holds
+        spec, # path of a TOML file, or the dict it holds; a folder of images in `data` is taken from the file's folder, of a dict from the current one
         out=None, # folder; None: the file's name in `studies`
         path=None, # folder of a published data set; None: it is found or downloaded
     ):
@@ -88,6 +88,18 @@ class Study:
     ):
         "Where a cell or a teacher is kept"
         return self.out/('teachers' if c.schedule == 'teacher' else 'cells')/c.id
+
+    def with_images(self,
+        c, # `Cell`
+    ):
+        "The cell with the folder of images that its `data` names; the cell itself, and so its id, keep what the file says"
+        if c.data in data_names: return c
+        base = Path() if isinstance(self.spec, dict) else Path(self.spec).parent
+        folder = (base/Path(c.data).expanduser()).resolve()
+        if not folder.is_dir():
+            told = 'the study' if isinstance(self.spec, dict) else self.spec
+            raise ValueError(f"`data` of {told} is {c.data!r}, but there is no folder {folder}: name a folder of images, from the study's own, or one of {data_names}")
+        return replace(c, data=str(folder))
 
     def results(self,
         c, # `Cell`
@@ -133,11 +145,11 @@ def _teacher(self:Study, c):
 @patch
 def _measure_cell(self:Study, c, label):
     "Attack a cell's network by all that is lacking, and write down each result as it comes"
-    folder,seed = self.folder(c),self.measure['seed']
+    folder,seed,found = self.folder(c),self.measure['seed'],self.with_images(c)
     for (which,n),attacks in self._lacking(c).items():
         state = folder/f"state_{short_hash(json.dumps([which, n, attacks, self.measure]))}.json"
         line = Line(label)
-        x,y,sample = eval_images(c, self.path, n, seed)
+        x,y,sample = eval_images(found, self.path, n, seed)
         r = measure_robustness(self._model(c, which).to(default_device()), x, y, attacks, c.eps, seed=seed, state_path=state,
                                bs=self.measure['bs'], fast=self.measure['fast'], progress=line.progress, sample=sample)
         line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items()) + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
@@ -154,8 +166,8 @@ def _write(self:Study, c, res): write_atomic(self.folder(c)/'results.json', json
 @patch
 def _train(self:Study, c, label):
     "Train a cell, or a teacher, unless that is done"
-    out,recipe,dls = self.folder(c),recipe_of(c),cell_dls(c, self.path)
-    told = {k: getattr(c, k) for k in ('data','size','n','arch','width','eps','seed','epochs')}
+    out,recipe,found = self.folder(c),recipe_of(c),self.with_images(c)
+    dls,told = cell_dls(found, self.path),{k: getattr(found, k) for k in ('data','size','n','arch','width','eps','seed','epochs')}
     card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=asdict(c)))
     keep = math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1 if self.measure['best'] and not c.distils else None
     kwargs = dict(teacher=self._teacher(c)) if c.distils else {}
@@ -214,7 +226,7 @@ def work(self:Study,
         seen.update(first)
         asked = [(a, n) for (_,n),attacks in self._lacking(c).items() for a in attacks]
         train = c.method != 'teacher' and not self._has(c)
-        out[c] = sum(seconds(t, self.path) for t in first) + seconds(c, self.path, train, asked, self.measure['fast'])
+        out[c] = sum(seconds(self.with_images(t), self.path) for t in first) + seconds(self.with_images(c), self.path, train, asked, self.measure['fast'])
     return out
 
 # %% ../nbs/34_study.ipynb #68d38bcd
@@ -315,10 +327,10 @@ def run(self:Study,
     "Train and measure what is not done yet, and return the rows of all that is"
     if processes < 1: raise ValueError(f"`processes` must be >= 1, got {processes}")
     todo = _part(self.cells, cell)
-    for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}: cell_dls(c, self.path) # what cannot be loaded is said before anything is trained
+    for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}: cell_dls(self.with_images(c), self.path) # what cannot be loaded is said before anything is trained
     others = _read_json(self.out/'study.json').get('no_test_split', []) # of a study that shares the folder
     write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, machine=machine(),
-                                                         no_test_split=sorted({*others, *(c.data for c in self.cells if not has_test_split(c, self.path))}))))
+                                                         no_test_split=sorted({*others, *(c.data for c in self.cells if not has_test_split(self.with_images(c), self.path))}))))
     table = _Table(self, todo)
     with _company(self, processes, cell):
         while todo:
@@ -396,7 +408,7 @@ def report(
     if made.get('no_test_split'):
         notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
-    except NotEnough as e: return f'no tables yet: {e}'
+    except NotEnough as e: return f'no tables yet: the study {e.reason}'
     first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)
     shown = [] if first is None else [f'{first.to_string(index=False)}\n{first.attrs["caption"]}']
     verdict = [found['gain'].table.attrs['verdict']] if 'gain' in found else []

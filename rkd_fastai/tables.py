@@ -17,8 +17,8 @@ def baseline_of(cells, baseline=None):
     "Those of `cells` that were trained by `baseline`; None means 'at', or the only method there is without a teacher"
     own = cells[~cells['method'].isin([*methods, 'teacher'])]
     names = own['method'].unique().tolist()
-    if not names: raise NotEnough("`df` has no baseline: rows of a network trained without a teacher, `method` 'at' or 'trades', for the same data, ε and width")
-    if baseline is None and 'at' not in names and len(names) > 1: raise ValueError(f"`baseline`: which of {names}?")
+    if not names: raise NotEnough("has no baseline: rows of a network trained without a teacher, `method` 'at' or 'trades', for the same data, ε and width")
+    if baseline is None and 'at' not in names and len(names) > 1: raise NotEnough(f"has no network trained by 'at' to compare with, but some by {names}", f'. `baseline`: which of {names}?')
     baseline = baseline or ('at' if 'at' in names else names[0])
     if baseline not in names: raise ValueError(f"`baseline`: `df` has no rows of {baseline!r}, only of {names}")
     return own[own['method'] == baseline]
@@ -35,7 +35,7 @@ def pairs_of(cells, baseline=None):
     s,key = students_of(cells),key_of(base, task)
     found = [(mine, base[key == key_of(mine, task).iloc[0]]) for _,mine in s.groupby(key_of(s, task), sort=False)]
     found = [(mine, b) for mine,b in found if len(b)]
-    if not found: raise NotEnough(f"`df` has no baseline for the task of any student: {', '.join(task)} must be the same")
+    if not found: raise NotEnough(f"has no baseline for the task of any student: {', '.join(task)} must be the same")
     return found
 
 def unpaired(df, robust, baseline):
@@ -218,7 +218,7 @@ def gain(
 def _floor(cells, robust, within, baseline):
     "Robust accuracy that a student chosen for its clean one must have, and a sentence on the baseline; minus infinity without a baseline"
     try: s,bases = pairs_of(cells, baseline)[0]
-    except NotEnough: return -np.inf, 'There is no baseline here, so the most accurate may be anything but robust.'
+    except NotEnough: return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return b[robust] - within, f"For comparison, {said('method', b['method'])} without a teacher ({b['which']} epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}."
 
@@ -251,7 +251,7 @@ def table3(
     floor,comparison = _floor(cells, robust, within, baseline)
     s = students_of(cells)
     s = s[(s['members'].fillna(1) == 1) & s['method'].isin(methods) & s['teacher'].notna()]
-    if s['teacher'].nunique() < 2: raise NotEnough(f"`df` has students by {', '.join(methods)} of fewer than two kinds of single teachers: nothing to compare")
+    if s['teacher'].nunique() < 2: raise NotEnough(f"has students by {', '.join(methods)} of fewer than two kinds of single teachers: nothing to compare")
     lines = []
     for kind,of_kind in sorted(s.groupby('teacher', sort=False), key=lambda o: _teacher_eps(o[1], o[0])):
         line = {'Teacher training': kind_name(kind), 'ε of the teacher': said('eps', _teacher_eps(of_kind, kind))}
@@ -294,7 +294,7 @@ def table5(
         one,many = _common(one, many)
         start = {'Method': said('method', m), 'Teacher training': kind_name(kind)}
         lines.append(start | _chosen(one, kind, robust, floor, '1 model', s) | _chosen(many, kind, robust, floor, f'{k:g} models', s))
-    if not lines: raise NotEnough("`df` has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
+    if not lines: raise NotEnough("has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
     return make_table(lines, df, f'One teacher against an ensemble, out of the same α and ES where both were tried with them. {_rule(within)} {comparison}', robust)
 
 def _as_they_are(df, shown, what, robust):
@@ -310,7 +310,7 @@ def table12(
     "The paper's Table 12: teachers and ensembles as they are, by every attack"
     df = rows(df)
     df = df[df['method'] == 'teacher']
-    if not len(df): raise NotEnough("`df` has no teachers that were measured themselves: rows whose `method` is 'teacher'")
+    if not len(df): raise NotEnough("has no teachers that were measured themselves: rows whose `method` is 'teacher'")
     shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members', *varying(cells, ['stop','beta'])]
     return _as_they_are(df, shown, 'Teachers and ensembles themselves, before any distillation.', robust)
 
@@ -321,6 +321,6 @@ def baselines(
     "Networks trained without a teacher as they are, by every attack"
     df = rows(df)
     df = df[~df['method'].isin([*methods, 'teacher'])]
-    if not len(df): raise NotEnough("`df` has no network trained without a teacher: rows whose `method` is 'at' or 'trades'")
+    if not len(df): raise NotEnough("has no network trained without a teacher: rows whose `method` is 'at' or 'trades'")
     shown = lambda cells: [*varying(cells, task), 'method', 'which', *told_apart(cells), 'compute']
     return _as_they_are(df, shown, 'Networks trained without a teacher: what students are compared with.', robust)

@@ -218,7 +218,10 @@ def test_settings_of_the_attack(wrong, unchanged, make_learner, make_dls, tiny_n
         with pytest.raises(TypeError, match=f'`{name}` means nothing to (CKD|Robust)Callback, which takes'): cls(tiny_net(), **wrong)
 
 @pytest.mark.parametrize('name,make', [('eps', lambda v: PGD(v)), ('eps', lambda v: FGSM(v)), ('eps', lambda v: FFGSM(v)), ('eps', lambda v: AutoAttack(eps=v)), ('steps', lambda v: PGD(steps=v)),
-                                       ('alpha', lambda v: AKDCallback(nn.Flatten(), v)), ('lam', lambda v: RSLADCallback(nn.Flatten(), lam=v)), ('T', lambda v: AKDCallback(nn.Flatten(), T=v))])
+                                       ('alpha', lambda v: AKDCallback(nn.Flatten(), v)), ('lam', lambda v: RSLADCallback(nn.Flatten(), lam=v)), ('T', lambda v: AKDCallback(nn.Flatten(), T=v)),
+                                       ('restarts', lambda v: PGD(restarts=v)), ('bs', lambda v: AutoAttack(bs=v)), ('beta', lambda v: TRADES(beta=v)), ('decay', WeightAveraging),
+                                       ('betas', lambda v: Teacher([nn.Flatten(), nn.Flatten()], betas=[v, .5])), ('decay', ExpDecay), ('pct_start', OneCycle), ('width', lambda v: models.resnet18(width=v)), ('n_out', models.resnet18),
+                                       ('bs', lambda v: digits_dls(v)), ('valid_pct', lambda v: digits_dls(valid_pct=v)), ('frac', lambda v: with_label_noise(digits_dls(), v)), ('bs', lambda v: with_bs(digits_dls(), v)), ('eps', recipes.paper_teacher.at_eps)])
 @pytest.mark.parametrize('value', ['8/255', None, [.1], torch.tensor([.1,.1]), np.array([.1,.1]), True], ids=str)
 def test_what_is_no_number(name, make, value):
     "Such as a fraction in quotes, which the command line takes"
@@ -253,6 +256,13 @@ def test_numbers_of_numpy_and_pytorch(num, whole, make_learner, make_dls, tiny_n
         assert mine.train.bs == theirs.train.bs and [int(y) for _,y in mine.train_ds] == [int(y) for _,y in theirs.train_ds]
     learn.add_cb(WeightAveraging(num(.5))); learn.fit_exp(whole(1), .1, num(.5))
     assert len(learn.recorder.values) == 1
+
+def test_what_may_be_none_is_a_number_otherwise():
+    for name,make in (('step_size', lambda v: PGD(step_size=v)), ('every', lambda v: Resume('x', every=v))):
+        make(None)
+        with pytest.raises(TypeError, match=f'`{name}` must be a number, got .*quotes'): make('8')
+    for betas in (.5, '.5'):
+        with pytest.raises(TypeError, match='`betas` must be a list of numbers'): Teacher([nn.Flatten(), nn.Flatten()], betas=betas)
 
 @pytest.mark.parametrize('arch', [models.resnet18, models.wide_resnet, partial(models.resnet18, width=1/16)])
 def test_a_function_that_is_no_architecture(arch, make_dls, tiny_net):

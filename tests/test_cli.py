@@ -86,7 +86,7 @@ def test_commands_that_are_refused(tmp_path):
     with pytest.raises(SystemExit): rkd('train', '--data', 'digits', '--epoch', 1, '--out', tmp_path/'run')
     assert not (tmp_path/'run').exists()
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--out', tmp_path/'teacher')
-    with pytest.raises(SystemExit, match='`alpha`'): rkd('distill', '--data', 'digits', '--teacher', tmp_path/'teacher', '--alpha', 2, '--out', tmp_path/'run')
+    with pytest.raises(SystemExit, match='`--alpha`'): rkd('distill', '--data', 'digits', '--teacher', tmp_path/'teacher', '--alpha', 2, '--out', tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
 def test_a_check_that_finds_too_few_images(tmp_path, capsys):
@@ -94,7 +94,7 @@ def test_a_check_that_finds_too_few_images(tmp_path, capsys):
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0, '--out', tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
     said = capsys.readouterr().out
-    assert 'not looked for masked gradients: ' in said and 'of 20 images rightly' in said and '20 images, Linf' in said
+    assert 'not looked for masked gradients: ' in said and 'of 20 images rightly' in said and 'take more images (`--n`)' in said and '20 images, Linf' in said
 
 def test_images_of_one_class(images, tmp_path):
     "All in one folder, or one sub-folder: 100 % would be no merit"
@@ -104,8 +104,8 @@ def test_images_of_one_class(images, tmp_path):
         assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('args, says', [
-    (('train', '--data', 'nowhere'), '`data`'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`arch`'),
-    (('train', '--data', 'digits', '--eps', '8'), '8/255'), (('train', '--data', 'cifar10', '--data-path', '.'), 'cifar-10-batches-py'),
+    (('train', '--data', 'nowhere'), '`--data`'), (('train', '--data', 'data'), '`data` must be a folder'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'), (('train', '--data', 'digits', '--keep', '0'), '`--keep`'),
+    (('train', '--data', 'digits', '--eps', '8'), '8/255'), (('train', '--data', 'cifar10', '--data-path', '.'), 'leave `--data-path` out'),
 ])
 def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -116,7 +116,7 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
 def test_a_training_that_diverges_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as e: rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30, '--out', tmp_path/'out')
     said = e.value.code
-    assert said.startswith('rkd: error: ') and '\n' not in said and 'learning rate' in said and 'epoch 1' in said and 'batch' in said
+    assert said.startswith('rkd: error: ') and '\n' not in said and 'lower the learning rate (`--lr`)' in said and 'epoch 1' in said and 'batch' in said and 'GradientClip' not in said
     assert not (tmp_path/'out/model.pth').exists()
 
 def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
@@ -160,3 +160,51 @@ def test_a_folder_without_images(tmp_path):
     from rkd_fastai.runs import make_dls
     (tmp_path/'cat').mkdir()
     with pytest.raises(ValueError, match='no images in .*sub-folder of them for each class'): make_dls(str(tmp_path))
+
+# --- advice is on commands, not on Python ---
+
+small = ('--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 200)
+
+@pytest.mark.parametrize('keep, says', [(1, r'`rkd distill --teacher {out}/epoch_1.pth` learns from that epoch'), (2, '`--keep 1` keeps the checkpoint of every epoch')])
+def test_robust_overfitting_names_a_command(keep, says, tmp_path, monkeypatch, capsys):
+    from rkd_fastai.callback.monitor import RobustOverfitting
+    monkeypatch.setattr(RobustOverfitting, 'logged', lambda self: dict(robust_accuracy=.9 - .1*self.epoch))
+    rkd('train', *small, '--how', 'st', '--epochs', 2, '--keep', keep, '--out', tmp_path/'run')
+    said = capsys.readouterr().out
+    assert 'was 90.0% after epoch 1' in said and says.format(out=tmp_path/'run') in said and 'KeepEpochs' not in said and 'at_epoch' not in said
+
+def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypatch, capsys):
+    import sys, warnings
+    accs = iter([.9, .1])
+    monkeypatch.setattr(warnings, 'showwarning', lambda m, c, f, l, *_: print(warnings.formatwarning(m, c, f, l), end='', file=sys.stderr)) # as outside of pytest
+    monkeypatch.setattr('rkd_fastai.callback.monitor.robust_accuracy', lambda *_: next(accs))
+    with warnings.catch_warnings():
+        warnings.simplefilter('always', UserWarning) # elsewhere in the tests they are errors
+        rkd('train', '--data', 'digits', '--width', '1/16', '--n', 200, '--how', 'ffgsm', '--epochs', 2, '--out', tmp_path/'run')
+    line, = [l for l in capsys.readouterr().err.splitlines() if 'overfitting' in l]
+    assert line.startswith('rkd: warning: catastrophic overfitting') and line.endswith('`--how at` trains on PGD')
+
+def test_another_teacher_under_resume(tmp_path, monkeypatch):
+    "And checkpoints of a longer training in the folder of a shorter one"
+    from rkd_fastai.callback.resume import Resume
+    save = Resume._save
+    def die(self): save(self); raise KeyboardInterrupt
+    for seed in (1, 2): rkd('train', *small, '--how', 'st', '--epochs', 1, '--seed', seed, '--out', tmp_path/f'teacher{seed}')
+    student = ('distill', *small, '--out', tmp_path/'run', '--teacher')
+    with monkeypatch.context() as m:
+        m.setattr(Resume, '_save', die)
+        with pytest.raises(SystemExit, match='interrupted'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
+    with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
+    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: put back what it had, or name another `--out`'
+    for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'), (('--data-path', tmp_path), None)):
+        if says:
+            with pytest.raises(SystemExit, match=says): rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
+        else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
+    (tmp_path/'run/model.pth').unlink()
+    with pytest.raises(SystemExit, match='`--out` .*run holds checkpoints of a longer training, up to epoch_3.pth: delete them'): rkd(*student, tmp_path/'teacher1', '--epochs', 2)
+
+def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
+    rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
+    (tmp_path/'run/bad.pth').write_bytes((tmp_path/'run/model.pth').read_bytes()[:1000])
+    with pytest.raises(SystemExit) as e: rkd('evaluate', tmp_path/'run/bad.pth')
+    assert 'bad.pth` is truncated' in e.value.code and 'card.json' not in e.value.code

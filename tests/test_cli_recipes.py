@@ -146,20 +146,20 @@ def test_settings_reach_the_method(args, method, settings, attack, teacher, plan
 @pytest.mark.parametrize('args, line', [
     (('--method', 'akd', '--lam', .5), '`--lam` means nothing to akd'), (('--lam', .5), '`--lam` means nothing to akd'),
     (('--method', 'ckd', '--alpha', .5), '`--alpha` means nothing to ckd'),
-    (('--recipe', 'ard_official', '--method', 'akd', '--lam', .5), '`--lam` means nothing to akd'), (('--alpha', 2), '`alpha`'), (('--T', 0), '`T`'),
-    (('--recipe', 'rslad_official', '--lam', 1.5), '`lam`'),
-    (('--bs', 65), '`bs` must be from 1 to 64'), (('--bs', 0), '`bs` must be from 1'), (('--frac', .5), '`--frac`'),
+    (('--recipe', 'ard_official', '--method', 'akd', '--lam', .5), '`--lam` means nothing to akd'), (('--alpha', 2), '`--alpha`'), (('--T', 0), '`--T`'),
+    (('--recipe', 'rslad_official', '--lam', 1.5), '`--lam`'),
+    (('--bs', 65), '`--bs` must be from 1 to 64'), (('--bs', 0), '`--bs` must be from 1'), (('--frac', .5), '`--frac`'),
     (('--synthetic', 'no.npz'), 'synthetic'), (('--synthetic', 'no.npz', '--frac', .5), 'no.npz'),
-    (('--steps', -1), '`steps`'), (('--eps', -1), '`eps`'), (('--epochs', 0), '`--epochs`'), (('--keep', 0), '`every`'),
-    (('--betas', .5, .5), '`betas`'), (('--arch', 'wrn-11-1'), '`depth`')])
+    (('--steps', -1), '`--steps`'), (('--eps', -1), '`--eps`'), (('--epochs', 0), '`--epochs`'), (('--keep', 0), '`--keep`'),
+    (('--betas', .5, .5), '`--betas`'), (('--arch', 'wrn-11-1'), '`depth`')])
 def test_mistakes_in_distilling(args, line, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert line in says('distill', *small, '--teacher', teacher, '--out', tmp_path/'out', *args)
     assert not (tmp_path/'out').exists() or not list((tmp_path/'out').iterdir())
 
 @pytest.mark.parametrize('args, line', [
-    (('--n', 1438), '`n` must be from 1 to 1437'), (('--n', 0), '`n` must be'), (('--n', 10, '--bs', 11), '`bs` must be from 1 to 10'),
-    (('--bs', 1438), '`bs` must be from 1 to 1437'),
+    (('--n', 1438), '`--n` must be from 1 to 1437'), (('--n', 0), '`--n` must be'), (('--n', 10, '--bs', 11), '`--bs` must be from 1 to 10'),
+    (('--bs', 1438), '`--bs` must be from 1 to 1437'),
     (('--how', 'ffgsm', '--steps', 2), 'FFGSM has one step'), (('--how', 'fast_at', '--steps', 2), 'FFGSM has one step'),
     (('--how', 'at+', '--frac', .5), '`--frac`')])
 def test_mistakes_in_training(args, line, tmp_path):
@@ -203,7 +203,7 @@ def test_students_learn_from_synthetic_images_too(npz, teacher, tmp_path, fits):
 def test_unfit_synthetic_images(arrays, line, tmp_path):
     np.savez(tmp_path/'bad.npz', **arrays)
     assert line in says('train', *small, '--how', 'at+', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
-    assert '`synthetic`' in says('train', *small, '--how', 'at', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
+    assert '`--frac .7`, or leave `--synthetic` out' in says('train', *small, '--how', 'at', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
 
 def test_n_is_the_seeds(tmp_path, planned):
     "The same images for the same seed"

@@ -20,9 +20,9 @@ def test_requirements_come_from_settings():
     wanted = {re.split('[<>=;]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
     assert wanted == {re.split('[<>=;! ]', r)[0] for r in requires('rkd_fastai') if 'extra' not in r}
 
-def test_command_is_installed():
-    rkd = Path(sys.executable).parent/'rkd'
-    out = subprocess.run([rkd, '--version'], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize('command', [[Path(sys.executable).parent/'rkd'], [sys.executable, '-m', 'rkd_fastai'], [sys.executable, '-m', 'rkd_fastai.cli']], ids=['rkd', 'package', 'module'])
+def test_command_is_installed(command):
+    out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == f'rkd_fastai {rkd_fastai.__version__}' and out.stderr == ''
 
 notebooks = sorted(f for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)

@@ -494,8 +494,15 @@ def test_views_without_rows_are_named_and_their_old_files_go(tmp_path):
     missing = [k for k in report._views if k not in found]
     assert found == ['selected','gain','teachers','teacher_kinds','baselines'] and 'capacity' in missing
     assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds','baselines']
-    for k in missing: assert any(t.startswith(f'{k}: `df` has') for t in page.texts), k
+    for k in missing: assert any(t.startswith(f"{k}: the study has") for t in page.texts), k
+    assert not any("`df`" in t for t in page.texts) # a reader of the page knows of none
     assert not (tmp_path/'capacity.md').exists() and not (tmp_path/'capacity.png').exists() and (tmp_path/'mine.md').read_text() == 'mine'
+
+def test_a_report_where_no_baseline_is_the_one(tmp_path):
+    "Networks trained by two other methods than AT: a caller is asked which, the page leaves out what compares"
+    df = pd.concat([frame(student(.7, .4)), frame(at(.7, .4, method='st'), at(.7, .4, method='trades'))])
+    page = Page(write_report(df, tmp_path, 'A study').read_text(encoding='utf8'))
+    assert list(views(df)) == ['baselines'] and any(t.startswith("gain: the study has no network trained by 'at' to compare with, but some by ['st', 'trades']") for t in page.texts)
 
 def test_nothing_is_written_where_a_figure_fails(tmp_path, monkeypatch):
     def fails(*args, **kwargs): raise RuntimeError('no room')

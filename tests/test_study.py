@@ -79,6 +79,29 @@ def test_file_that_is_no_toml(tmp_path):
     (tmp_path/'s.toml').write_text('method = [')
     with pytest.raises(ValueError, match='is no TOML file'): Study(tmp_path/'s.toml')
 
+def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path, monkeypatch, capsys):
+    "From wherever the study is run, planned, reported on and evaluated; a cell's id is that of the setting as it was written"
+    from rkd_fastai.cli import main
+    images = make_images()
+    (tmp_path/'my.toml').write_text('data = "images"\nsize = 32\nepochs = 1\nwidth = "1/16"\n[measure]\nattacks = ["clean", "pgd1"]\n[[grid]]\nmethod = "st"\n')
+    (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
+    for command in (['--dry-run'], ['--out', 'out']): main(['study', '../my.toml', *command])
+    cell, = Path('out/cells').iterdir()
+    assert cell.name == make_cell(method='st', data='images', size=32, epochs=1, width='1/16').id
+    card = json.loads((cell/'card.json').read_text())
+    assert (card['data'], card['cell']['data']) == (str(images), 'images')
+    monkeypatch.chdir(tmp_path)
+    main(['study', 'report', 'elsewhere/out'])
+    main(['evaluate', str(Path('elsewhere')/cell), '--attacks', 'clean'])
+    capsys.readouterr()
+    Study('my.toml', 'elsewhere/out').run() # nothing is done again
+    assert 'epochs' not in capsys.readouterr().out
+    Path('my.toml').write_text(Path('my.toml').read_text().replace('images', 'pictures'))
+    for command in (['--dry-run'], ['--out', 'other']):
+        with pytest.raises(SystemExit) as e: main(['study', 'my.toml', *command])
+        assert "`data` of my.toml is 'pictures', but there is no folder " + str(tmp_path/'pictures') in e.value.code and '--data' not in e.value.code
+    assert not Path('other').exists()
+
 def test_data_are_looked_at_before_anything_is_trained(tmp_path):
     s = Study(spec(dict(method='at'), dict(method='akd', n=5000)), tmp_path/'s')
     with pytest.raises(ValueError, match='`n` must be from 1'): s.run()

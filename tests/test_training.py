@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.fp16 import AMPMode
+from fastai.optimizer import Adam, Lamb, Lookahead, OptimWrapper, RMSProp, SGD, ranger
 from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
                                Learner, DataLoaders, CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, L, LRFinder, LabelSmoothingCrossEntropyFlat, MixedPrecision, MixUp, accuracy,
                                imagenet_stats, load_learner)
@@ -101,6 +102,24 @@ def test_fit_exp_and_fit_rkd_schedules(make_learner):
     assert .19 < top <= .2 and lrs.used[0] == pytest.approx(.2/25) and lrs.used[-1] < .02
     i = lrs.used.index(top)
     assert lrs.used == sorted(lrs.used[:i]) + sorted(lrs.used[i:], reverse=True)
+
+def torch_opt(cls, **kw): return partial(OptimWrapper, opt=cls, **kw)
+
+@pytest.mark.parametrize('opt_func, name', [(Adam, 'Adam'), (RMSProp, 'RMSProp'), (ranger, 'RAdam'), (Lamb, 'Lamb'), (torch_opt(torch.optim.AdamW), 'AdamW'),
+    (SGD, None), (partial(SGD, mom=0.), None), (lambda params, lr, **kw: Lookahead(SGD(params, lr)), None), (sgd_nesterov, None), (torch_opt(torch.optim.SGD), None)])
+def test_default_rates_are_for_sgd(opt_func, name, make_learner):
+    "With another optimiser a fit that is given no rate says so before its first batch; a rate of one's own is taken in silence"
+    class Started(Callback):
+        def before_fit(self): raise CancelFitException
+    for fit,rate in (('fit_exp', .1), ('fit_rkd', .21)):
+        learn = make_learner(opt_func=opt_func, cbs=Started())
+        getattr(learn, fit)(1, lr_max=rate) # a warning is an error here
+        if name is None: getattr(learn, fit)(1)
+        else:
+            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, and this Learner trains by {name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as said: getattr(learn, fit)(1)
+            assert said[0].filename == __file__ # points at the line that fits
+    learn.opt_func = sgd_nesterov
+    learn.fit_rkd(1, reset_opt=True) # by the new optimiser, whatever was there
 
 def test_methods_replace_each_other(make_learner, tiny_net):
     learn, teacher = make_learner(), tiny_net(seed=7)

@@ -23,6 +23,9 @@ class NonFinite(FitCallback):
     "Stop with a `FloatingPointError` at the first quantity of a training batch that is not finite, before the optimiser steps with it"
     order,run_valid = -8,False # in each event before whatever uses the gradients or the weights
     only_shows,_stateattrs,kept = True,('kept',),None # does nothing to the training, see `Resume`
+    def __init__(self,
+        lower="lower the learning rate, or clip the gradients by `GradientClip()`", # what the error tells to do where the training diverges
+    ): self.lower = lower
 
     @property
     def on(self):
@@ -54,13 +57,12 @@ class NonFinite(FitCallback):
         self.opt.zero_grad()
         self.kept = None
         with told_where(self.learn):
-            raise NotFinite(f"the {name} contain{'s' if name == 'loss' else ''} NaN or infinite values: {_advice.get(name, _lower)}. The weights are those before this batch")
+            raise NotFinite(f"the {name} contain{'s' if name == 'loss' else ''} NaN or infinite values: {_advice.get(name, self.lower)}. The weights are those before this batch")
 
     def after_batch(self): self.kept = None
 
     def after_train(self):
         if self.on and not _finite(list(self.model.parameters()), 'cpu'): # nothing comes after an epoch's last step
-            with told_where(self.learn): raise NotFinite(_lower)
+            with told_where(self.learn): raise NotFinite(self.lower)
 
-_lower = "lower the learning rate, or clip the gradients by `GradientClip()`"
 _advice = {'images': "look at the data and its transforms", 'adversarial images': "look at the attack", "teacher's probabilities": "look at its weights and its normalisation"}

@@ -264,9 +264,10 @@ class CatastrophicOverfitting(EachEpoch):
         n=128, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
         drop=.2, # what the accuracy may fall below its best so far
         stop=False, # go back to the weights of the last good epoch and end the fit, rather than warn
+        advice='Take a smaller step, or PGD for the training attack', # what the warning tells to do
     ):
         drop = check_fraction(drop=drop)
-        self.attack,self.n,self.drop,self.stop = attack and check_attack(attack),check_n(n),drop,stop
+        self.attack,self.n,self.drop,self.stop,self._advice = attack and check_attack(attack),check_n(n),drop,stop,advice
 
     def before_fit(self): self.best = self.kept = self.data = None
     remembers = ('kept',) # with `best`; the images are read again
@@ -294,7 +295,7 @@ class CatastrophicOverfitting(EachEpoch):
     def _collapsed(self, acc):
         what = f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of {len(self.data[0])} images under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
         if not self.stop:
-            warnings.warn(f"{what}. Take a smaller step, or PGD for the training attack")
+            warnings.warn(f"{what}. {self._advice}")
             return
         unwrap(self.model).load_state_dict(self.kept)
         print(f"{what}: back to the epoch before")
@@ -316,9 +317,10 @@ class RobustOverfitting(EachEpoch):
         by='robust_accuracy', # metric, the higher the better
         gap=.02, # what the last epoch may lie below the best before it is said; chance may take two standard errors in any case
         restore=False, # and go back to the best epoch's weights
+        advice="`KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {epoch}, model)` takes it".format, # what to do about it, a function of the best `epoch`
     ):
         gap = check_fraction(gap=gap)
-        self.by,self.gap,self.restore = by,gap,restore
+        self.by,self.gap,self.restore,self._advice = by,gap,restore,advice # no setting of the training, see `Resume`
         self.best = self.best_epoch = self.last = self.kept = self.n_images = None
 
     def before_train(self):
@@ -347,4 +349,4 @@ class RobustOverfitting(EachEpoch):
         if kept is not None: unwrap(self.model).load_state_dict(kept)
         of = f" of {counted(self.n_images, 'image')}" if self.n_images else ''
         print(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
-              + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))
+              + (": back to those weights" if self.restore else f'; {self._advice(epoch=self.best_epoch)}'))

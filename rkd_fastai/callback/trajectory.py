@@ -16,7 +16,7 @@ from ..attacks import PGD, check_attack
 from .core import EachEpoch
 from ..core import (atomic_path, check_logits, check_no_probs, digest, frozen, hard_labels, seeded, versions,
                              whole_number, write_atomic)
-from ..pixel import model_device, pixel_data, pixel_model, sampled_images, undistributed
+from ..pixel import model_device, pixel_model, sampled_images, undistributed
 from ..sampling import check_n
 from ..teachers import saved_epochs
 
