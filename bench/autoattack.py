@@ -12,7 +12,7 @@ from pyautoattack import AutoAttack as Published
 from rkd_fastai import attacks
 from rkd_fastai.attacks import AutoAttack, PGD
 from rkd_fastai.data import fashion_mnist_dls, fashion_sample_dls
-from rkd_fastai.evaluation import pixel_data
+from rkd_fastai.pixel import pixel_data
 from rkd_fastai.learner import sgd_nesterov
 from rkd_fastai.models import resnet18
 from rkd_fastai.pixel import pixel_model

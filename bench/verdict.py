@@ -10,7 +10,8 @@ import torch
 from fastai.vision.all import Learner, set_seed
 from rkd_fastai.attacks import PGD
 from rkd_fastai.data import fashion_mnist_dls, fashion_sample_dls
-from rkd_fastai.evaluation import pixel_data, seeded
+from rkd_fastai.pixel import pixel_data
+from rkd_fastai.core import seeded
 from rkd_fastai.fast import faster
 from rkd_fastai.learner import sgd_nesterov
 from rkd_fastai.models import resnet18

@@ -266,7 +266,7 @@ def test_metric_errors():
 
 def test_seeded_leaves_every_gpu_alone(monkeypatch):
     "On the CPU no GPU is seeded: nobody would restore it"
-    from rkd_fastai.evaluation import seeded
+    from rkd_fastai.core import seeded
     torch.manual_seed(3); want = torch.rand(2)
     torch.manual_seed(3)
     with monkeypatch.context() as m:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd, pytest, torch
 
-from rkd_fastai.evaluation import measure_robustness, pixel_data
+from rkd_fastai.evaluation import measure_robustness
+from rkd_fastai.pixel import pixel_data
 from rkd_fastai.cells import cell_dls
 from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.loaders import with_label_noise

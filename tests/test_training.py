@@ -10,7 +10,7 @@ from fastai.vision.all import (Callback, CancelEpochException, CancelFitExceptio
                                imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
-from rkd_fastai.evaluation import pixel_data
+from rkd_fastai.pixel import pixel_data
 
 PLAIN_STATS = ([.3], [.25])
 def make_cb(name, teacher, attack=None, **kw):
