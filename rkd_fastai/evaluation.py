@@ -9,6 +9,7 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_atta
 import json, math, re, time, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import wraps
 from pathlib import Path
 import pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
@@ -20,6 +21,7 @@ from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
+from .text import counted
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
 def _finite_logits(model, x):
@@ -51,9 +53,18 @@ def _check_data(x, targ):
         if not isinstance(v, torch.Tensor): raise TypeError(f"`{name}` must be a tensor of {kind}, got {type(v).__name__}")
     if targ.ndim != 1 and not (targ.ndim == 2 and targ.is_floating_point()): raise ValueError(f"`targ` must hold class indices `(n,)` or soft labels `(n, n_out)`, got shape {tuple(targ.shape)}")
     if not len(x): raise ValueError("`x` holds no images")
-    if len(x) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
+    if len(x) != len(targ): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
     check_images(x)
 
+def _no_metric(f):
+    "Tell who gives `f` to a Learner as a metric: fastai calls it with logits and targets"
+    @wraps(f)
+    def _f(*args, **kwargs):
+        if not args or not isinstance(args[0], torch.Tensor): return f(*args, **kwargs)
+        raise TypeError("`robust_accuracy` takes a model and images, no predictions: to follow it in training, use the metric, `metrics=[accuracy, RobustAccuracy()]`")
+    return _f
+
+@_no_metric
 def robust_accuracy(
     model, # maps pixel space to logits; any callable, or a Learner
     x, # images in [0, 1], `(n, c, h, w)`
@@ -127,7 +138,7 @@ class Robustness:
     @property
     def _caption(self):
         unusual = [f'; {name} {p}' for name,parts in self.attacks.items() for p in parts if p.startswith(('without','transfer'))]
-        return f"{self.n} images, {self.norm} eps {self.eps*255:.4g}/255, seed {self.seed}{''.join(unusual)}"
+        return f"{counted(self.n, 'image')}, {self.norm} eps {self.eps*255:.4g}/255, seed {self.seed}{''.join(unusual)}"
     def _shown(self):
         df = self.to_df()
         return pd.DataFrame({'accuracy': df.accuracy.map('{:.1%}'.format), 'seconds': df.seconds.map('{:.1f}'.format),

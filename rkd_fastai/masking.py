@@ -15,6 +15,7 @@ from .attacks import FGSM, PGD, AutoAttack
 from .core import check_logits, frozen, seeded
 from .evaluation import in_float32, robust_flags
 from .pixel import beside, measured_images, pixel_model
+from .text import counted
 
 # %% ../nbs/11_masking.ipynb #ebb58fb0
 Symptom = namedtuple('Symptom', 'name figure suspicious advice')
@@ -117,7 +118,7 @@ class MaskingReport:
 
     def __repr__(self):
         lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}" + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
-        return '\n'.join([*lines, f"{self.n} images, eps {self.eps*255:.4g}/255: {'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
+        return '\n'.join([*lines, f"{counted(self.n, 'image')}, eps {self.eps*255:.4g}/255: {'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
 
 def check_masking(
     model, # maps pixel space to logits
@@ -130,7 +131,7 @@ def check_masking(
     if bs < 1: raise ValueError(f"`bs` must be >= 1, got {bs}")
     x,y = beside(model, x, y)
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
-    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
+    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
     try: return MaskingReport([Symptom(name, *f(model, x, y, eps), advice) for name,advice,f in _symptoms], len(x), eps)

@@ -11,6 +11,7 @@ import random
 import torch, torch.nn as nn
 from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory, get_c
 from .core import PixelModel, check_images, seeded
+from .text import counted
 
 # %% ../nbs/07_pixel.ipynb #1397b313
 def undistributed(
@@ -134,7 +135,7 @@ def pixel_data(
         seen += len(y)
         if n is not None and seen >= n: break
     if not seen: raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its images behind, give it `dl=dls.valid`")
-    if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {seen} images: leave `n` out to take them all")
+    if n is not None and seen < n: raise ValueError(f"`n` is {n}, but `dl` has only {counted(seen, 'image')}: leave `n` out to take them all")
     return torch.cat(xs)[:n], torch.cat(ys)[:n]
 
 def measured_images(

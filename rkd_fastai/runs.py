@@ -26,6 +26,7 @@ from .models import resnet18, wide_resnet
 from .pixel import sample_images, unwrap
 from .teachers import MissingFile, fitting_state, load_teacher, read_state, saved_epochs
 from .terminal import one_line
+from .text import counted
 
 # %% ../nbs/26_runs.ipynb #b9a5d2f4
 _packaged = dict(digits=digits_dls, fashion_sample=fashion_sample_dls)
@@ -94,7 +95,7 @@ def _described(card_path, path):
     card = read_json(card_path)
     told = [card[k] for k in ('arch','width','n_in','n_out')]
     sizes = {n for t in read_state(path).values() for n in t.shape}
-    if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{card['n_in']} channels and {card['n_out']} classes are not those of {path.name}")
+    if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
     if told[0] == 'resnet18' or str(told[0]).startswith('wrn-'): # timm's are of one size
         with torch.device('meta'): fitting_state(path, make_net(*told))
     return card, make_net(*told)
@@ -189,4 +190,4 @@ def machine()->str:
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     try: name = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return f'{name}, {os.cpu_count()} cores'
+    return f"{name}, {counted(os.cpu_count(), 'core')}"

@@ -214,3 +214,12 @@ def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net
     Teacher([one, other])
     other.vocab = other.vocab[::-1]
     with pytest.raises(ValueError, match='order the classes differently'): Teacher([one, other])
+
+def test_one_is_no_plural(make_learner, make_dls, capsys):
+    "In errors, progress lines and results"
+    from rkd_fastai.terminal import one_line
+    for f in (lambda x, y: akd_loss(torch.zeros(2, 3), torch.full((2, 3), 1/3), y), lambda x, y: robust_accuracy(nn.Flatten(), x, y), lambda x, y: PGD(.1)(nn.Flatten(), x, y)):
+        with pytest.raises(ValueError, match='`targ` has 1 label for 2 '): f(torch.rand(2, 1, 8, 8), torch.tensor([0]))
+    learn = make_learner(make_dls(n=64))
+    with one_line(learn, 'training'): learn.fit(1)
+    assert re.search(r' 1 epoch\b', capsys.readouterr().out) and '1 image, Linf' in str(learn.robustness(('clean',), n=1))
