@@ -18,6 +18,7 @@ from .core import (PixelModel, as_number, check_images, check_logits, check_no_p
 from .fast import faster, folded, has_bf16
 from .progress import counted
 from .search import apgd, fab, margin, square
+from .text import counted
 
 # %% ../nbs/04_attacks.ipynb #6ab8cde5
 def _fraction(v):
@@ -87,7 +88,7 @@ class Attack:
         "Adversarial examples for `x`: detached, same shape and dtype, within `eps` and [0, 1]"
         check_images(x)
         check_targ(targ)
-        if len(targ) != len(x): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
+        if len(targ) != len(x): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
         self.check(x)
         if not len(x): return x.detach().clone()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
@@ -281,7 +282,7 @@ class _Part(Attack):
         if self.name == 'square': return f'square: {o.n_queries} queries{fast}'
         how = f'{o.n_target_classes} targets' if self.name.endswith('-t') else f'{o.n_restarts} restart(s)'
         eot = f', each gradient a mean of {o.eot_iter}' if getattr(o, 'eot_iter', 1) > 1 else ''
-        return f'{self.name}: {o.n_iter} steps, {how}{eot}{fast}'
+        return f"{self.name}: {counted(o.n_iter, 'step')}, {how}{eot}{fast}"
 
     def search(self, o):
         "Our own search that takes the steps of the package's `o`; where there is none, that itself"

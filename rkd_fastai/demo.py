@@ -25,7 +25,8 @@ from .models import resnet18
 from .pixel import model_device, pixel_data, pixel_model
 from .progress import clock
 from .teachers import Teacher
-from .terminal import Line, one_line
+from .terminal import Line, clock, one_line
+from .text import counted
 
 # %% ../nbs/35_demo.ipynb #8e86ff19
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
@@ -69,7 +70,7 @@ def measure(
     "`learn.robustness` with its progress on one line"
     line = Line(f'attacking {name}')
     res = learn.robustness(attacks, eps=s.eps, n=n, seed=seed, progress=line.progress)
-    line.finish(', '.join(f'{k} {v:.1%}' for k,v in res.results.items()) + f' of {res.n} images')
+    line.finish(', '.join(f'{k} {v:.1%}' for k,v in res.results.items()) + f" of {counted(res.n, 'image')}")
     return res
 
 def measure_models(

@@ -10,6 +10,7 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_atta
 import json, math, random, re, time, warnings, os, sys
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import wraps
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
@@ -26,6 +27,7 @@ from .pixel import (beside, check_single_label, measured_images, model_device, p
 from .sampling import Sample, images_digest
 from .progress import Progress, check_progress, clock, counted, counting
 from .teachers import Teacher, check_teacher
+from .text import counted
 
 # %% ../nbs/10_evaluation.ipynb #4371559a
 def _finite_logits(model, x):
@@ -60,9 +62,18 @@ def _check_data(x, targ):
     if not isinstance(x, torch.Tensor): raise TypeError(f"`x` must be a tensor of images `(n, c, h, w)`, got {type(x).__name__}")
     check_targ(targ)
     if not len(x): raise ValueError("`x` holds no images")
-    if len(x) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(x)} images")
+    if len(x) != len(targ): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
     check_images(x)
 
+def _no_metric(f):
+    "Tell who gives `f` to a Learner as a metric: fastai calls it with logits and targets"
+    @wraps(f)
+    def _f(*args, **kwargs):
+        if not args or not isinstance(args[0], torch.Tensor): return f(*args, **kwargs)
+        raise TypeError("`robust_accuracy` takes a model and images, no predictions: to follow it in training, use the metric, `metrics=[accuracy, RobustAccuracy()]`")
+    return _f
+
+@_no_metric
 def robust_accuracy(
     model, # maps pixel space to logits; any callable, or a Learner
     x, # images in [0, 1], `(n, c, h, w)`

@@ -9,7 +9,6 @@ __all__ = ['Cell', 'short_hash', 'takes', 'members', 'betas', 'training_attack',
 # %% ../nbs/27_grid.ipynb #bb25fad4
 import json, re
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from fractions import Fraction
 from inspect import signature
 from itertools import groupby, product
@@ -20,6 +19,7 @@ from .core import digest
 from .evaluation import make_attack
 from .learner import ExpDecay, OneCycle, Steps, distil_methods, method_class
 from .recipes import paper_student, recipe_of_kind, teacher_kinds
+from .text import counted, did_you_mean
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
@@ -82,10 +82,7 @@ _of_training = {'epochs','lr','bs','compile','bf16'}
 _schedules = dict(onecycle=(OneCycle(), .21), exp=(ExpDecay(.9), .1), steps=(Steps((50,75), 100), .1)) # and the learning rates that go with them
 
 def _known(name, value, values):
-    if value not in values: raise ValueError(f"unknown {name} {value!r}: {_nearest(value, values)}")
-def _nearest(word, words):
-    near = get_close_matches(str(word), list(words), 1, .5)
-    return f'did you mean {near[0]!r}?' if near else f'use one of {list(words)}'
+    if value not in values: raise ValueError(f"unknown {name} {value!r}: {did_you_mean(value, values)}")
 
 def takes(
     method, # 'akd', 'at', …, see `Cell`
@@ -150,7 +147,7 @@ def _check(c):
     if c.schedule is not None: _known('`schedule`', c.schedule, _schedules)
     if c.attack is not None: training_attack(c.attack, c.eps)
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
-    if c.stop is not None and c.stop > c.teacher_epochs: raise ValueError(f"`stop` {c.stop} is beyond the teacher's training of {c.teacher_epochs} epochs: raise `teacher_epochs` or lower `stop`")
+    if c.stop is not None and c.stop > c.teacher_epochs: raise ValueError(f"`stop` {c.stop} is beyond the teacher's training of {counted(c.teacher_epochs, 'epoch')}: raise `teacher_epochs` or lower `stop`")
 
 def training_attack(
     name, # 'ffgsm', 'fgsm', 'pgd10', …

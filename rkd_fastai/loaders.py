@@ -19,6 +19,7 @@ from .core import as_number, check_number, whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
 from .sampling import class_labels, sample_positions
+from .text import counted
 
 # %% ../nbs/08_loaders.ipynb #fa6a01b5
 def _as_told(k, dl, new, changed):
@@ -212,7 +213,7 @@ def read_synthetic(
 )->tuple: # images and labels
     "Synthetic images as published, of which nothing is executed"
     x,y = _npz_arrays(Path(path), image=((3,4), 'u'), label=((1,), 'iu'))
-    if len(x) != len(y) or not len(x): raise ValueError(f"`{path}` has {len(x)} images and {len(y)} labels: one label per image is needed")
+    if len(x) != len(y) or not len(x): raise ValueError(f"`{path}` has {counted(len(x), 'image')} and {counted(len(y), 'label')}: one label per image is needed")
     return _squeezed(x), y
 
 def _squeezed(x): return x[...,0] if x.ndim == 4 and x.shape[3] == 1 else x

@@ -8,13 +8,14 @@ __all__ = ['soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss', 'rslad_loss
 # %% ../nbs/01_losses.ipynb #17724fde
 import torch.nn.functional as F
 from .core import as_number, check_T, check_fraction, check_targ, check_weights, onehot
+from .text import counted
 
 # %% ../nbs/01_losses.ipynb #c041a8d4
 def _check(logits, t_probs, name='s_logits', targ=None):
     "Raise unless student `logits` called `name`, teacher probabilities and targets belong together"
     if logits.ndim != 2: raise ValueError(f"`{name}` must be (bs, n_out), got shape {tuple(logits.shape)}")
     if targ is not None: check_targ(targ, logits.shape[1])
-    if targ is not None and len(targ) != len(logits): raise ValueError(f"`targ` has {len(targ)} labels for {len(logits)} images")
+    if targ is not None and len(targ) != len(logits): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(logits), 'image')}")
     if t_probs is not None and t_probs.shape != logits.shape:
         raise ValueError(f"`t_probs` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} must have the same shape: do teacher and student have the same classes?")
 
@@ -44,7 +45,7 @@ def soft_targets(
     "Label mixing αf_T + (1−α)y: probabilities `(bs, n_out)` in float32"
     alpha = check_fraction(alpha=alpha)
     check_targ(targ, t_probs.shape[-1])
-    if len(t_probs) != len(targ): raise ValueError(f"`targ` has {len(targ)} labels for {len(t_probs)} rows of `t_probs`")
+    if len(t_probs) != len(targ): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(t_probs), 'row')} of `t_probs`")
     return alpha*t_probs.float() + (1-alpha)*onehot(targ, t_probs.shape[-1])
 
 def ensemble_probs(

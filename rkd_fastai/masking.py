@@ -16,6 +16,7 @@ from .core import check_logits, check_targ, frozen, hard_labels, seeded, whole_n
 from .evaluation import in_float32, robust_flags, showing
 from .pixel import beside, measured_images, pixel_model
 from .progress import check_progress, counting
+from .text import counted
 
 # %% ../nbs/11_masking.ipynb #ebb58fb0
 Symptom = namedtuple('Symptom', 'name figure suspicious advice')
@@ -120,7 +121,7 @@ class MaskingReport:
 
     def __repr__(self):
         lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}" + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
-        images = f'{self.n} images' if self.sample is None else f'{self.n} rightly classified of {self.sample}'
+        images = counted(self.n, 'image') if self.sample is None else f'{self.n} rightly classified of {self.sample}'
         return '\n'.join([*lines, f"{images}; eps {self.eps*255:.4g}/255: {'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
 
 def check_masking(
@@ -139,7 +140,7 @@ def check_masking(
     x,y = beside(model, x, hard_labels(y))
     if len(x) != len(y): raise ValueError(f"`y` has {len(y)} labels for {len(x)} images")
     with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
-    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {len(x)} images rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
+    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
     try:

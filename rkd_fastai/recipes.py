@@ -9,6 +9,7 @@ __all__ = ['paper_teacher', 'paper_student', 'rebuffi_at_plus', 'wang_at_plus', 
 # %% ../nbs/24_recipes.ipynb #c5d0a4fb
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from inspect import signature
 from typing import Callable
 import torch.nn as nn
 from fastai.callback.mixup import CutMix
@@ -26,6 +27,7 @@ from .learner import ExpDecay, OneCycle, Steps, Triangle, WarmupCosine, batchnor
 from .loaders import with_batch_tfms, with_synthetic
 from .models import resnet18, wide_resnet
 from .pixel import sample_images
+from .text import did_you_mean
 
 # %% ../nbs/24_recipes.ipynb #a4891413
 @dataclass(frozen=True, repr=False)
@@ -63,6 +65,11 @@ class Recipe:
 
     def but(self, **changes):
         "This recipe with other values, e.g. `bs=256`"
+        known = [f.name for f in fields(self)]
+        for k,v in changes.items():
+            if k in known: continue
+            hint = f"the method has one, say `settings=recipe.settings | dict({k}={v!r})`" if k in _settings_of(self.method) else did_you_mean(k, known)
+            raise TypeError(f"a recipe has no `{k}`: {hint}")
         return replace(self, **changes)
 
     def at_eps(self,
@@ -81,6 +88,21 @@ def _shown(v):
 
 # %% ../nbs/24_recipes.ipynb #089770f6
 _own_methods = dict(st=RobustCallback, at=AdversarialTraining, trades=TRADES) # 'st': the Learner's own images and loss
+
+def _settings_of(method):
+    "The keywords that a method takes beside teacher and attack"
+    cls = {**_own_methods, **distil_methods}.get(method)
+    return [] if cls is None else [k for k in signature(cls).parameters if k not in ('teacher','attack','compile','bf16')]
+
+def _check_net(net, dls):
+    if net is None or isinstance(net, nn.Module) or _makes_one(net): return
+    name,n_out = getattr(net, '__name__', None) or repr(net),get_c(dls)
+    raise TypeError(f"`net` must be a network, an nn.Module, got {name}" + (f", which makes one: call it, for {n_out} classes" if callable(net)
+                    else f": build the network, e.g. by `timm.create_model(name, num_classes={n_out})`") + ", or leave `net` out for the recipe's own")
+
+def _makes_one(net):
+    "Is it a function such as `resnet18` of `rkd_fastai.models`?"
+    return callable(net) and {'n_out','n_in'} <= set(signature(net).parameters)
 
 def _check(recipe, teacher):
     known = [*_own_methods, *distil_methods]
@@ -108,7 +130,7 @@ def _scale(recipe, dls): return get_c(dls) if recipe.mean_over_classes else 1
 @patch
 def learner(self:Recipe,
     dls, # image DataLoaders in pixel space; their batch size is left alone
-    net=None, # network; None makes the recipe's own
+    net=None, # network, or a function that makes one from `n_out` and `n_in` as those of `rkd_fastai.models` do; None makes the recipe's own
     teacher=None, # what a distilling recipe distils from, see `Teacher`
     synthetic=None, # `.npz` file of synthetic images, see `with_synthetic`
     compile:bool=False, # see `AdversarialTraining`
@@ -121,8 +143,9 @@ def learner(self:Recipe,
     if not self.bn_wd and 'splitter' in kwargs: raise ValueError("`splitter`: this recipe's own takes BatchNorm out of the weight decay: leave yours out, or use `recipe.but(bn_wd=True)`")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
+    _check_net(net, dls)
     dls = _loaders(self, dls, synthetic)
-    if net is None: net = self.arch(n_out=get_c(dls), n_in=sample_images(dls).shape[1])
+    if not isinstance(net, nn.Module): net = (net or self.arch)(n_out=get_c(dls), n_in=sample_images(dls).shape[1])
     wd = self.wd*_scale(self, dls)
     split = dict() if self.bn_wd else dict(splitter=batchnorm_splitter)
     loss_func = LabelSmoothingCrossEntropyFlat(eps=self.label_smoothing) if self.label_smoothing else CrossEntropyLossFlat()

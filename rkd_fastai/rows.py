@@ -49,7 +49,7 @@ def _check_rows(df):
     for c in measures(df):
         v = _numbers(df[c], c).dropna()
         if not v.between(0, 1).all(): raise ValueError(f"`df`: {c!r} must hold fractions in [0, 1], got {v[~v.between(0, 1)].iloc[0]:g}: divide percentages by 100")
-    if df['method'].isna().any(): raise ValueError(f"`df`: 'method' is empty in {df['method'].isna().sum()} rows: say how each model was trained")
+    if df['method'].isna().any(): raise ValueError(f"`df`: 'method' is empty in {counted(df['method'].isna().sum(), 'row')}: say how each model was trained")
 
 def rows(
     df, # a row per measured network, as `read_rows` gives them, or your own with `method`, `clean` and an attack

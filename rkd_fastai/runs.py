@@ -32,6 +32,7 @@ from .pixel import sample_images, unwrap
 from .sampling import sample_positions
 from .teachers import MissingFile, fitting_state, load_teacher, plain_state, read_state, saved_epochs
 from .terminal import one_line
+from .text import counted
 
 # %% ../nbs/26_runs.ipynb #b9a5d2f4
 _packaged = dict(digits=digits_dls, fashion_sample=fashion_sample_dls)
@@ -149,7 +150,7 @@ def _described(card_path, path):
 
 def _network(card, told, path, sizes):
     "The network that the card tells of, where the checkpoint has tensors of these `sizes`"
-    if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{card['n_in']} channels and {card['n_out']} classes are not those of {path.name}")
+    if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
     if told[0] == 'resnet18' or str(told[0]).startswith('wrn-'): # timm's are of one size
         with torch.device('meta'): fitting_state(path, make_net(*told))
     return make_net(*told)
@@ -252,4 +253,4 @@ def machine()->str:
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     try: name = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return f'{name}, {os.cpu_count()} cores'
+    return f"{name}, {counted(os.cpu_count(), 'core')}"

@@ -25,7 +25,8 @@ from .report import views, write_report
 from .rows import NotEnough, cells_of, head, main, measured, pareto, points, said
 from .runs import data_names, describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
-from .terminal import Line, reason
+from .terminal import Line, clock, reason
+from .text import counted
 
 # %% ../nbs/34_study.ipynb #6c21bcca
 @contextmanager
@@ -73,7 +74,7 @@ class Study:
         self.out,self.path = Path(out or Path('studies')/Path(spec).stem), path
         _check_version(self.out)
 
-    def __repr__(self): return f'Study of {len(self.cells)} cells and {len(self.teachers)} teachers in {self.out}, {sum(map(self.is_done, self.cells))} cells done'
+    def __repr__(self): return f"Study of {counted(len(self.cells), 'cell')} and {counted(len(self.teachers), 'teacher')} in {self.out}, {counted(sum(map(self.is_done, self.cells)), 'cell')} done"
 
     @cached_property
     def teachers(self):
@@ -292,7 +293,7 @@ def plan_text(
     wide,late = cells.str.len().max(),times.str.len().max()
     left = int(plan['seconds'].sum())
     return '\n'.join([f'{c:<{wide}}  {t:>{late}}{f"  {s}" if s else ""}' for c,t,s in zip(cells, times, plan['state'])] +
-                     [f'{len(plan)} cells, about {clock(left)} for one process here, teachers included' if left else f'{len(plan)} cells, nothing left to do'])
+                     [counted(len(plan), 'cell') + (f', about {clock(left)} for one process here, teachers included' if left else ', nothing left to do')])
 
 # %% ../nbs/34_study.ipynb #f5b827b4
 def _part(cells, part):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from .progress import clock
+from .text import counted
 
 # %% ../nbs/25_terminal.ipynb #c1c95138
 def reason(
@@ -88,7 +89,7 @@ class LineProgress(Callback):
         shown = [(n.replace('_', ' '), v) for n,v in zip(names, values) if 'accuracy' in n and isinstance(v, float)]
         self.note = ''.join(f', {n} {v:.1%}' for n,v in shown)
 
-    def after_fit(self): self.line.finish(f'{self.n_epoch} epochs{self.note}')
+    def after_fit(self): self.line.finish(counted(self.n_epoch, 'epoch') + self.note)
 
 @contextmanager
 def one_line(

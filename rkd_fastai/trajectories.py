@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt, numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from .palette import colours, markers
+from .text import counted
 
 # %% ../nbs/22_trajectories.ipynb #5393a1ea
 _kinds = dict(clean='clean images', adv='adversarial images')
@@ -28,7 +29,7 @@ def _array(name, v, ndim, dtype):
 def _probs(name, v):
     "`v` as float32 probabilities `(K, n)`"
     v = _array(name, v, 2, np.float32)
-    if not v.size: raise ValueError(f"`{name}` holds nothing: {v.shape[0]} epochs of {v.shape[1]} images")
+    if not v.size: raise ValueError(f"`{name}` holds nothing: {counted(v.shape[0], 'epoch')} of {counted(v.shape[1], 'image')}")
     if v.min() < 0 or v.max() > 1: raise ValueError(f"`{name}` must be probabilities in [0, 1], but they span [{v.min():.3g}, {v.max():.3g}]")
     return v
 
@@ -77,7 +78,7 @@ class Trajectory:
 
     def __repr__(self):
         attack = '' if self.adv is None else f", clean and under {self.card.get('attack', 'attack')}"
-        return f"Trajectory of {self.n} images over {self.epochs} epochs{attack}"
+        return f"Trajectory of {counted(self.n, 'image')} over {counted(self.epochs, 'epoch')}{attack}"
 
 # %% ../nbs/22_trajectories.ipynb #a5da7a1e
 def _read_card(folder):
@@ -95,7 +96,7 @@ def _read_epoch(path, n, names):
     except Exception as e: raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): go on from an epoch before it, or record anew") from e
     for k,v in found.items():
         want = () if k.startswith('entropy') else (n,)
-        if v.shape != want or v.dtype.kind != 'f': raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` tells of {n} images: it is of another training")
+        if v.shape != want or v.dtype.kind != 'f': raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` tells of {counted(n, 'image')}: it is of another training")
     return found
 
 def load_trajectory(
@@ -127,7 +128,7 @@ def cosine(
 ):
     "Cosine similarity in [0, 1] of the trajectories of each image over the epochs that both have: `(n,)`; 0 where one of them is 0 throughout"
     p_t,p_s = _probs('p_t', p_t).astype(np.float64),_probs('p_s', p_s).astype(np.float64)
-    if p_t.shape[1] != p_s.shape[1]: raise ValueError(f"`p_t` is of {p_t.shape[1]} images, but `p_s` of {p_s.shape[1]}: record both on the same ones")
+    if p_t.shape[1] != p_s.shape[1]: raise ValueError(f"`p_t` is of {counted(p_t.shape[1], 'image')}, but `p_s` of {p_s.shape[1]}: record both on the same ones")
     K = min(len(p_t), len(p_s))
     p_t,p_s = (p/np.maximum(np.linalg.norm(p[:K], axis=0), np.finfo(float).tiny) for p in (p_t, p_s))
     return np.minimum((p_t[:K]*p_s[:K]).sum(0), 1)
@@ -152,14 +153,14 @@ def _axes(ax, ncols=1):
 def _check_same(teacher, students):
     "Raise unless all were recorded on the same images"
     for name,s in students.items():
-        if s.n != teacher.n: raise ValueError(f"`{name}` is of {s.n} images, but `teacher` of {teacher.n}: record both on the same ones")
+        if s.n != teacher.n: raise ValueError(f"`{name}` is of {counted(s.n, 'image')}, but `teacher` of {teacher.n}: record both on the same ones")
         a,b = teacher.card.get('labels'),s.card.get('labels')
         if None not in (a, b) and a != b: raise ValueError(f"`{name}` and `teacher` were recorded on images of other classes, or in another order: record both on the same ones")
 
 def _order(score, teacher):
     "Indices of the images from the easiest to the hardest, `(n,)`"
     score = difficulty(teacher.clean) if score is None else _array('score', score, 1, np.float64)
-    if len(score) != teacher.n: raise ValueError(f"`score` tells of {len(score)} images, but the trajectories are of {teacher.n}")
+    if len(score) != teacher.n: raise ValueError(f"`score` tells of {counted(len(score), 'image')}, but the trajectories are of {teacher.n}")
     return score.argsort(kind='stable')
 
 def _percent(n): return (np.arange(n) + .5)*100/n
@@ -228,7 +229,7 @@ def plot_right_class(
     p_t,p_s = (t.probs(kind)[-1][order].astype(np.float64) for t in (teacher, student))
     smooth(p_t, _width(width, len(p_t)))
     axs = _axes(axs, 2)
-    _by_difficulty(axs[0], p_t, width, ylabel='$p_T$ of the right class', ylim=(-.02,1.02), title=f'teacher after {teacher.epochs} epochs, {_kinds[kind]}')
+    _by_difficulty(axs[0], p_t, width, ylabel='$p_T$ of the right class', ylim=(-.02,1.02), title=f"teacher after {counted(teacher.epochs, 'epoch')}, {_kinds[kind]}")
     axs[1].axhline(0, color='black', lw=.8)
     _by_difficulty(axs[1], p_s-p_t, width, ylabel='$p_S - p_T$ of the right class', title=f'student − teacher, {_kinds[kind]}')
     return axs

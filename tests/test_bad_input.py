@@ -388,3 +388,11 @@ def test_attack_on_probabilities(plain_net, test_images):
     x, y, net = test_images[0][:10], test_images[1][:10], softened(plain_net)
     with pytest.warns(UserWarning, match='returns probabilities'): PGD(.1, steps=1)(net, x, y)
     PGD(.1, steps=1)(PixelModel(net), x, y); PGD(.1, steps=1)(plain_net, x, y)
+def test_one_is_no_plural(make_learner, make_dls, capsys):
+    "In errors, progress lines and results"
+    from rkd_fastai.terminal import one_line
+    for f in (lambda x, y: akd_loss(torch.zeros(2, 3), torch.full((2, 3), 1/3), y), lambda x, y: robust_accuracy(nn.Flatten(), x, y), lambda x, y: PGD(.1)(nn.Flatten(), x, y)):
+        with pytest.raises(ValueError, match='`targ` has 1 label for 2 '): f(torch.rand(2, 1, 8, 8), torch.tensor([0]))
+    learn = make_learner(make_dls(n=64))
+    with one_line(learn, 'training'): learn.fit(1)
+    assert re.search(r' 1 epoch\b', capsys.readouterr().out) and '1 of 48 validation images' in str(learn.robustness(('clean',), n=1))

@@ -237,4 +237,4 @@ def test_trades_names_its_logits():
     assert 'teacher' not in str(e.value)
 
 def test_labels_of_another_batch():
-    with pytest.raises(ValueError, match='`targ` has 1 labels for 4 rows'): soft_targets(torch.rand(4, 3).softmax(1), torch.tensor([1]), .5)
+    with pytest.raises(ValueError, match='`targ` has 1 label for 4 rows'): soft_targets(torch.rand(4, 3).softmax(1), torch.tensor([1]), .5)

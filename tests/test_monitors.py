@@ -1,5 +1,6 @@
 "What watches a fit: called once an epoch of training and at no other time, and what `RobustOverfitting` says and puts back."
 import copy, json, warnings
+from functools import partial
 
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, SaveModelCallback, accuracy, load_learner
@@ -325,6 +326,15 @@ def test_needs_the_metric(make_learner, make_dls, scripted):
     learn = make_learner(make_dls(), cbs=RobustOverfitting()); learn.validate(); learn.get_preds() # which need none
     learn = make_learner(make_dls(), metrics=RobustAccuracy(PGD(.1, steps=1)), cbs=[RobustOverfitting(), AdversarialTraining(PGD(.1, steps=1))]); learn.fit(2)
     assert learn.robust_overfitting.best == max(v[2] for v in learn.recorder.values)
+
+@pytest.mark.parametrize('method', ['none', 'at'])
+def test_the_function_in_place_of_the_metric(method, make_learner, make_dls):
+    "`metrics=robust_accuracy` says which metric was meant: before the first step where one of our methods trains"
+    for metric in (robust_accuracy, partial(robust_accuracy, attack=PGD(.1, steps=1))):
+        learn = make_learner(make_dls(n=64), metrics=[accuracy, metric], cbs=AdversarialTraining(PGD(.1, steps=1)) if method == 'at' else [])
+        before = weights(learn.model)
+        with pytest.raises(TypeError, match=r'`metrics=\[accuracy, RobustAccuracy\(\)\]`'): learn.fit(1)
+        assert same(weights(learn.model), before) == (method == 'at')
 
 @pytest.mark.parametrize('averaging_last', [False, True])
 def test_restores_averaged_weights(averaging_last, scripted, make_dls):

@@ -340,7 +340,9 @@ def test_epochs_are_the_recipes_and_none_is_none(make_dls, tiny_net):
 def test_but_and_at_eps():
     r = rslad_official.but(epochs=20, bs=64)
     assert (r.epochs, r.bs, r.lr, r.method, r.settings) == (20, 64, .1, 'rslad', dict(alpha=1., lam=5/6)) and rslad_official.epochs == 300
-    with pytest.raises(TypeError, match='epoch'): rslad_official.but(epoch=20)
+    with pytest.raises(TypeError, match="a recipe has no `epoch`: did you mean 'epochs'"): rslad_official.but(epoch=20)
+    with pytest.raises(TypeError, match="a recipe has no `x`: use one of .*'epochs'"): rslad_official.but(bs=2, x=20)
+    with pytest.raises(TypeError, match=r'`settings=recipe.settings \| dict\(alpha=0.5\)`'): rslad_official.but(alpha=.5)
     with pytest.raises(Exception, match='assign'): rslad_official.epochs = 20
     for name,factor in (('rslad_official', 2), ('trades_official', 16/255/.031)):
         old, new = all_recipes[name].attack, all_recipes[name].at_eps(16/255).attack
@@ -402,6 +404,19 @@ def test_raises_and_leaves_all_as_it_was(break_it, make_dls, tiny_net, snapshot)
     before, weights, rng = dls_state(dls), snapshot.take(net), torch.get_rng_state()
     with pytest.raises((ValueError, FileNotFoundError)): break_it(all_recipes, dls, net)
     assert dls_state(dls) == before and snapshot.same(weights, snapshot.take(net)) and torch.equal(rng, torch.get_rng_state())
+
+def test_an_architecture_in_place_of_a_network(make_dls, tiny_net):
+    "Ours is made for the classes and channels of the data; of another the way out is told, and nothing has changed"
+    import torchvision
+    from rkd_fastai.models import wide_resnet
+    dls = make_dls(n_classes=4)
+    for arch in (partial(resnet18, width=1/16), partial(wide_resnet, 10, 1)):
+        net = paper_teacher.learner(dls, arch).model
+        assert isinstance(net, nn.Module) and net(torch.rand(2, 1, 8, 8)).shape == (2, 4)
+    rng = torch.get_rng_state()
+    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got resnet18, which makes one: call it, for 4 classes, or leave `net` out'), (nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
+        with pytest.raises(TypeError, match=says): paper_teacher.learner(dls, arch)
+    assert torch.equal(rng, torch.get_rng_state())
 
 @pytest.mark.parametrize('says, make', [
     ("`teacher`: 'akd' distils", lambda dls, net: paper_student.learner(dls, net)),

@@ -107,7 +107,7 @@ def test_card(make, tmp_path):
     assert {k: card[k] for k in ('n', 'attack', 'seed')} == dict(n=20, attack=repr(PGD(8/255)), seed=3) and set(card['versions']) == {'rkd_fastai', 'fastai', 'torch'}
     y = pixels(learn.dls.valid)[1][:20]
     assert card['labels'] == digest([y]) != digest([y.flip(0)])
-    assert load_trajectory(tmp_path/'t').card == card and '20 images over 1 epochs' in repr(load_trajectory(tmp_path/'t'))
+    assert load_trajectory(tmp_path/'t').card == card and '20 images over 1 epoch,' in repr(load_trajectory(tmp_path/'t'))
 
 class Darkens(Transform):
     "An augmentation, of training images only"
@@ -363,7 +363,7 @@ def test_no_fastai_is_needed():
         sys.meta_path.insert(0, Blocked())
         from rkd_fastai.trajectories import *
         print(Trajectory([[.5, 1.]]))
-    ''') == 'Trajectory of 2 images over 1 epochs'
+    ''') == 'Trajectory of 2 images over 1 epoch'
 
 # --- Eq. 8, similarity, smoothing ---
 
@@ -400,7 +400,7 @@ def test_smooth_against_a_loop(n, width):
 
 @pytest.mark.parametrize('f,said', [
     (lambda: difficulty([.5, .5]), '`p` must have 2'), (lambda: difficulty([[1.1]]), r'`p` must be probabilities'), (lambda: difficulty([[-.1]]), '`p` must be'), (lambda: difficulty([[np.nan]]), '`p` holds NaN'),
-    (lambda: difficulty('p'), '`p` must be an array of numbers'), (lambda: difficulty(np.zeros((0, 4))), '`p` holds nothing'), (lambda: cosine([[1.]], [[1., 1.]]), '`p_t` is of 1 images, but `p_s` of 2'),
+    (lambda: difficulty('p'), '`p` must be an array of numbers'), (lambda: difficulty(np.zeros((0, 4))), '`p` holds nothing'), (lambda: cosine([[1.]], [[1., 1.]]), '`p_t` is of 1 image, but `p_s` of 2'),
     (lambda: smooth([1, 2], 2), '`width` must be odd'), (lambda: smooth([1, 2], 0), '`width`'), (lambda: smooth([1, 2], -1), '`width`'), (lambda: smooth([1, 2], 1.5), '`width`'), (lambda: smooth([1, np.inf], 1), '`values`'),
     (lambda: Trajectory([[.5, .5]], adv=[[.5]]), '`adv` has shape'), (lambda: Trajectory([[.5]], entropy=[1., 2.]), '`entropy` has shape'), (lambda: Trajectory([[.5]], entropy=1.), '`entropy` must have 1'),
     (lambda: Trajectory([[.5]]).until(0), '`epoch` must be from 1 to 1'), (lambda: Trajectory([[.5]]).until(2), '`epoch`'), (lambda: Trajectory([[.5]]).probs('x'), '`kind`')])

@@ -21,6 +21,7 @@ from fastcore.meta import delegates
 from ..attacks import PGD, check_attack
 from .core import FitCallback, told_where
 from ..core import as_number, check_logits, check_no_probs, frozen, onehot, seeded
+from ..evaluation import robust_accuracy
 from ..fast import compiled, faster
 from ..losses import trades_loss
 from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
@@ -144,6 +145,10 @@ class RobustCallback(FitCallback):
         if len(mine) > 1: raise ValueError(f"{' and '.join(mine)} would both attack each batch: `learn.to_adversarial`, `learn.to_rkd` and "
                                    "`learn.to_natural` put one method in the place of another")
 
+    def _check_metrics(self):
+        funcs = [getattr(m, 'func', None) for m in self.learn.metrics]
+        if any(getattr(f, 'func', f) is robust_accuracy for f in funcs): robust_accuracy(torch.empty(0), None) # says what to write instead, now and not after an epoch
+
     def __call__(self, event_name):
         if event_name == 'before_fit': self.after_batch() # a step that was interrupted left the model compiled
         return super().__call__(event_name)
@@ -154,6 +159,7 @@ class RobustCallback(FitCallback):
     def before_train(self):
         if self.pixel is not None: return # not the first epoch
         self._check_alone()
+        self._check_metrics()
         self.check(self.dls)
         self.check_loss(own_loss(self.learn))
         self.opt.zero_grad() # what an interrupted backward pass left behind

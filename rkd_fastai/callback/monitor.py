@@ -293,7 +293,7 @@ class CatastrophicOverfitting(EachEpoch):
         if self.stop: self.kept = copy_state(unwrap(self.model))
 
     def _collapsed(self, acc):
-        what = f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of {len(self.data[0])} images under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
+        what = f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of {counted(len(self.data[0]), 'image')} under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
         if not self.stop:
             warnings.warn(f"{what}. {self._advice}")
             return
