@@ -8,7 +8,6 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_atta
 # %% ../nbs/10_evaluation.ipynb #77d62977
 import json, math, re, time, warnings
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from pathlib import Path
 import pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
@@ -17,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
-from .core import NotFinite, are_probs, check_images, check_logits, digest, frozen, hard_labels, read_json, seeded, versions, whole_number, write_atomic
+from .core import NotFinite, are_probs, check_images, check_logits, copied, digest, frozen, hard_labels, read_json, seeded, versions, whole_number, write_atomic
 from .pixel import beside, check_single_label, measured_images, model_device, pixel_data, pixel_model
 from .teachers import Teacher, check_teacher
 
@@ -301,7 +300,7 @@ def in_float32(
 ):
     "`model`, or a float32 copy of it where it has weights in another precision"
     if all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point()): return model
-    return deepcopy(model).float()
+    return copied(model).float()
 
 @contextmanager
 def _bar(learn):

@@ -9,7 +9,6 @@ __all__ = ['Teacher', 'MissingFile', 'load_plain', 'read_state', 'fitting_state'
 # %% ../nbs/09_teachers.ipynb #f10d9b51
 import math, mmap, pickle, re, zipfile
 from importlib import import_module
-from copy import deepcopy
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn
@@ -19,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import load_file
 from torchvision.models import get_model, get_weight
-from .core import NotFinite, PixelModel, check_T, check_logits, check_weights, read_json
+from .core import NotFinite, PixelModel, check_T, check_initialized, check_logits, check_weights, copied, read_json
 from .fast import folded
 from .losses import ensemble_probs
 from .pixel import model_device, pixel_model, sample_images
@@ -31,7 +30,7 @@ def _as_member(model, mean, std):
     if not isinstance(model, (Learner, nn.Module)):
         hint = ": `load_teacher(path, model)` makes a Teacher of a file" if isinstance(model, (str, Path)) else ''
         raise TypeError(f"`teacher` must be a Learner, an nn.Module, a Teacher or a list of them, got {model!r}{hint}")
-    member = deepcopy(pixel_model(model) if isinstance(model, Learner) else PixelModel(model, mean, std))
+    member = copied(pixel_model(model) if isinstance(model, Learner) else PixelModel(model, mean, std), 'teacher')
     member.vocab = list(getattr(model.dls, 'vocab', [])) if isinstance(model, Learner) else []
     return member
 
@@ -101,11 +100,13 @@ _wrappings = ('state_dict', 'model_state_dict', 'model', 'net', 'ema')
 _prefixes  = ('module.', '_orig_mod.', 'model.')
 
 class _TakesMore(Exception): pass
+class _TorchScript(Exception): pass
 
 def _check_size(path):
-    "Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk"
+    "Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk, and `_TorchScript` where it is a program"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
+        with zipfile.ZipFile(path) as z: size,names = sum(i.file_size for i in z.infolist()),z.namelist()
+        if any(n.endswith('/constants.pkl') for n in names): raise _TorchScript
         if size > Path(path).stat().st_size: raise _TakesMore("its entries are packed, or one inside another")
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         # the one thing PyTorch lets a file call that takes as much memory as it is told
@@ -119,6 +120,9 @@ def load_plain(
         _check_size(path)
         # learn.save keeps the optimiser's settings in fastcore lists, which are harmless
         with torch.serialization.safe_globals([L, *_numpy_numbers]): return torch.load(path, map_location='cpu', weights_only=True)
+    except _TorchScript as e:
+        raise ValueError(f"`{path}` is TorchScript, a network with its code: if you trust it, give `torch.jit.load(path)` as the teacher; "
+                         "or save its `state_dict()` by `torch.save`") from e
     except _TakesMore as e: raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` by `torch.save`") from e
     except pickle.UnpicklingError as e:
         raise ValueError(f"`{path}` holds more than weights, and would execute it: save `model.state_dict()` instead") from e
@@ -171,6 +175,7 @@ def fitting_state(
     model:nn.Module, # network; its weights are not looked at
 ):
     "The dict of tensors in a checkpoint by the names of `model`, or a `ValueError` that says why it is another network's"
+    check_initialized(model)
     want = model.state_dict()
     state = _strip(read_state(path), want)
     problem = _mismatch(state, want)
@@ -196,7 +201,7 @@ def load_teacher(
 ):
     "A `Teacher` with the weights in `path`, which is never executed"
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module of the checkpoint's architecture, got {model!r}")
-    state,model = fitting_state(path, model),deepcopy(model)
+    state,model = fitting_state(path, model),copied(model)
     model.load_state_dict(state, strict=False) # only BatchNorm's step counters may be missing, which eval mode does not read
     if mean is None and std is None: mean,std = _normalisation(path)
     return Teacher(model, mean=mean, std=std)

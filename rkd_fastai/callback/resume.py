@@ -21,7 +21,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from ..core import atomic_path, digest, seeded, whole_number, writing
-from ..pixel import model_device, unwrap
+from ..pixel import initialize_lazy, model_device, unwrap
 from ..teachers import Teacher, load_plain
 from .adversarial import label_settings
 from .core import FitCallback
@@ -194,6 +194,7 @@ class Resume(FitCallback):
         self.on,self.loaded,self.epochs,self.done = not hasattr(self.learn, 'lr_finder'),None,0,0
         if not self.on: return
         self._check()
+        initialize_lazy(self.learn)
         self.described = describe_training(self.learn)
         if self.path.exists(): self._go_on(self._read())
         if self.epochs == self.described['n_epoch']: print(f"`{self.path}` holds all {self.epochs} epochs: nothing is left to train. To train anew, delete it or name another file")
