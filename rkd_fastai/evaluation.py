@@ -9,7 +9,6 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson', 'Robustness', 'make_atta
 # %% ../nbs/10_evaluation.ipynb #77d62977
 import json, math, random, re, time, warnings, os, sys
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import wraps
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,8 +19,8 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import NBProgressBar, progress_bar
 from .attacks import FGSM, PGD, AutoAttack, check_attack, check_eps
 from .core import (LogProbs, NotFinite, PixelModel, check_images, check_logits, check_no_probs,
-                             check_targ, digest, frozen, hard_labels, read_json, seeded, tensors_in,
-                             versions, warn_of_batch_statistics, whole_number, write_atomic)
+                             check_targ, copied, digest, frozen, hard_labels, read_json, seeded, tensors_in, versions,
+                             warn_of_batch_statistics, whole_number, write_atomic)
 from .pixel import (beside, check_single_label, measured_images, model_device, pixel_model,
                               pixel_stats, sampled_images, undistributed)
 from .sampling import Sample, images_digest
@@ -352,7 +351,7 @@ def in_float32(
 ):
     "`model`, or a float32 copy of it where it has weights in another precision"
     if all(t.dtype == torch.float32 for t in tensors_in(model.state_dict()) if t.is_floating_point()): return model
-    return deepcopy(model).float()
+    return copied(model).float()
 
 def _is_watched():
     "Does anybody see a progress bar, rather than a file full of them?"

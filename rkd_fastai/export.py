@@ -15,7 +15,8 @@ import torch, torch.nn as nn
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from .core import PixelModel, check_images, check_logits, check_no_probs, frozen, seeded, warn_of_batch_statistics
+from .core import (PixelModel, check_images, check_initialized, check_logits, check_no_probs,
+                             frozen, seeded, warn_of_batch_statistics)
 from .evaluation import Robustness
 from .pixel import check_single_label, held_out, pixel_model, sample_images
 from .teachers import Teacher
@@ -56,7 +57,9 @@ def _model_info(card, robustness, n_test):
 def _on_cpu(model, hooks=True):
     "A contiguous float32 copy of `model` on the CPU, without the hooks that watch it unless `hooks`"
     watchers = () if hooks else [h for m in model.modules() for h in (m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)]
-    try: model = deepcopy(model, {id(h): OrderedDict() for h in watchers})
+    check_initialized(model)
+    try:
+        with torch.no_grad(): model = deepcopy(model, {id(h): OrderedDict() for h in watchers})
     except Exception as e: raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): take off what computes its weights, such as pruning") from e
     return model.to('cpu', torch.float32, memory_format=torch.contiguous_format)
 

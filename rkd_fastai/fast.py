@@ -393,7 +393,7 @@ def folded(
     x, # images such as `model` will see, `(bs, c, h, w)`
 ):
     "Within it `model` computes the same logits and input gradients faster, where that is possible; then it is as before"
-    ok = isinstance(model, nn.Module) and not any(m.training for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
+    ok = isinstance(model, nn.Module) and not any(getattr(m, 'training', False) for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
     if not ok: yield model; return
     compile,bf16 = _how.get()
     bf16 = bf16 and x.dtype != torch.float64

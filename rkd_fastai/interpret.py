@@ -6,14 +6,13 @@
 __all__ = ['robustness_curve', 'plot_robustness_curve', 'AdversarialInterpretation']
 
 # %% ../nbs/12_interpret.ipynb #275e672a
-from copy import deepcopy
 from matplotlib.cbook import normalize_kwargs
 from matplotlib.lines import Line2D
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import (CategoryMap, Categorize, ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders, Datasets, ItemGetter, L,
                                Learner, ProgressCallback, TensorImage, TensorImageBW, TfmdDL, get_grid, ifnone, no_random, patch, show_title)
 from .attacks import Attack, check_attack
-from .core import PixelModel, seeded
+from .core import PixelModel, copied, seeded
 from .evaluation import make_attack, measure_robustness, robust_flags, showing, wilson
 from .palette import colours, markers
 from .pixel import measured_images, model_device, pixel_model, pixel_stats, unwrap
@@ -158,7 +157,7 @@ def _attacked(model, x, y, attack, seed, bs):
 def _before_after(learn, attack, dl, n, seed, bs=250):
     "A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and their classes"
     x,y,_ = measured_images(learn, dl, n, seed)
-    model = PixelModel(deepcopy(unwrap(learn.model)).float(), *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
+    model = PixelModel(copied(unwrap(learn.model)).float(), *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
     with seeded(seed, model_device(model)): measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs) # raises where the model returns anything but logits
     return model, x, _attacked(model, x, y, attack, seed, bs), y
 

@@ -10,7 +10,6 @@ __all__ = ['Teacher', 'MissingFile', 'load_plain', 'plain_state', 'read_state', 
 import io, math, mmap, pickle, re, warnings, zipfile
 from argparse import Namespace
 from importlib import import_module
-from copy import deepcopy
 from collections.abc import Mapping
 from pathlib import Path, PosixPath, WindowsPath
 import numpy as np, torch, torch.nn as nn
@@ -20,8 +19,9 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import load_file
 from torchvision.models import get_model, get_weight
-from .core import NotFinite, PixelModel, are_probs, check_T, check_logits, check_no_probs, check_weights
-from .core import is_extra, naming_batchnorm, read_json, tensors_in, warn_of_batch_statistics
+from .core import (NotFinite, PixelModel, are_probs, check_T, check_initialized, check_logits,
+                             check_no_probs, check_weights, copied, is_extra, naming_batchnorm, read_json, tensors_in,
+                             warn_of_batch_statistics)
 from .fast import folded
 from .losses import ensemble_probs
 from .pixel import model_device, pixel_model, sample_images
@@ -33,7 +33,7 @@ def _as_member(model, mean, std):
     if not isinstance(model, (Learner, nn.Module)):
         hint = ": `load_teacher(path, model)` makes a Teacher of a file" if isinstance(model, (str, Path)) else ''
         raise TypeError(f"`teacher` must be a Learner, an nn.Module, a Teacher or a list of them, got {model!r}{hint}")
-    member = deepcopy(pixel_model(model) if isinstance(model, Learner) else PixelModel(model, mean, std))
+    member = copied(pixel_model(model) if isinstance(model, Learner) else PixelModel(model, mean, std), 'teacher')
     member.vocab = list(getattr(model.dls, 'vocab', [])) if isinstance(model, Learner) else []
     return member
 
@@ -114,11 +114,13 @@ _harmless = [L, *_numpy_numbers, *_settings] # learn.save keeps the optimiser's 
 _any_size = b'bytearray\n' # the one thing PyTorch lets a file call that takes as much memory as it is told
 
 class _TakesMore(Exception): pass
+class _TorchScript(Exception): pass
 
 def _check_size(path):
-    "Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk"
+    "Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk, and `_TorchScript` where it is a program"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z: size = sum(i.file_size for i in z.infolist())
+        with zipfile.ZipFile(path) as z: size,names = sum(i.file_size for i in z.infolist()),z.namelist()
+        if any(n.endswith('/constants.pkl') for n in names): raise _TorchScript
         if size > Path(path).stat().st_size: raise _TakesMore("its entries are packed, or one inside another")
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         if m.find(_any_size) >= 0: raise _TakesMore('it asks for a bytearray')
@@ -133,6 +135,9 @@ def load_plain(
     try:
         _check_size(path)
         return _read(path)
+    except _TorchScript as e:
+        raise ValueError(f"`{path}` is TorchScript, a network with its code: if you trust it, give `torch.jit.load(path)` as the teacher; "
+                         "or save its `state_dict()` by `torch.save`") from e
     except _TakesMore as e: raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` by `torch.save`") from e
     except pickle.UnpicklingError as e:
         raise ValueError(f"`{path}` holds more than weights, and would execute it: save `model.state_dict()` instead") from e
@@ -232,6 +237,7 @@ def fitting_state(
 
 def _fitting(path, model):
     "`fitting_state`, and `(mean, std)` where the checkpoint holds a normaliser that `model` has not, else None"
+    check_initialized(model)
     want = model.state_dict()
     state,stats = _strip(read_state(path), want, path)
     problem = _mismatch(state, want)
@@ -260,7 +266,7 @@ def load_teacher(
 ):
     "A `Teacher` with the weights in `path`, which is never executed"
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module of the checkpoint's architecture, got {model!r}")
-    (state,stats),model = _fitting(path, model),deepcopy(model)
+    (state,stats),model = _fitting(path, model),copied(model)
     model.load_state_dict(state, strict=False) # BatchNorm's step counters may be missing, which eval mode does not read
     if mean is None and std is None: mean,std = stats or _normalisation(path)
     if stats and mean is stats[0] and max(mean) > 1:

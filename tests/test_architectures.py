@@ -1,5 +1,5 @@
 "Any architecture a fastai user has: each distillation step is the one that plain PyTorch computes from the same state."
-import os, re, subprocess, sys
+import copy, os, re, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, timm, torch, torch.nn as nn, torchvision
@@ -127,3 +127,63 @@ def test_no_warning_in_normal_use(tmp_path):
     before, ours = done.stderr.split('--- rkd_fastai')
     warned = [l for l in ours.splitlines() if re.search('[Ww]arning', l)]
     assert [l for l in warned if 'load_learner` uses' not in l] == [] and len(warned) == 1 and 'pgd20' in done.stdout
+
+# --- TorchScript and lazy layers ---
+
+def scripted(net): return torch.jit.script(net)
+def traced(net): return torch.jit.trace(net, torch.rand(2, 1, 8, 8))
+def frozen_script(net): return torch.jit.freeze(torch.jit.script(net))
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@pytest.mark.parametrize('make', [scripted, traced, frozen_script])
+def test_torchscript(make, robust_net, test_images, make_learner, tmp_path):
+    "It is attacked and distilled from as the network it was made of, and is afterwards as it was"
+    (x, y), net = (t[:40] for t in test_images), make(copy.deepcopy(robust_net))
+    was = [hasattr(m, 'training') and m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    attack = PGD(.1, steps=3, random_start=False)
+    assert ((attack(net, x, y) - attack(robust_net, x, y)).abs() < 1e-6).float().mean() > .99
+    assert robust_accuracy(net, x, y, AutoAttack(.1, version='apgd-ce', fast=True)) == robust_accuracy(robust_net, x, y, AutoAttack(.1, version='apgd-ce'))
+    teacher = Teacher(net)
+    torch.testing.assert_close(teacher.probs(x), Teacher(robust_net).probs(x))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    learn = make_learner().to_rkd(teacher, attack=PGD(steps=1))
+    learn.fit(1)
+    assert was == ([hasattr(m, 'training') and m.training for m in net.modules()], [p.requires_grad for p in net.parameters()])
+    with torch.no_grad():
+        for p in net.parameters(): p.zero_() # the teacher's are its own
+    torch.testing.assert_close(teacher.probs(x), Teacher(robust_net).probs(x))
+    net.save(tmp_path/'net.pt')
+    with pytest.raises(ValueError, match=r'is TorchScript.*`torch.jit.load\(path\)`'): load_teacher(tmp_path/'net.pt', robust_net)
+    Teacher(torch.jit.load(tmp_path/'net.pt'))
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_training_torchscript(tiny_net, make_learner, tmp_path):
+    learn = make_learner(model=torch.jit.script(tiny_net()), cbs=[WeightAveraging(), NonFinite(), KeepEpochs(), Resume(tmp_path/'r.pth')]).to_adversarial(PGD(steps=1))
+    learn.fit(1)
+    assert 0 <= learn.robustness('pgd2').pgd2 <= 1
+
+def lazy_net(): return nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(affine=False), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+
+@pytest.mark.parametrize('how', ['adversarial', 'akd', 'averaging', 'finite', 'resume', 'metric', 'epochs', 'robustness', 'masking', 'teacher', 'export'])
+def test_lazy_layers_of_a_learner(how, make_learner, tiny_net, tmp_path):
+    "They get their weights from the Learner's images, as in fastai's own `fit`, and the network's modes stay"
+    cbs = dict(averaging=WeightAveraging, finite=NonFinite, resume=lambda: Resume(tmp_path/'r.pth'), epochs=KeepEpochs)
+    learn = make_learner(model=lazy_net(), cbs=cbs[how]() if how in cbs else None, metrics=RobustAccuracy(PGD(steps=1)) if how == 'metric' else None)
+    if how == 'adversarial': learn.to_adversarial(PGD(steps=1))
+    if how == 'akd': learn.to_rkd(tiny_net(), attack=PGD(steps=1))
+    once = dict(robustness=lambda: learn.robustness('pgd2'), teacher=lambda: Teacher(learn).probs(torch.rand(2,1,8,8)), metric=learn.validate, export=lambda: learn.to_robustbench(tmp_path/'export'))
+    if how == 'masking':
+        with pytest.raises(ValueError, match='at least 10 are needed'): learn.check_robustness() # it is not trained
+    else: once.get(how, lambda: learn.fit(1))()
+    assert learn.model.training == (how in ('robustness','masking','teacher','export')) # fastai's own leave it in eval mode
+    assert [type(m) for m in learn.model] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Flatten, nn.Linear]
+
+def test_lazy_layers_elsewhere(tiny_net, tmp_path):
+    "Said, with the way out"
+    x, y, net = torch.rand(2,1,8,8), torch.zeros(2).long(), lazy_net()
+    torch.save(tiny_net().state_dict(), tmp_path/'net.pth')
+    for what in (lambda: PGD()(net, x, y), lambda: robust_accuracy(net, x, y), lambda: load_teacher(tmp_path/'net.pth', net), lambda: export_robustbench(net, x, tmp_path/'export')):
+        with pytest.raises(ValueError, match=r'`model` has lazy layers without weights \(LazyBatchNorm2d, LazyConv2d, LazyLinear\): run one batch'): what()
+    with pytest.raises(ValueError, match='`teacher` has lazy layers'): Teacher([tiny_net(), net])
+    net(x)
+    assert PGD()(net, x, y).shape == x.shape

@@ -9,7 +9,7 @@ __all__ = ['WeightAveraging']
 import torch
 from .core import FitCallback
 from ..core import as_number, copy_state, copy_value, is_extra
-from ..pixel import unwrap
+from ..pixel import initialize_lazy, unwrap
 
 # %% ../../nbs/17_callback.averaging.ipynb #42bcf9e3
 class WeightAveraging(FitCallback):
@@ -32,6 +32,7 @@ class WeightAveraging(FitCallback):
 
     def before_train(self):
         if not self.on: return
+        initialize_lazy(self.learn)
         if self.ema is None: self.ema,self.t = copy_state(unwrap(self.model)),0
         if self.raw is not None: self._load(self.raw)
         self.raw = None

@@ -10,7 +10,7 @@ import torch
 from .adversarial import RobustCallback
 from .core import FitCallback, told_where
 from ..core import NotFinite, tensors_in
-from ..pixel import unwrap
+from ..pixel import initialize_lazy, unwrap
 
 # %% ../../nbs/20_callback.finite.ipynb #566f5198
 def _finite(o, device):
@@ -32,6 +32,7 @@ class NonFinite(FitCallback):
         "Is this a training? `lr_find` goes where losses are not finite"
         return not hasattr(self.learn, 'lr_finder')
 
+    def before_train(self): initialize_lazy(self.learn)
     def before_batch(self): self.kept = [b.clone() for b in unwrap(self.model).buffers()]
 
     def quantities(self):

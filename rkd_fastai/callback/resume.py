@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from ..core import atomic_path, digest, is_extra, seeded, whole_number, writing
-from ..pixel import model_device, unwrap
+from ..pixel import initialize_lazy, model_device, unwrap
 from ..teachers import Teacher, load_plain, plain_state
 from ..text import counted
 from .adversarial import label_settings
@@ -208,6 +208,7 @@ class Resume(FitCallback):
         self.loaded,self.ended,self.epochs,self.done,self.kept = None,[],0,0,False
         if not self.on: return
         self._check()
+        initialize_lazy(self.learn)
         self.described = describe_training(self.learn)
         fit,s = self._find(self._read()) if self.path.exists() else (0, None)
         self._fits = fit,True
