@@ -22,7 +22,7 @@ from .study import Study, read_rows, report
 
 # what one module has for another: importable from there, and no part of `*`
 _inside = """
-    writing atomic_path write_atomic read_json digest are_probs check_images check_logits check_targ check_fraction check_T check_weights
+    say show_nearest writing atomic_path write_atomic read_json digest are_probs check_images check_logits check_targ check_fraction check_T check_weights
     check_attack check_eps check_xy check_single_label check_teacher undistributed unwrap held_out measured_images in_float32
     load_plain fitting_state symptom Symptom told_where label_settings own_loss batch_targ weighted_mean describe_training
 """.split()

@@ -10,6 +10,7 @@ import shutil, sys, time
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from .core import say
 
 # %% ../nbs/25_terminal.ipynb #c1c95138
 def clock(
@@ -58,11 +59,11 @@ class Line:
     def _print(self, text, end):
         text = f'{self.label:<26}  {text}'.rstrip(' ')
         if self.live: text = '\r\033[K' + text[:shutil.get_terminal_size().columns-1] # back to the start, clear the line, which must not wrap
-        print(text, end=end, file=self.stream, flush=True)
+        say(text, end, self.stream)
 
     def leave(self):
         "What comes next, such as an error, has a line of its own"
-        if self.live: print(file=self.stream, flush=True)
+        if self.live: say(file=self.stream)
 
 # %% ../nbs/25_terminal.ipynb #b35805f1
 class LineProgress(Callback):

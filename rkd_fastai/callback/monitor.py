@@ -15,7 +15,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import atomic_path, check_fraction, seeded, versions, write_atomic
+from ..core import atomic_path, check_fraction, say, seeded, versions, write_atomic
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import beside, model_device, pixel_data, pixel_model, pixel_stats, to_pixels, unwrap
 from ..teachers import saved_epochs
@@ -176,7 +176,7 @@ class CatastrophicOverfitting(EachEpoch):
             warnings.warn(f"{what}. Take a smaller step, or PGD for the training attack")
             return
         unwrap(self.model).load_state_dict(self.kept)
-        print(f"{what}: back to the epoch before")
+        say(f"{what}: back to the epoch before")
         raise CancelFitException
 
     def after_fit(self): self.kept = self.data = None
@@ -214,5 +214,5 @@ class RobustOverfitting(EachEpoch):
         last,kept,self.last,self.kept = self.last,self.kept,None,None
         if self.best - last <= self.gap: return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
-        print(f"robust overfitting: {self.by} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
+        say(f"robust overfitting: {self.by} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
               + (": back to those weights" if self.restore else f"; `KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {self.best_epoch}, model)` takes it"))

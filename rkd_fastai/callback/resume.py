@@ -20,7 +20,7 @@ from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest, seeded, writing
+from ..core import atomic_path, digest, say, seeded, writing
 from ..pixel import model_device, unwrap
 from ..teachers import Teacher, load_plain
 from .adversarial import label_settings
@@ -196,7 +196,7 @@ class Resume(FitCallback):
         self._check()
         self.described = describe_training(self.learn)
         if self.path.exists(): self._go_on(self._read())
-        if self.epochs == self.described['n_epoch']: print(f"`{self.path}` holds all {self.epochs} epochs: nothing is left to train. To train anew, delete it or name another file")
+        if self.epochs == self.described['n_epoch']: say(f"`{self.path}` holds all {self.epochs} epochs: nothing is left to train. To train anew, delete it or name another file")
 
     def _check(self):
         if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1: raise ValueError("one training is kept in one file: there are two `Resume`")
