@@ -23,7 +23,7 @@ from .study import Study, read_rows, report
 
 # what one module has for another: importable from there, and no part of `*`
 _inside = """
-    writing atomic_path write_atomic read_json digest is_extra tensors_in copy_value copy_state are_probs check_no_probs
+    say show_nearest writing atomic_path write_atomic read_json digest is_extra tensors_in copy_value copy_state are_probs check_no_probs
     batch_statistics warn_of_batch_statistics naming_batchnorm
     check_images check_logits check_targ check_fraction check_T check_weights
     as_number whole_number default_tensors is_uninitialized check_initialized copied initialize_lazy

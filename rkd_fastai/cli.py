@@ -18,7 +18,7 @@ import rkd_fastai.masking # `learn.check_robustness`
 from .attacks import FFGSM
 from .callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from .callback.resume import OtherTraining
-from .core import read_json
+from .core import read_json, show_nearest
 from .learner import method_class
 from .loaders import with_bs, with_subset
 from .recipes import all_recipes, recipe_of_kind, teacher_kinds
@@ -338,6 +338,7 @@ def main(
     argv=None, # arguments; None: those of the process
 ):
     "Entry point of `rkd`"
+    show_nearest(sys.stdout, sys.stderr) # before the help, which has an α, too
     args = _parser().parse_args(argv)
     try:
         with _plain_warnings(args): args.run(args)

@@ -7,7 +7,8 @@ __all__ = ['PixelModel', 'is_uninitialized', 'check_initialized', 'copied', 'bat
            'naming_batchnorm', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'check_no_probs',
            'LogProbs', 'is_extra', 'tensors_in', 'copy_value', 'copy_state', 'check_targ', 'class_indices', 'onehot',
            'hard_labels', 'as_number', 'whole_number', 'check_number', 'check_fraction', 'check_T', 'check_weights',
-           'writing', 'atomic_path', 'write_atomic', 'read_json', 'seeded', 'default_tensors', 'versions', 'digest']
+           'writing', 'atomic_path', 'write_atomic', 'read_json', 'show_nearest', 'say', 'seeded', 'default_tensors',
+           'versions', 'digest']
 
 # %% ../nbs/00_core.ipynb #17240b39
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ from copy import deepcopy
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
-import hashlib, json, os, warnings
+import hashlib, json, os, warnings, codecs, sys
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -390,6 +391,34 @@ def read_json(
     if size > most: raise ValueError(f"{size} bytes are more than such a file has")
     try: return json.loads(Path(path).read_text(encoding='utf8'))
     except RecursionError as e: raise ValueError("its brackets are nested too deeply") from e
+
+# %% ../nbs/00_core.ipynb #c1bfce5f
+_nearest = {'█': '#', '░': '.', '≤': '<=', '≥': '>=', '→': '->', '±': '+-', '×': 'x', '·': '.', '–': '-', '—': '-', '′': "'", '∞': 'inf', '…': '...',
+            'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'ε': 'eps', 'λ': 'lambda'}
+
+def _shown(e):
+    "The nearest thing to characters that cannot be encoded, for `codecs`"
+    if not isinstance(e, UnicodeEncodeError): raise e
+    return ''.join(_nearest.get(c, '?') for c in e.object[e.start:e.end]), e.end
+
+codecs.register_error('rkd_nearest', _shown)
+
+def show_nearest(
+    *streams, # such as `sys.stdout`
+):
+    "Let `streams` replace what they cannot encode, rather than raise"
+    for s in streams:
+        if hasattr(s, 'reconfigure'): s.reconfigure(errors='rkd_nearest')
+
+def say(
+    text='', # to print
+    end='\n', # behind it
+    file=None, # stream; None means standard output
+):
+    "Print `text` at once, and what the stream cannot show as the nearest thing to it"
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, 'encoding', None) or 'utf8'
+    print(str(text).encode(encoding, 'rkd_nearest').decode(encoding), end=end, file=file, flush=True)
 
 # %% ../nbs/00_core.ipynb #a7c1e0d2
 @contextmanager

@@ -18,7 +18,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import default_device, set_seed
 from .attacks import PGD
 from .callback.monitor import KeepEpochs, RobustAccuracy
-from .core import frozen, seeded, write_atomic
+from .core import frozen, say, seeded, write_atomic
 from .data import digits_dls, fashion_sample_dls
 from .learner import sgd_nesterov
 from .models import resnet18
@@ -188,7 +188,7 @@ def demo(
     "Train, distil, attack, and write what came out to `out`"
     s,out,start = _setups['quick' if quick else 'full'], Path(out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    print(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of no less compute, on {default_device()}\n')
+    say(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of no less compute, on {default_device()}\n')
     with _one_thread():
         learners = train_models(s, out, seed)
         df,cards = measure_models(learners, s, seed)
@@ -200,5 +200,5 @@ def demo(
                                                      seconds=seconds, device=str(default_device()), models=cards), indent=2))
     plot_curves(learners, out/'curves.png')
     plot_adversarial(learners, df, s, seed, out/'adversarial.png')
-    print(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
+    say(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
     return df

@@ -16,7 +16,7 @@ from fastai.torch_core import default_device
 from fastcore.basics import patch
 import rkd_fastai
 from .cells import cell_dls, eval_images, has_test_split, seconds
-from .core import read_json, write_atomic
+from .core import read_json, say, write_atomic
 from .evaluation import measure_robustness
 from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
 from .learner import distil_methods
@@ -315,7 +315,7 @@ def _company(study, n, cell):
     try: yield
     finally:
         for p,f in zip(others, logs):
-            if p.poll(): print(f'a process has failed, see {f.name}', flush=True)
+            if p.poll(): say(f'a process has failed, see {f.name}')
             p.terminate(); p.wait(); f.close() # done, or it can go on another time
         torch.set_num_threads(before)
 
@@ -362,7 +362,7 @@ class _Table:
         spent,left = time.time()-self.start,sum(self.work.values())
         left = f', about {clock(spent*left/(self.all-left))} left' if had and left else ''
         found = 'diverged: ' + res['diverged'] if res.get('diverged') else '  '.join(f"{k} {v['accuracy']:.1%}" for k,v in res.get('last', {}).items())
-        print(f'{self.n:>4}/{len(self.cells)}  {_said(c, self.varied):<{self.wide}}  {found}  ({clock(spent)}{left})', flush=True)
+        say(f'{self.n:>4}/{len(self.cells)}  {_said(c, self.varied):<{self.wide}}  {found}  ({clock(spent)}{left})')
 
 # %% ../nbs/34_study.ipynb #a132d7c2
 def pareto_text(

@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from .progress import clock
 from .text import counted
+from .core import say
 
 # %% ../nbs/25_terminal.ipynb #c1c95138
 def reason(
@@ -64,11 +65,11 @@ class Line:
         bar = '' if share is None or not wide else f"{'█'*round(wide*share):░<{wide}} "
         text = f'{label}{bar}{text}'.rstrip(' ')
         if self.live: text = '\r\033[K' + text[:room] # back to the start, clear the line, which must not wrap
-        print(text, end=end, file=self.stream, flush=True)
+        say(text, end, self.stream)
 
     def leave(self):
         "What comes next, such as an error, has a line of its own"
-        if self.live: print(file=self.stream, flush=True)
+        if self.live: say(file=self.stream)
 
 # %% ../nbs/25_terminal.ipynb #b35805f1
 class LineProgress(Callback):

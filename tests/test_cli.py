@@ -1,5 +1,5 @@
 "What the command line does beyond its notebook: a folder of images, timm networks, and no trace of a failed run."
-import json
+import io, json, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from rkd_fastai.all import PGD
@@ -208,3 +208,41 @@ def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
     (tmp_path/'run/bad.pth').write_bytes((tmp_path/'run/model.pth').read_bytes()[:1000])
     with pytest.raises(SystemExit) as e: rkd('evaluate', tmp_path/'run/bad.pth')
     assert 'bad.pth` is truncated' in e.value.code and 'card.json' not in e.value.code
+
+# --- consoles that cannot show every character ---
+
+@pytest.fixture
+def console(monkeypatch):
+    "Factory: standard output becomes a console of this encoding, whose text the returned function gives"
+    def make(encoding):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors='strict')
+        monkeypatch.setattr(sys, 'stdout', out)
+        return lambda: (out.flush(), out.buffer.getvalue().decode(encoding))[1]
+    return make
+narrow = pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
+
+def test_a_study_on_a_narrow_console(console, tmp_path):
+    "Trains, prints its rows and its report, α and all, and then the help"
+    (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\nepochs = 1\nteacher_epochs = 1\n[measure]\nattacks = ["clean", "fgsm"]\nn = 20\n[[grid]]\nmethod = "akd"\nalpha = [0.5, 1.0]\n', encoding='utf8')
+    said = console('cp1252')
+    rkd('study', tmp_path/'s.toml', '--out', tmp_path/'s')
+    assert '2/2' in said() and 'alpha' in said() and 'α' not in said()
+    with pytest.raises(SystemExit) as e: rkd('distill', '--help')
+    assert e.value.code == 0
+
+@narrow
+def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
+    "A script that never comes by `rkd`: the bar, a metric of the user's own name, and what monitors say"
+    from fastai.vision.all import Learner, ValueMetric
+    from rkd_fastai.all import CatastrophicOverfitting, RobustAccuracy, RobustOverfitting, digits_dls, resnet18
+    from rkd_fastai.core import say
+    from rkd_fastai.terminal import Line, one_line
+    said, scores = console(encoding), iter([.9, .5])
+    line = Line('ε = 8/255')
+    line.every = 0
+    line.update(.5, 'pgd20 ≤ 54 %')
+    line.finish('→ 猫')
+    assert 'eps = 8/255' in said() and '##########..........' in said() and '<= 54 %' in said() and '-> ?' in said()
+    learn = Learner(digits_dls(bs=512), resnet18(10, 1/16, 1), metrics=ValueMetric(lambda: next(scores), 'accuracy_ε'), cbs=RobustOverfitting('accuracy_ε'), path=tmp_path)
+    with one_line(learn, 'µ'): learn.fit(2, 0.)
+    assert 'robust overfitting: accuracy_eps was 90.0%' in said()

@@ -1,11 +1,12 @@
 "The training methods inside fastai's loop: what is trained on, what is left alone, and how they sit beside fastai's own callbacks."
-import copy, json, math, random
+import copy, json, math, random, re
 from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.fp16 import AMPMode
 from fastai.optimizer import Adam, Lamb, Lookahead, OptimWrapper, RMSProp, SGD, ranger
-from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelStepException,
+                               CancelTrainException, (BCEWithLogitsLossFlat, (Callback)
                                Learner, DataLoaders, CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, L, LRFinder, LabelSmoothingCrossEntropyFlat, MixedPrecision, MixUp, accuracy,
                                imagenet_stats, load_learner)
 
@@ -357,6 +358,69 @@ def test_akd_with_alpha_0_trains_by_the_learners_loss(loss_func, make_learner, m
         return weights(learn.model)
     attack = PGD(.1, steps=2)
     close(train(AKDCallback(tiny_net(seed=7), alpha=0., attack=attack)), train(AdversarialTraining(attack)), rtol=1e-4, atol=1e-5)
+
+# PyTorch's own answer for each: the loss of `alpha=0` AKD⁺ is the cross-entropy of the images as they are attacked, and so is that of TRADES without its robust term
+own_settings = dict(ignored=dict(ignore_index=3), ignored_and_weighted=dict(ignore_index=3, weight=CLASS_WEIGHTS), summed=dict(reduction='sum'), all=dict(ignore_index=0, reduction='sum', weight=CLASS_WEIGHTS),
+                    smoothed=dict(ignore_index=3, label_smoothing=.2, reduction='sum'))
+made_by = dict(flat=CrossEntropyLossFlat, torch=nn.CrossEntropyLoss, function=lambda **kw: partial(F.cross_entropy, **kw))
+
+@pytest.mark.parametrize('method', [lambda net, attack: AKDCallback(net, alpha=0., attack=attack), lambda net, attack: TRADES(attack, beta=0.), lambda net, attack: CKDCallback(net, lam=0.)], ids=['akd','trades','ckd'])
+@pytest.mark.parametrize('kind', own_settings)
+@pytest.mark.parametrize('make', made_by)
+def test_settings_of_the_loss_are_honoured(make, kind, method, make_learner, make_dls, tiny_net):
+    def train(cb):
+        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(bn=False), loss_func=made_by[make](**own_settings[kind]), cbs=cb)
+        learn.fit(1, .01)
+        return [*weights(learn.model), learn.recorder.losses[0]]
+    nothing = PGD(.1, steps=0, random_start=False)
+    close(train(method(tiny_net(seed=7), nothing)), train(AdversarialTraining(nothing)), rtol=1e-4, atol=1e-5)
+
+def test_a_label_outside_the_classes_may_be_ignored(make_learner, make_dls, tiny_net):
+    "Such as -1 of an image that nobody has labelled: it changes nothing but BatchNorm, of which there is none here"
+    class Unlabelled(Callback):
+        order, run_valid = 1, False
+        def before_batch(self):
+            y = self.learn.yb[0].clone()
+            y[:8] = -1
+            self.learn.yb = (y,)
+    class Fewer(Callback):
+        order, run_valid = 1, False
+        def before_batch(self): self.learn.xb, self.learn.yb = (self.learn.xb[0][8:],), (self.learn.yb[0][8:],)
+    def train(*cbs):
+        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(bn=False), loss_func=CrossEntropyLossFlat(ignore_index=-1), cbs=cbs)
+        learn.fit(1, .01)
+        return weights(learn.model)
+    attack = PGD(.1, steps=1, random_start=False)
+    for cb in (lambda: AKDCallback(tiny_net(seed=7), attack=attack), lambda: AdversarialTraining(attack)): close(train(cb(), Unlabelled()), train(cb(), Fewer()), rtol=1e-4, atol=1e-6)
+
+class Weighs(nn.Module):
+    "A loss of a user's own, with a setting that PyTorch's have"
+    def __init__(self, **kw): super().__init__(); vars(self).update(kw)
+    def forward(self, pred, y): return F.cross_entropy(pred, y)
+lost = dict(none=(lambda: CrossEntropyLossFlat(reduction='none'), "`reduction='none'`"), none_of_a_function=(lambda: partial(F.cross_entropy, reduction='none'), "`reduction='none'`"),
+            none_smoothed=(lambda: LabelSmoothingCrossEntropyFlat(reduction='none'), "`reduction='none'`"), axis=(lambda: CrossEntropyLossFlat(axis=0), '`axis=0`'),
+            old=(lambda: partial(F.cross_entropy, size_average=False), '`size_average=False`'), bce=(lambda: BCEWithLogitsLossFlat(pos_weight=CLASS_WEIGHTS), '`pos_weight`'),
+            bce_summed=(lambda: nn.BCEWithLogitsLoss(reduction='sum'), "`reduction='sum'`"), nll=(lambda: nn.NLLLoss(weight=CLASS_WEIGHTS), '`weight`'), nll_ignores=(lambda: nn.NLLLoss(ignore_index=2), '`ignore_index=2`'),
+            own=(lambda: Weighs(smoothing=.1), '`smoothing=0.1`'), own_function=(lambda: partial(Weighs(), ignore_index=2), '`ignore_index=2`'))
+
+@pytest.mark.parametrize('name', ['trades','akd'])
+@pytest.mark.parametrize('kind', lost)
+def test_settings_of_the_loss_that_would_be_lost(kind, name, make_learner, make_dls, tiny_net):
+    make, says = lost[kind]
+    learn = make_learner(make_dls(), tiny_net(), loss_func=make(), cbs=make_cb(name, tiny_net(seed=7)))
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function would be lost.*AdversarialTraining'): learn.fit(1, .01)
+    assert same(weights(learn.model), before)
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixing_that_cannot_be(mix, make_learner, make_dls, tiny_net):
+    "fastai mixes integer labels where the loss is not its own, and PyTorch does not: said before the first batch; nor has an image of two classes one to ignore"
+    for name,loss_func,says in (('at', nn.CrossEntropyLoss(), 'CrossEntropyLossFlat'), ('akd', F.cross_entropy, 'CrossEntropyLossFlat'), ('akd', CrossEntropyLossFlat(ignore_index=3), '`ignore_index`')):
+        learn = make_learner(make_dls(), tiny_net(), loss_func=loss_func, cbs=[make_cb(name, tiny_net(seed=7)), mix()])
+        with pytest.raises(ValueError, match=f'{says}'): learn.fit(1, .01)
+        assert learn.loss_func is loss_func
+    for loss_func in (nn.CrossEntropyLoss(), F.cross_entropy):
+        with pytest.raises(RuntimeError): make_learner(make_dls(), tiny_net(), loss_func=loss_func, cbs=mix()).fit(1, .01) # plain fastai
 
 @each
 def test_focal_loss(name, make_learner, make_dls, tiny_net):

@@ -37,6 +37,19 @@ def label_settings(
     if isinstance(f, nn.CrossEntropyLoss): return f.label_smoothing, f.weight
     return 0., None
 
+def _is_cross_entropy(loss_func):
+    f = getattr(loss_func, 'func', loss_func) # of a `partial`, too
+    return f is F.cross_entropy or isinstance(f, (nn.CrossEntropyLoss, LabelSmoothingCrossEntropy))
+
+_defaults = dict(ignore_index=-100, reduction='mean', weight=None, pos_weight=None, label_smoothing=0., smoothing=0., size_average=None, reduce=None, axis=-1)
+_honoured = ('ignore_index','reduction','weight','label_smoothing') # of a cross-entropy
+
+def _changed_settings(loss_func):
+    "What a loss has been told of `_defaults`, and is not the default, by name"
+    told = dict(loss_func.keywords) if isinstance(loss_func, partial) else {}
+    for o in (loss_func, getattr(loss_func, 'func', None)): told |= {k: getattr(o, k) for k in _defaults if hasattr(o, k)}
+    return {k: v for k,v in told.items() if k in _defaults and (isinstance(v, torch.Tensor) or v != _defaults[k])}
+
 def own_loss(
     learn, # any Learner
 ):
@@ -64,19 +77,29 @@ def batch_targ(
 ):
     "The batch's class indices `(bs,)`, or soft labels `(bs, n_out)` where it has mixed or smoothed ones"
     targ,smoothing = _mixed(learn), label_settings(own_loss(learn))[0]
+    ignored = _ignore_index(own_loss(learn))
+    if ignored is not None and ignored < 0: targ = targ.masked_fill(targ == ignored, 0) # an attack needs a class to move away from
     if not smoothing: return targ
     n_out = _n_out(learn)
     return (1-smoothing)*onehot(targ, n_out) + smoothing/n_out
+
+def _ignore_index(loss_func):
+    "The label that a cross-entropy was told to ignore, or None"
+    return _changed_settings(loss_func).get('ignore_index') if _is_cross_entropy(loss_func) else None
 
 def weighted_mean(
     losses, # of each image, `(bs,)`
     targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
     weight=None, # of each class, `(n_out,)`
+    counts=None, # bool `(bs,)`, which images count; None: all
+    reduction='mean', # 'mean' or 'sum'
 ):
-    "Mean of the images' losses, each weighing what its class does"
-    if weight is None: return losses.mean()
-    w = onehot(targ, len(weight)).to(losses) @ weight.to(losses)
-    return (w*losses).sum()/w.sum()
+    "Mean, or sum, of the images' losses, each weighing what its class does"
+    if weight is None and counts is None: return getattr(losses, reduction)()
+    w = torch.ones_like(losses) if weight is None else onehot(targ, len(weight)).to(losses) @ weight.to(losses)
+    if counts is not None: w,losses = w*counts, losses.masked_fill(~counts, 0.)
+    total = (w*losses).sum()
+    return total if reduction == 'sum' else total/w.sum()
 
 # %% ../../nbs/15_callback.adversarial.ipynb #058e385a
 def check_known(
@@ -136,9 +159,29 @@ class RobustCallback(FitCallback):
         loss_func, # the Learner's
     ):
         "Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it cannot take over"
-        if type(self).method_loss is not RobustCallback.method_loss and isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
+        if type(self).method_loss is RobustCallback.method_loss: return
+        told = _changed_settings(loss_func)
+        if _is_cross_entropy(loss_func):
+            told = {k: v for k,v in told.items() if k not in _honoured or (k == 'reduction' and v != 'sum')}
+            told = {k: v for k,v in told.items() if k != 'axis' or v != 1} # of `(bs, n_out)` that is the last one
+        if told and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
+            k,v = next(iter(told.items()))
+            v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
+            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its own, which takes over `weight`, `label_smoothing`, `ignore_index` "
+                             "and `reduction='sum'` of a cross-entropy, and nothing else. Give the Learner `CrossEntropyLossFlat`, or train by `AdversarialTraining`, which keeps the Learner's loss")
+        if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the Learner `CrossEntropyLossFlat` "
                              "(class weights and label smoothing are used), or train by `AdversarialTraining`, which keeps the Learner's loss")
+
+    def _check_mixing(self, loss_func):
+        "Raise where MixUp or CutMix would fail in the first batch, or mix what is to be ignored"
+        for mix in self.learn.cbs:
+            if not isinstance(mix, MixHandler): continue
+            kind = type(mix).__name__
+            if not getattr(loss_func, 'y_int', False):
+                raise ValueError(f"{kind} cannot mix the labels of the Learner's loss function, which has no `y_int`: give the Learner one of fastai's, `CrossEntropyLossFlat`")
+            if type(self).method_loss is not RobustCallback.method_loss and _ignore_index(loss_func) is not None:
+                raise ValueError(f"`ignore_index` of the Learner's loss function has no meaning beside {kind}, which gives an image two classes: leave one of them out")
 
     def _check_alone(self):
         mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # one may be there twice
@@ -155,6 +198,7 @@ class RobustCallback(FitCallback):
 
     def before_fit(self):
         self.pixel = self.full_bs = None
+        self._check_mixing(own_loss(self.learn)) # MixUp puts a loss of its own in place in `before_train`
 
     def before_train(self):
         if self.pixel is not None: return # not the first epoch
@@ -190,8 +234,16 @@ class RobustCallback(FitCallback):
         loss = self.method_loss(check_logits(self.pred))
         self.after_batch() # already: no event comes after Ctrl-C in the backward pass
         if loss is None: return
-        if loss.ndim: loss = weighted_mean(loss, self.targ, label_settings(own_loss(self.learn))[1])
+        if loss.ndim: loss = self._reduced(loss)
         self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
+
+    def _reduced(self, losses):
+        "The batch's loss, of each image's, by the settings of the Learner's loss function"
+        f = own_loss(self.learn)
+        if not _is_cross_entropy(f): return losses.mean()
+        ignored = _ignore_index(f)
+        counts = None if ignored is None else self.learn.yb[0].as_subclass(torch.Tensor) != ignored
+        return weighted_mean(losses, self.targ, label_settings(f)[1], counts, _changed_settings(f).get('reduction', 'mean'))
 
     def after_batch(self):
         if self._compiled is not None: self._compiled.close()

@@ -16,7 +16,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch
-from ..core import (atomic_path, check_fraction, copy_state, read_json, seeded, versions, whole_number,
+from ..core import (atomic_path, check_fraction, copy_state, read_json, say, seeded, versions, whole_number,
                              write_atomic)
 from ..evaluation import robust_accuracy, robust_flags
 from ..pixel import (arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats,
@@ -298,7 +298,7 @@ class CatastrophicOverfitting(EachEpoch):
             warnings.warn(f"{what}. {self._advice}")
             return
         unwrap(self.model).load_state_dict(self.kept)
-        print(f"{what}: back to the epoch before")
+        say(f"{what}: back to the epoch before")
         raise CancelFitException
 
     def after_fit(self): self.kept = self.data = None
@@ -348,5 +348,5 @@ class RobustOverfitting(EachEpoch):
         if self.best - last <= max(self.gap, _noise(self.best, last, self.n_images)): return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
         of = f" of {counted(self.n_images, 'image')}" if self.n_images else ''
-        print(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
-              + (": back to those weights" if self.restore else f'; {self._advice(epoch=self.best_epoch)}'))
+        say(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
+            + (": back to those weights" if self.restore else f'; {self._advice(epoch=self.best_epoch)}'))
