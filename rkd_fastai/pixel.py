@@ -14,7 +14,6 @@ import torch, torch.nn as nn
 from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory, get_c
 from .core import PixelModel, check_images, hard_labels, is_uninitialized, seeded
 from .sampling import Sample, check_n, class_labels, images_digest, no_labels, sample_positions
-from .text import counted
 
 # %% ../nbs/07_pixel.ipynb #1397b313
 def undistributed(

@@ -21,7 +21,7 @@ from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
-from ..core import atomic_path, digest, is_extra, seeded, whole_number, writing
+from ..core import atomic_path, digest, is_extra, say, seeded, whole_number, writing
 from ..pixel import initialize_lazy, model_device, unwrap
 from ..teachers import Teacher, load_plain, plain_state
 from ..text import counted
@@ -293,10 +293,10 @@ class Resume(FitCallback):
 
     def _say(self, fit, ended):
         which = f"fit {fit+1} of {len(self.ended)+1}"
-        if ended: print(f"`{self.path}`: {which} has ended and is not trained again")
+        if ended: say(f"`{self.path}`: {which} has ended and is not trained again")
         elif self.epochs == self.learn.n_epoch:
-            print(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing is left to train. To train anew, delete it or name another file")
-        elif fit: print(f"`{self.path}`: {which} goes on after {counted(self.epochs, 'epoch')}")
+            say(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing is left to train. To train anew, delete it or name another file")
+        elif fit: say(f"`{self.path}`: {which} goes on after {counted(self.epochs, 'epoch')}")
 
     def _set_grads(self, s):
         for p,g in zip(self.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p) if isinstance(g, torch.Tensor) else torch.zeros_like(p)
