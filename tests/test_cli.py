@@ -234,8 +234,7 @@ def test_a_study_on_a_narrow_console(console, tmp_path):
 def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
     "A script that never comes by `rkd`: the bar, a metric of the user's own name, and what monitors say"
     from fastai.vision.all import Learner, ValueMetric
-    from rkd_fastai.all import CatastrophicOverfitting, RobustAccuracy, RobustOverfitting, digits_dls, resnet18
-    from rkd_fastai.core import say
+    from rkd_fastai.all import RobustOverfitting, digits_dls, resnet18
     from rkd_fastai.terminal import Line, one_line
     said, scores = console(encoding), iter([.9, .5])
     line = Line('ε = 8/255')

@@ -4,7 +4,7 @@ from collections import Counter
 from importlib.resources import files
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Image, Learner, Path, PILImage, PILImageBW, TensorCategory, TensorImage, TensorImageBW,
+from fastai.vision.all import (Image, ImageDataLoaders, Learner, Path, PILImage, PILImageBW, Resize, TensorCategory, TensorImage, TensorImageBW,
                                accuracy, load_learner, nn, set_seed)
 
 from rkd_fastai import data
@@ -428,3 +428,28 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     for dls in (cifar10_dls, cifar100_dls, tiny_imagenet_dls, fashion_mnist_dls):
         with pytest.raises(OSError, match='cannot be downloaded: give the folder .*`path`.*no network') as e: dls()
         assert '\n' not in str(e.value)
+
+
+# --- files that cannot be read ---
+
+damage = dict(truncated=lambda b: b[:len(b)//2], empty=lambda b: b'', text=lambda b: b'this is no image', header=lambda b: b[:30])
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning') # fastai leaves a file open that PIL cannot read
+@pytest.mark.parametrize('kind', damage)
+@pytest.mark.parametrize('suffix', ['png','jpg'])
+def test_a_damaged_image_is_named(suffix, kind, make_images):
+    "With fastai's own blocks, in training and in validation, and in the loaders of this package"
+    folder = make_images(n=4, size=40)
+    for f in folder.rglob('*.png'):
+        if suffix == 'jpg': Image.open(f).save(f.with_suffix('.jpg')); f.unlink()
+    bad = folder/f'dark/2.{suffix}'
+    bad.write_bytes(damage[kind](bad.read_bytes()))
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=2, num_workers=0, img_cls=FileImage, item_tfms=Resize(16, 'squish'))
+    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): delete it, or put a whole copy in its place'): [len(b) for dl in dls.loaders for b in dl]
+    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read'): OpenImage(PILImage)(bad)
+
+def test_whole_images_are_pilimages(make_images):
+    folder = make_images(n=4, size=40)
+    make = lambda **kw: ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=4, num_workers=0, item_tfms=Resize(16, 'squish'), **kw)
+    for a,b in zip(make(img_cls=FileImage).valid.one_batch(), make().valid.one_batch()): assert type(a) is type(b) and torch.equal(a, b)
+    with pytest.raises(FileNotFoundError): FileImage.create(folder/'none.png')
