@@ -81,7 +81,7 @@ def folder_dls(
         parts['train'],parts['valid'] = ([[f for i,f in enumerate(files) if (i in held) == is_held]] for is_held in (False, True))
     splits = [parts[k][0] for k in ('train','valid','test') if k in parts]
     ends = [0, *accumulate(map(len, splits))]
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=classes)), get_y=parent_label, item_tfms=Resize(size),
+    block = DataBlock((ImageBlock(FileImage), CategoryBlock(vocab=classes)), get_y=parent_label, item_tfms=Resize(size),
                       splitter=lambda items: [[*range(a, b)] for a,b in pairwise(ends)])
     return block.dataloaders([f for fs in splits for f in fs], path=Path(folder), bs=bs, num_workers=0)
 

@@ -334,3 +334,10 @@ def test_evaluating_what_was_trained_on(tmp_path, constant):
     main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean'])
     Image.new('RGB', (8,8)).save(root/'a/another.png')
     with pytest.raises(SystemExit, match='not those that were held out'): main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean'])
+
+def test_a_truncated_image_is_named(folder, constant, tmp_path):
+    import shutil
+    root = shutil.copytree(folder, tmp_path/'images')
+    bad = root/'train/c2/50.png'
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(SystemExit, match='c2/50.png` cannot be read'): main(['train', '--data', str(root), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
