@@ -25,7 +25,7 @@ from .callback.finite import NonFinite
 from .callback.monitor import KeepEpochs, RobustAccuracy
 from .callback.resume import Resume
 from .core import atomic_path, digest, read_json, tensors_in, versions, write_atomic
-from .data import (cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls,
+from .data import (FileImage, cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls, fashion_sample_dls,
                              tiny_imagenet_dls)
 from .models import resnet18, wide_resnet
 from .pixel import sample_images, unwrap
