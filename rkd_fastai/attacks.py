@@ -16,7 +16,7 @@ from .core import (PixelModel, as_number, check_images, check_logits, check_no_p
                              check_targ, class_indices, default_tensors, frozen, hard_labels, onehot, seeded,
                              whole_number)
 from .fast import faster, folded, has_bf16
-from .progress import counted
+from .progress import counting_model
 from .search import apgd, fab, margin, square
 from .text import counted
 
@@ -174,7 +174,7 @@ class PGD(Attack):
         return F.kl_div(logits.log_softmax(1).masked_fill(p == 0, 0), p, reduction='none').sum(1) # where a class is ruled out, 0·∞ is 0
 
     def perturb(self, model, x, targ):
-        model = counted(model)
+        model = counting_model(model)
         if self.restarts == 1: return self._ascend(model, x, targ)
         worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         for _ in range(self.restarts):
@@ -297,7 +297,7 @@ class _Part(Attack):
         def net(o): # the package computes in float32 whatever it is given
             with default_tensors(*defaults): return check_logits(model(o.to(dtype)))
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
-        net = counted(net)
+        net = counting_model(net)
         o,x,targ = self.published(net, x.device), x.float().contiguous(), targ.long() # the package takes views
         with default_tensors(), torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
@@ -307,7 +307,7 @@ class _Part(Attack):
         if not self.folds: return super().__call__(model, x, targ)
         # Square needs a ranking of its squares and no more; gradients in bfloat16 miss images that float32 finds
         with faster(compile=x.is_cuda, bf16=self.name == 'square' and has_bf16(x.device)): x_adv = super().__call__(model, x, targ)
-        with torch.no_grad(), frozen(model): doubtful = (x_adv != x).flatten(1).any(1) & (counted(model)(x_adv).argmax(1) == targ)
+        with torch.no_grad(), frozen(model): doubtful = (x_adv != x).flatten(1).any(1) & (counting_model(model)(x_adv).argmax(1) == targ)
         if doubtful.any(): x_adv[doubtful] = _Part(self.whole, self.name, self.n_out)(model, x[doubtful], targ[doubtful])
         return x_adv
 

@@ -24,7 +24,7 @@ from .core import (LogProbs, NotFinite, PixelModel, check_images, check_logits, 
 from .pixel import (beside, check_single_label, measured_images, model_device, pixel_model,
                               pixel_stats, sampled_images, undistributed)
 from .sampling import Sample, images_digest
-from .progress import Progress, check_progress, clock, counted, counting
+from .progress import Progress, check_progress, clock, counting_model, counting
 from .teachers import Teacher, check_teacher
 from .text import counted
 
@@ -43,7 +43,7 @@ def robust_flags(
     attack, # an `Attack`
 ):
     "True for each image classified rightly both as it is and under `attack`: `(bs,)`"
-    label,ask = hard_labels(targ),counted(model)
+    label,ask = hard_labels(targ),counting_model(model)
     warn_of_batch_statistics(model)
     with torch.no_grad(), frozen(model):
         logits = _finite_logits(ask, x)
