@@ -91,7 +91,7 @@ def test_attacks_and_teachers_keep_nothing(how):
 def test_no_file_stays_open(ends, make_learner, tmp_path, tiny_net, open_files):
     was, threads = open_files(), threading.active_count()
     for i in range(3):
-        learn = make_learner(cbs=[*methods['akd'](tiny_net(seed=7)), KeepEpochs(), Resume(tmp_path/'r', every=1)], metrics=RobustAccuracy(pgd, n=8))
+        learn = make_learner(cbs=[*methods['akd'](tiny_net(seed=7)), KeepEpochs(overwrite=True), Resume(tmp_path/'r', every=1)], metrics=RobustAccuracy(pgd, n=8))
         learn.dls.rng.seed(0)
         if ends == 'well': learn.fit(2); (tmp_path/'r').unlink()
         else:
