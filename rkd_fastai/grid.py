@@ -28,7 +28,7 @@ except ImportError: import tomli as tomllib # Python 3.10
 class Cell:
     "One network of a study; None where a setting means nothing to its method"
     method:str # 'akd', 'rslad', 'ard', 'ckd'; without a teacher 'at', 'st', …; 'teacher' measures the teacher as it is
-    data:str='fashion_sample' # see `make_dls`; a folder as the file names it, see `Study.with_images`
+    data:str='fashion_sample' # see `make_dls`
     size:int|None=None # side of the images, see `make_dls`
     n:int|None=None # training images; None takes all
     noise:float=0. # part of the training labels that are wrong
