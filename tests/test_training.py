@@ -5,10 +5,9 @@ from functools import partial
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.fp16 import AMPMode
 from fastai.optimizer import Adam, Lamb, Lookahead, OptimWrapper, RMSProp, SGD, ranger
-from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelStepException,
-                               CancelTrainException, (BCEWithLogitsLossFlat, (Callback)
-                               Learner, DataLoaders, CrossEntropyLossFlat, CutMix, FocalLossFlat, GradientAccumulation, L, LRFinder, LabelSmoothingCrossEntropyFlat, MixedPrecision, MixUp, accuracy,
-                               imagenet_stats, load_learner)
+from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                               CrossEntropyLossFlat, CutMix, DataLoaders, FocalLossFlat, GradientAccumulation, L, LabelSmoothingCrossEntropyFlat, Learner,
+                               LRFinder, MixedPrecision, MixUp, accuracy, imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
 from rkd_fastai.pixel import pixel_data
