@@ -27,7 +27,7 @@ class RobustAccuracy(Metric):
         attack=PGD(steps=20), # the attack
         n=None, # the first `n` validation images only, with several processes the first of each one's share; None attacks all
         seed=0, # of the attack's random starts
-        name=None, # in tables and cards; None means 'robust_accuracy', and what differs behind it where a Learner has several
+        name=None, # in tables and cards; None means 'robust_accuracy', in a Learner with several with what differs
     ):
         if n is not None and n < 1: raise ValueError(f"`n` must be >= 1 or None, got {n}")
         self.attack,self.n,self.seed,self.own_name = copy(check_attack(attack)),n,seed,name
@@ -75,7 +75,7 @@ def _differs(metric, first):
     return ''.join(f'_{o}' for o in other)
 
 def _tell_apart(metrics):
-    "Give each `RobustAccuracy` among `metrics` a name that no other one has; a single one, and the first, keeps its own"
+    "Give each `RobustAccuracy` among `metrics` a name that no other one has; the first keeps its own"
     taken = {}
     for m in metrics:
         if not isinstance(m, RobustAccuracy): continue
@@ -89,7 +89,7 @@ def _tell_apart(metrics):
     return metrics
 
 _metrics = Learner.metrics
-Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset, doc="Metrics, of which no two `RobustAccuracy` have one name")
+Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset)
 
 # %% ../../nbs/18_callback.monitor.ipynb #543d895b
 class KeepEpochs(EachEpoch):
