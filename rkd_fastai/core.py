@@ -249,12 +249,17 @@ def check_targ(
 ):
     "Raise unless the type and the shape of `targ` are those of labels"
     want = f"class indices (bs,) or soft labels (bs, {n_out or 'n_out'})"
-    if not isinstance(targ, torch.Tensor): raise TypeError(f"`{name}` must be a tensor of {want}, got {type(targ).__name__}: use `torch.as_tensor({name})`")
+    if not isinstance(targ, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor of {want}, got {type(targ).__name__}: use `torch.as_tensor({name})`")
     if targ.is_floating_point():
-        if targ.ndim == 1: raise ValueError(f"`{name}` holds one {targ.dtype} per image, but class indices are integers: use `{name}.long()`")
+        if targ.ndim == 1:
+            raise ValueError(f"`{name}` holds one {targ.dtype} per image, but class indices are integers: use `{name}.long()`")
         if targ.ndim != 2 or targ.shape[1] != (n_out or targ.shape[1]):
-            raise ValueError(f"soft `{name}` must be (bs, {n_out or 'n_out'}) to match the logits, got shape {tuple(targ.shape)}")
-        if targ.shape[1] == 1: raise ValueError(f"soft `{name}` of shape {tuple(targ.shape)} has one class: if these are class indices, use `{name}.flatten().long()`")
+            raise ValueError(f"soft `{name}` must be (bs, {n_out or 'n_out'}) to match the logits, "
+                             f"got shape {tuple(targ.shape)}")
+        if targ.shape[1] == 1:
+            raise ValueError(f"soft `{name}` of shape {tuple(targ.shape)} has one class: "
+                             f"if these are class indices, use `{name}.flatten().long()`")
     elif targ.ndim != 1:
         hint = f': use `{name}.flatten()`' if targ.ndim and targ.numel() == len(targ) else ''
         raise ValueError(f"`{name}` must hold {want}, got {targ.dtype} of shape {tuple(targ.shape)}{hint}")
@@ -393,7 +398,8 @@ def read_json(
     except RecursionError as e: raise ValueError("its brackets are nested too deeply") from e
 
 # %% ../nbs/00_core.ipynb #c1bfce5f
-_nearest = {'█': '#', '░': '.', '≤': '<=', '≥': '>=', '→': '->', '±': '+-', '×': 'x', '·': '.', '–': '-', '—': '-', '′': "'", '∞': 'inf', '…': '...',
+_nearest = {'█': '#', '░': '.', '≤': '<=', '≥': '>=', '→': '->', '±': '+-', '×': 'x', '·': '.', '–': '-', '—': '-',
+            '′': "'", '∞': 'inf', '…': '...',
             'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'ε': 'eps', 'λ': 'lambda'}
 
 def _shown(e):

@@ -58,7 +58,8 @@ def robust_flags(
     return flags
 
 def _check_data(x, targ):
-    if not isinstance(x, torch.Tensor): raise TypeError(f"`x` must be a tensor of images `(n, c, h, w)`, got {type(x).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"`x` must be a tensor of images `(n, c, h, w)`, got {type(x).__name__}")
     check_targ(targ)
     if not len(x): raise ValueError("`x` holds no images")
     if len(x) != len(targ): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")

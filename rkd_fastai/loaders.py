@@ -13,7 +13,8 @@ from inspect import signature
 from pathlib import Path
 import numpy as np, torch
 from fastai.callback.data import PartialDL, WeightedDL
-from fastai.vision.all import (DataLoader, DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, RandTransform, Resize,
+from fastai.vision.all import (DataLoader, DataLoaders, GetAttr, Normalize, PILBase, Pipeline, RandomCrop, RandomResizedCrop,
+                               RandomResizedCropGPU, RandTransform, Resize,
                                TensorCategory, TensorImageBase, TfmdDL, image2tensor)
 from .core import as_number, check_number, whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
@@ -23,12 +24,14 @@ from .text import counted
 
 # %% ../nbs/08_loaders.ipynb #fa6a01b5
 def _as_told(k, dl, new, changed):
-    "Is the attribute `k` of `dl` the same in `new`? Weights are scaled to sum to 1, and no part is larger than the whole, where the images have `changed`"
-    if (isinstance(dl, WeightedDL) and k == 'wgts') or (isinstance(dl, PartialDL) and k == 'partial_n' and changed): return True
+    "Is the attribute `k` of `dl` the same in `new`, as far as it must be where the images have `changed`?"
+    if isinstance(dl, WeightedDL) and k == 'wgts': return True # scaled anew to sum to 1
+    if isinstance(dl, PartialDL) and k == 'partial_n' and changed: return True # no part is larger than the whole
     a,b = vars(dl)[k],vars(new).get(k)
     return a is b or bool(np.array_equal(a, b)) if isinstance(a, (np.ndarray, torch.Tensor)) else bool(a is b or a == b)
 
-_fastais = {*DataLoader._methods, *'dataset bs shuffle drop_last indexed n pin_memory timeout device rng num_workers offs fake_l it'.split()}
+_fastais = {*DataLoader._methods, 'dataset', 'bs', 'shuffle', 'drop_last', 'indexed', 'n', 'pin_memory', 'timeout', 'device',
+            'rng', 'num_workers', 'offs', 'fake_l', 'it'} # attributes of every loader
 
 _plain_loaders = [DataLoader, TfmdDL, ResidentDL] # whose `new` loses nothing
 
@@ -36,44 +39,55 @@ def _own_arguments(dl):
     "What the class of `dl` takes beyond fastai's arguments, and whether it has a `new` of its own to hand it on"
     plain = {k for cls in (TfmdDL, DataLoader) for k in signature(cls).parameters}
     classes = [cls for cls in type(dl).__mro__ if cls not in TfmdDL.__mro__]
-    names = [p.name for cls in classes for p in signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [*dict.fromkeys(k for k in names if k not in plain)], any('new' in vars(cls) for cls in classes if cls is not ResidentDL)
+    params = [p for cls in classes for p in signature(cls).parameters.values()]
+    names = dict.fromkeys(p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in plain)
+    return [*names], any('new' in vars(cls) for cls in classes if cls is not ResidentDL)
 
 def _check_loaders(dls):
     "Raise a `TypeError` unless other loaders can be made of `dls`"
     for dl in dls.loaders:
-        if not isinstance(dl, DataLoader): raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, of which no other loader can be made: use fastai's `DataLoader`")
-        if 'world_size' in vars(dl): raise TypeError("`dls` are split among processes already: make them what they are to be before `learn.distrib_ctx`")
+        if not isinstance(dl, DataLoader):
+            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, of which no other loader can be made: "
+                            "use fastai's `DataLoader`")
+        if 'world_size' in vars(dl):
+            raise TypeError("`dls` are split among processes already: make them what they are to be before `learn.distrib_ctx`")
 
 def _new(dl, dataset=None, idxs=None, **kwargs):
-    "`dl.new` that loses nothing that the class of `dl` was told, or an error; `idxs` are the items of `dl` that `dataset` consists of, None: all"
-    kind = type(dl).__name__
-    if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs # the first `n` items only
+    "`dl.new` that loses nothing of `dl`, or an error; `idxs` are the items of `dl` that `dataset` consists of, None: all"
+    kind,way_out = type(dl).__name__, "give the class a `new` that hands it on"
+    if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs # the first `n` only
     if dl.fake_l.persistent_workers: kwargs = dict(persistent_workers=True) | kwargs
     if type(dl) in _plain_loaders: return dl.new(dataset, **kwargs)
     names,hands_on = _own_arguments(dl)
     own = {} if hands_on else {k: vars(dl).get(k, _own_arguments) for k in names}
     for k,v in own.items():
-        if v is _own_arguments: raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: keep it as `self.{k}`, or give the class a `new` that hands it on")
-    if idxs is not None: own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
+        if v is _own_arguments:
+            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: keep it as `self.{k}`, or {way_out}")
+    if idxs is not None:
+        own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
     try: new = dl.new(dataset, **own | kwargs)
-    except TypeError as e: raise TypeError(f"`dls` have a {kind}, which cannot be made anew ({e}): give the class a `new` that can") from e
+    except TypeError as e:
+        raise TypeError(f"`dls` have a {kind}, which cannot be made anew ({e}): give the class a `new` that can") from e
     lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_told(k, dl, new, idxs is not None)]
-    if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: give the class a `new` that hands it on")
+    if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: {way_out}")
     return new
 
 def _length(o):
     try: return len(o)
     except TypeError: return None # a stream
 def _is_own(k): return k not in _fastais and k[0] != '_'
-def _is_per_item(v, dl): return not isinstance(v, (str, dict)) and hasattr(v, '__len__') and getattr(v, 'ndim', 1) and len(v) == dl.n
+def _is_per_item(v, dl):
+    "Does `v` hold something for each item of `dl`?"
+    return not isinstance(v, (str, dict)) and hasattr(v, '__len__') and getattr(v, 'ndim', 1) and len(v) == dl.n
 
 def _of_items(k, v, dl, idxs):
     "The weights `v` of the items `idxs`"
     if not (isinstance(dl, WeightedDL) and k == 'wgts'):
-        raise TypeError(f"`dls` have a {type(dl).__name__} with `{k}` for each image: take the subset first, and make the loader of its images")
+        raise TypeError(f"`dls` have a {type(dl).__name__} with `{k}` for each image: take the subset first, "
+                        "and make the loader of its images")
     w = v[list(idxs)]
-    if not w.sum(): raise ValueError(f"the {len(w)} images of the subset have the weight 0, all of them: take more (`n`), or others (`seed`)")
+    if not w.sum():
+        raise ValueError(f"the {len(w)} images of the subset have the weight 0, all of them: take more (`n`), or others (`seed`)")
     return w
 
 def _with_train(dls, train):
@@ -110,7 +124,8 @@ def with_subset(
 
 def _n_items(dl):
     "How many items there are to take some of"
-    if getattr(dl, 'n', None) is None or not dl.indexed: raise TypeError(f"`dls` have a {type(dl).__name__} of items without an index, such as a stream: no subset of it can be taken")
+    if getattr(dl, 'n', None) is None or not dl.indexed:
+        raise TypeError(f"`dls` have a {type(dl).__name__} of items without an index, such as a stream: no subset of it can be taken")
     return dl.n
 
 def with_bs(
@@ -121,7 +136,8 @@ def with_bs(
     _check_loaders(dls)
     bs = whole_number('bs', bs, 1)
     n = getattr(dls.train, 'n', None) # None: a stream
-    if n is not None and bs > n and dls.train.drop_last: raise ValueError(f"`bs` is {bs}, more than the {n} training images")
+    if n is not None and bs > n and dls.train.drop_last:
+        raise ValueError(f"`bs` is {bs}, more than the {n} training images")
     if getattr(dls.train, 'frac', None): _check_share(dls.train.frac, bs)
     return type(dls)(*[_new(dl, bs=bs) for dl in dls.loaders], path=dls.path)
 
@@ -148,7 +164,8 @@ def with_label_noise(
     if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
     n,n_out,rng = len(dls.train_ds),len(dls.vocab),random.Random(seed)
     wrong = set(rng.sample(range(n), round(frac*n)))
-    return _with_train(dls, _new(dls.train, _Relabelled(dls.train_ds, [rng.randrange(1, n_out) if i in wrong else 0 for i in range(n)], n_out)))
+    shifts = [rng.randrange(1, n_out) if i in wrong else 0 for i in range(n)]
+    return _with_train(dls, _new(dls.train, _Relabelled(dls.train_ds, shifts, n_out)))
 
 def with_batch_tfms(
     dls, # DataLoaders
@@ -182,7 +199,8 @@ def with_augmentation(
     _check_loaders(dls)
     if kind not in ('none','flip'): raise ValueError(f"`kind` must be 'none' or 'flip', got {kind!r}")
     flip = [PadCropFlip()] if kind == 'flip' else []
-    return _with_train(dls, _new(dls.train, after_item=Pipeline(_still(dls.train.after_item)), after_batch=Pipeline([*flip, *_still(dls.train.after_batch)])))
+    of_items,of_batches = Pipeline(_still(dls.train.after_item)), Pipeline([*flip, *_still(dls.train.after_batch)])
+    return _with_train(dls, _new(dls.train, after_item=of_items, after_batch=of_batches))
 
 # %% ../nbs/08_loaders.ipynb #6c92017e
 def _npz_arrays(path, **want):
@@ -284,11 +302,13 @@ def with_synthetic(
     "`dls` with synthetic images in every training batch, and epochs as long as before (Rebuffi et al., 2021; Wang et al., 2023)"
     if type(dls.train) not in (TfmdDL, ResidentDL): raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
     frac = as_number('frac', frac)
-    if dls.train.n != len(dls.train_ds): raise ValueError(f"`dls` take the first {dls.train.n} of {len(dls.train_ds)} images only: take them by `with_subset` first")
+    if dls.train.n != len(dls.train_ds):
+        raise ValueError(f"`dls` take the first {dls.train.n} of {len(dls.train_ds)} images only: take them by `with_subset` first")
     _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
     x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')
     _check_synthetic(x, y, dls)
-    train = _new(dls.train, _WithSynthetic(dls.train_ds, x, y), cls=ResidentMixedDL if isinstance(dls.train, ResidentDL) else MixedDL)
+    cls = ResidentMixedDL if isinstance(dls.train, ResidentDL) else MixedDL
+    train = _new(dls.train, _WithSynthetic(dls.train_ds, x, y), cls=cls)
     train.frac = frac
     return _with_train(dls, train)

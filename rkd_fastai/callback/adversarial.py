@@ -41,13 +41,15 @@ def _is_cross_entropy(loss_func):
     f = getattr(loss_func, 'func', loss_func) # of a `partial`, too
     return f is F.cross_entropy or isinstance(f, (nn.CrossEntropyLoss, LabelSmoothingCrossEntropy))
 
-_defaults = dict(ignore_index=-100, reduction='mean', weight=None, pos_weight=None, label_smoothing=0., smoothing=0., size_average=None, reduce=None, axis=-1)
+_defaults = dict(ignore_index=-100, reduction='mean', weight=None, pos_weight=None, label_smoothing=0., smoothing=0.,
+                 size_average=None, reduce=None, axis=-1)
 _honoured = ('ignore_index','reduction','weight','label_smoothing') # of a cross-entropy
 
 def _changed_settings(loss_func):
     "What a loss has been told of `_defaults`, and is not the default, by name"
     told = dict(loss_func.keywords) if isinstance(loss_func, partial) else {}
-    for o in (loss_func, getattr(loss_func, 'func', None)): told |= {k: getattr(o, k) for k in _defaults if hasattr(o, k)}
+    for o in (loss_func, getattr(loss_func, 'func', None)):
+        told |= {k: getattr(o, k) for k in _defaults if hasattr(o, k)}
     return {k: v for k,v in told.items() if k in _defaults and (isinstance(v, torch.Tensor) or v != _defaults[k])}
 
 def own_loss(
@@ -78,7 +80,8 @@ def batch_targ(
     "The batch's class indices `(bs,)`, or soft labels `(bs, n_out)` where it has mixed or smoothed ones"
     targ,smoothing = _mixed(learn), label_settings(own_loss(learn))[0]
     ignored = _ignore_index(own_loss(learn))
-    if ignored is not None and ignored < 0: targ = targ.masked_fill(targ == ignored, 0) # an attack needs a class to move away from
+    if ignored is not None and ignored < 0:
+        targ = targ.masked_fill(targ == ignored, 0) # an attack needs a class to move away from
     if not smoothing: return targ
     n_out = _n_out(learn)
     return (1-smoothing)*onehot(targ, n_out) + smoothing/n_out
@@ -167,8 +170,9 @@ class RobustCallback(FitCallback):
         if told and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             k,v = next(iter(told.items()))
             v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
-            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its own, which takes over `weight`, `label_smoothing`, `ignore_index` "
-                             "and `reduction='sum'` of a cross-entropy, and nothing else. Give the Learner `CrossEntropyLossFlat`, or train by `AdversarialTraining`, which keeps the Learner's loss")
+            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its own, which takes over "
+                             "`weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a cross-entropy, and nothing else. Give the "
+                             "Learner `CrossEntropyLossFlat`, or train by `AdversarialTraining`, which keeps the Learner's loss")
         if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the Learner `CrossEntropyLossFlat` "
                              "(class weights and label smoothing are used), or train by `AdversarialTraining`, which keeps the Learner's loss")
@@ -179,9 +183,11 @@ class RobustCallback(FitCallback):
             if not isinstance(mix, MixHandler): continue
             kind = type(mix).__name__
             if not getattr(loss_func, 'y_int', False):
-                raise ValueError(f"{kind} cannot mix the labels of the Learner's loss function, which has no `y_int`: give the Learner one of fastai's, `CrossEntropyLossFlat`")
+                raise ValueError(f"{kind} cannot mix the labels of the Learner's loss function, which has no `y_int`: "
+                                 "give the Learner one of fastai's, `CrossEntropyLossFlat`")
             if type(self).method_loss is not RobustCallback.method_loss and _ignore_index(loss_func) is not None:
-                raise ValueError(f"`ignore_index` of the Learner's loss function has no meaning beside {kind}, which gives an image two classes: leave one of them out")
+                raise ValueError(f"`ignore_index` of the Learner's loss function has no meaning beside {kind}, "
+                                 "which gives an image two classes: leave one of them out")
 
     def _check_alone(self):
         mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # one may be there twice
@@ -243,7 +249,8 @@ class RobustCallback(FitCallback):
         if not _is_cross_entropy(f): return losses.mean()
         ignored = _ignore_index(f)
         counts = None if ignored is None else self.learn.yb[0].as_subclass(torch.Tensor) != ignored
-        return weighted_mean(losses, self.targ, label_settings(f)[1], counts, _changed_settings(f).get('reduction', 'mean'))
+        reduction = _changed_settings(f).get('reduction', 'mean')
+        return weighted_mean(losses, self.targ, label_settings(f)[1], counts, reduction)
 
     def after_batch(self):
         if self._compiled is not None: self._compiled.close()

@@ -27,7 +27,7 @@ def _sent_by_fit():
     return True
 
 class FitCallback(Callback):
-    "A callback that sleeps through `validate`, `get_preds`, `tta` and `summary`, also those that another callback calls in the middle of a fit"
+    "A callback that sleeps through `validate`, `get_preds`, `tta` and `summary`, also in the middle of a fit"
     def __call__(self, event_name):
         if self.learn.lock.locked(): return # `validate` and `get_preds` hold it
         if event_name not in _sent_by_others or _sent_by_fit(): return super().__call__(event_name)

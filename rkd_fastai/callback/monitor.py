@@ -121,7 +121,7 @@ def _differs(metric, first):
     return ''.join(f'_{o}' for o in other)
 
 def _tell_apart(metrics):
-    "Give each `RobustAccuracy` among `metrics` a name that no other one has; a single one, and the first, keeps its own"
+    "Give each `RobustAccuracy` among `metrics` a name that no other one has; the first keeps its own"
     taken = {}
     for m in metrics:
         if not isinstance(m, RobustAccuracy): continue
@@ -135,7 +135,7 @@ def _tell_apart(metrics):
     return metrics
 
 _metrics = Learner.metrics
-Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset, doc="Metrics, of which no two `RobustAccuracy` have one name")
+Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset)
 
 # %% ../../nbs/18_callback.monitor.ipynb #4934ee2f
 class _Epochs:
