@@ -65,11 +65,10 @@ class Progress:
     memory = 60. # seconds back in time at which a pass counts a third towards the speed
     def __init__(self,
         show, # called with the share of the work done, in [0, 1], and a text: the time left and what is known so far
-        later=0, # passes that come when all is done that `expect` knows of
-        label='', # of the task, before what is known
     ):
-        self.show,self.later,self.label,self.device = show,later,label,torch.device('cpu')
-        self.later_at_most = False # is `later` an upper bound?
+        self.show,self.device = show,torch.device('cpu')
+        # of a task of several parts: its label, and what comes after the part that `expect` knows of
+        self.label,self.later,self.later_at_most = '',0,False
         self.done,self.share,self.told,self.last = 0,0.,0,time.time()
         self._seconds = self._passes = 0. # of late
         self._batch(0, 0, 0)
