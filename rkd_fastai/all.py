@@ -27,7 +27,7 @@ _inside = """
     batch_statistics warn_of_batch_statistics naming_batchnorm
     check_images check_logits check_targ check_fraction check_T check_weights
     as_number whole_number default_tensors is_uninitialized check_initialized copied initialize_lazy
-    check_n class_labels images_digest no_labels split_name choose_dl sampled_images arriving_positions
+    check_n class_labels images_digest no_labels split_name choose_dl sampled_images arriving_positions measured_positions
     check_attack check_eps check_xy check_single_label check_teacher warn_of_chance undistributed unwrap held_out measured_images in_float32
     load_plain plain_state fitting_state symptom Symptom told_where label_settings own_loss batch_targ weighted_mean describe_training showing
 """.split()

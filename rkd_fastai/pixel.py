@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['undistributed', 'held_out', 'pixel_stats', 'unwrap', 'pixel_model', 'initialize_lazy', 'model_device', 'beside',
-           'to_pixels', 'check_single_label', 'sample_images', 'split_name', 'choose_dl', 'pixel_data',
-           'sampled_images', 'measured_images', 'arriving_positions']
+           'to_pixels', 'check_single_label', 'sample_images', 'split_name', 'choose_dl', 'measured_positions',
+           'pixel_data', 'sampled_images', 'measured_images', 'arriving_positions']
 
 # %% ../nbs/07_pixel.ipynb #c0f53735
 import random, warnings
@@ -171,10 +171,14 @@ def _own_positions(dl):
         whole = isinstance(dl.sampler, _tud.SequentialSampler) or isinstance(dl.sampler, _tud.RandomSampler) and not dl.sampler.replacement
         return list(range(len(ds))) if whole and len(dl.sampler) == len(ds) else None
     if not hasattr(dl, 'new') or not dl.indexed or dl.bs is None: return None
-    return list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(len(ds)))
+    return list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(dl.n)) # which may be fewer than its data set has
 
-def _positions(dl, n, seed):
-    "The positions of the images to read in the data set of `dl`, and of how many; `(None, None)` where images have no position"
+def measured_positions(
+    dl, # loader
+    n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
+    seed=0, # of the sample
+)->tuple: # positions and the number of images that they were drawn from; `(None, None)` where images have no position
+    "The positions in the data set of `dl` of the images to measure"
     mine = _own_positions(dl)
     if mine is None: return None,None
     if n is None or n >= len(mine): return mine,len(mine)
@@ -208,7 +212,7 @@ def _read(dls, dl):
 def _sampled(learn, dl, n, seed):
     "Images, labels, and the number of images that they were drawn from"
     n,dls,dl = check_n(n),getattr(learn, 'dls', learn),undistributed(dl)
-    positions,of = _positions(dl, n, seed)
+    positions,of = measured_positions(dl, n, seed)
     x,y = _read(dls, _in_order(dl, positions))
     if positions is not None: return x, y, of
     idx = sample_positions(hard_labels(y), n, seed) # a stream: all of it was read

@@ -219,6 +219,14 @@ def test_loaders_of_pytorch(make, true, pytorchs):
     assert abs(learn.robustness('clean', n=n).clean - true) <= error
     assert abs(learn.validate()[-1] - true) <= error
 
+def test_a_loader_of_the_first_n_is_measured_on_them(make_learner):
+    x,y = ordered(sizes[2])
+    d = arrays_dls((x,y), (x,y), bs=16)
+    few = type(d.valid)(d.valid_ds, bs=16, n=60, num_workers=0, after_item=d.valid.after_item, after_batch=d.valid.after_batch)
+    dls = DataLoaders(d.train, few); dls.vocab = [0,1]
+    learn = make_learner(dls, Always(2), metrics=[RobustAccuracy(PGD(steps=1), n=20)])
+    assert len(pixel_data(dls, few)[1]) == 60 and learn.robustness('clean').clean == 1. == learn.validate()[-1] # the first 60 are of one class
+
 # --- what all places have in common ---
 
 def test_more_than_there_are_means_all(learn, tmp_path):

@@ -19,9 +19,9 @@ from .core import EachEpoch
 from ..core import (atomic_path, check_fraction, copy_state, read_json, say, seeded, versions, whole_number,
                              write_atomic)
 from ..evaluation import robust_accuracy, robust_flags
-from ..pixel import (arriving_positions, beside, model_device, pixel_data, pixel_model, pixel_stats,
-                              to_pixels, undistributed, unwrap)
-from ..sampling import check_n, class_labels, sample_positions
+from ..pixel import (arriving_positions, beside, measured_positions, model_device, pixel_data, pixel_model,
+                              pixel_stats, to_pixels, undistributed, unwrap)
+from ..sampling import check_n
 from ..teachers import plain_state, saved_epochs
 from ..text import counted
 
@@ -48,8 +48,9 @@ class RobustAccuracy(Metric):
         self.positions,self.chosen,self.unordered = arriving_positions(learn.dl),None,None
         if self.n is None: return
         dl = undistributed(learn.dl)
-        if self.positions is None: self.unordered = learn.dls,dl # the sample is read by itself
-        else: self.chosen = set(sample_positions(class_labels(dl.dataset), self.n, self.seed).tolist())
+        chosen = None if self.positions is None else measured_positions(dl, self.n, self.seed)[0]
+        if chosen is None: self.unordered = learn.dls,dl # the sample is read by itself
+        else: self.chosen = set(chosen)
 
     def accumulate(self, learn):
         if learn.training: return # `train_metrics=True`: training batches have been attacked already
