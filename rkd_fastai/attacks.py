@@ -43,7 +43,10 @@ def _warn_of_probs(model, x):
     net = model.model if isinstance(model, PixelModel) else model # it outlives the `PixelModel` around it
     if len(x) < 2 or not isinstance(net, torch.nn.Module) or net in _tried: return
     _tried.add(net)
-    with torch.no_grad(), seeded(0, x.device): out = model(x[:8])
+    # of a network that its user has compiled the plain one is asked, lest it is compiled for eight images, too
+    plain = getattr(net, '_orig_mod', net)
+    ask = PixelModel(plain, model.mean, model.std) if isinstance(model, PixelModel) else plain
+    with torch.no_grad(), seeded(0, x.device): out = ask(x[:8])
     try: check_no_probs(out)
     except ValueError as e: warnings.warn(str(e))
 

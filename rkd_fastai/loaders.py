@@ -133,8 +133,8 @@ def with_bs(
     bs:int, # batch size
 )->DataLoaders:
     "`dls` with batches of another size"
-    _check_loaders(dls)
     bs = whole_number('bs', bs, 1)
+    _check_loaders(dls)
     n = getattr(dls.train, 'n', None) # None: a stream
     if n is not None and bs > n and dls.train.drop_last:
         raise ValueError(f"`bs` is {bs}, more than the {n} training images")

@@ -25,7 +25,8 @@ from .report import views, write_report
 from .rows import NotEnough, cells_of, head, main, measured, pareto, points, said
 from .runs import data_names, describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from .teachers import MissingFile, Teacher, best_epoch
-from .terminal import Line, clock, reason
+from .progress import clock
+from .terminal import Line, reason
 from .text import counted
 
 # %% ../nbs/34_study.ipynb #6c21bcca

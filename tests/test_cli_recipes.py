@@ -54,7 +54,7 @@ def teacher(tmp_path_factory):
 
 common_keys = {'seed', 'data', 'data_path', 'size', 'bs', 'n', 'synthetic', 'frac', 'arch', 'width', 'epochs', 'lr', 'eps', 'steps', 'keep',
     'compile', 'bf16',
-               'n_in', 'n_out', 'vocab', 'source', 'method', 'attack', 'last_epoch', 'versions'}
+               'n_in', 'n_out', 'vocab', 'images', 'held_out', 'source', 'method', 'attack', 'last_epoch', 'versions'}
 settings = dict(trades=dict(beta=6.), wang_trades=dict(beta=5.), trades_official=dict(beta=6.))
 
 @pytest.mark.parametrize('how, lr', list(zip(hows, [.1]*5 + [.4*64/1024, .1, .4*64/1024, .2*64/512, .2*64/512, .1, .2]))) # 64 images: one batch

@@ -1,5 +1,6 @@
 "Numbers of a part of the images: a stratified sample in every place, on splits that are ordered by class."
 import csv, json, random
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn as nn
 from PIL import Image
@@ -123,8 +124,8 @@ def test_command_line(folder, constant, tmp_path, capsys):
     assert f'{n} of 150 test images, stratified by class, seed 42' in capsys.readouterr().out
 
 def test_fewer_are_watched_than_there_are(folder, constant, tmp_path, monkeypatch):
-    from rkd_fastai import runs
-    monkeypatch.setattr(runs.fit_run, '__defaults__', ((), n, 1))
+    from rkd_fastai import cli, runs
+    monkeypatch.setattr(cli, 'fit_run', partial(runs.fit_run, watch=n))
     main(['train', '--data', str(folder), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
     row, = csv.DictReader((tmp_path/'run/history.csv').read_text().splitlines())
     assert abs(float(row['robust_accuracy']) - true) <= 1.001/n
@@ -343,6 +344,7 @@ def test_evaluating_what_was_trained_on(tmp_path, constant):
     Image.new('RGB', (8,8)).save(root/'a/another.png')
     with pytest.raises(SystemExit, match='not those that were held out'): main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean'])
 
+@pytest.mark.filterwarnings('ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning') # PIL leaves the file to the collector
 def test_a_truncated_image_is_named(folder, constant, tmp_path):
     import shutil
     root = shutil.copytree(folder, tmp_path/'images')

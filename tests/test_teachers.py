@@ -217,7 +217,7 @@ def test_model_given_is_not_changed(net, tiny_net, tmp_path):
 @pytest.mark.parametrize('how', ['fit', 'fit_one_cycle', 'fine_tune', 'fit_exp', 'fit_rkd'])
 def test_what_learn_save_writes(with_opt, how, make_learner, tiny_net, x):
     learn = make_learner(model=tiny_net())
-    getattr(learn, how)(1)
+    getattr(learn, how)(1, 1e-3)
     path = learn.save('teacher', with_opt=with_opt)
     check(path, learn.model, tiny_net, x)
 
