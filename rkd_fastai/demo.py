@@ -25,7 +25,8 @@ from .models import resnet18
 from .pixel import model_device, pixel_data, pixel_model
 from .progress import clock
 from .teachers import Teacher
-from .terminal import Line, clock, one_line
+from .progress import clock
+from .terminal import Line, one_line
 from .text import counted
 
 # %% ../nbs/35_demo.ipynb #8e86ff19

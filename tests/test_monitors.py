@@ -1,5 +1,5 @@
 "What watches a fit: called once an epoch of training and at no other time, and what `RobustOverfitting` says and puts back."
-import copy, json, warnings
+import copy, json
 from functools import partial
 
 import pytest, torch, torch.nn as nn

@@ -4,13 +4,11 @@ from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn as nn
 from PIL import Image
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, ImageDataLoaders, Resize, WeightedDL, accuracy
+from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, accuracy
 from rkd_fastai import callback
 from rkd_fastai.all import *
-from rkd_fastai.cells import eval_images
 from rkd_fastai.cli import main
 from rkd_fastai.data import arrays_dls
-from rkd_fastai.grid import make_cell
 from rkd_fastai.pixel import measured_images
 from rkd_fastai.runs import make_dls
 from rkd_fastai.sampling import class_labels, stratified_order
