@@ -52,7 +52,7 @@ class BadTeacher(nn.Module):
     "One that returns NaN for one image of a batch once its calls are used up"
     def __init__(self, n): super().__init__(); self.calls, self.net = [n], nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     def forward(self, x):
-        self.calls[0] -= len(x) == 32 # the first check asks about two
+        self.calls[0] -= len(x) == 32 # the first check asks about two, and that of its accuracy about a batch
         return self.net(x) * torch.tensor([nan if self.calls[0] == -1 and len(x) == 32 else 1.] + [1.]*(len(x)-1))[:,None]
 
 def methods(teacher=None, attack=pgd):
@@ -70,7 +70,7 @@ def test_attack(make_learner, method, value):
 
 @pytest.mark.parametrize('method', ['akd','rslad','ard','ckd'])
 def test_teacher(make_learner, method):
-    learn = make_learner(cbs=[methods(BadTeacher(4))[method], NonFinite()])
+    learn = make_learner(cbs=[methods(BadTeacher(5))[method], NonFinite()])
     stops(learn, 'epoch 2, batch 2: ', '`teacher` returned NaN or infinite probabilities for 1 of 32 images')
     is_well(learn)
 

@@ -10,7 +10,7 @@ root = Path(__file__).parent.parent
 
 how_to = ['choosing_a_teacher', 'works_with', 'faq']
 reference = { # numbered notebooks; those that stand in none of these come in a last group
-    'Foundations': ['core', 'palette', 'progress', 'losses', 'fast', 'search', 'attacks', 'models', 'data', 'pixel', 'loaders', 'teachers'],
+    'Foundations': ['core', 'text', 'palette', 'progress', 'losses', 'fast', 'search', 'attacks', 'models', 'data', 'sampling', 'pixel', 'loaders', 'teachers'],
     'Callbacks': [f'callback.{o}' for o in ('core', 'adversarial', 'distill', 'averaging', 'monitor', 'resume', 'finite', 'trajectory')],
     'Learner and recipes': ['learner', 'recipes'],
     'Measuring': ['evaluation', 'masking', 'interpret', 'export'],
