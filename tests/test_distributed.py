@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from rkd_fastai.all import *
 from rkd_fastai.evaluation import robust_flags
+from rkd_fastai.sampling import sample_positions
 
 LAUNCH = 'accelerate launch --multi_gpu --num_processes 2'.split()
 WORLD, BS, N, N_VALID = 2, 16, 96, 47 # an odd number to validate on: one process sees an image twice
@@ -140,17 +141,17 @@ def test_two_processes_are_one_with_twice_the_batch(name, norm, ranks):
 
 @each
 def test_robust_accuracy_is_that_of_all_images(name, ranks):
-    "As of one process, epoch by epoch, with no image counted twice; of `n` images each process attacks the first of its share"
+    "As of one process, epoch by epoch, with no image counted twice; also of a sample, which is that of one process"
     one, model = trained(name, 'none'), net('none')
     model.load_state_dict(one['state'])
     x, y = (torch.cat([b.as_subclass(torch.Tensor) for b in bs]) for bs in zip(*digits().valid))
     flags = robust_flags(PixelModel(model, [.3], [.25]), x*.25 + .3, y, STILL).float()
-    few = torch.cat([flags[:11], flags[24:34]]) # 24: where the second share starts
+    few = flags[sample_positions(y, 21)]
     for r in ranks:
         got = r[name,'none']['robust']
         assert [v[0] for v in got] == pytest.approx([v[0] for v in one['robust']], abs=1e-7)
         assert list(got[-1]) == pytest.approx([flags.mean().item(), few.mean().item()], abs=1e-7)
-    assert list(one['robust'][-1]) == pytest.approx([flags.mean().item(), flags[:21].mean().item()], abs=1e-7)
+    assert list(one['robust'][-1]) == pytest.approx([flags.mean().item(), few.mean().item()], abs=1e-7)
 
 @each
 def test_only_the_student_is_wrapped(name, ranks):

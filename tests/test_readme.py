@@ -39,7 +39,7 @@ def test_rkd_lines(tmp_path, monkeypatch, capsys):
         for a,b in small.items(): line = line.replace(a, b)
         if 'evaluate' not in line and '--epochs' not in line: line += ' --epochs 1'
         main(shlex.split(line)[1:])
-    assert '100 images' in capsys.readouterr().out
+    assert '100 of 360 validation images' in capsys.readouterr().out
 
 def test_the_study(tmp_path, monkeypatch, capsys):
     "The study's file, on digits, for one epoch, without AutoAttack: from the plan to the page"
