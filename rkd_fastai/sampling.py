@@ -9,7 +9,6 @@ __all__ = ['no_labels', 'stratified_order', 'check_n', 'sample_positions', 'clas
 import weakref
 from dataclasses import dataclass
 import numpy as np, torch
-from fastai.data.core import Datasets
 from .core import digest, hard_labels, whole_number
 
 # %% ../nbs/06_sampling.ipynb #d469efaa
@@ -58,7 +57,8 @@ def _read_labels(ds):
     "Class of each item of `ds`"
     if hasattr(type(ds), 'class_labels'): return np.asarray(ds.class_labels())
     if isinstance(ds, torch.utils.data.Subset): return class_labels(ds.dataset)[np.asarray(ds.indices, dtype=int)]
-    if isinstance(ds, Datasets): return _as_classes(ds.tls[-1] if len(ds.tls) > ds.n_inp else None)
+    lists = getattr(ds, 'tls', None) # of fastai's `Datasets`: one of the images, one of the labels
+    if lists is not None and len(lists[-1]) == len(ds): return _as_classes(lists[-1] if len(lists) > ds.n_inp else None)
     targets = getattr(ds, 'targets', None)
     if targets is not None and len(targets) == len(ds): return _as_classes(targets)
     return _as_classes(_label(ds[i]) for i in range(len(ds)))

@@ -478,7 +478,7 @@ class Counting(nn.Module):
         self.steps = state['steps']
         assert state['at'][0] == self.steps and state['mark'] == b'\x00'
 
-@pytest.mark.parametrize('cbs', [lambda: [KeepEpochs(), WeightAveraging(.9)],
+@pytest.mark.parametrize('cbs', [lambda: [KeepEpochs(overwrite=True), WeightAveraging(.9)],
     lambda: [AdversarialTraining(still), CatastrophicOverfitting(stop=True, drop=0.)],
     lambda: [RobustOverfitting('accuracy', gap=0., restore=True)]], ids=['kept and averaged','collapse','overfitting'])
 def test_extra_state(cbs, make_learner, make_dls, tiny_net):

@@ -316,7 +316,7 @@ def test_front_table():
 # --- captions and files ---
 
 def test_captions_say_how_it_was_measured():
-    df = study(seeds=2).assign(n_pgd20=300)
+    df = study(seeds=2).assign(n_pgd20=300, split='test')
     df = pd.concat([df, frame(student(None, None, alpha=.9, diverged='loss is NaN'), student(None, None, alpha=.95), student(.1, None, alpha=.97), student(.7, .4, alpha=.98))])
     for f in (select, gain, table3, front_table):
         text = f(df, robust='pgd20').attrs['caption']

@@ -129,10 +129,10 @@ def test_members_differ_in_their_start_and_not_in_their_data(tmp_path):
 def test_students_are_those_of_their_settings(finished):
     "A cell's card says how it was trained, and its numbers are those of its weights"
     df = finished.to_df()
-    x,y = pixel_data(make_dls('digits'))
+    x,y = pixel_data(make_dls('digits'), n=50)
     for c in [c for c in finished.cells if c.distils]:
         net,card = load_run(finished.folder(c))
-        r = measure_robustness(net, x[:50], y[:50], ['clean','pgd2'], c.eps, fast=True)
+        r = measure_robustness(net, x, y, ['clean','pgd2'], c.eps, fast=True)
         row = df[df.id == c.id].iloc[0]
         assert (row.clean, row.pgd2, row.n_clean, row.compute) == (r.clean, r.pgd2, 50, 2 + c.stop)
         assert (card['method'], card['alpha'], card['attack']) == (c.method, .8, repr(recipe_of(c).attack))
@@ -140,9 +140,9 @@ def test_students_are_those_of_their_settings(finished):
 def test_ensemble_is_measured_by_its_weights(finished):
     "`beta` is the weight of the last kind: with all of it the ensemble is that teacher"
     st,at = [c for c in finished.cells if c.method == 'teacher']
-    x,y = pixel_data(make_dls('digits'))
+    x,y = pixel_data(make_dls('digits'), n=50)
     nets = {t.method: load_run(finished.folder(t)/'epoch_3.pth')[0] for t in teachers_of(st)}
-    alone = measure_robustness(nets['at'], x[:50], y[:50], ['clean','pgd2'], at.eps)
+    alone = measure_robustness(nets['at'], x, y, ['clean','pgd2'], at.eps)
     assert finished.results(at)['last']['clean']['accuracy'] == alone.clean
     mixed = finished._teacher(st)
     probs = .75*nets['st'].probs(x[:5]) + .25*nets['at'].probs(x[:5])
