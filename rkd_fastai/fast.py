@@ -295,11 +295,15 @@ def _watched_pass(forward, stand_ins, trials, *args, **kwargs):
 @contextmanager
 def _as_forward(model, forward):
     own = vars(model).get('forward')
-    model.forward = forward
-    try: yield
-    finally:
+    def put_back():
         if own is None: vars(model).pop('forward', None)
         else: model.forward = own
+    try:
+        model.forward = forward
+        yield
+    finally:
+        try: put_back()
+        except KeyboardInterrupt: put_back(); raise # Ctrl-C fell into it
 
 def _watching(model, stand_ins):
     "Within it a pass of `model` that goes another way than the trial did is repeated on the plain model"

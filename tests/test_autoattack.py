@@ -515,15 +515,6 @@ def test_time_left_in_passes(bs, fast, one_pass_a_second, test_images):
     for a,b in zip(starts, starts[1:]): # every tenth of a batch, and more
         if b - a > 200: assert len({left for passes,_,left,_ in known if a <= passes < b}) >= 10
 
-def test_time_left_of_one_image(one_pass_a_second, test_images):
-    "Where Square often has nothing new to ask: its queries go on all the same"
-    net, said = one_pass_a_second, []
-    x, y = right_ones(net, test_images, 1)
-    with shorter(5, 400): measure_robustness(net, x, y, 'square', .05, fast=True, progress=lambda share, text: said.append((net.passes, share, text)))
-    known = [(left, net.passes - passes) for passes,_,text in said if (left := seconds_left(text)) is not None]
-    known = [(left, true) for left,true in known if .1 < true/net.passes < .8]
-    assert 100 < net.passes < 350 and len(known) > 20 and all(true/2 < left < 2*true for left,true in known)
-
 @pytest.mark.parametrize('fast', [False, True])
 def test_counting_changes_nothing(fast, robust_net, test_images, short, monkeypatch):
     "Not the flags, also where random numbers are drawn in between, and no module is asked otherwise: what is folded stays so"
