@@ -159,8 +159,9 @@ def train(
     _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting(advice='`--how at` trains on PGD')] if isinstance(recipe.attack, FFGSM) else ())
 
 def _teachers_size(args, cards):
-    "Side of the images that the teachers were trained on, where they are of the data of `args`"
-    sizes = {card.get('size') for card in cards if Path(str(card.get('data'))) == Path(args.data)}
+    "Side of the images that the teachers were trained on: those of the same published data, or those of any folder of images"
+    def alike(data): return data == args.data if args.data in data_names else data not in data_names
+    sizes = {card.get('size') for card in cards if alike(card.get('data'))}
     if len(sizes) > 1: raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: name one")
     return next(iter(sizes), None)
 
@@ -247,8 +248,8 @@ def _training_args(c):
     c.add_argument('--n', type=int, help='number of training images; left out, all')
     c.add_argument('--synthetic', help='.npz file of synthetic images (`image`, `label`) to mix into every batch')
     c.add_argument('--frac', type=number, help="part of the batch that is synthetic; left out, the recipe's")
-    c.add_argument('--arch', default='resnet18', help='resnet18, wrn-DEPTH-WIDEN, or a timm name')
-    c.add_argument('--width', type=number, default=1/8, help='factor on the channels of resnet18')
+    c.add_argument('--arch', default='cifar_resnet18', help='cifar_resnet18, wrn-DEPTH-WIDEN, or a timm name')
+    c.add_argument('--width', type=number, default=1/8, help='factor on the channels of cifar_resnet18')
     c.add_argument('--epochs', type=int, help="epochs; left out, the recipe's")
     c.add_argument('--lr', type=float, help="highest learning rate; left out, the recipe's")
     c.add_argument('--eps', type=number, help="radius of the attack in pixel units, e.g. 8/255; left out, the recipe's")
@@ -334,6 +335,12 @@ def _plain_warnings(args):
     try: yield
     finally: warnings.formatwarning = was
 
+def _how_to_go_on(args):
+    "What to type after Ctrl-C, where something was kept"
+    if args.run is study: return ': the same command goes on with what is not done'
+    kept = getattr(args, 'out', None) and (Path(args.out)/'resume.pth').exists()
+    return ': the same command with `--resume` goes on after the last finished epoch' if kept and hasattr(args, 'resume') else ''
+
 def main(
     argv=None, # arguments; None: those of the process
 ):
@@ -343,7 +350,9 @@ def main(
     try:
         with _plain_warnings(args): args.run(args)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {_in_options(reason(e), args)}')
-    except KeyboardInterrupt: sys.exit('\nrkd: interrupted')
+    except KeyboardInterrupt:
+        print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
+        sys.exit(130) # as a shell calls a process that Ctrl-C ended
 
 # %% ../nbs/36_cli.ipynb #d3a7c002
 if __name__ == '__main__': main()

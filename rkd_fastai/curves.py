@@ -14,8 +14,8 @@ from .rows import accuracy, cells_of, fraction, head, kind_name, make_table, one
 from .tables import gain_over, hyper, own_students, picks_of, unpaired
 
 # %% ../nbs/31_curves.ipynb #1d7e71f4
-axis_names = ('n','noise','eps','epochs','compute','width','teacher_width','stop','alpha','lam','T','beta')
-_with = dict(epochs=['teacher_epochs','stop'], compute=['epochs','teacher_epochs','stop'], eps=['teacher_eps'], width=['teacher_width']) # what may go along
+axis_names = ('n','noise','eps','epochs','compute','width','teacher_width','teacher_epoch','alpha','lam','T','beta')
+_with = dict(epochs=['teacher_epochs','teacher_epoch'], compute=['epochs','teacher_epochs','teacher_epoch'], eps=['teacher_eps'], width=['teacher_width']) # what may go along
 
 def axis_lines(
     df, # rows of one task, but for `x`
@@ -34,7 +34,7 @@ def axis_lines(
     if not any(o['method'].iloc[0] in methods for o in lines): raise NotEnough(f"has no students that differ in `{x}` and are otherwise trained alike")
     return lines, cells, robust
 
-_axis_texts = dict(eps='radius ε', alpha='mixing weight α', stop='epoch the teacher was stopped after', lam='weight λ', T='temperature T',
+_axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epoch the teacher was stopped after', lam='weight λ', T='temperature T',
                    beta='weight β of the last kind of teacher', n='number of training images', noise='share of wrong labels')
 
 def axis_text(x):

@@ -61,7 +61,7 @@ def front_table(
     if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
     if by: check_column(s, by, 'by')
     fronts = [pareto(o, robust=robust) for _,o in (s.groupby(by, dropna=False, sort=False) if by else [(None, s)])]
-    shown = ['method','teacher','alpha','stop', *told_apart(s)]
+    shown = ['method','teacher','alpha','teacher_epoch', *told_apart(s)]
     lines = [{head(c): said(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
              {'Epochs in all': said('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
@@ -119,7 +119,7 @@ def star_legend(base):
 def _dot_legend(styles, sizes, numbers, color, size, base):
     "What colours, sizes and stars mean; of `numbers` in colour some are enough"
     line = lambda label, **kw: Line2D([], [], ls='', mec=plt.rcParams['text.color'], mew=.4, label=label, **kw)
-    name = lambda c, v: {'stop': 'ES ', 'alpha': 'α = '}.get(c, '') + said(c, v)
+    name = lambda c, v: {'teacher_epoch': 'ES ', 'alpha': 'α = '}.get(c, '') + said(c, v)
     thin = lambda d: dict(list(d.items())[::max(1, -(-len(d)//6))]) # six at most
     handles = [line(name(color, v), marker=m, color=k, ms=6.5) for v,(k,m) in (thin(styles) if numbers else styles).items()]
     handles += [line(name(size, v), marker='o', color='none', ms=a**.5) for v,a in thin(sizes).items()]
@@ -139,13 +139,13 @@ def panels(n_rows, n_cols, wide=2.5, high=2.2, **kwargs):
 @looks
 def plot_pareto(
     df, # rows of one task
-    color='stop', # 'stop', 'alpha', 'method' or 'teacher'
+    color='teacher_epoch', # 'teacher_epoch', 'alpha', 'method' or 'teacher'
     robust=None, # attack; None means `strongest(df)`
     baseline=None, # method of the baseline; None means 'at', or the only one
     below=.1, # students further than this below the baseline in either accuracy are left out, unless all are; None means none is
 ):
     "The paper's Figure 1, or with `color='teacher'` Figure 2: robust over clean accuracy in panels by method and teacher, with baseline and Pareto front"
-    if color not in ('stop','alpha','method','teacher'): raise ValueError(f"`color` must be 'stop', 'alpha', 'method' or 'teacher', got {color!r}")
+    if color not in ('teacher_epoch','alpha','method','teacher'): raise ValueError(f"`color` must be 'teacher_epoch', 'alpha', 'method' or 'teacher', got {color!r}")
     cells,robust = cells_of(one_task(rows(df)), robust)
     s = students_of(cells)
     if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
@@ -161,7 +161,7 @@ def plot_pareto(
 
 def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
     "Panels by teacher (down) and method (across), and what they share"
-    size = {'stop': 'alpha', 'alpha': 'stop'}.get(color)
+    size = {'teacher_epoch': 'alpha', 'alpha': 'teacher_epoch'}.get(color)
     size = size if size and s[size].nunique() > 1 else None
     styles,sizes = _styles(s[near], color),_sizes(s[near], size) if size else {}
     looks_of = lambda o: ([styles.get(v, (plt.rcParams['axes.facecolor'], 'o')) for v in o[color]], np.array([sizes.get(v, 45) for v in o[size or color]]))
@@ -178,7 +178,7 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{points(s[c].max())} %"
-    by = dict(stop='the epoch the teacher was stopped after', alpha='α').get(color, color)
+    by = dict(teacher_epoch='the epoch the teacher was stopped after', alpha='α').get(color, color)
     words = f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured by {by}. "
     words += f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under {head(robust)}"
     return words + (f"; the baseline {points(base['clean'].iloc[0])} % and {points(base[robust].iloc[0])} %." if len(base) else '.')
@@ -192,13 +192,13 @@ def maps(
     df = one_task(rows(df))
     if value not in ('clean','robust'): check_column(df, value, 'value')
     cells,robust = cells_of(df, None if value in ('clean','robust') else value)
-    s = students_of(cells).dropna(subset=['alpha','stop'])
-    grids = {k: g for k,g in s.groupby(['method','teacher'], sort=False) if max(g['alpha'].nunique(), g['stop'].nunique()) > 1}
+    s = students_of(cells).dropna(subset=['alpha','teacher_epoch'])
+    grids = {k: g for k,g in s.groupby(['method','teacher'], sort=False) if max(g['alpha'].nunique(), g['teacher_epoch'].nunique()) > 1}
     if not grids: raise NotEnough("has no method with two values of α or of the teacher’s stopping epoch")
     for (m,t),g in grids.items():
-        if g.duplicated(['alpha','stop']).any():
-            raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` and `stop`, "
-                            f"which differ in {varying(g, [c for c in settings if c not in ('alpha','stop')])}", ': choose one, or take `main(df)`')
+        if g.duplicated(['alpha','teacher_epoch']).any():
+            raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` and `teacher_epoch`, "
+                            f"which differ in {varying(g, [c for c in settings if c not in ('alpha','teacher_epoch')])}", ': choose one, or take `main(df)`')
     return grids, cells, robust, robust if value == 'robust' else value
 
 # %% ../nbs/30_figures.ipynb #e81260e2
@@ -209,9 +209,9 @@ def map_table(
     "One accuracy over α (down) and the teacher's stopping epoch (across)"
     grids,cells,robust,c = maps(df, value)
     base = base_near(cells, pd.concat(grids.values()), robust)
-    stops = sorted({v for g in grids.values() for v in g['stop']})
+    stops = sorted({v for g in grids.values() for v in g['teacher_epoch']})
     empty = {f'ES {v:g}': '–' for v in stops}
-    lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty | {f"ES {r['stop']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
+    lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
     what = (f"{head(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after (across). "
             f"In a figure {'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'}; the best cell of each panel is framed.")
@@ -227,7 +227,7 @@ def _map_colours(values, base, c):
 
 def _draw_map(ax, g, c, alphas, stops, cmap, norm):
     "One panel: `c` of the students `g`, α up and stopping epoch to the right, the best one framed"
-    grid = g.pivot(index='alpha', columns='stop', values=c).reindex(index=alphas, columns=stops)
+    grid = g.pivot(index='alpha', columns='teacher_epoch', values=c).reindex(index=alphas, columns=stops)
     im = ax.imshow(100*grid, cmap=cmap, norm=norm, aspect='auto', origin='lower')
     for (i,j),v in np.ndenumerate(grid.to_numpy()):
         if np.isnan(v): continue
@@ -247,7 +247,7 @@ def plot_map(
     "One accuracy over α and the teacher's stopping epoch, in panels by method and teacher"
     grids,cells,robust,c = maps(df, value)
     s = pd.concat(grids.values())
-    base,alphas,stops = base_near(cells, s, robust, baseline),sorted(s['alpha'].unique()),sorted(s['stop'].unique())
+    base,alphas,stops = base_near(cells, s, robust, baseline),sorted(s['alpha'].unique()),sorted(s['teacher_epoch'].unique())
     down,across = list(dict.fromkeys(t for _,t in grids)),[m for m in methods if any(m == k for k,_ in grids)]
     fig,axs = panels(len(down), len(across), .5*len(stops)+.6, .33*len(alphas)+.5, sharex=True, sharey=True)
     cmap,norm = _map_colours(s[c], base, c)

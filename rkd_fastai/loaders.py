@@ -19,7 +19,7 @@ from fastai.vision.all import (DataLoader, DataLoaders, GetAttr, Normalize, PILB
 from .core import as_number, check_number, whole_number
 from .data import PadCropFlip, ResidentDL, check_xy
 from .pixel import check_single_label
-from .sampling import class_labels, sample_positions
+from .sampling import class_labels, sample_of
 from .text import counted
 
 # %% ../nbs/08_loaders.ipynb #fa6a01b5
@@ -116,7 +116,7 @@ def with_subset(
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
     some_valid = n_valid is not None and n_valid < _n_items(dls.valid)
-    kept = sorted(sample_positions(class_labels(dls.valid_ds), n_valid, seed).tolist()) if some_valid else None
+    kept = sorted(sample_of(dls.valid_ds, n_valid, seed)) if some_valid else None
     def part(dl, idxs): return _new(dl, _Part(dl.dataset, idxs), idxs)
     dls = _with_train(dls, part(dls.train, random.Random(seed).sample(range(have), n)))
     if some_valid: dls.loaders[1] = part(dls.valid, kept)

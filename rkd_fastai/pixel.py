@@ -13,7 +13,7 @@ from functools import partial
 import torch, torch.nn as nn
 from fastai.vision.all import Normalize, TensorCategory, TensorMultiCategory, get_c
 from .core import PixelModel, check_images, hard_labels, is_uninitialized, seeded
-from .sampling import Sample, check_n, class_labels, images_digest, no_labels, sample_positions
+from .sampling import Sample, check_n, images_digest, no_labels, sample_of, sample_positions
 
 # %% ../nbs/07_pixel.ipynb #1397b313
 def undistributed(
@@ -156,7 +156,9 @@ def choose_dl(
     if dl is not None and ds_idx is not None: raise ValueError("`dl` and `ds_idx` both name a loader: give one of them")
     if ds_idx is None: return held_out(dls) if dl is None else dl
     if not isinstance(ds_idx, int) or not 0 <= ds_idx < len(dls.loaders):
-        raise ValueError(f"`ds_idx` must be from 0 to {len(dls.loaders)-1}, as `dls` hold {len(dls.loaders)} loaders, got {ds_idx!r}")
+        names = ['training', 'validation', 'test', *(f'loader {i}' for i in range(3, len(dls.loaders)))][:len(dls.loaders)]
+        said = ', '.join(f'{i} ({name})' for i,name in enumerate(names))
+        raise ValueError(f"`ds_idx` must be one of {said}{'' if len(names) > 2 else '; there is no test split'}, got {ds_idx!r}")
     return dls[ds_idx]
 
 _tud = torch.utils.data
@@ -182,7 +184,7 @@ def measured_positions(
     mine = _own_positions(dl)
     if mine is None: return None,None
     if n is None or n >= len(mine): return mine,len(mine)
-    return [mine[i] for i in sample_positions(class_labels(dl.dataset)[mine], n, seed)], len(mine)
+    return sample_of(dl.dataset, n, seed, mine), len(mine)
 
 def _in_order(dl, positions):
     "A loader like `dl` that reads the items at `positions` in this order; where these are None, all that it has"

@@ -35,7 +35,7 @@ def _grid(df):
     "Of `_singles(df)` the teachers that were tried with two values of α or of the stopping epoch"
     df = _singles(df)
     s = df[df['method'].isin(methods)].groupby('teacher')
-    tried = [t for t,o in s if max(o['alpha'].nunique(), o['stop'].nunique()) > 1]
+    tried = [t for t,o in s if max(o['alpha'].nunique(), o['teacher_epoch'].nunique()) > 1]
     if not tried: raise NotEnough("has no teacher whose students have several values of α or of the stopping epoch")
     return df[~df['method'].isin(methods) | df['teacher'].isin(tried)]
 
@@ -51,7 +51,7 @@ def _axis(title, x): return _view(title, partial(main, free=[x]), partial(axis_t
 _views = dict(
     selected=_view('The best students', partial(main, free=['width']), table2),
     gain=_view('Gain at equal compute', rows, gain),
-    trade_off=_view('Early stopping and label mixing', _grid, front_table, partial(plot_pareto, color='stop')),
+    trade_off=_view('Early stopping and label mixing', _grid, front_table, partial(plot_pareto, color='teacher_epoch')),
     map_clean=_view('Clean accuracy over α and stopping epoch', _grid, partial(map_table, value='clean'), partial(plot_map, value='clean')),
     map_robust=_view('Robust accuracy over α and stopping epoch', _grid, map_table, plot_map),
     teachers=_view('Trade-offs by kind of teacher', _kinds, partial(front_table, by='teacher'), partial(plot_pareto, color='teacher')),

@@ -27,7 +27,7 @@ class NotEnough(ValueError):
 methods = dict(akd='AKD⁺', rslad='RSLAD⁺', ard='ARD⁺', ckd='CKD') # of students
 task = ['data','size','augment','eps','n','noise','arch','width'] # only networks for the same one can be compared
 extras = ['lam','T','epochs','lr','bs','schedule','attack','teacher_epochs','teacher_arch'] # what else may differ between students that tables compare
-settings = [*task, *extras, 'method','teacher','members','teacher_width','teacher_eps','stop','alpha','beta','which','compile','bf16']
+settings = [*task, *extras, 'method','teacher','members','teacher_width','teacher_eps','teacher_epoch','alpha','beta','which','compile','bf16']
 _texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','which','diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')
@@ -64,8 +64,8 @@ def rows(
         if c in (*settings, 'seed', 'compute') or _measured.fullmatch(str(c)): df[c] = _numbers(df[c], c)
     df['which'] = df['which'].fillna('last')
     df['members'] = df['members'].fillna(df['teacher'].map(_members).astype(float))
-    df['stop'] = df['stop'].fillna(df['teacher_epochs'])
-    return df.assign(compute=df['compute'].fillna(df['epochs'] + (df['members']*df['stop']).where(df['teacher'].notna(), 0)))
+    df['teacher_epoch'] = df['teacher_epoch'].fillna(df['teacher_epochs'])
+    return df.assign(compute=df['compute'].fillna(df['epochs'] + (df['members']*df['teacher_epoch']).where(df['teacher'].notna(), 0)))
 
 def measured(
     df, # from `read_rows`
@@ -151,7 +151,7 @@ def pareto(
 # %% ../nbs/28_rows.ipynb #49a2abe9
 _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES', **{'at+': 'AT⁺'})
 _heads = dict(data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε', arch='Network', width='Layer size',
-              method='Method', teacher='Teacher', alpha='α', stop='ES', lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models',
+              method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models',
               schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled', bf16='bfloat16',
               teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
               which='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')

@@ -100,17 +100,17 @@ def make_dls(
     return folder_dls(data, bs, size or folder_size)
 
 def make_net(
-    arch, # 'resnet18', 'wrn-28-10' or timm's name of a network
-    width, # times the usual number of channels, of 'resnet18'
+    arch, # 'cifar_resnet18', 'wrn-28-10' or timm's name of a network
+    width, # times the usual number of channels, of 'cifar_resnet18'
     n_in, # channels of the images
     n_out, # classes
 ):
-    "'resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
-    if arch == 'resnet18': return resnet18(n_out, width, n_in)
+    "'cifar_resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
+    if arch in ('cifar_resnet18', 'resnet18'): return resnet18(n_out, width, n_in)
     if wrn := re.fullmatch(r'wrn-(\d{1,3})-(\d{1,3})', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
     try: import timm
-    except ImportError: raise ValueError(f"`arch` {arch!r} is not resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
-    if not timm.is_model(arch): raise ValueError(f"`arch` {arch!r} is not resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
+    except ImportError: raise ValueError(f"`arch` {arch!r} is not cifar_resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
+    if not timm.is_model(arch): raise ValueError(f"`arch` {arch!r} is not cifar_resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
 
 def batch_size(
@@ -118,9 +118,9 @@ def batch_size(
     n, # number of training images
     bs=None, # what was asked for; None: nothing
 ):
-    "`bs`, or the recipe's batch size where at least eight of them fill an epoch of `n` images"
+    "`bs`, or the recipe's batch size where at least eight of them fill an epoch of `n` images, or one that makes at least four batches"
     if bs is not None and not 0 < bs <= n: raise ValueError(f"`bs` must be from 1 to {n}, the number of training images, got {bs}")
-    return bs or (recipe.bs if 8*recipe.bs <= n else min(125, n))
+    return bs or (recipe.bs if 8*recipe.bs <= n else min(125, max(n//4, 1)))
 
 # %% ../nbs/26_runs.ipynb #e9e30f4c
 def save_run(
@@ -151,7 +151,7 @@ def _described(card_path, path):
 def _network(card, told, path, sizes):
     "The network that the card tells of, where the checkpoint has tensors of these `sizes`"
     if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
-    if told[0] == 'resnet18' or str(told[0]).startswith('wrn-'): # timm's are of one size
+    if told[0] in ('cifar_resnet18', 'resnet18') or str(told[0]).startswith('wrn-'): # timm's are of one size
         with torch.device('meta'): fitting_state(path, make_net(*told))
     return make_net(*told)
 

@@ -18,7 +18,7 @@ import rkd_fastai
 from .cells import cell_dls, eval_images, has_test_split, seconds
 from .core import read_json, say, write_atomic
 from .evaluation import measure_robustness
-from .grid import Cell, betas, read_study, recipe_of, short_hash, teachers_of
+from .grid import Cell, betas, cell_from, read_study, recipe_of, settings_of, short_hash, teachers_of
 from .learner import distil_methods
 from .progress import clock
 from .report import views, write_report
@@ -51,7 +51,7 @@ def _read_results(path):
     res = _read_json(path)
     try:
         found = [v for which in ('last','best') for v in res.get(which, {}).values()]
-        whole = Cell(**res['cell']).id == path.parent.name and all(type(v['accuracy']) is float and type(v['n']) is int and len(v['asked']) == 2 for v in found)
+        whole = cell_from(res['cell']).id == path.parent.name and all(type(v['accuracy']) is float and type(v['n']) is int and len(v['asked']) == 2 for v in found)
     except (KeyError, TypeError, ValueError, AttributeError): whole = False
     return res if whole else {}
 
@@ -82,7 +82,7 @@ class Study:
         "The teachers that the cells share, each once, and the epochs at which they are taken"
         out = {}
         for c in self.cells:
-            for t in teachers_of(c): out.setdefault(t, set()).add(c.stop)
+            for t in teachers_of(c): out.setdefault(t, set()).add(c.teacher_epoch)
         return out
 
     def folder(self,
@@ -141,7 +141,7 @@ def _model(self:Study, c, which='last'):
 @patch
 def _teacher(self:Study, c):
     "The teachers of a cell as one"
-    nets = [load_run(self.folder(t)/f'epoch_{c.stop}.pth')[0] for t in teachers_of(c)]
+    nets = [load_run(self.folder(t)/f'epoch_{c.teacher_epoch}.pth')[0] for t in teachers_of(c)]
     return Teacher(nets, betas=betas(c.teacher, c.beta))
 
 @patch
@@ -162,7 +162,7 @@ def _measure_cell(self:Study, c, label):
         state.unlink(missing_ok=True)
 
 @patch
-def _write(self:Study, c, res): write_atomic(self.folder(c)/'results.json', json.dumps(dict(cell=asdict(c)) | res, indent=2))
+def _write(self:Study, c, res): write_atomic(self.folder(c)/'results.json', json.dumps(dict(cell=settings_of(c)) | res, indent=2))
 
 # %% ../nbs/34_study.ipynb #a8cd4ff3
 @patch
@@ -170,7 +170,7 @@ def _train(self:Study, c, label):
     "Train a cell, or a teacher, unless that is done"
     out,recipe,found = self.folder(c),recipe_of(c),self.with_images(c)
     dls,told = cell_dls(found, self.path),{k: getattr(found, k) for k in ('data','size','n','arch','width','eps','seed','epochs')}
-    card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=asdict(c)))
+    card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=settings_of(c)))
     keep = math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1 if self.measure['best'] and not c.distils else None
     kwargs = dict(teacher=self._teacher(c)) if c.distils else {}
     fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs) # the folder is the cell's alone
@@ -241,7 +241,7 @@ def _row(c, res, which):
     "A cell's settings and accuracies, as tables want them"
     r = res.get(which, {})
     n = len(teachers_of(c))
-    d = dict(id=c.id, clean=None) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.stop or 0))
+    d = dict(id=c.id, clean=None) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.teacher_epoch or 0))
     samples = {k: v.get('sample', {}) for k,v in r.items()}
     splits = {s.get('split') for s in samples.values()} - {None}
     return (d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()} | {f'drawn_{k}': s.get('drawn') for k,s in samples.items()}
@@ -253,7 +253,7 @@ def read_rows(
     "A row per network that has been measured there, or has diverged: settings, accuracies as fractions, and `compute`, the epochs of teachers and student together"
     if not (Path(folder)/'study.json').is_file(): raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
     found = [res for f in sorted(Path(folder).glob('cells/*/results.json')) if (res := _read_results(f))]
-    return pd.DataFrame([_row(Cell(**res['cell']), res, which) for res in found for which in ('last','best') if which in res or (which == 'last' and res.get('diverged'))])
+    return pd.DataFrame([_row(cell_from(res['cell']), res, which) for res in found for which in ('last','best') if which in res or (which == 'last' and res.get('diverged'))])
 
 @patch
 def to_df(self:Study):
@@ -263,13 +263,13 @@ def to_df(self:Study):
 
 def _said(c, varied):
     "A cell in a few words: its method, and what differs within the study"
-    words = [c.method, *([f'{c.teacher}@{c.stop}'] if c.teacher else [])]
+    words = [c.method, *([f'{c.teacher}@{c.teacher_epoch}'] if c.teacher else [])]
     return ' '.join(words + [f'{k} {said(k, v)}' for k in varied if (v := getattr(c, k)) is not None])
 
 @patch
 def varied(self:Study):
     "The settings in which the cells differ, without those that every name says"
-    many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','stop') and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
+    many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','teacher_epoch') and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
     return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width) for c in self.cells)]
 
 def _state(study, c):

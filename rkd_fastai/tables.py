@@ -67,8 +67,8 @@ _marks = "† more than 10 % fewer epochs in all than the baseline, ‡ more tha
 # %% ../nbs/29_tables.ipynb #988cd6ab
 def hyper(row, among):
     "The hyperparameters of a student, those that differ `among` the students and always α and ES"
-    stopped = pd.notna(row['stop']) and not row['stop'] >= row['teacher_epochs']
-    texts = [f"ES={row['stop']:g}" if stopped else 'no ES', f"α={said('alpha', row['alpha'])}"]
+    stopped = pd.notna(row['teacher_epoch']) and not row['teacher_epoch'] >= row['teacher_epochs']
+    texts = [f"ES={row['teacher_epoch']:g}" if stopped else 'no ES', f"α={said('alpha', row['alpha'])}"]
     more = [c for c in told_apart(among[among['method'] == row['method']]) if pd.notna(row[c])]
     texts += [f'{head(c)}={said(c, row[c])}' for c in more]
     return ', '.join(texts + ([kind_name(row['teacher'])] if among['teacher'].nunique() > 1 else []))
@@ -188,7 +188,8 @@ def _outcome(g, name, other, within, where):
 
 def _verdict(g, within):
     "Sentences on where students win and where they do not"
-    g,found = g.sort_index(), []
+    columns = varying(g, task)
+    g,found = g.sort_values(columns, kind='stable') if columns else g, []
     for word,name,other in (('more robust','robust','clean'), ('more accurate','clean','robust')):
         seen = [_outcome(s, name, other, within, _name(s, g)) for _,s in g.groupby(key_of(g, task), sort=False)]
         won,lost = [[t for ok,t in seen if ok == wanted] for wanted in (True, False)]
@@ -206,7 +207,7 @@ def gain(
     check_fraction(within=within)
     g,robust = gains(df, baseline, robust)
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
-    shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'stop', *told_apart(g)]
+    shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *told_apart(g)]
     gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+') for name,label in (('clean','Clean'),('robust',head(robust)))}
     lines = [{head(c): said(c, r[c]) for c in shown} | gain_text(r) | {'Epochs in all': r['mark'], 'Baseline’s': said('compute', r['baseline_compute']),
              'Result': _result(c, rob, r['dear'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'), _won(g, 'robust'))]
@@ -270,7 +271,7 @@ def _chosen(s, kind, robust, floor, label, among):
 # %% ../nbs/29_tables.ipynb #d8838935
 def _common(one, many):
     "`one` and `many` where α, ES and the rest are the same, or all of both if nothing is"
-    a,b = (key_of(o, ['alpha','stop',*extras]) for o in (one, many))
+    a,b = (key_of(o, ['alpha','teacher_epoch',*extras]) for o in (one, many))
     return (one[a.isin(b)], many[b.isin(a)]) if a.isin(b).any() else (one, many)
 
 def table5(
@@ -311,7 +312,7 @@ def table12(
     df = rows(df)
     df = df[df['method'] == 'teacher']
     if not len(df): raise NotEnough("has no teachers that were measured themselves: rows whose `method` is 'teacher'")
-    shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members', *varying(cells, ['stop','beta'])]
+    shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members', *varying(cells, ['teacher_epoch','beta'])]
     return _as_they_are(df, shown, 'Teachers and ensembles themselves, before any distillation.', robust)
 
 def baselines(

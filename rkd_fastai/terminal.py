@@ -88,7 +88,7 @@ class LineProgress(Callback):
     def after_epoch(self):
         names,values = self.recorder.metric_names[1:],self.recorder.log[1:]
         shown = [(n.replace('_', ' '), v) for n,v in zip(names, values) if 'accuracy' in n and isinstance(v, float)]
-        self.note = ''.join(f', {n} {v:.1%}' for n,v in shown)
+        self.note = ''.join(f', {n} {v:.1%}' for n,v in shown) + ' (validation)'*bool(shown)
 
     def after_fit(self): self.line.finish(counted(self.n_epoch, 'epoch') + self.note)
 

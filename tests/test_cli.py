@@ -129,7 +129,7 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
         keep(self)
     monkeypatch.setattr(KeepEpochs, 'each_epoch', die_in_second)
     common = ('--data', 'digits', '--width', '1/16', '--steps', 1)
-    with pytest.raises(SystemExit, match='interrupted'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
+    with pytest.raises(SystemExit, match='130'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
     assert not (tmp_path/'teacher/model.pth').exists()
     for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out', tmp_path/'no')):
         with pytest.raises(SystemExit, match='was cut off: add `--resume`.*epoch_1.pth'): rkd(*command)
@@ -195,7 +195,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
     student = ('distill', *small, '--out', tmp_path/'run', '--teacher')
     with monkeypatch.context() as m:
         m.setattr(Resume, '_save', die)
-        with pytest.raises(SystemExit, match='interrupted'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
+        with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
     assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: put back what it had, or name another `--out`'
     for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'), (('--data-path', tmp_path), None)):

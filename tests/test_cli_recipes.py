@@ -38,7 +38,7 @@ def planned(monkeypatch, tmp_path):
         seen = []
         def stop(self, learn, *args, **kwargs): seen.append((learn, args)); raise KeyboardInterrupt
         monkeypatch.setattr(Recipe, 'fit', stop)
-        with pytest.raises(SystemExit, match='interrupted'): rkd(*args, '--out', out)
+        with pytest.raises(SystemExit, match='130'): rkd(*args, '--out', out)
         (learn, (n_epoch, lr)), card = seen[0], card_of(out)
         assert (n_epoch, lr) == (card['epochs'], card['lr']) # what is said is what is done
         return card, learn

@@ -25,7 +25,7 @@ def test_studies_can_be_read(file):
     cells,measure,title = read_study(file)
     students = [c for c in cells if c.distils]
     assert students and title != file.stem and 'autoattack' in measure['attacks']
-    most = max(c.epochs + c.stop*len(teachers_of(c)) for c in students)
+    most = max(c.epochs + c.teacher_epoch*len(teachers_of(c)) for c in students)
     assert any(c.method == 'at' and c.epochs == most for c in cells)
 
 @pytest.mark.parametrize('file', sorted((Path(__file__).parent.parent/'results').glob('*/*.toml')), ids=lambda f: f.stem)

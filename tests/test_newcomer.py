@@ -35,7 +35,7 @@ def test_train(teacher, photos):
     assert card['images'] == dict(train=600, valid=300, test=300) and card['vocab'] == [str(i) for i in range(10)]
     assert {f'epoch_{i}.pth' for i in range(1, 7)} <= {f.name for f in teacher.iterdir()} and float(history(teacher)[-1]['accuracy']) > .7
 
-def test_interrupted_and_resumed(teacher, photos, monkeypatch):
+def test_interrupted_and_resumed(teacher, photos, monkeypatch, capsys):
     "A student of an early epoch; Ctrl-C after the second epoch costs nothing, and the teacher's files stay as they are"
     before = {f.name: f.read_bytes() for f in teacher.iterdir()}
     student = ('distill', '--data', photos, '--teacher', teacher/'epoch_4.pth', '--epochs', 3, *small)
@@ -47,12 +47,22 @@ def test_interrupted_and_resumed(teacher, photos, monkeypatch):
         if self.epochs == 2: raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(Resume, '_save', once)
-        with pytest.raises(SystemExit, match='interrupted'): rkd(*student, '--out', cut)
+        with pytest.raises(SystemExit, match='130'): rkd(*student, '--out', cut)
+    assert 'with `--resume` goes on after the last finished epoch' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='--resume'): rkd(*student, '--out', cut)
     rkd(*student, '--out', cut, '--resume')
     a,b = (load_run(run)[0].state_dict() for run in (whole, cut))
     assert all(torch.equal(v, b[k]) for k,v in a.items()) and history(whole) == history(cut)
     assert {f.name: f.read_bytes() for f in teacher.iterdir()} == before
+
+def test_student_sees_images_of_the_teachers_size(teacher, photos, tmp_path, monkeypatch):
+    "also where the folder is named in another way, or is another folder; published data have a size of their own"
+    from rkd_fastai import cli
+    seen = []
+    monkeypatch.setattr(cli, '_run', lambda args, *_, **__: seen.append(args.size))
+    monkeypatch.chdir(photos.parent)
+    for data in (photos, photos.name, f'{photos}/../{photos.name}', tmp_path, 'fashion_sample'): rkd('distill', '--data', data, '--teacher', teacher, '--out', tmp_path/'s')
+    assert seen == [8, 8, 8, 8, None]
 
 def test_evaluate(teacher, photos, capsys):
     "On the test images, which nothing was chosen on; the numbers are those of a loop by hand"
@@ -83,7 +93,7 @@ epochs = 4
 [[grid]]
 method = "akd"
 alpha = [0.5, 1.0]
-stop = 1
+teacher_epoch = 1
 '''
 
 def test_study_and_report(photos, capsys, monkeypatch, tmp_path):

@@ -21,9 +21,9 @@ def at(clean, robust, which='last', epochs=80, **kwargs):
     "A baseline"
     return base | dict(method='at', which=which, epochs=epochs, clean=clean, pgd20=robust, n_clean=400, n_pgd20=400, seed=0) | kwargs
 
-def student(clean, robust, method='akd', teacher='at', alpha=.5, stop=40, **kwargs):
+def student(clean, robust, method='akd', teacher='at', alpha=.5, teacher_epoch=40, **kwargs):
     "A student"
-    return base | dict(method=method, teacher=teacher, alpha=alpha, stop=stop, teacher_epochs=40, epochs=40, clean=clean, pgd20=robust, n_clean=400, n_pgd20=400, seed=0) | kwargs
+    return base | dict(method=method, teacher=teacher, alpha=alpha, teacher_epoch=teacher_epoch, teacher_epochs=40, epochs=40, clean=clean, pgd20=robust, n_clean=400, n_pgd20=400, seed=0) | kwargs
 
 def frame(*rows): return pd.DataFrame(list(rows))
 
@@ -43,7 +43,7 @@ def test_means_against_a_loop():
     df = study(seeds=3).sample(frac=1, random_state=0)
     got = over_seeds(df)
     groups = {}
-    for r in df.to_dict('records'): groups.setdefault((r['method'], r.get('teacher'), r['stop'], r['alpha'], r['which']) if r['method'] in methods else r['which'], []).append(r)
+    for r in df.to_dict('records'): groups.setdefault((r['method'], r.get('teacher'), r['teacher_epoch'], r['alpha'], r['which']) if r['method'] in methods else r['which'], []).append(r)
     assert len(got) == len(groups) == 2*2*9 + 2 and (got.seeds == 3).all()
     want = sorted((statistics.mean(r['clean'] for r in g), statistics.stdev(r['clean'] for r in g), statistics.mean(r['pgd20'] for r in g), statistics.stdev(r['pgd20'] for r in g)) for g in groups.values())
     np.testing.assert_allclose(sorted(map(tuple, got[['clean','clean_std','pgd20','pgd20_std']].to_numpy())), want)
@@ -70,7 +70,7 @@ def test_the_same_seed_twice():
     assert over_seeds(frame(student(.7, .4, seed=None), student(.72, .4, seed=None))).clean_std.notna().all()
 
 def test_compute_is_that_of_all_networks():
-    got = over_seeds(frame(student(.7, .4, stop=10), student(.7, .4, teacher='4 at', stop=10), student(.7, .4, teacher='2 st, 2 at', stop=None), at(.7, .4), student(.7, .4, stop=20, compute=99)))
+    got = over_seeds(frame(student(.7, .4, teacher_epoch=10), student(.7, .4, teacher='4 at', teacher_epoch=10), student(.7, .4, teacher='2 st, 2 at', teacher_epoch=None), at(.7, .4), student(.7, .4, teacher_epoch=20, compute=99)))
     assert got.compute.tolist() == [50, 80, 200, 80, 99]
 
 @pytest.mark.parametrize('attacks, want', [
@@ -107,7 +107,7 @@ def test_main_is_the_task_of_most_students():
 @pytest.mark.parametrize('seed', range(12))
 def test_select_against_a_loop(seed):
     df = study(seed)
-    mean = df.groupby(['method','teacher','alpha','stop','which'], dropna=False)[['clean','pgd20']].mean().reset_index()
+    mean = df.groupby(['method','teacher','alpha','teacher_epoch','which'], dropna=False)[['clean','pgd20']].mean().reset_index()
     teachers = mean[mean.method == 'at'].sort_values('pgd20').to_dict('records')
     b = teachers[-1]
     acc = [r for r in mean.to_dict('records') if r['method'] != 'at' and r['pgd20'] >= b['pgd20'] - .02]
@@ -119,7 +119,7 @@ def test_select_against_a_loop(seed):
     for i,r in ((0, b), (2, acc), (3, rob)): assert (number(got.Clean[i]), number(got['PGD-20'][i])) == (round(100*r['clean'], 1), round(100*r['pgd20'], 1))
     for i,r in ((2, acc), (3, rob)):
         assert got['Best loss'][i] == methods[r['method']]
-        assert got.Hyperparameters[i] == f"{'no ES' if r['stop'] == 40 else 'ES=%g' % r['stop']}, α={r['alpha']:g}, {r['teacher'].upper()}"
+        assert got.Hyperparameters[i] == f"{'no ES' if r['teacher_epoch'] == 40 else 'ES=%g' % r['teacher_epoch']}, α={r['alpha']:g}, {r['teacher'].upper()}"
 
 @pytest.mark.parametrize('loss, holds', [(.02, True), (.0201, False)])
 def test_two_points_less_is_allowed(loss, holds):
@@ -156,8 +156,8 @@ def test_only_the_same_task_is_compared(name, value):
 # --- gains ---
 
 def test_gain_is_over_the_baseline_nearest_in_compute():
-    df = frame(at(.6, .30, epochs=40), at(.7, .40, epochs=80), at(.8, .50, epochs=160), student(.75, .45, stop=10), student(.75, .45, stop=20), student(.75, .45, stop=40, teacher='4 ffgsm'))
-    got = gains(df)[0].set_index('stop')
+    df = frame(at(.6, .30, epochs=40), at(.7, .40, epochs=80), at(.8, .50, epochs=160), student(.75, .45, teacher_epoch=10), student(.75, .45, teacher_epoch=20), student(.75, .45, teacher_epoch=40, teacher='4 ffgsm'))
+    got = gains(df)[0].set_index('teacher_epoch')
     assert got.baseline_compute.to_dict() == {10: 40, 20: 80, 40: 160} or got.baseline_compute.tolist() == [40, 80, 160]
     np.testing.assert_allclose(got.robust_gain, [.15, .05, -.05]); np.testing.assert_allclose(got.clean_gain, [.15, .05, -.05])
 
@@ -188,7 +188,7 @@ def test_what_a_gain_means(clean, robust, result, verdict):
 def test_verdict_names_where_distillation_does_not_win():
     good,bad = [(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., 1/4)],(at(.5, .3, width=1/16), student(.6, .2, width=1/16))
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
-    assert verdict[0].startswith('A student is more robust than the baseline at layer size 1 (+20.0') and '1/4 (+20.0' in verdict[0] and '1/16' not in verdict[0]
+    assert verdict[0].startswith('A student is more robust than the baseline at layer size 1/4 (+20.0') and 'at layer size 1 (+20.0' in verdict[0] and '1/16' not in verdict[0]
     assert verdict[1].startswith('Distillation does not win, no student is shown to be more robust at layer size 1/16 (')
 
 def test_verdict_names_all_that_differs():
@@ -286,7 +286,7 @@ def test_map_table_has_every_cell():
     df = study()
     for value,c in (('clean','clean'), ('robust','pgd20'), ('pgd20','pgd20')):
         got = map_table(df, value).set_index(['Method','Teacher','α'])
-        for (m,t,a,s),g in df[df.method != 'at'].groupby(['method','teacher','alpha','stop']):
+        for (m,t,a,s),g in df[df.method != 'at'].groupby(['method','teacher','alpha','teacher_epoch']):
             assert number(got.loc[(methods[m], t.upper(), f'{a:g}'), f'ES {s:g}']) == round(100*g[c].mean(), 1)
     with pytest.raises(ValueError, match=r"differ in \['T'\]"): map_table(pd.concat([df, frame(student(.7, .4, alpha=.3, T=4.))]))
 
@@ -337,13 +337,13 @@ def test_markdown_and_csv():
 
 def dots(ax): return sorted(map(tuple, np.concatenate([c.get_offsets() for c in ax.collections if hasattr(c, 'get_offsets') and len(c.get_sizes() if hasattr(c, 'get_sizes') else [])] or [np.zeros((0,2))]).round(6)))
 
-@pytest.mark.parametrize('color', ['stop','alpha','method','teacher'])
+@pytest.mark.parametrize('color', ['teacher_epoch','alpha','method','teacher'])
 def test_every_student_is_where_it_belongs(color):
     df = study()
     fig = plot_pareto(df, color=color, below=None)
     means = over_seeds(df)
     panels = {ax.get_title(): ax for ax in fig.axes}
-    assert len(panels) == dict(stop=4, alpha=4, method=2, teacher=2)[color]
+    assert len(panels) == dict(teacher_epoch=4, alpha=4, method=2, teacher=2)[color]
     for title,ax in panels.items():
         students = means[means.method != 'at']
         mine = students[[(color == 'method' or methods[m] in title.split(', ')) and (color == 'teacher' or f'{t.upper()} teacher' in title) for m,t in zip(students.method, students.teacher)]]
@@ -352,16 +352,16 @@ def test_every_student_is_where_it_belongs(color):
     drawn = [l.get_xydata()[0] for l in fig.axes[0].lines if l.get_marker() == '*']
     np.testing.assert_allclose(sorted(y for _,y in drawn), 100*stars.pgd20)
     labels = [t.get_text() for t in fig.legends[0].get_texts()]
-    assert set(dict(stop=['ES 10','ES 40','α = 0.3'], alpha=['α = 0.3','ES 10'], method=['AKD⁺','RSLAD⁺'], teacher=['ST','AT'])[color]) <= set(labels)
+    assert set(dict(teacher_epoch=['ES 10','ES 40','α = 0.3'], alpha=['α = 0.3','ES 10'], method=['AKD⁺','RSLAD⁺'], teacher=['ST','AT'])[color]) <= set(labels)
     assert sum('AT alone' in t for t in labels) == 2 and '36 students' in fig.get_label()
 
 def test_colours_and_sizes_grow():
-    df = frame(at(.7, .4), *(student(.7+a/100, .4-s/1000, alpha=a, stop=s) for a in (.1,.5,.9) for s in (10,20)))
+    df = frame(at(.7, .4), *(student(.7+a/100, .4-s/1000, alpha=a, teacher_epoch=s) for a in (.1,.5,.9) for s in (10,20)))
     fig = plot_pareto(df)
     drawn, = [c for c in fig.axes[0].collections if hasattr(c, 'get_sizes') and len(c.get_offsets()) == 6]
-    look = pd.DataFrame(dict(alpha=((drawn.get_offsets()[:,0]-70)).round(1), stop=(1000*(.4-drawn.get_offsets()[:,1]/100)).round(), size=drawn.get_sizes(), green=drawn.get_facecolors()[:,1]))
+    look = pd.DataFrame(dict(alpha=((drawn.get_offsets()[:,0]-70)).round(1), teacher_epoch=(1000*(.4-drawn.get_offsets()[:,1]/100)).round(), size=drawn.get_sizes(), green=drawn.get_facecolors()[:,1]))
     assert (look.groupby('alpha')['size'].nunique() == 1).all() and look.groupby('alpha')['size'].first().is_monotonic_increasing and look['size'].nunique() == 3
-    assert (look.groupby('stop').green.nunique() == 1).all() and look.groupby('stop').green.first().tolist()[0] < look.groupby('stop').green.first().tolist()[1]
+    assert (look.groupby('teacher_epoch').green.nunique() == 1).all() and look.groupby('teacher_epoch').green.first().tolist()[0] < look.groupby('teacher_epoch').green.first().tolist()[1]
 
 def test_what_is_far_below_is_counted():
     df = frame(at(.7, .4), student(.72, .41), student(.9, .05, alpha=1.), student(.5, .5, alpha=.9))
@@ -383,11 +383,11 @@ def test_map_shows_its_numbers(value, c):
     fig = plot_map(df, value)
     for (m,t),g in df[df.method != 'at'].groupby(['method','teacher']):
         ax, = [a for a in fig.axes if a.get_title() == f'{methods[m]}, {t.upper()} teacher']
-        want = (100*g.pivot_table(index='alpha', columns='stop', values=c)).round(1).to_numpy()
+        want = (100*g.pivot_table(index='alpha', columns='teacher_epoch', values=c)).round(1).to_numpy()
         got = {(round(x.get_position()[1]), round(x.get_position()[0])): float(x.get_text()) for x in ax.texts}
         assert got == {k: v for k,v in np.ndenumerate(want)}
         frames = [(round(p.get_y()+.45), round(p.get_x()+.47)) for p in ax.patches]
-        exact = g.pivot_table(index='alpha', columns='stop', values=c).to_numpy()
+        exact = g.pivot_table(index='alpha', columns='teacher_epoch', values=c).to_numpy()
         assert frames == [np.unravel_index(exact.argmax(), exact.shape)]
         shade = ax.images[0]
         assert shade.norm.vcenter == pytest.approx(100*over_seeds(df).query("method == 'at'").sort_values('pgd20')[c].iloc[-1])
@@ -548,7 +548,7 @@ def test_text_plot_is_of_one_task():
 
 def test_figures_and_text_round_as_tables_do():
     "Halves of a tenth: 45.25 is 45.3 everywhere, where Python alone says 45.2"
-    df = frame(at(.7, .4025), student(.7525, .4525), student(.7225, .4425, alpha=.8), student(.7225, .4325, stop=20))
+    df = frame(at(.7, .4025), student(.7525, .4525), student(.7225, .4425, alpha=.8), student(.7225, .4325, teacher_epoch=20))
     shown = {t.get_text() for ax in plot_map(df).axes for t in ax.texts}
     assert shown == {'45.3','44.3','43.3'} and {v for v in map_table(df).iloc[:, 3:].to_numpy().ravel()} - {'–'} == shown
     assert ' 45.3 ┤' in pareto_text(df) and ' 40.3 ┤' in pareto_text(df) and pareto_text(df).splitlines()[-2].split() == ['70.0','clean,','%','75.3']

@@ -24,12 +24,12 @@ def test_report_is_that_of_its_cards(folder):
     assert read_study(folder.with_suffix('.toml'))[2] == json.loads((folder/'study.json').read_text(encoding='utf8'))['title']
 
 baseline = {'adversarial training, last epoch': dict(method='at', which='last'), 'the same, best epoch': dict(method='at', which='best')}
-early = {f'AKD⁺ student, α {a:g}, teacher of epoch {e}': dict(method='akd', alpha=a, stop=e) for a,e in ((.8, 40), (.8, 20), (.5, 10))}
-shown = [('README.md', 'early', 'What it is worth', baseline | {'AKD⁺ student': dict(stop=40), 'AKD⁺ student, teacher of epoch 20': dict(stop=20), 'AKD⁺ student, teacher of epoch 10, α 0.5': dict(stop=10, alpha=.5)}),
+early = {f'AKD⁺ student, α {a:g}, teacher of epoch {e}': dict(method='akd', alpha=a, teacher_epoch=e) for a,e in ((.8, 40), (.8, 20), (.5, 10))}
+shown = [('README.md', 'early', 'What it is worth', baseline | {'AKD⁺ student': dict(teacher_epoch=40), 'AKD⁺ student, teacher of epoch 20': dict(teacher_epoch=20), 'AKD⁺ student, teacher of epoch 10, α 0.5': dict(teacher_epoch=10, alpha=.5)}),
          ('results/fashion_mnist/README.md', 'headline', 'Does a student beat', baseline | {'AKD⁺ student': dict(method='akd')}),
          ('results/fashion_mnist/README.md', 'early', 'The same student, of teachers', baseline | early),
          ('results/fashion_mnist/README.md', 'noise', 'With a fifth of the labels wrong', baseline | {f'AKD⁺ student, α {a:g}': dict(method='akd', alpha=a) for a in (.8, 1.)}),
-         ('results/fashion_mnist/README.md', 'grid', 'Early stopping and label mixing', baseline | {f'{m}⁺, α {a:g}, teacher of epoch {e}': dict(method=m.lower(), alpha=a, stop=e) for m,a,e in
+         ('results/fashion_mnist/README.md', 'grid', 'Early stopping and label mixing', baseline | {f'{m}⁺, α {a:g}, teacher of epoch {e}': dict(method=m.lower(), alpha=a, teacher_epoch=e) for m,a,e in
              (('AKD', .5, 10), ('AKD', .8, 20), ('RSLAD', .8, 20), ('RSLAD', .8, 40), ('AKD', .8, 40), ('AKD', 1., 10), ('ARD', .8, 40))}),
          ('results/fashion_mnist/README.md', 'teachers', 'Kinds of teacher and ensembles', baseline | {'four AT teachers themselves': dict(method='teacher', teacher='4 at'),
              'RSLAD⁺, α 0.3, ST teacher': dict(method='rslad', teacher='st'), 'AKD⁺, α 0.8, LAT teacher (ε 2/255)': dict(method='akd', teacher='lat', alpha=.8),
@@ -58,9 +58,9 @@ def test_headline_is_measured_on_all_test_images(study):
     cells = over_seeds(read_rows(root/'results/fashion_mnist'/study))
     assert (cells.n_clean == 10_000).all() and (cells.n_pgd20 == 10_000).all() and (cells.n_autoattack == 1000).all()
 
-short = {'the table above, AutoAttack': ('early', dict(stop=40)), 'its last line, 10 + 40, AutoAttack': ('early', dict(stop=10)), 'a fifth of the labels wrong, α 1, the better of two, PGD-20': ('noise', dict(alpha=1.)),
+short = {'the table above, AutoAttack': ('early', dict(teacher_epoch=40)), 'its last line, 10 + 40, AutoAttack': ('early', dict(teacher_epoch=10)), 'a fifth of the labels wrong, α 1, the better of two, PGD-20': ('noise', dict(alpha=1.)),
          '14×14 pixels, PGD-20': ('teachers', dict(teacher='at', alpha=.8)), '14×14 pixels, width 1/4, PGD-20': ('augment', dict(width=1/4)),
-         '14×14 pixels, random crops, PGD-20': ('augment', dict(augment='usual')), 'ε 25/255, PGD-20': ('radius', dict(stop=40))}
+         '14×14 pixels, random crops, PGD-20': ('augment', dict(augment='usual')), 'ε 25/255, PGD-20': ('radius', dict(teacher_epoch=40))}
 
 def test_the_table_of_gains():
     "Of the first page: the reports' own figures, and bold is what is beyond its ±"

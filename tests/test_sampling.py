@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn as nn
 from PIL import Image
-from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, accuracy
+from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, accuracy, get_image_files
 from rkd_fastai import callback
 from rkd_fastai.all import *
 from rkd_fastai.cli import main
 from rkd_fastai.data import arrays_dls
-from rkd_fastai.pixel import measured_images
+from rkd_fastai.pixel import measured_images, measured_positions
 from rkd_fastai.runs import make_dls
 from rkd_fastai.sampling import class_labels, stratified_order
 from rkd_fastai.study import Study
@@ -270,6 +270,14 @@ def test_samples_are_nested_and_the_same_for_the_same_data(learn, make_learner):
     random.seed(9); torch.manual_seed(9); np.random.seed(9)
     assert torch.equal(measured_images(again, n=30)[0], many)
     assert not torch.equal(measured_images(learn, n=30, seed=1)[0], many)
+
+def test_the_sample_is_that_of_the_files_in_whatever_order_they_were_listed(folder):
+    files = sorted(get_image_files(folder))
+    dls = ImageDataLoaders.from_path_func(folder, files, lambda f: Path(f).parent.name, valid_pct=.1, seed=0, bs=8, num_workers=0, item_tfms=Resize(8))
+    def drawn(order):
+        dl = dls.test_dl(order, with_labels=True, num_workers=0)
+        return {Path(dl.dataset.items[i]).relative_to(folder) for i in measured_positions(dl, 12)[0]}
+    assert len(drawn(files)) == 12 and drawn(files) == drawn(files[::-1]) == drawn(files[1::2] + files[::2])
 
 def test_results_of_other_images_are_not_compared(learn):
     a,b,c = (learn.robustness('clean', **kw) for kw in (dict(n=n), dict(n=n, seed=1), dict(n=n, ds_idx=1)))

@@ -1,5 +1,6 @@
 "Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
 import json, os, random, runpy, subprocess, sys, time
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -7,7 +8,7 @@ import pandas as pd, pytest, torch
 from rkd_fastai.evaluation import measure_robustness
 from rkd_fastai.pixel import pixel_data
 from rkd_fastai.cells import cell_dls
-from rkd_fastai.grid import make_cell, read_study, recipe_of, teachers_of
+from rkd_fastai.grid import Cell, make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.loaders import with_label_noise
 from rkd_fastai.runs import load_run, make_dls, train_seconds
 from rkd_fastai.study import Study, plan_text, read_rows, report as report_text
@@ -21,7 +22,7 @@ def weights(study, c): return torch.load(study.folder(c)/'model.pth')
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 def table(df): return df.sort_values('id').reset_index(drop=True)
 
-grids = (dict(method='at', epochs=4), dict(method=['akd','rslad'], stop=[1,3]), dict(method='teacher', teacher='st, at', beta=[.25, 1.]))
+grids = (dict(method='at', epochs=4), dict(method=['akd','rslad'], teacher_epoch=[1,3]), dict(method='teacher', teacher='st, at', beta=[.25, 1.]))
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -31,7 +32,7 @@ def finished(tmp_path_factory):
     return s
 
 def test_cells_are_the_product_of_their_lists():
-    cells,_,_ = read_study(spec(dict(method='akd', alpha=[.5,1.], stop=[1,2,3]), dict(method=['at','st']), seed=[1,2]))
+    cells,_,_ = read_study(spec(dict(method='akd', alpha=[.5,1.], teacher_epoch=[1,2,3]), dict(method=['at','st']), seed=[1,2]))
     assert len(cells) == 2*(2*3 + 2) and len({c.id for c in cells}) == len(cells)
     assert [c.seed for c in cells] == sorted(c.seed for c in cells)
 
@@ -53,12 +54,12 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
 
 @pytest.mark.parametrize('wrong, says', [
     (dict(metod='akd'), "did you mean 'method'"), (dict(method='akdd'), "did you mean 'akd'"), (dict(method='akd', teacher='att'), "did you mean 'at'"),
-    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', stop=4), 'beyond the teacher'), (dict(method='akd', schedule='exp'), 'means nothing'),
+    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'), (dict(method='akd', schedule='exp'), 'means nothing'),
     (dict(method='akd', alpha='much'), '`alpha` is a number'), (dict(method='akd', alpha=[.5, 1.5]), '`alpha` lies'), (dict(method='akd', eps=8), 'write 8/255'),
     (dict(method='akd', n=2.5), '`n` is of type int'), (dict(method='akd', n=True), '`n` is of type int'), (dict(method='akd', noise=-.1), '`noise` lies'),
     (dict(method='at', schedule='cosine'), 'unknown `schedule`'), (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'means nothing'),
     (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "'member'"), (dict(alpha=.5), 'has no `method`'),
-    (dict(method='akd', epochs=0), '`epochs` is more than 0'), (dict(method='akd', stop=0), '`stop` is more than 0'), (dict(method='akd', teacher_epochs=0), '`teacher_epochs` is more than 0'),
+    (dict(method='akd', epochs=0), '`epochs` is more than 0'), (dict(method='akd', teacher_epoch=0), '`teacher_epoch` is more than 0'), (dict(method='akd', teacher_epochs=0), '`teacher_epochs` is more than 0'),
     (dict(method='akd', alpha=[]), '`alpha` is an empty list'), (dict(method='at', title='Below the grid'), "unknown setting of [[grid]] 'title'"), (dict(method='at+', schedule='exp'), 'means nothing')])
 def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
     with pytest.raises(ValueError) as e: Study(spec(wrong), tmp_path/'s')
@@ -115,9 +116,9 @@ def test_teachers_are_shared(finished):
 def test_teachers_stop_where_the_cell_says(finished):
     x,_ = pixel_data(make_dls('digits'))
     for c in [c for c in finished.cells if c.distils]:
-        teacher = load_run(finished.folder(teachers_of(c)[0])/f'epoch_{c.stop}.pth')[0]
+        teacher = load_run(finished.folder(teachers_of(c)[0])/f'epoch_{c.teacher_epoch}.pth')[0]
         torch.testing.assert_close(finished._teacher(c).probs(x[:5]), teacher.probs(x[:5]))
-    assert {c.stop for c in finished.cells if c.distils} == {1, 3}
+    assert {c.teacher_epoch for c in finished.cells if c.distils} == {1, 3}
 
 def test_members_differ_in_their_start_and_not_in_their_data(tmp_path):
     first,second = teachers_of(make_cell(**settings, method='akd', teacher='2 at', seed=1))
@@ -134,7 +135,7 @@ def test_students_are_those_of_their_settings(finished):
         net,card = load_run(finished.folder(c))
         r = measure_robustness(net, x, y, ['clean','pgd2'], c.eps, fast=True)
         row = df[df.id == c.id].iloc[0]
-        assert (row.clean, row.pgd2, row.n_clean, row.compute) == (r.clean, r.pgd2, 50, 2 + c.stop)
+        assert (row.clean, row.pgd2, row.n_clean, row.compute) == (r.clean, r.pgd2, 50, 2 + c.teacher_epoch)
         assert (card['method'], card['alpha'], card['attack']) == (c.method, .8, repr(recipe_of(c).attack))
 
 def test_ensemble_is_measured_by_its_weights(finished):
@@ -174,10 +175,10 @@ def test_another_attack_is_all_that_is_added(tmp_path, monkeypatch):
 
 def test_earlier_epoch_of_a_teacher_is_trained_for_again(tmp_path):
     "Checkpoints that nobody asked for are not kept: who asks later gets the same teacher"
-    s = Study(spec(dict(method='akd', stop=3)), tmp_path/'s')
+    s = Study(spec(dict(method='akd', teacher_epoch=3)), tmp_path/'s')
     s.run()
     t = next(iter(s.teachers)); before = weights(s, t)
-    later = Study(spec(dict(method='akd', stop=[2,3])), tmp_path/'s')
+    later = Study(spec(dict(method='akd', teacher_epoch=[2,3])), tmp_path/'s')
     later.run()
     assert (s.folder(t)/'epoch_2.pth').exists() and same(before, weights(later, t))
 
@@ -245,7 +246,7 @@ def test_a_training_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
         def stop(self, *_):
             if self.epoch + 1 == after: raise KeyboardInterrupt
         return stop
-    first,then = (Study(spec(dict(method='teacher', stop=stop)), tmp_path/'s') for stop in (3, [1, 3]))
+    first,then = (Study(spec(dict(method='teacher', teacher_epoch=teacher_epoch)), tmp_path/'s') for teacher_epoch in (3, [1, 3]))
     with monkeypatch.context() as m:
         m.setattr('rkd_fastai.callback.finite.NonFinite.after_epoch', killed(3), raising=False)
         with pytest.raises(KeyboardInterrupt): first.run()
@@ -353,7 +354,7 @@ attacks = ["clean", "pgd2"]
 n = 50
 [[grid]]
 method = "akd"
-stop = [1, 3]
+teacher_epoch = [1, 3]
 """
 
 def test_collected_is_the_study_without_weights(finished, tmp_path):
@@ -365,7 +366,7 @@ def test_collected_is_the_study_without_weights(finished, tmp_path):
     s = Study(tmp_path/'mine.toml', out)
     assert {f.name for f in out.rglob('*') if f.is_file()} == {'study.json','card.json','history.csv','results.json'} and len(s.cells) == 2
     assert all((s.folder(c)/'card.json').exists() for c in [*s.cells, *s.teachers])
-    columns,theirs = ['id','stop','clean','pgd2','n_clean','compute'],finished.to_df()
+    columns,theirs = ['id','teacher_epoch','clean','pgd2','n_clean','compute'],finished.to_df()
     pd.testing.assert_frame_equal(table(s.to_df())[columns], table(theirs[theirs.id.isin([c.id for c in s.cells])])[columns], check_dtype=False)
     assert '2 of 2 cells' in str(pytest.raises(SystemExit, collect, tmp_path/'mine.toml', tmp_path/'nowhere').value) and (out/'study.json').exists()
 
@@ -397,3 +398,35 @@ def test_studies_that_share_a_folder_say_it_of_all_data(make_images, tmp_path):
     Study(spec(dict(method='at', epochs=1), data=str(images), n=30, bs=10, size=8, measure=dict(n=8)), tmp_path/'s').run()
     said = report_text(tmp_path/'s') and (tmp_path/'s/report/index.html').read_text()
     assert f"{images}, digits: there is no test split" in said
+
+def test_a_cell_keeps_its_name():
+    "Folders of finished cells are found by these names: a change of them orphans what has been measured"
+    assert make_cell(method='at', seed=2, n=500).id == 'at_s2_7e759173'
+    assert make_cell(method='akd', teacher_epoch=20, alpha='1/2').id == 'akd_at@20_a0.5_s0_f61bc110'
+
+@pytest.mark.parametrize('old, new', [(dict(stop=1), dict(teacher_epoch=1)), (dict(arch='resnet18'), dict(arch='cifar_resnet18')), (dict(arch=['resnet18', 'wrn-10-1']), dict(arch=['cifar_resnet18', 'wrn-10-1']))])
+def test_old_names_of_settings_are_read(old, new, capsys):
+    "at the top of the file and in a grid, each with one line that names the new one"
+    for where in (lambda o: spec(dict(method='akd'), **o), lambda o: spec(dict(method='akd') | o)):
+        want = read_study(where(new))[0]
+        assert capsys.readouterr().out == ''
+        assert read_study(where(old))[0] == want
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1 and 'is now called `' in said[0]
+    with pytest.raises(ValueError, match='`stop` and `teacher_epoch` are the same setting'): read_study(spec(dict(method='akd', stop=1, teacher_epoch=1)))
+
+def test_cells_of_an_older_version_get_their_new_names(tmp_path, monkeypatch):
+    sys.path.insert(0, str(Path(__file__).parent.parent/'tools'))
+    import rename_cells
+    old = {f.name: getattr(Cell('akd'), f.name) for f in fields(Cell)} | dict(teacher='at', stop=20, teacher_epochs=40, arch='resnet18', teacher_arch='resnet18', alpha=.5)
+    del old['teacher_epoch']
+    folder = tmp_path/'s/cells/akd_at@20_a0.5_s0_00000000'
+    folder.mkdir(parents=True)
+    (tmp_path/'s/study.json').write_text('{}')
+    clean = dict(accuracy=.5, n=4, asked=[4, 0])
+    (folder/'results.json').write_text(json.dumps(dict(cell=old, last=dict(clean=clean))))
+    rename_cells.main(tmp_path/'s')
+    row = read_rows(tmp_path/'s').iloc[0]
+    assert (row.method, row.teacher_epoch, row.arch, row.alpha, row.clean) == ('akd', 20, 'cifar_resnet18', .5, .5)
+    rename_cells.main(tmp_path/'s') # a second time changes nothing
+    assert len(read_rows(tmp_path/'s')) == 1
