@@ -41,9 +41,11 @@ tutorials: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test nbs/tutorials --save --n-workers 2
 	$(BIN)/nbdev-clean
 
-# are notebooks, modules and README in step?
+# are notebooks, modules and README in step, do imports point down, is no line too long?
 check: .venv/dev
 	$(BIN)/python tools/check.py
+	$(BIN)/lint-imports
+	$(BIN)/ruff check
 
 # the site in _docs, from notebooks and Markdown pages
 docs: .venv/docs

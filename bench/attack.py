@@ -3,9 +3,9 @@
     python -m bench.attack
 """
 import torch, torch.nn.functional as F
-from rkd_fastai.attacks import PGD
-from rkd_fastai.fast import faster
-from rkd_fastai.models import resnet18
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.speed import faster
+from rkd_fastai.models import cifar_resnet18
 from .timing import HOW, compare, parse, setting, table
 
 EPS, STEP, STEPS = 8/255, 2/255, 7
@@ -24,7 +24,7 @@ def reference_pgd(model, x, y):
 
 def worn_in(a):
     "A network whose BatchNorm has seen images"
-    model = resnet18(10, a.width, a.n_in).to(a.device)
+    model = cifar_resnet18(10, a.width, a.n_in).to(a.device)
     with torch.no_grad():
         for _ in range(3): model(torch.rand(a.bs, a.n_in, a.size, a.size, device=a.device))
     return model

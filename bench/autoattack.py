@@ -9,12 +9,13 @@ from unittest.mock import patch
 import torch
 from fastai.vision.all import Learner, set_seed
 from pyautoattack import AutoAttack as Published
-from rkd_fastai import attacks
-from rkd_fastai.attacks import AutoAttack, PGD
-from rkd_fastai.data import fashion_mnist_dls, fashion_sample_dls
+from rkd_fastai.attacks import autoattack as attacks
+from rkd_fastai.attacks.autoattack import AutoAttack
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.data.benchmarks import fashion_mnist_dls, fashion_sample_dls
 from rkd_fastai.pixel import pixel_data
-from rkd_fastai.learner import sgd_nesterov
-from rkd_fastai.models import resnet18
+from rkd_fastai.schedules import sgd_nesterov
+from rkd_fastai.models import cifar_resnet18
 from rkd_fastai.pixel import pixel_model
 from .timing import compare, parse, ratio, setting
 
@@ -24,7 +25,7 @@ def trained(a):
     set_seed(0, reproducible=True)
     kw = dict(device=a.device, device_resident=True)
     dls = fashion_sample_dls(size=28, **kw) if a.data == 'sample' else fashion_mnist_dls(a.data_path, bs=a.bs, **kw)
-    learn = Learner(dls, resnet18(10, a.width, 1), opt_func=sgd_nesterov).to_adversarial(PGD(EPS))
+    learn = Learner(dls, cifar_resnet18(10, a.width, 1), opt_func=sgd_nesterov).to_adversarial(PGD(EPS))
     with learn.no_bar(), learn.no_logging(): learn.fit_rkd(a.epochs)
     return learn
 

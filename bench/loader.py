@@ -3,7 +3,8 @@
     python -m bench.loader
 """
 import numpy as np
-from rkd_fastai.data import PadCropFlip, arrays_dls
+from rkd_fastai.data.transforms import PadCropFlip
+from rkd_fastai.data.arrays import arrays_dls
 from .timing import compare, parse, setting, table
 
 N = 16 # batches in an epoch

@@ -9,9 +9,9 @@ batches. Peak memory is that of a process of its own for each: `python -m bench.
 import copy, resource
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner
-from rkd_fastai.attacks import PGD
-from rkd_fastai.callback import AKDCallback
-from rkd_fastai.learner import sgd_nesterov
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.callback.distill import AKDCallback
+from rkd_fastai.schedules import sgd_nesterov
 from rkd_fastai.teachers import Teacher
 from .attack import EPS, STEP, STEPS, batch, worn_in
 from .step import ALPHA, bare_step, sgd

@@ -9,8 +9,8 @@ backward of training, the backward counted as two. On a GPU 'bf16' trains in bfl
 import copy, statistics
 from contextlib import nullcontext
 import torch, torch.nn.functional as F
-from rkd_fastai.attacks import PGD
-from rkd_fastai.fast import compiled, faster
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.speed import compiled, faster
 from rkd_fastai.losses import akd_loss
 from rkd_fastai.teachers import Teacher
 from .attack import EPS, STEP, STEPS, batch, reference_pgd, worn_in

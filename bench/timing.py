@@ -3,7 +3,7 @@ import argparse, platform, statistics, time
 from importlib.metadata import version
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from rkd_fastai.runs import machine
+from rkd_fastai.study.run import machine
 
 # how ours is run: name and the arguments of `faster`
 HOW = {'ours': {}, 'ours, compiled': dict(compile=True), 'ours, bf16': dict(bf16=True), 'ours, both': dict(compile=True, bf16=True)}

@@ -8,13 +8,13 @@ Trains each network twice from the same seed: with the attack in float32 and in 
 import statistics
 import torch
 from fastai.vision.all import Learner, set_seed
-from rkd_fastai.attacks import PGD
-from rkd_fastai.data import fashion_mnist_dls, fashion_sample_dls
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.data.benchmarks import fashion_mnist_dls, fashion_sample_dls
 from rkd_fastai.pixel import pixel_data
 from rkd_fastai.core import seeded
-from rkd_fastai.fast import faster
-from rkd_fastai.learner import sgd_nesterov
-from rkd_fastai.models import resnet18
+from rkd_fastai.speed import faster
+from rkd_fastai.schedules import sgd_nesterov
+from rkd_fastai.models import cifar_resnet18
 from rkd_fastai.pixel import pixel_model
 from .timing import parse, setting
 
@@ -22,7 +22,7 @@ def trained(a, bf16, seed):
     set_seed(seed, reproducible=True)
     kw = dict(device=a.device, device_resident=True)
     dls = fashion_sample_dls(**kw) if a.data == 'sample' else fashion_mnist_dls(a.data_path, bs=a.bs, **kw)
-    learn = Learner(dls, resnet18(10, a.width, 1), opt_func=sgd_nesterov).to_adversarial(PGD(), bf16=bf16)
+    learn = Learner(dls, cifar_resnet18(10, a.width, 1), opt_func=sgd_nesterov).to_adversarial(PGD(), bf16=bf16)
     with learn.no_bar(), learn.no_logging(): learn.fit_rkd(a.epochs)
     return learn
 

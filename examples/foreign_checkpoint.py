@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from rkd_fastai.evaluation import measure_robustness
-from rkd_fastai.models import resnet18
+from rkd_fastai.evaluation.robustness import measure_robustness
+from rkd_fastai.models import cifar_resnet18
 from rkd_fastai.teachers import load_teacher
 
 def folder_of(package): return Path(find_spec(package).origin).parent
@@ -20,7 +20,7 @@ def cifar_images():
     return torch.tensor(imgs).permute(0, 3, 1, 2).float()/255, torch.tensor([int(f.stem.split('_')[-1]) for f in files])
 
 def main():
-    model = load_teacher(folder_of('pyautoattack')/'examples'/'model_test.pt', resnet18()) # it takes pixels as they are
+    model = load_teacher(folder_of('pyautoattack')/'examples'/'model_test.pt', cifar_resnet18()) # it takes pixels as they are
     res = measure_robustness(model, *cifar_images(), ('clean', 'pgd20', 'autoattack'), eps=8/255)
     print(res)
     return res

@@ -1,4 +1,4 @@
 "`python -m rkd_fastai` does what `rkd` does."
-from .cli import main
+from .cli.main import main
 
 if __name__ == '__main__': main()

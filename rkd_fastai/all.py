@@ -1,37 +1,35 @@
-"""Everything: `from rkd_fastai.all import *` beside `from fastai.vision.all import *`, of which it shadows no name."""
-import fastai.vision.all as _fastai
-from . import attacks, callback, core, data, evaluation, export, fast, interpret, learner, loaders, losses, masking, models, pixel, recipes, sampling, teachers, trajectories
-from .core import *
-from .losses import *
-from .fast import *
-from .attacks import *
-from .models import *
-from .data import *
-from .loaders import *
-from .sampling import *
-from .pixel import *
-from .teachers import *
-from .evaluation import *
-from .callback import *
-from .learner import *
-from .recipes import *
-from .masking import *
-from .interpret import *
-from .export import *
-from .trajectories import *
-from .study import Study, read_rows, report
+"""The public names, for `from rkd_fastai.all import *` beside `from fastai.vision.all import *`, of which they shadow none."""
+from . import recipes
+from .core import PixelModel
+from .losses import soft_targets, ensemble_probs, ckd_loss, ard_loss, rslad_loss, akd_loss, trades_loss
+from .attacks import Attack, PGD, FGSM, FFGSM, AutoAttack
+from .models import cifar_resnet18, wide_resnet
+from .data import (arrays_dls, digits_dls, fashion_sample_dls, fashion_mnist_dls, cifar10_dls, cifar100_dls,
+                   tiny_imagenet_dls, PadCropFlip, Cutout, with_subset, with_bs, with_label_noise,
+                   with_augmentation, read_synthetic, with_synthetic)
+from .checkpoint import best_epoch
+from .teachers import Teacher, load_teacher
+from .callback import (AdversarialTraining, TRADES, AKDCallback, RSLADCallback, ARDCallback, CKDCallback,
+                       WeightAveraging, KeepEpochs, RobustAccuracy, CatastrophicOverfitting, RobustOverfitting,
+                       NonFinite, Resume, RecordTrajectory)
+from .schedules import sgd_nesterov, ExpDecay, OneCycle, Steps
+from .learner import rkd_learner
+from .recipes import Recipe, all_recipes
+from .evaluation import (robust_accuracy, Robustness, check_masking, plot_robustness_curve,
+                         AdversarialInterpretation, export_robustbench, load_trajectory, plot_entropy,
+                         plot_similarity, plot_right_class, plot_improvement, plot_easiest_hardest)
+from .study import Study, read_rows
 
-# what one module has for another: importable from there, and no part of `*`
-_inside = """
-    say show_nearest writing atomic_path write_atomic read_json digest is_extra tensors_in copy_value copy_state are_probs check_no_probs
-    batch_statistics warn_of_batch_statistics naming_batchnorm
-    check_images check_logits check_targ check_fraction check_T check_weights
-    as_number whole_number default_tensors is_uninitialized check_initialized copied initialize_lazy
-    check_n class_labels images_digest no_labels split_name choose_dl sampled_images arriving_positions measured_positions
-    check_attack check_eps check_xy check_single_label check_teacher warn_of_chance undistributed unwrap held_out measured_images in_float32
-    load_plain plain_state fitting_state symptom Symptom told_where label_settings own_loss batch_targ weighted_mean describe_training showing
-""".split()
-
-# `resnet18` is torchvision's to fastai users: ours is importable by name from here, and with `*` from `rkd_fastai.models`
-__all__ = [n for m in (core, losses, fast, attacks, models, data, loaders, sampling, pixel, teachers, evaluation, callback, learner, recipes, masking, interpret, export, trajectories)
-           for n in m.__all__ if n not in _inside and not hasattr(_fastai, n)] + ['Study', 'read_rows', 'report', 'recipes'] # `recipes.paper_teacher` and the others
+# The name `resnet18` belongs to torchvision: ours is called `cifar_resnet18` here.
+__all__ = ['PixelModel', 'soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss', 'rslad_loss', 'akd_loss',
+           'trades_loss', 'Attack', 'PGD', 'FGSM', 'FFGSM', 'AutoAttack', 'cifar_resnet18', 'wide_resnet',
+           'arrays_dls', 'digits_dls', 'fashion_sample_dls', 'fashion_mnist_dls', 'cifar10_dls', 'cifar100_dls',
+           'tiny_imagenet_dls', 'PadCropFlip', 'Cutout', 'with_subset', 'with_bs', 'with_label_noise',
+           'with_augmentation', 'read_synthetic', 'with_synthetic', 'best_epoch', 'Teacher', 'load_teacher',
+           'AdversarialTraining', 'TRADES', 'AKDCallback', 'RSLADCallback', 'ARDCallback', 'CKDCallback',
+           'WeightAveraging', 'KeepEpochs', 'RobustAccuracy', 'CatastrophicOverfitting', 'RobustOverfitting',
+           'NonFinite', 'Resume', 'RecordTrajectory', 'sgd_nesterov', 'ExpDecay', 'OneCycle', 'Steps',
+           'rkd_learner', 'Recipe', 'all_recipes', 'robust_accuracy', 'Robustness', 'check_masking',
+           'plot_robustness_curve', 'AdversarialInterpretation', 'export_robustbench', 'load_trajectory',
+           'plot_entropy', 'plot_similarity', 'plot_right_class', 'plot_improvement', 'plot_easiest_hardest',
+           'Study', 'read_rows', 'recipes']

@@ -8,8 +8,8 @@ from PIL import Image
 from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback
 from sklearn.datasets import load_digits
 
-from rkd_fastai.attacks import PGD
-from rkd_fastai.data import arrays_dls
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.data.arrays import arrays_dls
 
 torch.set_num_threads(1)
 

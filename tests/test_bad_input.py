@@ -7,6 +7,9 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSE
 
 from rkd_fastai import models
 from rkd_fastai.all import *
+from rkd_fastai.callback.adversarial import RobustCallback
+from rkd_fastai.core import LogProbs
+from rkd_fastai.evaluation.interpret import robustness_curve
 from rkd_fastai.core import are_probs
 
 methods = ['akd', 'rslad', 'ard', 'ckd']
@@ -390,7 +393,7 @@ def test_attack_on_probabilities(plain_net, test_images):
     PGD(.1, steps=1)(PixelModel(net), x, y); PGD(.1, steps=1)(plain_net, x, y)
 def test_one_is_no_plural(make_learner, make_dls, capsys):
     "In errors, progress lines and results"
-    from rkd_fastai.terminal import one_line
+    from rkd_fastai.callback.progress import one_line
     for f in (lambda x, y: akd_loss(torch.zeros(2, 3), torch.full((2, 3), 1/3), y), lambda x, y: robust_accuracy(nn.Flatten(), x, y), lambda x, y: PGD(.1)(nn.Flatten(), x, y)):
         with pytest.raises(ValueError, match='`targ` has 1 label for 2 '): f(torch.rand(2, 1, 8, 8), torch.tensor([0]))
     learn = make_learner(make_dls(n=64))

@@ -7,7 +7,8 @@ from fastai.vision.all import DataBlock, Image, ImageBlock, MultiCategoryBlock, 
 from torchvision.models._api import WeightsEnum
 
 from rkd_fastai.all import *
-from rkd_fastai import evaluation, teachers
+from rkd_fastai import teachers
+from rkd_fastai.evaluation import robustness as evaluation
 from rkd_fastai.sampling import sample_positions
 from rkd_fastai.teachers import check_teacher
 

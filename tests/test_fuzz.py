@@ -4,7 +4,8 @@ import copy
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from rkd_fastai.attacks import FFGSM, FGSM, PGD, AutoAttack
+from rkd_fastai.attacks.pgd import FFGSM, FGSM, PGD
+from rkd_fastai.attacks.autoattack import AutoAttack
 from rkd_fastai.losses import *
 from rkd_fastai.teachers import Teacher
 

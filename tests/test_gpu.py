@@ -4,7 +4,9 @@ import pytest, torch, torch.nn as nn
 from fastai.vision.all import SGD, Callback, set_seed
 
 from rkd_fastai.all import *
-from rkd_fastai.cli import main
+from rkd_fastai.evaluation.robustness import measure_robustness
+from rkd_fastai.speed import faster
+from rkd_fastai.cli.main import main
 
 pytestmark = pytest.mark.cuda
 

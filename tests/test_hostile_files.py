@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np, pytest, safetensors.torch, torch
 from fastai.vision.all import Callback
 
-from rkd_fastai import cli
+from rkd_fastai.cli import main as cli
 from rkd_fastai.all import *
-from rkd_fastai.cli import load_run
-from rkd_fastai.core import atomic_path, write_atomic
-from rkd_fastai.data import read_idx, read_pickle
-from rkd_fastai.loaders import read_synthetic
-from rkd_fastai.models import resnet18
-from rkd_fastai.teachers import best_epoch, load_plain, read_card, read_state
+from rkd_fastai.evaluation.robustness import measure_robustness
+from rkd_fastai.study.run import load_run
+from rkd_fastai.checkpoint import atomic_path, write_atomic
+from rkd_fastai.data.benchmarks import read_idx, read_pickle
+from rkd_fastai.data.loaders import read_synthetic
+from rkd_fastai.checkpoint import best_epoch, load_plain, read_card, read_state
 
 class Calls:
     "Unpickled, it is what `f(*args)` returns"
@@ -233,7 +233,7 @@ def test_arrays_of_every_number(protocol, tmp_path):
     dict(arch='hf-hub:a/b'), dict(arch='local-dir:/etc'), dict(arch='../../resnet18'), dict(arch='resnet18\0'), dict(arch='test_resnet'), dict(arch='wrn-10-1')], ids=str)
 def test_cards_that_describe_another_network(said, tmp_path):
     "Refused before the network is made, however large it would be"
-    torch.save(resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
+    torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
     card = dict(arch='resnet18', width=1/16, n_in=1, n_out=10)
     (tmp_path/'card.json').write_text(json.dumps(card)); load_run(tmp_path)
     (tmp_path/'card.json').write_text(json.dumps(card | said))
@@ -243,7 +243,7 @@ bad_json = ['['*10**5, '{"a":'*10**5, '1'*5000, '"x"', '[]', 'null', '3', '', '{
 @pytest.mark.parametrize('text', bad_json, ids=lambda t: t[:9].replace('\0', '0'))
 def test_json_that_is_none(text, tmp_path, plain_net, test_images):
     for name in ('card.json','epoch_1.json','s'): (tmp_path/name).write_text(text)
-    torch.save(resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
+    torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
     x, y = (o[:4] for o in test_images)
     for f in (lambda: read_card(tmp_path/'card.json'), lambda: load_run(tmp_path), lambda: best_epoch(tmp_path), lambda: measure_robustness(plain_net, x, y, 'clean', state_path=tmp_path/'s')):
         with pytest.raises(ValueError) as e: f()
@@ -328,8 +328,8 @@ def test_paths_in_cards_lead_nowhere(tmp_path, monkeypatch):
     "Whatever else a card says, the checkpoint is the file beside it, and nothing is written"
     folder, outside = tmp_path/'run', tmp_path/'outside'
     folder.mkdir(); outside.mkdir()
-    torch.save(resnet18(10, 1/16, 1).state_dict(), folder/'model.pth')
-    torch.save(resnet18(7, 1/16, 1).state_dict(), outside/'model.pth')
+    torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), folder/'model.pth')
+    torch.save(cifar_resnet18(7, 1/16, 1).state_dict(), outside/'model.pth')
     card = dict(arch='resnet18', width=1/16, n_in=1, n_out=10)
     for k in ('path','model','out','weights','checkpoint','file','state','json'):
         for where in ('../outside/model.pth', str(outside/'model.pth'), '../outside'): card[k] = where
@@ -338,7 +338,7 @@ def test_paths_in_cards_lead_nowhere(tmp_path, monkeypatch):
     shutil.copy(folder/'model.pth', folder/'epoch_1.pth')
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
     assert load_run(folder)[0].probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
-    assert best_epoch(folder) == 1 and Teacher.at_epoch(folder, 'best', resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+    assert best_epoch(folder) == 1 and Teacher.at_epoch(folder, 'best', cifar_resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
 
 def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):
@@ -349,7 +349,7 @@ def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):
 
 @pytest.mark.parametrize('said', [dict(data=None), dict(data=3), dict(data=['x']), dict(data_path=3), dict(size='64'), dict(data='no/such/folder'), dict(data='../../no')], ids=str)
 def test_evaluate_without_data(said, tmp_path, monkeypatch):
-    torch.save(resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
+    torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
     (tmp_path/'card.json').write_text(json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10) | said))
     with pytest.raises(SystemExit, match='^rkd: error: .*--data'): cli.main(['evaluate', str(tmp_path)])
 

@@ -8,7 +8,9 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, CutMix, IntToFloat
 
 from conftest import plain
 from rkd_fastai.all import *
-from rkd_fastai.models import resnet18
+from rkd_fastai.recipes import (ard_official, fast_at, paper_student, paper_teacher, rebuffi_at_plus,
+                                rslad_official, teacher_kinds, trades_official, wang_at_plus, wang_trades)
+from rkd_fastai.schedules import Triangle, WarmupCosine, sgd
 from rkd_fastai.recipes import *
 
 every = {**all_recipes, **{f'kind {k}': r for k,r in teacher_kinds.items()}}
@@ -74,7 +76,7 @@ def test_networks(name, depth, act):
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert len([c for c in convs if c.kernel_size == (3,3)]) == depth-3 and convs[-1].out_channels == 640 # 6n+1 of the 6n+4 that give it its name
     assert {type(m) for m in net.modules() if isinstance(m, (nn.SiLU, nn.ReLU))} == {act}
-    assert all(r.arch is resnet18 for k,r in all_recipes.items() if k not in ('rebuffi_at_plus','wang_at_plus','wang_trades','trades_official'))
+    assert all(r.arch is cifar_resnet18 for k,r in all_recipes.items() if k not in ('rebuffi_at_plus','wang_at_plus','wang_trades','trades_official'))
 
 @pytest.mark.parametrize('name, bs, n_classes, lr, wd', [
     ('paper_teacher', 16, None, .1, [5e-4]), ('paper_student', 16, None, .21, [5e-4]), ('rebuffi_at_plus', 32, None, .0125, [5e-4, 0.]),
@@ -358,7 +360,7 @@ def test_but_and_at_eps():
 def test_repr_is_readable_and_complete(name):
     "All that is not the default, one line each; read back, it is the same recipe"
     recipe, names = every[name], dict(Recipe=Recipe, PGD=PGD, FFGSM=FFGSM, ExpDecay=ExpDecay, OneCycle=OneCycle, Steps=Steps,
-        WarmupCosine=WarmupCosine, Triangle=Triangle, resnet18=resnet18)
+        WarmupCosine=WarmupCosine, Triangle=Triangle, cifar_resnet18=cifar_resnet18)
     said = repr(recipe)
     assert ' object at ' not in said and 'functools' not in said and 'lambda' not in said
     lines = said.splitlines()
@@ -410,11 +412,11 @@ def test_an_architecture_in_place_of_a_network(make_dls, tiny_net):
     import torchvision
     from rkd_fastai.models import wide_resnet
     dls = make_dls(n_classes=4)
-    for arch in (partial(resnet18, width=1/16), partial(wide_resnet, 10, 1)):
+    for arch in (partial(cifar_resnet18, width=1/16), partial(wide_resnet, 10, 1)):
         net = paper_teacher.learner(dls, arch).model
         assert isinstance(net, nn.Module) and net(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     rng = torch.get_rng_state()
-    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got resnet18, which makes one: call it, for 4 classes, or leave `net` out'), (nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
+    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got cifar_resnet18, which makes one: call it, for 4 classes, or leave `net` out'), (nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
         with pytest.raises(TypeError, match=says): paper_teacher.learner(dls, arch)
     assert torch.equal(rng, torch.get_rng_state())
 

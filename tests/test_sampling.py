@@ -7,12 +7,13 @@ from PIL import Image
 from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, accuracy, get_image_files
 from rkd_fastai import callback
 from rkd_fastai.all import *
-from rkd_fastai.cli import main
-from rkd_fastai.data import arrays_dls
+from rkd_fastai.pixel import pixel_data
+from rkd_fastai.cli.main import main
+from rkd_fastai.data.arrays import arrays_dls
 from rkd_fastai.pixel import measured_images, measured_positions
-from rkd_fastai.runs import make_dls
+from rkd_fastai.study.run import make_dls
 from rkd_fastai.sampling import class_labels, stratified_order
-from rkd_fastai.study import Study
+from rkd_fastai.study.study import Study
 
 # --- one network, one number, in every place ---
 
@@ -106,7 +107,7 @@ def constant(monkeypatch):
             self.head.requires_grad_(False)
             self.scale = nn.Parameter(torch.ones(3))
         def forward(self, x): return super().forward(x[:,:1]) + 0*self.scale.sum()
-    for module in ('runs','cells'): monkeypatch.setattr(f'rkd_fastai.{module}.make_net', lambda arch, width, n_in, n_out: Net(n_out))
+    for module in ('run','cells'): monkeypatch.setattr(f'rkd_fastai.study.{module}.make_net', lambda arch, width, n_in, n_out: Net(n_out))
 
 true = sizes[10][0]/sum(sizes[10])
 
@@ -122,7 +123,8 @@ def test_command_line(folder, constant, tmp_path, capsys):
     assert f'{n} of 150 test images, stratified by class, seed 42' in capsys.readouterr().out
 
 def test_fewer_are_watched_than_there_are(folder, constant, tmp_path, monkeypatch):
-    from rkd_fastai import cli, runs
+    from rkd_fastai.cli import main as cli
+    from rkd_fastai.study import run as runs
     monkeypatch.setattr(cli, 'fit_run', partial(runs.fit_run, watch=n))
     main(['train', '--data', str(folder), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
     row, = csv.DictReader((tmp_path/'run/history.csv').read_text().splitlines())

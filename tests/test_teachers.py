@@ -10,10 +10,11 @@ from fastai.vision.all import SGD, Image, Normalize, TensorImage, imagenet_stats
 from safetensors.torch import save_file
 
 import rkd_fastai.learner # noqa: patches `fit_exp` and `fit_rkd` into Learner
-from rkd_fastai.attacks import PGD
-from rkd_fastai.data import arrays_dls
-from rkd_fastai.evaluation import robust_accuracy
-from rkd_fastai.models import resnet18, wide_resnet
+from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.data.arrays import arrays_dls
+from rkd_fastai.evaluation.robustness import robust_accuracy
+from rkd_fastai.models import cifar_resnet18, wide_resnet
+from rkd_fastai.checkpoint import *
 from rkd_fastai.teachers import *
 
 def probs_of(net, x): return net.eval()(x).softmax(1).detach()
@@ -241,7 +242,7 @@ def test_truncated(kept, suffix, net, tiny_net, tmp_path):
 def test_another_architecture(net, tiny_net, tmp_path):
     for suffix in ('.pth', '.safetensors'):
         path = tmp_path/f'a{suffix}'; save(net.state_dict(), path)
-        for other in (resnet18(width=1/16, n_in=1), tiny_net(n_out=7), tiny_net(n_in=3), tiny_net(bn=False)):
+        for other in (cifar_resnet18(width=1/16, n_in=1), tiny_net(n_out=7), tiny_net(n_in=3), tiny_net(bn=False)):
             with pytest.raises(ValueError, match='architecture'): load_teacher(path, other)
 
 @pytest.mark.parametrize('content', [[1, 2], torch.rand(3), {0: torch.rand(3)}, {}, {'epoch': 3}, 'text', 7, None, {'state_dict': {}}, {'state_dict': [1]}, []],
@@ -315,7 +316,7 @@ peers = {
     'timm resnet': (lambda: timm.create_model('test_resnet', num_classes=10), half),
     'timm ViT': (lambda: timm.create_model('test_vit', img_size=8, patch_size=4, num_classes=10), half),
     'RobustBench': (lambda: NormInside(wide_resnet(10, 1)), (None, None)),
-    'RobustBench, in place': (lambda: NormInPlace(resnet18(10, 1/8)), (None, None))}
+    'RobustBench, in place': (lambda: NormInPlace(cifar_resnet18(10, 1/8)), (None, None))}
 
 def natively(net, mean=None, std=None):
     "What the network's author would write"
@@ -376,7 +377,7 @@ def test_published_checkpoint(cifar_images, make_learner, tiny_net, check_distil
     imgs, y = cifar_images
     x, y = torch.tensor(imgs).permute(0,3,1,2).float()/255, torch.tensor(y)
     native = natively(reference)
-    for model in (theirs.ResNet18(), resnet18()):
+    for model in (theirs.ResNet18(), cifar_resnet18()):
         teacher = load_teacher(folder/'model_test.pt', model)
         with torch.no_grad(): close(teacher(x), reference(x), rtol=1e-5, atol=1e-5)
         close(teacher.probs(x), native(x), rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ The folder beside the study's file, here `results/fashion_mnist/headline`, is a 
 """
 import json, shutil, sys
 from pathlib import Path
-from rkd_fastai.study import Study, report
+from rkd_fastai.study.study import Study, study_report
 
 kept = ('card.json', 'history.csv', 'results.json')
 
@@ -30,7 +30,7 @@ def collect(spec, folder):
 def main(spec, folder):
     "Collect and report; of the report the page stays out, which holds all its figures once more"
     out = collect(spec, folder)
-    print(report(out).rpartition('\n\n')[0])
+    print(study_report(out).rpartition('\n\n')[0])
     (out/'report/index.html').unlink()
 
 if __name__ == '__main__': main(*sys.argv[1:])

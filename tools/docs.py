@@ -9,27 +9,27 @@ root = Path(__file__).parent.parent
 # --- which page is where ---
 
 how_to = ['choosing_a_teacher', 'works_with', 'faq']
-reference = { # numbered notebooks; those that stand in none of these come in a last group
-    'Foundations': ['core', 'text', 'palette', 'progress', 'losses', 'fast', 'search', 'attacks', 'models', 'data', 'sampling', 'pixel', 'loaders', 'teachers'],
-    'Callbacks': [f'callback.{o}' for o in ('core', 'adversarial', 'distill', 'averaging', 'monitor', 'resume', 'finite', 'trajectory')],
-    'Learner and recipes': ['learner', 'recipes'],
-    'Measuring': ['evaluation', 'masking', 'interpret', 'export'],
-    'Studies': ['trajectories', 'runs', 'grid', 'rows', 'tables', 'figures', 'curves', 'report', 'cells', 'study'],
-    'Command line': ['terminal', 'demo', 'cli']}
+packages = dict(attacks='Attacks', data='Data', evaluation='Evaluation', callback='Callbacks', study='Studies', cli='Command line') # folders of nbs/
+basics = 'Modules' # the numbered notebooks of nbs/ itself
 
 titles = {'SECURITY': 'Security', 'CHANGELOG': 'Changelog', 'bench/NOTES': 'Benchmark notes'} # where a page's own is too long, or is none
 
 def notebooks(base=root):
-    "Page name → notebook of `base`, numbered ones in reference/: `reference/losses` → nbs/01_losses.ipynb"
-    found = sorted((base/'nbs').glob('*.ipynb')) + sorted((base/'nbs/tutorials').glob('*.ipynb'))
-    return {re.sub(r'^\d+_', 'reference/', f.relative_to(base/'nbs').with_suffix('').as_posix()): f for f in found}
+    "Page name → notebook of `base`; numbered ones are the reference: `reference/attacks.pgd` → nbs/attacks/01_pgd.ipynb"
+    found = sorted(f for f in (base/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+    def page(f):
+        path = f.relative_to(base/'nbs').with_suffix('')
+        if path.parts[0] == 'tutorials' or not re.match(r'\d+_', path.name): return path.as_posix()
+        return 'reference/' + '.'.join([*path.parts[:-1], re.sub(r'^\d+_', '', path.name)])
+    return {page(f): f for f in found}
 
 def groups(base=root):
-    "Page name of each group of the reference → `(title, its pages)`"
-    listed = {f'reference/{n}' for names in reference.values() for n in names}
-    more = [p.removeprefix('reference/') for p in notebooks(base) if p.startswith('reference/') and p not in listed]
-    return {'reference/' + title.lower().replace(' ', '_'): (title, [f'reference/{n}' for n in names])
-            for title,names in (reference | {'More': more}).items() if names}
+    "Page name of each group of the reference → `(title, its pages)`: the modules of the package itself, then each package in it"
+    pages = {'': [], **{p: [] for p in packages}}
+    for p in notebooks(base):
+        if p.startswith('reference/'): pages.setdefault(p.removeprefix('reference/').rpartition('.')[0], []).append(p)
+    title = lambda package: packages.get(package, package.capitalize()) if package else basics
+    return {'reference/' + title(k).lower().replace(' ', '_'): (title(k), ps) for k,ps in pages.items() if ps}
 
 def navigation(base=root):
     "`[(caption, pages)]` of the sidebar"
@@ -73,7 +73,7 @@ class Links:
         "The file that relative `target` means: from its own folder, from nbs/ by name of the page, or from the root"
         f = self.pages[page].parent/target
         name = re.sub(r'\.html$', '', target)
-        by_name = self.pages.get(name, self.pages.get(f'reference/{name}', f))
+        by_name = self.pages.get(name, self.pages.get(f'reference/{name}'.replace('/', '.').replace('reference.', 'reference/', 1), f))
         return next((o.resolve() for o in (f, by_name, self.base/target) if o.exists()), None)
 
     def to(self, page, other):

@@ -2,7 +2,7 @@
 import sys
 from pathlib import Path
 import numpy as np
-from rkd_fastai.data import read_fashion
+from rkd_fastai.data.benchmarks import read_fashion
 
 
 def first(x, y, n=100):

@@ -14,8 +14,8 @@ root = Path(__file__).parent.parent
 groups = dict(
     losses=('losses.py', ['_ce','_kl','soft_targets','ensemble_probs','ckd_loss','ard_loss','rslad_loss','akd_loss','trades_loss'], ['tests/test_losses.py']),
     pgd=('attacks.py', ['_settle','_lengths','_Linf','_L2','PGD.loss','PGD.perturb','PGD._ascend','PGD._noise','PGD._score'],
-         ['tests/test_attacks.py', '-k', 'not autoattack and not AutoAttack']),
-    search=('search.py', None, ['tests/test_search.py']),
+         ['tests/attacks/test_attacks.py', '-k', 'not autoattack and not AutoAttack']),
+    search=('search.py', None, ['tests/attacks/test_search.py']),
 )
 
 # mutants that change nothing: (module, before, after), and why

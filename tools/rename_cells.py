@@ -7,8 +7,8 @@ that never changes. Settings and folders are written anew, accuracies and weight
 """
 import json, sys
 from pathlib import Path
-from rkd_fastai.core import write_atomic
-from rkd_fastai.grid import cell_from, settings_of
+from rkd_fastai.checkpoint import write_atomic
+from rkd_fastai.study.config import cell_from, settings_of
 
 old_names = dict(stop='teacher_epoch')
 old_values = dict(resnet18='cifar_resnet18')

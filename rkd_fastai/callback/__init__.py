@@ -1,12 +1,14 @@
-"""The training callbacks, one idea per module."""
-from . import adversarial, averaging, core, distill, finite, monitor, resume, trajectory
-from .core import *
-from .adversarial import *
-from .distill import *
-from .averaging import *
-from .monitor import *
-from .resume import *
-from .finite import *
-from .trajectory import *
+"""Training callbacks: adversarial training, distillation, and what watches and keeps a training."""
+from .core import FitCallback, EachEpoch
+from .adversarial import RobustCallback, AdversarialTraining, TRADES
+from .distill import DistillationCallback, AKDCallback, RSLADCallback, ARDCallback, CKDCallback
+from .ema import WeightAveraging
+from .keep import KeepEpochs
+from .monitor import RobustAccuracy, CatastrophicOverfitting, RobustOverfitting, NonFinite
+from .resume import Resume
+from .trajectory import RecordTrajectory
 
-__all__ = [n for m in (core, adversarial, distill, averaging, monitor, resume, finite, trajectory) for n in m.__all__]
+__all__ = ['FitCallback', 'EachEpoch', 'RobustCallback', 'AdversarialTraining', 'TRADES',
+           'DistillationCallback', 'AKDCallback', 'RSLADCallback', 'ARDCallback', 'CKDCallback',
+           'WeightAveraging', 'KeepEpochs', 'RobustAccuracy', 'CatastrophicOverfitting', 'RobustOverfitting',
+           'NonFinite', 'Resume', 'RecordTrajectory']
