@@ -29,6 +29,7 @@ from ..progress import clock
 from ..schedules import sgd_nesterov
 from ..teachers import Teacher
 from ..text import counted, say
+import rkd_fastai.learner # noqa: F401 (patches `to_adversarial` and the fits on `Learner`)
 
 # %% ../../nbs/cli/00_demo.ipynb #8e86ff19
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
