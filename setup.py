@@ -21,5 +21,6 @@ setup(
     packages=find_packages(include=['rkd_fastai', 'rkd_fastai.*']), package_data={'rkd_fastai': ['samples/*']},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'docs': cfg['docs_requirements'].split()},
-    entry_points={'console_scripts': ['rkd = rkd_fastai.cli.main:main'], 'nbdev': ['rkd_fastai = rkd_fastai._modidx:d']},
+    entry_points={'console_scripts': ['rkd = rkd_fastai.cli.main:main'],
+                  'nbdev': ['rkd_fastai = rkd_fastai._modidx:d']},
 )

@@ -29,7 +29,8 @@ def worn_in(a):
         for _ in range(3): model(torch.rand(a.bs, a.n_in, a.size, a.size, device=a.device))
     return model
 
-def batch(a): return torch.rand(a.bs, a.n_in, a.size, a.size, device=a.device), torch.randint(0, 10, (a.bs,), device=a.device)
+def batch(a):
+    return torch.rand(a.bs, a.n_in, a.size, a.size, device=a.device), torch.randint(0, 10, (a.bs,), device=a.device)
 
 def main(args=None):
     a = parse(__doc__, args)
@@ -37,7 +38,8 @@ def main(args=None):
     model, (x, y), attack = worn_in(a).eval(), batch(a), PGD(EPS, steps=STEPS, step_size=STEP)
     def ours(how):
         with faster(**how): attack(model, x, y)
-    contestants = {k: lambda how=how: ours(how) for k,how in HOW.items()} | {'plain loop': lambda: reference_pgd(model, x, y)}
+    contestants = ({k: lambda how=how: ours(how) for k,how in HOW.items()}
+                   | {'plain loop': lambda: reference_pgd(model, x, y)})
     try:
         import torchattacks
         ta = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS)

@@ -30,7 +30,8 @@ def trained(a):
     return learn
 
 def main(args=None):
-    a = parse(__doc__, args, **{'n': dict(type=int, default=64), 'epochs': dict(type=int, default=10), 'data-path': dict(default=None),
+    a = parse(__doc__, args, **{'n': dict(type=int, default=64), 'epochs': dict(type=int, default=10),
+                                'data-path': dict(default=None),
                                 'data': dict(choices=['sample','fashion_mnist'], default='sample')})
     learn = trained(a)
     learn.model.eval()
@@ -42,9 +43,11 @@ def main(args=None):
         aa = Published(model, norm='Linf', eps=EPS, seed=0, version='standard', device=a.device)
         keep('pyautoattack', aa.run_standard_evaluation(x, y, batch_size=a.bs)[0])
     def ours(name, bf16, **kw):
-        with patch.object(attacks, 'has_bf16', lambda device: bf16 and real(device)): keep(name, AutoAttack(EPS, seed=0, bs=a.bs, **kw)(model, x, y))
+        with patch.object(attacks, 'has_bf16', lambda device: bf16 and real(device)):
+            keep(name, AutoAttack(EPS, seed=0, bs=a.bs, **kw)(model, x, y))
     real = attacks.has_bf16
-    contestants = {'pyautoattack': published, 'ours': lambda: ours('ours', True), 'fast, float32': lambda: ours('fast, float32', False, fast=True),
+    contestants = {'pyautoattack': published, 'ours': lambda: ours('ours', True),
+                   'fast, float32': lambda: ours('fast, float32', False, fast=True),
                    'fast': lambda: ours('fast', True, fast=True)}
     print(f'AutoAttack on {a.n} images, {setting(a)}; bfloat16 in hardware: {"yes" if real(a.device) else "no"}')
     times = compare(contestants, a.device, a.runs, warmup=0)

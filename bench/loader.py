@@ -15,7 +15,8 @@ def main(args=None):
     x = rng.integers(0, 256, (n, a.size, a.size) + (() if a.n_in == 1 else (3,)), dtype=np.uint8)
     xy = x, rng.integers(0, 10, n)
     def epoch(resident):
-        dl = arrays_dls(xy, (x[:10], xy[1][:10]), vocab=range(10), bs=a.bs, batch_tfms=PadCropFlip(2), device=a.device, device_resident=resident).train
+        dl = arrays_dls(xy, (x[:10], xy[1][:10]), vocab=range(10), bs=a.bs, batch_tfms=PadCropFlip(2), device=a.device,
+                        device_resident=resident).train
         def run():
             for _ in dl: pass
         return run

@@ -21,17 +21,20 @@ N = 6 # batches in an epoch
 
 class Batches:
     "A loader of the same batch, `n` times: no time is spent on data"
-    def __init__(self, batch, n, device): self.batch,self.n,self.device,self.bs,self.drop_last = batch,n,torch.device(device),len(batch[0]),True
+    def __init__(self, batch, n, device):
+        self.batch,self.n,self.device,self.bs,self.drop_last = batch,n,torch.device(device),len(batch[0]),True
     def __len__(self): return self.n
     def __iter__(self): return (self.batch for _ in range(self.n))
     def to(self, device): return self
     dataset = ()
 
 def main(args=None):
-    a = parse(__doc__, args, only=dict(choices=['learner','loop'], help='run this one alone, and print the peak memory of the process'),
+    a = parse(__doc__, args, only=dict(choices=['learner','loop'],
+                                       help='run this one alone, and print the peak memory of the process'),
               how=dict(choices=list(HOW), default='ours', help='float32 as it is, compiled, in bfloat16, or both'))
     torch.manual_seed(0)
-    attack, how, (x, y), net, teacher = PGD(EPS, steps=STEPS, step_size=STEP), HOW[a.how], batch(a), worn_in(a), Teacher(worn_in(a))
+    attack, how, (x, y), net, teacher = PGD(EPS, steps=STEPS,
+                                            step_size=STEP), HOW[a.how], batch(a), worn_in(a), Teacher(worn_in(a))
     model = copy.deepcopy(net)
     opt = sgd(model)
     def bare():

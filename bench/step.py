@@ -38,7 +38,8 @@ def bare_step(model, teacher, opt, x, y, attack, compile=False, bf16=False):
     with faster(compile, bf16):
         x_adv = attack(model, x, y)
         probs = teacher.probs(x_adv)
-    with compiled(model) if compile else nullcontext(), torch.autocast('cuda', torch.bfloat16, enabled=bf16 and x.is_cuda):
+    with compiled(model) if compile else nullcontext(), torch.autocast('cuda', torch.bfloat16,
+                                                                       enabled=bf16 and x.is_cuda):
         loss = akd_loss(model(x_adv), probs, y, ALPHA)
     loss.backward()
     opt.step()
@@ -66,7 +67,8 @@ def main(args=None):
         with torch.no_grad():
             for _ in range(n): model(x)
     opt = sgd(reference)
-    contestants = ours | {'plain loop': lambda: reference_step(reference, teachers, opt, x, y), f'floor, {n} forward passes': floor}
+    contestants = ours | {'plain loop': lambda: reference_step(reference, teachers, opt, x, y),
+                          f'floor, {n} forward passes': floor}
     one = our_steps(model, teachers[:1], x, y) if a.teachers > 1 else {}
     contestants |= {f'{k}, one teacher': fn for k,fn in one.items()}
     print(f'AKD⁺ with PGD-{STEPS}, {a.teachers} teacher(s), {setting(a)}')
@@ -77,6 +79,7 @@ def main(args=None):
     print(f'{flops/1e9:.1f} GFLOP a step; a bfloat16 matrix product runs at {rate/1e12:.2f} TFLOP/s; share of it: '
           + ', '.join(f'{k} {flops/statistics.median(times[k])/rate:.1%}' for k in (*HOW, 'plain loop')))
     if a.device.startswith('cuda'):
-        print('peak memory, MiB: ' + ', '.join(f'{k} {peak_mib(contestants[k], a.device):.0f}' for k in (*HOW, 'plain loop')))
+        print('peak memory, MiB: ' + ', '.join(f'{k} {peak_mib(contestants[k], a.device):.0f}'
+                                               for k in (*HOW, 'plain loop')))
 
 if __name__ == '__main__': main()

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rkd_fastai.study.run import machine
 
 # how ours is run: name and the arguments of `faster`
-HOW = {'ours': {}, 'ours, compiled': dict(compile=True), 'ours, bf16': dict(bf16=True), 'ours, both': dict(compile=True, bf16=True)}
+HOW = {'ours': {}, 'ours, compiled': dict(compile=True), 'ours, bf16': dict(bf16=True),
+       'ours, both': dict(compile=True, bf16=True)}
 
 def parse(doc, args=None, **more):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +46,8 @@ def compare(contestants, device, runs, warmup=2):
         for fn in contestants.values(): fn()
     times = {k: [] for k in contestants}
     for i in range(runs):
-        for k in (list(contestants) if i%2 == 0 else reversed(contestants)): times[k].append(seconds(contestants[k], device))
+        for k in (list(contestants) if i%2 == 0 else reversed(contestants)):
+            times[k].append(seconds(contestants[k], device))
     return times
 
 def ratio(above, below):
@@ -58,7 +60,8 @@ def table(times, ours, bs):
     print(f"{'':<26}{'images/s':>9}{'ms':>8}" + ''.join(f"{'÷ '+o:>24}" for o in ours))
     for k,ts in times.items():
         med = statistics.median(ts)
-        print(f'{k:<26}{bs/med:>9.0f}{med*1e3:>8.1f}' + ''.join(f"{'' if k == o else ratio(ts, times[o]):>24}" for o in ours))
+        print(f'{k:<26}{bs/med:>9.0f}{med*1e3:>8.1f}' + ''.join(f"{'' if k == o else ratio(ts, times[o]):>24}"
+                                                                for o in ours))
 
 def forward_flops(model, x):
     "Floating-point operations of one forward pass"

@@ -35,7 +35,8 @@ def flags(model, x, y, bs, **how):
     return torch.cat(found)
 
 def main(args=None):
-    a = parse(__doc__, args, **{'epochs': dict(type=int, default=3), 'seeds': dict(type=int, default=1), 'data-path': dict(default=None),
+    a = parse(__doc__, args, **{'epochs': dict(type=int, default=3), 'seeds': dict(type=int, default=1),
+                                'data-path': dict(default=None),
                                 'data': dict(choices=['fashion_mnist','sample'], default='fashion_mnist')})
     print(setting(a).replace(f'{a.size}×{a.size}, batch {a.bs}', a.data))
     accs = {}
@@ -46,14 +47,17 @@ def main(args=None):
             model, (x, y) = pixel_model(learn), (t.to(a.device) for t in pixel_data(learn))
             exact = flags(model, x, y, a.bs)
             accs.setdefault(kind, []).append(exact.float().mean().item())
-            line = f'seed {seed}, {a.epochs} epochs with the attack in {kind}: PGD-20 accuracy on {len(x)} images {accs[kind][-1]:.2%}'
+            line = (f'seed {seed}, {a.epochs} epochs with the attack in {kind}: PGD-20 accuracy on {len(x)} images '
+                    f'{accs[kind][-1]:.2%}')
             for name,how in {'compiled': dict(compile=True), 'in bfloat16': dict(bf16=True)}.items():
                 f = flags(model, x, y, a.bs, **how)
                 line += f'; {name} {f.float().mean():.2%} ({(f != exact).sum()} differ)'
             print(line, flush=True)
     if a.seeds > 1:
-        for kind,v in accs.items(): print(f'trained in {kind}: {statistics.mean(v):.2%} ± {statistics.stdev(v):.2%}, n = {a.seeds}')
+        for kind,v in accs.items():
+            print(f'trained in {kind}: {statistics.mean(v):.2%} ± {statistics.stdev(v):.2%}, n = {a.seeds}')
         d = [b-f for f,b in zip(*accs.values())]
-        print(f'bfloat16 − float32, pair by pair: {100*statistics.mean(d):+.2f} ± {100*statistics.stdev(d)/len(d)**.5:.2f} points (standard error)')
+        print(f'bfloat16 − float32, pair by pair: {100*statistics.mean(d):+.2f} ± '
+              f'{100*statistics.stdev(d)/len(d)**.5:.2f} points (standard error)')
 
 if __name__ == '__main__': main()

@@ -20,7 +20,8 @@ def cifar_images():
     return torch.tensor(imgs).permute(0, 3, 1, 2).float()/255, torch.tensor([int(f.stem.split('_')[-1]) for f in files])
 
 def main():
-    model = load_teacher(folder_of('pyautoattack')/'examples'/'model_test.pt', cifar_resnet18()) # it takes pixels as they are
+    # it takes pixels as they are
+    model = load_teacher(folder_of('pyautoattack')/'examples'/'model_test.pt', cifar_resnet18())
     res = measure_robustness(model, *cifar_images(), ('clean', 'pgd20', 'autoattack'), eps=8/255)
     print(res)
     return res

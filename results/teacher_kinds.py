@@ -8,7 +8,8 @@ import argparse, json, subprocess, sys
 from pathlib import Path
 import pandas as pd
 
-kinds = {'st': 'standard (ST)', 'lat': 'adversarial, 2/255 (LAT)', 'ffgsm': 'adversarial, FFGSM', 'at': 'adversarial, PGD-7 (AT)', 'trades': 'TRADES', 'at+': 'averaged weights, Cutout (AT+)'}
+kinds = {'st': 'standard (ST)', 'lat': 'adversarial, 2/255 (LAT)', 'ffgsm': 'adversarial, FFGSM',
+         'at': 'adversarial, PGD-7 (AT)', 'trades': 'TRADES', 'at+': 'averaged weights, Cutout (AT+)'}
 
 def rkd(*args): subprocess.run([Path(sys.executable).parent/'rkd', *map(str, args)], check=True)
 
@@ -16,15 +17,21 @@ def one(kind, seed, a):
     "The card of one teacher, trained and measured where that is not done yet"
     run,card = a.out/f'{kind}_{seed}', a.out/f'{kind}_{seed}.json'
     data = ['--data', 'fashion_mnist', *(['--data-path', a.data_path] if a.data_path else [])]
-    if not (run/'model.pth').exists(): rkd('train', *data, '--how', kind, '--n', a.n, '--epochs', a.epochs, '--eps', a.eps, '--width', a.width, '--seed', seed, '--keep', a.epochs, '--compile', '--bf16', '--resume', '--out', run)
-    if not card.exists(): rkd('evaluate', run, *data[2:], '--attacks', 'clean,pgd20', '--eps', a.eps, '--json', card, *(['--n', a.n_test] if a.n_test else []))
+    if not (run/'model.pth').exists():
+        rkd('train', *data, '--how', kind, '--n', a.n, '--epochs', a.epochs, '--eps', a.eps, '--width', a.width,
+            '--seed', seed, '--keep', a.epochs, '--compile', '--bf16', '--resume', '--out', run)
+    if not card.exists():
+        rkd('evaluate', run, *data[2:], '--attacks', 'clean,pgd20', '--eps', a.eps, '--json', card,
+            *(['--n', a.n_test] if a.n_test else []))
     return json.loads(card.read_text())
 
 def table(cards):
     "Mean and standard deviation over the seeds, as Markdown"
-    df = pd.DataFrame([dict(kind=k, **{name: 100*r['accuracy'] for name,r in card['results'].items()}) for k,cs in cards.items() for card in cs])
+    df = pd.DataFrame([dict(kind=k, **{name: 100*r['accuracy'] for name,r in card['results'].items()})
+                       for k,cs in cards.items() for card in cs])
     g = df.groupby('kind', sort=False).agg(['mean','std'])
-    rows = [f"| {kinds[k]} | {r['clean','mean']:.1f} ± {r['clean','std']:.1f} | {r['pgd20','mean']:.1f} ± {r['pgd20','std']:.1f} |" for k,r in g.iterrows()]
+    rows = [f"| {kinds[k]} | {r['clean','mean']:.1f} ± {r['clean','std']:.1f} | {r['pgd20','mean']:.1f} ± "
+            f"{r['pgd20','std']:.1f} |" for k,r in g.iterrows()]
     return '\n'.join(['| teacher | clean, % | PGD-20, % |', '|---|--:|--:|', *rows])
 
 def main():
@@ -43,6 +50,7 @@ def main():
     for seed in a.seeds:
         for kind in a.kinds: cards[kind].append(one(kind, seed, a))
     n = next(iter(cards.values()))[0]['n']
-    print(f'\n{table(cards)}\n\nFashion-MNIST, {a.n} training images, ResNet-18 width {a.width}, {a.epochs} epochs, eps {a.eps}; mean ± standard deviation over {len(a.seeds)} seeds, on {n} test images.')
+    print(f'\n{table(cards)}\n\nFashion-MNIST, {a.n} training images, ResNet-18 width {a.width}, {a.epochs} epochs, '
+          f'eps {a.eps}; mean ± standard deviation over {len(a.seeds)} seeds, on {n} test images.')
 
 if __name__ == '__main__': main()

@@ -26,14 +26,16 @@ def writing(
     try: yield
     except (OSError, RuntimeError) as e:
         # of a full disk PyTorch's file writer makes a RuntimeError; others are not about the file
-        if isinstance(e, RuntimeError) and not any(s in str(e) for s in ('PytorchStreamWriter', 'inline_container')): raise
+        if isinstance(e, RuntimeError) and not any(s in str(e) for s in ('PytorchStreamWriter', 'inline_container')):
+            raise
         raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
 
 @contextmanager
 def atomic_path(
     path, # of the file that is to be whole
 ):
-    "A temporary path next to `path`: what is written there becomes `path` if the body succeeds, and is deleted if it does not"
+    """A temporary path next to `path`: what is written there becomes `path` if the body succeeds, and is deleted if
+    it does not"""
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     with writing(path):
@@ -80,7 +82,8 @@ class _TakesMore(Exception): pass
 class _TorchScript(Exception): pass
 
 def _check_size(path):
-    "Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk, and `_TorchScript` where it is a program"
+    """Raise `_TakesMore` where a checkpoint would take more memory than it takes on disk, and `_TorchScript` where
+    it is a program"""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z: size,names = sum(i.file_size for i in z.infolist()),z.namelist()
         if any(n.endswith('/constants.pkl') for n in names): raise _TorchScript
@@ -99,12 +102,18 @@ def load_plain(
         _check_size(path)
         return _read(path)
     except _TorchScript as e:
-        raise ValueError(f"`{path}` is TorchScript, a network with its code: if you trust it, give `torch.jit.load(path)` as the teacher; "
+        raise ValueError(f"`{path}` is TorchScript, a network with its code: if you trust it, give "
+                         "`torch.jit.load(path)` as the teacher; "
                          "or save its `state_dict()` by `torch.save`") from e
-    except _TakesMore as e: raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` by `torch.save`") from e
+    except _TakesMore as e:
+        raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` by "
+                         "`torch.save`") from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"`{path}` holds more than weights, and would execute it: save `model.state_dict()` instead") from e
-    except Exception as e: raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or save it again") from e
+        raise ValueError(f"`{path}` holds more than weights, and would execute it: save "
+                         "`model.state_dict()` instead") from e
+    except Exception as e:
+        raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or "
+                         "save it again") from e
 
 def plain_state(
     model:nn.Module, # any network
@@ -128,21 +137,27 @@ def read_state(
 ):
     "The `state_dict` in a checkpoint, read without executing anything it holds"
     path = Path(path)
-    if path.is_dir(): raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or open a run of `rkd train` or `rkd distill` by `load_run` or `load_network` of rkd_fastai.runs")
+    if path.is_dir():
+        raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or open a run of `rkd train` or `rkd "
+                         "distill` by `load_run` or `load_network` of rkd_fastai.runs")
     if not path.is_file(): raise MissingFile(f"no teacher file at `{path}`")
     suffix = Path(path.stem).suffix if path.suffix in ('.tar', '.best', '.latest') else path.suffix
     if suffix not in _suffixes or path.suffix != suffix == '.safetensors':
-        raise ValueError(f"`{path}`: a teacher file is .safetensors, .pth, .pth.tar, .pt or .ckpt. An exported Learner (.pkl) runs code when loaded: "
+        raise ValueError(f"`{path}`: a teacher file is .safetensors, .pth, .pth.tar, .pt or .ckpt. An exported "
+                         "Learner (.pkl) runs code when loaded: "
                          "if you trust it, pass `load_learner(path)` as the teacher")
     if path.suffix != '.safetensors': return _find_state(load_plain(path), path)
     try: return load_file(path)
-    except Exception as e: raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or save it again") from e
+    except Exception as e:
+        raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or "
+                         "save it again") from e
 
 def _find_state(state, path):
     "The innermost `state_dict` in the usual wrappings"
     while isinstance(state, Mapping) and not _is_state(state):
         state = next((state[k] for k in _wrappings if isinstance(state.get(k), Mapping)), None)
-    if not isinstance(state, Mapping): raise ValueError(f"`{path}` holds no weights: expected a state_dict, or one under a key of {list(_wrappings)}")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"`{path}` holds no weights: expected a state_dict, or one under a key of {list(_wrappings)}")
     size = path.stat().st_size
     for k,v in state.items(): # a number repeated without end takes no space in a file
         for t in tensors_in(v):
@@ -163,7 +178,8 @@ def _names(k):
         yield k
 
 def _strip(state, want, path):
-    "`state` by the names in `want`, each without the prefixes that keep it from being one, and `(mean, std)` of a normaliser, or None"
+    """`state` by the names in `want`, each without the prefixes that keep it from being one, and `(mean, std)` of a
+    normaliser, or None"""
     found,stats,origin = {},{},{}
     for k,v in state.items():
         names = list(_names(k))
@@ -187,7 +203,8 @@ def _mismatch(state, want):
     unexpected = [k for k in state if k not in want]
     shapes = [f'{k} {tuple(state[k].shape)} for {tuple(want[k].shape)}' for k in want
               if k in state and not is_extra(k) and state[k].shape != want[k].shape]
-    return '; '.join(f'{what}: {some(ks)}' for what,ks in [('missing', missing), ('unexpected', unexpected), ('other shape', shapes)] if ks)
+    return '; '.join(f'{what}: {some(ks)}' for what,ks in [('missing', missing), ('unexpected', unexpected),
+                                                           ('other shape', shapes)] if ks)
 
 def fitting_state(
     path, # as for `read_state`
@@ -204,7 +221,9 @@ def state_and_stats(path, model):
     want = model.state_dict()
     state,stats = _strip(read_state(path), want, path)
     problem = _mismatch(state, want)
-    if problem: raise ValueError(f"`{path}` does not fit `model` ({problem}): build `model` with the checkpoint's architecture and number of classes")
+    if problem:
+        raise ValueError(f"`{path}` does not fit `model` ({problem}): build `model` with the checkpoint's "
+                         "architecture and number of classes")
     absent = [k for k in want if is_extra(k) and k not in state]
     if absent: warnings.warn(f"`{path}` has no `{absent[0]}`, and a .safetensors file can have none: "
                              "what `get_extra_state` returns stays as it is in `model`")
@@ -218,7 +237,8 @@ def card_stats(path):
     if not isinstance(card, dict) or not {'mean','std'} <= set(card): return None,None
     for k in ('mean','std'):
         if not isinstance(card[k], list) or not all(isinstance(v, float) for v in card[k]):
-            raise ValueError(f"`{path}` is damaged (its `{k}` is no list of numbers): delete it, and give `mean` and `std`")
+            raise ValueError(f"`{path}` is damaged (its `{k}` is no list of numbers): delete it, and give `mean` and "
+                             "`std`")
     return card['mean'],card['std']
 
 # %% ../nbs/09_checkpoint.ipynb #40b4d339
@@ -236,14 +256,17 @@ def read_card(
 ):
     "The dict in a card beside a checkpoint"
     try: card = read_json(path)
-    except ValueError as e: raise ValueError(f"`{path}` is damaged ({e}): delete it, and it is as if that epoch had not been kept") from e
-    if not isinstance(card, dict): raise ValueError(f"`{path}` is not a card, which is an object with an entry for each metric: delete it")
+    except ValueError as e:
+        raise ValueError(f"`{path}` is damaged ({e}): delete it, and it is as if that epoch had not been kept") from e
+    if not isinstance(card, dict):
+        raise ValueError(f"`{path}` is not a card, which is an object with an entry for each metric: delete it")
     return card
 
 def card_vocab(path):
     "The classes that a card names, in their order"
     vocab = read_card(path).get('vocab', [])
-    if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab): raise ValueError(f"`{path}` is damaged (its `vocab` is no list of names): delete it")
+    if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab):
+        raise ValueError(f"`{path}` is damaged (its `vocab` is no list of names): delete it")
     return vocab
 
 def best_epoch(
@@ -253,13 +276,18 @@ def best_epoch(
 )->int:
     "The earliest epoch of the highest `by`, as the cards tell"
     cards = {n: read_card(p) for n,p in saved_epochs(folder, fname, '.json').items()}
-    if not cards: raise MissingFile(f"no cards `{fname}_*.json` in `{folder}`: `KeepEpochs` writes them beside its checkpoints")
+    if not cards:
+        raise MissingFile(f"no cards `{fname}_*.json` in `{folder}`: `KeepEpochs` writes them beside its checkpoints")
     trainings = {}
     for n,card in cards.items(): trainings.setdefault(str(card.get('training')), []).append(n)
     if len(trainings) > 1:
-        raise ValueError(f"`{folder}` holds epochs of {len(trainings)} trainings, {' and '.join(map(str, trainings.values()))}: their numbers do not compare. Move those of all but one into another folder")
+        raise ValueError(f"`{folder}` holds epochs of {len(trainings)} trainings, "
+                         f"{' and '.join(map(str, trainings.values()))}: their numbers do not compare. Move those of "
+                         "all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)
     scores = {n: score(card) for n,card in cards.items()}
     lacking = [n for n,v in scores.items() if not isinstance(v, (int, float)) or v != v]
-    if lacking: raise ValueError(f"`by`: the card of epoch {lacking[0]} in `{folder}` has no number {by!r}; it has {[k for k,v in cards[lacking[0]].items() if isinstance(v, float)]}")
+    if lacking:
+        raise ValueError(f"`by`: the card of epoch {lacking[0]} in `{folder}` has no number {by!r}; it has "
+                         f"{[k for k,v in cards[lacking[0]].items() if isinstance(v, float)]}")
     return max(scores, key=scores.get) # the first of equals

@@ -24,9 +24,11 @@ import rkd_fastai
 # %% ../nbs/01_core.ipynb #b1aab2a8
 def _stats(name, v):
     "`v`, a number or one number per channel, as a tensor `(1, c, 1, 1)`"
-    v = torch.as_tensor(v, dtype=torch.float32, device=v.device if isinstance(v, torch.Tensor) else 'cpu').detach().clone().reshape(1, -1, 1, 1)
+    v = torch.as_tensor(v, dtype=torch.float32, device=v.device if isinstance(v, torch.Tensor)
+                        else 'cpu').detach().clone().reshape(1, -1, 1, 1)
     if not v.isfinite().all() or (name == 'std' and (v <= 0).any()):
-        raise ValueError(f"`{name}` must hold finite{' positive' if name == 'std' else ''} numbers, one per channel, got {v.flatten().tolist()}")
+        raise ValueError(f"`{name}` must hold finite{' positive' if name == 'std' else ''} numbers, one per channel, "
+                         f"got {v.flatten().tolist()}")
     return v
 
 class PixelModel(nn.Module):
@@ -39,8 +41,10 @@ class PixelModel(nn.Module):
         super().__init__()
         if (mean is None) != (std is None): raise ValueError("give both `mean` and `std`, or neither")
         self.model = model
-        device = next((t.device for t in chain(self.parameters(), self.buffers())), None) # where the network lies already
-        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, None if v is None else _stats(k, v).to(device), persistent=False)
+        # where the network lies already
+        device = next((t.device for t in chain(self.parameters(), self.buffers())), None)
+        for k,v in dict(mean=mean, std=std).items():
+            self.register_buffer(k, None if v is None else _stats(k, v).to(device), persistent=False)
 
     def _check_channels(self, x):
         n = 1 if self.mean is None else max(self.mean.shape[1], self.std.shape[1])
@@ -61,7 +65,8 @@ class PixelModel(nn.Module):
         "The space `model` was trained in → pixel space"
         return x if self.mean is None else x * self.std.to(x) + self.mean.to(x)
 
-    def forward(self, x): return self.model(x.clone() if self.mean is None else self.normalize(x)) # a network may work in place
+    # a network may work in place
+    def forward(self, x): return self.model(x.clone() if self.mean is None else self.normalize(x))
 
 # %% ../nbs/01_core.ipynb #e1a20002
 def is_uninitialized(
@@ -77,7 +82,8 @@ def check_initialized(
     "Raise unless all weights of `model` are there"
     if not is_uninitialized(model): return
     lazy = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin)})
-    raise ValueError(f"`{name}` has lazy layers without weights ({', '.join(lazy)}): run one batch of images through it first, `model(x)`")
+    raise ValueError(f"`{name}` has lazy layers without weights ({', '.join(lazy)}): run one batch of images through "
+                     "it first, `model(x)`")
 
 def copied(
     model, # network
@@ -85,20 +91,23 @@ def copied(
 ):
     "A copy of `model` with weights of its own"
     check_initialized(model, name)
-    with torch.no_grad(): return deepcopy(model) # else the copy of a TorchScript depends on the weights it was copied from
+    # else the copy of a TorchScript depends on the weights it was copied from
+    with torch.no_grad(): return deepcopy(model)
 
 # %% ../nbs/01_core.ipynb #66e5accc
 def batch_statistics(
     model, # any callable
 ):
-    "Name of the first BatchNorm in `model` that keeps no running statistics, and so takes the batch's, in eval mode too; None where there is none"
+    """Name of the first BatchNorm in `model` that keeps no running statistics, and so takes the batch's, in eval
+    mode too; None where there is none"""
     while isinstance(model, PixelModel): model = model.model # by the network's own names
     if not isinstance(model, nn.Module): return None
     return next((k or type(m).__name__ for k,m in model.named_modules()
                  if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None), None)
 
 def _depends(layer, name):
-    return (f"BatchNorm `{layer}` of `{name}` keeps no running statistics (`track_running_stats=False`), so that the answer about an image "
+    return (f"BatchNorm `{layer}` of `{name}` keeps no running statistics (`track_running_stats=False`), so that the "
+            "answer about an image "
             "depends on the others in its batch")
 
 def warn_of_batch_statistics(
@@ -107,7 +116,8 @@ def warn_of_batch_statistics(
 ):
     "Warn where what `model` says of an image depends on the others in its batch, also in eval mode"
     if layer := batch_statistics(model):
-        warnings.warn(f"{_depends(layer, name)}, and its accuracy on the size of the batches: build the network with `track_running_stats=True`")
+        warnings.warn(f"{_depends(layer, name)}, and its accuracy on the size of the batches: build the network with "
+                      "`track_running_stats=True`")
 
 @contextmanager
 def naming_batchnorm(
@@ -118,7 +128,8 @@ def naming_batchnorm(
     try: yield model
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e) or not (layer := batch_statistics(model)): raise
-        raise ValueError(f"{_depends(layer, name)}, and there is none about a single image: build the network with `track_running_stats=True`") from e
+        raise ValueError(f"{_depends(layer, name)}, and there is none about a single image: build the network with "
+                         "`track_running_stats=True`") from e
 
 @contextmanager
 def frozen(
@@ -127,7 +138,8 @@ def frozen(
     "Within it `model` is in eval mode and no parameter requires grad; then every module and parameter is as before"
     is_module = isinstance(model, nn.Module)
     check_initialized(model)
-    modes  = [(m, m.training) for m in model.modules() if hasattr(m, 'training')] if is_module else [] # a frozen TorchScript has none
+    # a frozen TorchScript has none
+    modes  = [(m, m.training) for m in model.modules() if hasattr(m, 'training')] if is_module else []
     params = [p for p in model.parameters() if p.requires_grad] if is_module else []
     def put_back():
         for p in params: p.requires_grad_(True)
@@ -146,9 +158,11 @@ class NotFinite(FloatingPointError, ValueError): "A number that should be finite
 def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
     if lo >= -.5 and hi <= 1.5:
-        return (f"they span [{lo:.3g}, {hi:.3g}]: a bicubic resize overshoots so, and `x.clamp(0, 1)` mends it; or are they normalised? "
+        return (f"they span [{lo:.3g}, {hi:.3g}]: a bicubic resize overshoots so, and `x.clamp(0, 1)` mends it; or "
+                "are they normalised? "
                 "Attacks work before normalisation, which belongs to the model")
-    return f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs to the model"
+    return (f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs "
+            "to the model")
 
 def check_images(
     x, # what should be images `(bs, c, h, w)`
@@ -156,13 +170,18 @@ def check_images(
     tol=1e-6, # what a pixel may lie outside [0, 1]
 ):
     "Raise unless `x` is a float batch `(bs, c, h, w)` with all values in [0, 1]"
-    if not isinstance(x, torch.Tensor): raise TypeError(f"`{name}` must be a tensor of images (bs, c, h, w), got {type(x).__name__}")
-    if not x.is_floating_point(): raise TypeError(f"`{name}` must be float images in [0, 1], got {x.dtype}: convert 0–255 images with `x.float()/255`")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor of images (bs, c, h, w), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must be float images in [0, 1], got {x.dtype}: convert 0–255 images with "
+                        "`x.float()/255`")
     if x.ndim != 4: raise ValueError(f"`{name}` must be a batch of images (bs, c, h, w), got shape {tuple(x.shape)}")
     if not x.numel(): return
     lo,hi = torch.stack(torch.aminmax(x.detach())).tolist() # one wait for a GPU, not two
-    if not isfinite(lo + hi): raise NotFinite(f"`{name}` must be images in [0, 1], but they contain NaN or infinite values")
-    if not (lo >= -tol and hi <= 1+tol): raise ValueError(f"`{name}` must be images in [0, 1], but {_range_hint(lo, hi)}")
+    if not isfinite(lo + hi):
+        raise NotFinite(f"`{name}` must be images in [0, 1], but they contain NaN or infinite values")
+    if not (lo >= -tol and hi <= 1+tol):
+        raise ValueError(f"`{name}` must be images in [0, 1], but {_range_hint(lo, hi)}")
 
 # %% ../nbs/01_core.ipynb #f773c6ba
 def check_logits(
@@ -172,9 +191,11 @@ def check_logits(
     "`logits` as a plain tensor in at least float32, or an error that says what the model returned instead"
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = type(logits).__name__ + (f" of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else '')
-        raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns that one tensor")
+        raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns that one "
+                        "tensor")
     if logits.shape[1] < 2:
-        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes, of which to choose one: "
+        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes, of "
+                         "which to choose one: "
                          "where z is the logit of the second of two, return `torch.cat([torch.zeros_like(z), z], 1)`")
     return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -192,8 +213,10 @@ def check_no_probs(
 ):
     "`out`, or a `ValueError` where it is probabilities, which no attack and no loss here takes for logits"
     if isinstance(out, torch.Tensor) and out.ndim == 2 and are_probs(out) and (out != out[:1]).any():
-        raise ValueError(f"`{name}` returns probabilities, not logits: attacks and losses take a softmax of their own, and with two the "
-                         "gradients vanish: take the softmax off the network, `nn.Sequential(*list(net)[:-1])` where it is the last of "
+        raise ValueError(f"`{name}` returns probabilities, not logits: attacks and losses take a softmax of their "
+                         "own, and with two the "
+                         "gradients vanish: take the softmax off the network, `nn.Sequential(*list(net)[:-1])` where "
+                         "it is the last of "
                          f"its layers, or take the logarithm of what it returns, `LogProbs(net)`{or_else}")
     return out
 
@@ -247,10 +270,12 @@ def check_targ(
     "Raise unless the type and the shape of `targ` are those of labels"
     want = f"class indices (bs,) or soft labels (bs, {n_out or 'n_out'})"
     if not isinstance(targ, torch.Tensor):
-        raise TypeError(f"`{name}` must be a tensor of {want}, got {type(targ).__name__}: use `torch.as_tensor({name})`")
+        raise TypeError(f"`{name}` must be a tensor of {want}, got {type(targ).__name__}: use "
+                        f"`torch.as_tensor({name})`")
     if targ.is_floating_point():
         if targ.ndim == 1:
-            raise ValueError(f"`{name}` holds one {targ.dtype} per image, but class indices are integers: use `{name}.long()`")
+            raise ValueError(f"`{name}` holds one {targ.dtype} per image, but class indices are integers: use "
+                             f"`{name}.long()`")
         if targ.ndim != 2 or targ.shape[1] != (n_out or targ.shape[1]):
             raise ValueError(f"soft `{name}` must be (bs, {n_out or 'n_out'}) to match the logits, "
                              f"got shape {tuple(targ.shape)}")
@@ -296,7 +321,9 @@ def as_number(
     n,got = value,repr(value)
     if isinstance(n, torch.Tensor) or hasattr(n, '__array__'): # PyTorch's or NumPy's
         if (n.numel() if isinstance(n, torch.Tensor) else n.size) == 1: n = n.item()
-        else: got = f'{type(value).__name__} of shape {tuple(value.shape)}' if hasattr(value, 'shape') else type(value).__name__
+        else:
+            got = (f'{type(value).__name__} of shape {tuple(value.shape)}' if hasattr(value, 'shape')
+                   else type(value).__name__)
     if isinstance(n, Real) and not isinstance(n, bool): return int(n) if isinstance(n, Integral) else float(n)
     raise TypeError(f"`{name}` must be a number, got {got}{': leave the quotes out' if isinstance(value, str) else ''}")
 
@@ -347,7 +374,8 @@ def check_weights(
     betas = [float(as_number('betas', b)) for b in betas]
     if len(betas) != n: raise ValueError(f"`betas` needs one weight per teacher: {n}, got {len(betas)}")
     if not all(b >= 0 for b in betas): raise ValueError(f"`betas` must be >= 0, got {betas}")
-    if abs(sum(betas) - 1) > 1e-4: raise ValueError(f"`betas` must sum to 1, but {betas} sum to {sum(betas):.6g}: divide them by their sum")
+    if abs(sum(betas) - 1) > 1e-4:
+        raise ValueError(f"`betas` must sum to 1, but {betas} sum to {sum(betas):.6g}: divide them by their sum")
     return betas
 
 # %% ../nbs/01_core.ipynb #a7c1e0d2
@@ -397,5 +425,7 @@ def digest(
 )->str:
     "16 hexadecimal digits that tell these tensors from others"
     h = hashlib.sha256()
-    for t in tensors: h.update(repr((t.dtype, tuple(t.shape))).encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for t in tensors:
+        h.update(repr((t.dtype, tuple(t.shape))).encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8)
+                 .numpy().tobytes())
     return h.hexdigest()[:16]

@@ -44,7 +44,8 @@ def to_rkd(self:Learner,
 )->Learner:
     "Train this Learner from now on by robust distillation from `teacher`"
     cls = method_class(method)
-    check_known(cls, [k for k in kwargs if k not in signature(cls).parameters]) # None is a default, but only of what there is
+    # None is a default, but only of what there is
+    check_known(cls, [k for k in kwargs if k not in signature(cls).parameters])
     return _turn(self, cls(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
 
 @patch
@@ -68,7 +69,8 @@ def _build_learner(dls, arch, **kwargs):
     if not isinstance(arch, nn.Module): return vision_learner(dls, arch, **kwargs)
     unused = {k: kwargs.pop(k) for k in list(kwargs) if k in _builds}
     if any(v is not False for v in unused.values()): # `pretrained=False` is true of a network that is there
-        warnings.warn(f"{list(unused)} tell `vision_learner` how to build a network, but `arch` is a network already and stays as it is")
+        warnings.warn(f"{list(unused)} tell `vision_learner` how to build a network, but `arch` is a network already "
+                      "and stays as it is")
     return Learner(dls, arch, **kwargs)
 
 @delegates(vision_learner, but=['dls','arch'])
@@ -78,21 +80,27 @@ def rkd_learner(
     teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
     alpha=.8, # weight of the teacher inside the soft target; CKD has none, and refuses another value
-    lam=5/6, # weight of the adversarial term, of ARD and RSLAD; in CKD of the distilled term, where `CKDCallback` itself has .9; AKD has none, and refuses another value
+    # weight of the adversarial term, of ARD and RSLAD; in CKD of the distilled term, where `CKDCallback` itself has .9;
+    # AKD has none, and refuses another value
+    lam=5/6,
     attack=None, # the attack on the training images; None means the method's own, `PGD()`; CKD has none
     T=1., # temperature
     cache:bool=False, # keep the teacher's answers, for images that are the same in every epoch; not of AKD
-    compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
+    # run attack, teacher and training step through `torch.compile`; what cannot be compiled runs as it is
+    compile:bool=False,
     bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
     **kwargs
 )->Learner:
     "A Learner that distils a robust student from `teacher`, ready for `fit_one_cycle`"
     cls = method_class(method)
-    if (ours := getattr(arch, 'func', arch)) in (cifar_resnet18, wide_resnet): raise TypeError(f"`arch`: {ours.__name__} of rkd_fastai.models makes a network, give `{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
+    if (ours := getattr(arch, 'func', arch)) in (cifar_resnet18, wide_resnet):
+        raise TypeError(f"`arch`: {ours.__name__} of rkd_fastai.models makes a network, give "
+                        f"`{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
     alpha,lam = check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache, compile=compile, bf16=bf16)
     takes,defaults = signature(cls).parameters,signature(rkd_learner).parameters
-    check_known(cls, [k for k,v in settings.items() if k not in takes and v != defaults[k].default] # asked for, not a default
+    # asked for, not a default
+    check_known(cls, [k for k,v in settings.items() if k not in takes and v != defaults[k].default]
                      + [k for k in kwargs if k in signature(PGD).parameters]) # `vision_learner` takes the others
     cb = cls(teacher, **{k: v for k,v in settings.items() if k in takes and v is not None})
     cb.check(dls) # before `vision_learner` adds its Normalize to them

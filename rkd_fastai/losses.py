@@ -15,9 +15,11 @@ def _check(logits, t_probs, name='s_logits', targ=None):
     "Raise unless student `logits` called `name`, teacher probabilities and targets belong together"
     if logits.ndim != 2: raise ValueError(f"`{name}` must be (bs, n_out), got shape {tuple(logits.shape)}")
     if targ is not None: check_targ(targ, logits.shape[1])
-    if targ is not None and len(targ) != len(logits): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(logits), 'image')}")
+    if targ is not None and len(targ) != len(logits):
+        raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(logits), 'image')}")
     if t_probs is not None and t_probs.shape != logits.shape:
-        raise ValueError(f"`t_probs` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} must have the same shape: do teacher and student have the same classes?")
+        raise ValueError(f"`t_probs` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} must have the same "
+                         "shape: do teacher and student have the same classes?")
 
 def _log_p(logits, target):
     "Log-probabilities where `target` is not 0: there a logit of -∞, a class that a student rules out, would be 0·∞"
@@ -32,8 +34,10 @@ def _kl(logits, target):
     return F.kl_div(_log_p(logits, target), target, reduction='none').sum(-1)
 
 def _reduce(loss, reduction):
-    if reduction not in ('mean','sum','none'): raise ValueError(f"`reduction` is 'mean', 'sum' or 'none', got {reduction!r}")
-    if reduction == 'mean' and not len(loss): raise ValueError("the mean loss of no images is undefined: take `reduction='sum'`")
+    if reduction not in ('mean','sum','none'):
+        raise ValueError(f"`reduction` is 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction == 'mean' and not len(loss):
+        raise ValueError("the mean loss of no images is undefined: take `reduction='sum'`")
     return loss if reduction == 'none' else getattr(loss, reduction)()
 
 # %% ../nbs/04_losses.ipynb #43cca4eb
@@ -45,7 +49,8 @@ def soft_targets(
     "Label mixing αf_T + (1−α)y: probabilities `(bs, n_out)` in float32"
     alpha = check_fraction(alpha=alpha)
     check_targ(targ, t_probs.shape[-1])
-    if len(t_probs) != len(targ): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(t_probs), 'row')} of `t_probs`")
+    if len(t_probs) != len(targ):
+        raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(t_probs), 'row')} of `t_probs`")
     return alpha*t_probs.float() + (1-alpha)*onehot(targ, t_probs.shape[-1])
 
 def ensemble_probs(
@@ -54,7 +59,8 @@ def ensemble_probs(
 ):
     "Σ β_i f_{T_i}: probabilities `(bs, n_out)` of the ensemble in float32 (Section 3.6)"
     if not len(probs): raise ValueError("`probs` is empty: an ensemble needs at least one teacher")
-    if len({tuple(p.shape) for p in probs}) > 1: raise ValueError(f"`probs` must share one shape, got {[tuple(p.shape) for p in probs]}")
+    if len({tuple(p.shape) for p in probs}) > 1:
+        raise ValueError(f"`probs` must share one shape, got {[tuple(p.shape) for p in probs]}")
     return sum(b*p.float() for b,p in zip(check_weights(betas, len(probs)), probs))
 
 # %% ../nbs/04_losses.ipynb #1c8c2ceb
@@ -128,7 +134,9 @@ def trades_loss(
 ):
     "CE(f(x), y) + β KL(f(x) ‖ f(x′)) (Zhang et al., 2019)"
     _check(s_logits, None, targ=targ); _check(s_logits_adv, None, 's_logits_adv')
-    if s_logits.shape != s_logits_adv.shape: raise ValueError(f"`s_logits` {tuple(s_logits.shape)} and `s_logits_adv` {tuple(s_logits_adv.shape)} must have the same shape")
+    if s_logits.shape != s_logits_adv.shape:
+        raise ValueError(f"`s_logits` {tuple(s_logits.shape)} and `s_logits_adv` {tuple(s_logits_adv.shape)} must "
+                         "have the same shape")
     beta = as_number('beta', beta)
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be >= 0 and finite, got {beta}")
     logp, logp_adv = F.log_softmax(s_logits.float(), -1), F.log_softmax(s_logits_adv.float(), -1)

@@ -19,7 +19,8 @@ class _BasicBlock(nn.Module):
         self.conv1,self.bn1 = _conv(n_in, n_out, 3, stride), nn.BatchNorm2d(n_out)
         self.conv2,self.bn2 = _conv(n_out, n_out, 3), nn.BatchNorm2d(n_out)
         self.shortcut = nn.Sequential()
-        if stride != 1 or n_in != n_out: self.shortcut = nn.Sequential(_conv(n_in, n_out, 1, stride), nn.BatchNorm2d(n_out))
+        if stride != 1 or n_in != n_out:
+            self.shortcut = nn.Sequential(_conv(n_in, n_out, 1, stride), nn.BatchNorm2d(n_out))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -59,7 +60,8 @@ class _WideBlock(nn.Module):
     "BatchNorm, activation, convolution, twice; the first activation also feeds the shortcut where the shape changes"
     def __init__(self, n_in, n_out, stride, act):
         super().__init__()
-        self.batchnorm_0,self.relu_0,self.conv_0 = nn.BatchNorm2d(n_in), act(), nn.Conv2d(n_in, n_out, 3, stride=stride, bias=False)
+        self.batchnorm_0,self.relu_0,self.conv_0 = nn.BatchNorm2d(n_in), act(), nn.Conv2d(n_in, n_out, 3,
+                                                                                          stride=stride, bias=False)
         self.batchnorm_1,self.relu_1,self.conv_1 = nn.BatchNorm2d(n_out), act(), _conv(n_out, n_out, 3)
         self.shortcut = nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False) if n_in != n_out or stride != 1 else None
         self.stride = stride
@@ -74,7 +76,8 @@ class _WideBlock(nn.Module):
 class _WideGroup(nn.Module):
     def __init__(self, n, n_in, n_out, stride, act):
         super().__init__()
-        self.block = nn.Sequential(*[_WideBlock(n_in if i==0 else n_out, n_out, stride if i==0 else 1, act) for i in range(n)])
+        self.block = nn.Sequential(*[_WideBlock(n_in if i==0 else n_out, n_out, stride if i==0 else 1, act)
+                                     for i in range(n)])
     def forward(self, x): return self.block(x)
 
 class _WideResNet(nn.Module):
@@ -103,7 +106,8 @@ def wide_resnet(
 ):
     "WideResNet `(bs, n_in, h, w)` → logits `(bs, n_out)` (Zagoruyko & Komodakis, 2016; Rebuffi et al., 2021)"
     depth,widen,n_out,n_in = _check_sizes(depth=depth, widen=widen, n_out=n_out, n_in=n_in)
-    if depth < 10 or (depth-4) % 6: raise ValueError(f"`depth` of a WideResNet is 6n+4 (10, 16, 22, 28, 34, …), got {depth}")
+    if depth < 10 or (depth-4) % 6:
+        raise ValueError(f"`depth` of a WideResNet is 6n+4 (10, 16, 22, 28, 34, …), got {depth}")
     for k,v in dict(mean=mean, std=std).items():
         if np.size(v) not in (1, n_in): raise ValueError(f"`{k}` needs one number, or one per channel: {n_in}, got {v}")
     if not np.all(np.array(std) > 0): raise ValueError(f"`std` must be positive, got {std}")

@@ -19,7 +19,8 @@ from .sampling import Sample, check_n, images_digest, no_labels, sample_of, samp
 def undistributed(
     dl, # any loader
 ):
-    "The loader itself, out of fastai's `DistributedDL`, which hides its transforms and has but one process's share of its images"
+    """The loader itself, out of fastai's `DistributedDL`, which hides its transforms and has but one process's share
+    of its images"""
     return getattr(dl, '__dict__', {}).get('dl', dl)
 
 def held_out(
@@ -31,7 +32,8 @@ def held_out(
 def pixel_stats(
     dls, # DataLoaders, or one loader
 ):
-    "`(mean, std)` of all the `Normalize` transforms in `dls.after_batch`, composed, a number per channel `(c,)` each, or `(None, None)`"
+    """`(mean, std)` of all the `Normalize` transforms in `dls.after_batch`, composed, a number per channel `(c,)`
+    each, or `(None, None)`"""
     mean = std = None
     for t in getattr(getattr(undistributed(getattr(dls, 'train', dls)), 'after_batch', None), 'fs', ()):
         if not isinstance(t, Normalize): continue
@@ -56,7 +58,8 @@ def pixel_model(
 def initialize_lazy(
     learn, # any vision Learner
 ):
-    "Run two images through the Learner's network where it has lazy layers, as its first batch would; in eval mode, without gradients"
+    """Run two images through the Learner's network where it has lazy layers, as its first batch would; in eval mode,
+    without gradients"""
     net = unwrap(learn.model)
     if not is_uninitialized(net): return
     x,modes = sample_images(learn.dls),[(m, m.training) for m in net.modules()]
@@ -67,7 +70,9 @@ def initialize_lazy(
     finally:
         for m,mode in modes: m.training = mode
 
-def _device(model): return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), None) if isinstance(model, nn.Module) else None
+def _device(model):
+    return (next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), None)
+            if isinstance(model, nn.Module) else None)
 
 def model_device(
     model, # any callable
@@ -84,7 +89,8 @@ def beside(
 
 # %% ../nbs/08_pixel.ipynb #dfa1e4a5
 def _overshoots(x):
-    "Can a resize have made what lies outside [0, 1]? Twice 0.19 of the contrast is PyTorch's worst, and it takes an edge"
+    """Can a resize have made what lies outside [0, 1]? Twice 0.19 of the contrast is PyTorch's worst, and it takes
+    an edge"""
     too_far = (x - x.clamp(0, 1)).abs()
     return bool(x.ndim == 4 and too_far.max() <= .45 and too_far.mean() <= .05) # which NaN is not
 
@@ -97,10 +103,13 @@ def to_pixels(
     try: check_images(x, 'images', tol=1e-3)
     except ValueError as e:
         if _overshoots(x):
-            warnings.warn("the images overshoot [0, 1] a little, as a bicubic resize makes them: attacks and measurements work on `x.clamp(0, 1)`")
+            warnings.warn("the images overshoot [0, 1] a little, as a bicubic resize makes them: attacks and "
+                          "measurements work on `x.clamp(0, 1)`")
             return x.clamp(0, 1)
-        raise type(e)(f"{e}. After undoing the DataLoaders' Normalize they should be pixels: normalise with fastai's `Normalize` in "
-                         "`batch_tfms` and nowhere else, and keep transforms that add values after it (RandomErasing) out") from e
+        raise type(e)(f"{e}. After undoing the DataLoaders' Normalize they should be pixels: normalise with fastai's "
+                      "`Normalize` in "
+                         "`batch_tfms` and nowhere else, and keep transforms that add values after it (RandomErasing) "
+                         "out") from e
     return x.clamp(0, 1)
 
 # %% ../nbs/08_pixel.ipynb #f3b12bcf
@@ -118,18 +127,23 @@ def check_single_label(
     "Raise `ValueError` unless `dls` are images with one class index each, of two classes at least"
     targ = _sample_targ(dls)
     if isinstance(targ, TensorMultiCategory): kind = 'multi-label'
-    elif isinstance(targ, torch.Tensor) and not isinstance(targ, TensorCategory) and (targ.is_floating_point() or targ.ndim): kind = 'regression or dense-target'
+    elif (isinstance(targ, torch.Tensor) and not isinstance(targ, TensorCategory)
+          and (targ.is_floating_point() or targ.ndim)):
+        kind = 'regression or dense-target'
     elif isinstance(targ, float): kind = 'regression'
-    elif get_c(dls) == 1: raise ValueError("`dls` have one class, and nothing to tell it from: images of two at least are needed")
+    elif get_c(dls) == 1:
+        raise ValueError("`dls` have one class, and nothing to tell it from: images of two at least are needed")
     else: return
-    raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a `CategoryBlock`")
+    raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a "
+                     "`CategoryBlock`")
 
 # %% ../nbs/08_pixel.ipynb #d11cadb2
 def sample_images(
     dls, # image DataLoaders
     n=2, # number of images, of one batch at most
 ):
-    "`n` validation images (training images where there are none) in pixel space `(n, c, h, w)`, on the CPU; draws no random numbers"
+    """`n` validation images (training images where there are none) in pixel space `(n, c, h, w)`, on the CPU; draws
+    no random numbers"""
     dl = undistributed(dls.valid if len(dls.valid) else dls.train)
     own = dl.rng.getstate() if hasattr(dl, 'rng') else None
     with torch.random.fork_rng(devices=[]):
@@ -145,7 +159,8 @@ def split_name(
 )->str: # 'train', 'valid' or 'test'; None for a loader that `dls` does not hold
     "Which split of `dls` a loader reads"
     names = ('train','valid','test')
-    return next((name for name,own in zip(names, dls.loaders) if own is dl or undistributed(own) is undistributed(dl)), None)
+    return next((name for name,own in zip(names, dls.loaders) if own is dl or undistributed(own) is undistributed(dl)),
+                None)
 
 def choose_dl(
     dls, # DataLoaders
@@ -156,9 +171,11 @@ def choose_dl(
     if dl is not None and ds_idx is not None: raise ValueError("`dl` and `ds_idx` both name a loader: give one of them")
     if ds_idx is None: return held_out(dls) if dl is None else dl
     if not isinstance(ds_idx, int) or not 0 <= ds_idx < len(dls.loaders):
-        names = ['training', 'validation', 'test', *(f'loader {i}' for i in range(3, len(dls.loaders)))][:len(dls.loaders)]
+        names = ['training', 'validation', 'test', *(f'loader {i}'
+                                                     for i in range(3, len(dls.loaders)))][:len(dls.loaders)]
         said = ', '.join(f'{i} ({name})' for i,name in enumerate(names))
-        raise ValueError(f"`ds_idx` must be one of {said}{'' if len(names) > 2 else '; there is no test split'}, got {ds_idx!r}")
+        raise ValueError(f"`ds_idx` must be one of {said}{'' if len(names) > 2 else '; there is no test split'}, got "
+                         f"{ds_idx!r}")
     return dls[ds_idx]
 
 _tud = torch.utils.data
@@ -169,11 +186,14 @@ def _own_positions(dl):
     if not hasattr(ds, '__getitem__') or not hasattr(ds, '__len__'): return None
     if isinstance(dl, _tud.DataLoader):
         if dl.batch_size is None or isinstance(ds, _tud.IterableDataset): return None
-        if isinstance(dl.sampler, _tud.SubsetRandomSampler): return list(dl.sampler.indices) # a split of a larger data set
-        whole = isinstance(dl.sampler, _tud.SequentialSampler) or isinstance(dl.sampler, _tud.RandomSampler) and not dl.sampler.replacement
+        # a split of a larger data set
+        if isinstance(dl.sampler, _tud.SubsetRandomSampler): return list(dl.sampler.indices)
+        whole = (isinstance(dl.sampler, _tud.SequentialSampler)
+                 or isinstance(dl.sampler, _tud.RandomSampler) and not dl.sampler.replacement)
         return list(range(len(ds))) if whole and len(dl.sampler) == len(ds) else None
     if not hasattr(dl, 'new') or not dl.indexed or dl.bs is None: return None
-    return list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(dl.n)) # which may be fewer than its data set has
+    # which may be fewer than its data set has
+    return list(dl.get_idxs()) if 'get_idxs' in vars(dl) else list(range(dl.n))
 
 def measured_positions(
     dl, # loader
@@ -195,7 +215,8 @@ def _in_order(dl, positions):
         random.setstate(state) # from which fastai seeds every loader
         return res
     if positions is None: return dl
-    return _tud.DataLoader(_tud.Subset(dl.dataset, positions), dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
+    return _tud.DataLoader(_tud.Subset(dl.dataset, positions), dl.batch_size, num_workers=dl.num_workers,
+                           collate_fn=dl.collate_fn)
 
 def _read(dls, dl):
     "All images of a loader in pixel space, and their labels, on the CPU"
@@ -206,9 +227,12 @@ def _read(dls, dl):
         xs.append(to_pixels(pm, x.cpu()).float()) # a GPU holds one batch, not the whole split
         ys.append(y.as_subclass(torch.Tensor).cpu())
         if xs[-1].shape[1:] != xs[0].shape[1:]:
-            raise ValueError(f"images must have one size to be measured, but there are {tuple(xs[0].shape[1:])} and {tuple(xs[-1].shape[1:])}: "
+            raise ValueError(f"images must have one size to be measured, but there are {tuple(xs[0].shape[1:])} and "
+                             f"{tuple(xs[-1].shape[1:])}: "
                              "give the DataLoaders `item_tfms=Resize(…)`")
-    if not xs: raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its images behind, give it `dl=dls.valid`")
+    if not xs:
+        raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its "
+                         "images behind, give it `dl=dls.valid`")
     return torch.cat(xs), torch.cat(ys)
 
 def _sampled(learn, dl, n, seed):
@@ -226,7 +250,8 @@ def pixel_data(
     n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
     seed=0, # of the sample
 ):
-    "Images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, without shuffling and with none dropped"
+    """Images of `dl` in pixel space `(n, c, h, w)` and their classes `(n,)` on the CPU, without shuffling and with
+    none dropped"""
     x,y,_ = _sampled(learn, choose_dl(getattr(learn, 'dls', learn), dl), n, seed)
     return x,y
 
@@ -259,9 +284,11 @@ def measured_images(
 def arriving_positions(
     dl, # loader that is being iterated
 ):
-    "Positions in the data set of the images that arrive from `dl`, in this order, -1 for an image that arrives twice; None where the order is not known"
+    """Positions in the data set of the images that arrive from `dl`, in this order, -1 for an image that arrives
+    twice; None where the order is not known"""
     if isinstance(dl, _tud.DataLoader):
-        return list(range(len(dl.dataset))) if isinstance(dl.sampler, _tud.SequentialSampler) and dl.batch_size else None
+        return (list(range(len(dl.dataset))) if isinstance(dl.sampler, _tud.SequentialSampler) and dl.batch_size
+                else None)
     idxs = getattr(dl, '_DataLoader__idxs', None) # fastai's, drawn when the iteration started
     if not isinstance(idxs, list) or None in idxs[:1] or not dl.bs: return None
     if not hasattr(dl, 'n_padded'): return idxs

@@ -56,7 +56,8 @@ def check_progress(
 ):
     "Raise a `TypeError` unless `progress` says whether, or by which function, progress is shown"
     if progress is None or isinstance(progress, bool) or callable(progress): return
-    raise TypeError("`progress` must be True for a bar, False for none, None for a bar where the Learner shows its own, "
+    raise TypeError("`progress` must be True for a bar, False for none, None for a bar where the Learner shows its "
+                    "own, "
                     f"or a function of the share of the work done and a text, got {progress!r}")
 
 class Progress:

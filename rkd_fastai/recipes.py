@@ -56,7 +56,8 @@ class Recipe:
     note:str='' # what this library does otherwise
 
     def __repr__(self):
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name == 'method' or getattr(self, f.name) not in (f.default, {})}
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name == 'method'
+                or getattr(self, f.name) not in (f.default, {})}
         return 'Recipe(\n' + ''.join(f'    {k}={_shown(v)},\n' for k,v in said.items()) + ')'
 
     @property
@@ -69,7 +70,8 @@ class Recipe:
         known = [f.name for f in fields(self)]
         for k,v in changes.items():
             if k in known: continue
-            hint = f"the method has one, say `settings=recipe.settings | dict({k}={v!r})`" if k in _settings_of(self.method) else did_you_mean(k, known)
+            hint = (f"the method has one, say `settings=recipe.settings | dict({k}={v!r})`"
+                    if k in _settings_of(self.method) else did_you_mean(k, known))
             raise TypeError(f"a recipe has no `{k}`: {hint}")
         return replace(self, **changes)
 
@@ -84,7 +86,8 @@ class Recipe:
         return self.but(attack=type(self.attack)(**old | dict(eps=eps) | steps))
 
 def _shown(v):
-    if isinstance(v, partial): return f'{v.func.__name__}({", ".join([*map(str, v.args), *(f"{k}={_shown(o)}" for k,o in v.keywords.items())])})'
+    if isinstance(v, partial):
+        return (f'{v.func.__name__}({", ".join([*map(str, v.args), *(f"{k}={_shown(o)}" for k,o in v.keywords.items())])})')
     return getattr(v, '__name__', None) or repr(v)
 
 # %% ../nbs/13_recipes.ipynb #089770f6
@@ -93,13 +96,16 @@ _own_methods = dict(st=RobustCallback, at=AdversarialTraining, trades=TRADES) # 
 def _settings_of(method):
     "The keywords that a method takes beside teacher and attack"
     cls = {**_own_methods, **distil_methods}.get(method)
-    return [] if cls is None else [k for k in signature(cls).parameters if k not in ('teacher','attack','compile','bf16')]
+    return [] if cls is None else [k for k in signature(cls).parameters
+                                   if k not in ('teacher','attack','compile','bf16')]
 
 def _check_net(net, dls):
     if net is None or isinstance(net, nn.Module) or _makes_one(net): return
     name,n_out = getattr(net, '__name__', None) or repr(net),get_c(dls)
-    raise TypeError(f"`net` must be a network, an nn.Module, got {name}" + (f", which makes one: call it, for {n_out} classes" if callable(net)
-                    else f": build the network, e.g. by `timm.create_model(name, num_classes={n_out})`") + ", or leave `net` out for the recipe's own")
+    raise TypeError(f"`net` must be a network, an nn.Module, got {name}"
+                    + (f", which makes one: call it, for {n_out} classes" if callable(net)
+                    else f": build the network, e.g. by `timm.create_model(name, num_classes={n_out})`")
+                    + ", or leave `net` out for the recipe's own")
 
 def _makes_one(net):
     "Is it a function such as `cifar_resnet18` of `rkd_fastai.models`?"
@@ -109,10 +115,15 @@ def _check(recipe, teacher):
     known = [*_own_methods, *distil_methods]
     if recipe.method not in known: raise ValueError(f"unknown `method` {recipe.method!r}: use one of {known}")
     attacks = recipe.method not in ('st','ckd')
-    if attacks == (recipe.attack is None): raise ValueError(f"`attack`: {recipe.method!r} " + ("needs one, e.g. `PGD()`" if attacks else "takes none, set it to None"))
-    if recipe.needs_teacher and teacher is None: raise ValueError(f"`teacher`: {recipe.method!r} distils, and needs one, e.g. `Teacher.at_epoch(folder, 20, net)`")
+    if attacks == (recipe.attack is None):
+        raise ValueError(f"`attack`: {recipe.method!r} " + ("needs one, e.g. `PGD()`" if attacks
+                                                            else "takes none, set it to None"))
+    if recipe.needs_teacher and teacher is None:
+        raise ValueError(f"`teacher`: {recipe.method!r} distils, and needs one, e.g. `Teacher.at_epoch(folder, 20, "
+                         "net)`")
     if not recipe.needs_teacher and teacher is not None:
-        raise ValueError(f"`teacher`: {recipe.method!r} takes none; recipes that do are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
+        raise ValueError(f"`teacher`: {recipe.method!r} takes none; recipes that do are "
+                         f"{[k for k,r in all_recipes.items() if r.needs_teacher]}")
 
 def _callback(recipe, teacher, **kwargs):
     "The training callback of a recipe"
@@ -122,7 +133,9 @@ def _callback(recipe, teacher, **kwargs):
 
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
-        if recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the batch by `recipe.but(synthetic=.7)`")
+        if recipe.synthetic is None:
+            raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the "
+                             "batch by `recipe.but(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 
@@ -131,7 +144,9 @@ def _scale(recipe, dls): return get_c(dls) if recipe.mean_over_classes else 1
 @patch
 def learner(self:Recipe,
     dls, # image DataLoaders in pixel space; their batch size is left alone
-    net=None, # network, or a function that makes one from `n_out` and `n_in` as those of `rkd_fastai.models` do; None makes the recipe's own
+    # network, or a function that makes one from `n_out` and `n_in` as those of `rkd_fastai.models` do; None makes the
+    # recipe's own
+    net=None,
     teacher=None, # what a distilling recipe distils from, see `Teacher`
     synthetic=None, # `.npz` file of synthetic images, see `with_synthetic`
     compile:bool=False, # see `AdversarialTraining`
@@ -141,7 +156,9 @@ def learner(self:Recipe,
 )->Learner:
     "A Learner that trains by this recipe, once `recipe.fit(learn)` is called"
     _check(self, teacher)
-    if not self.bn_wd and 'splitter' in kwargs: raise ValueError("`splitter`: this recipe's own takes BatchNorm out of the weight decay: leave yours out, or use `recipe.but(bn_wd=True)`")
+    if not self.bn_wd and 'splitter' in kwargs:
+        raise ValueError("`splitter`: this recipe's own takes BatchNorm out of the weight decay: leave yours out, or "
+                         "use `recipe.but(bn_wd=True)`")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
     _check_net(net, dls)
@@ -149,7 +166,8 @@ def learner(self:Recipe,
     if not isinstance(net, nn.Module): net = (net or self.arch)(n_out=get_c(dls), n_in=sample_images(dls).shape[1])
     wd = self.wd*_scale(self, dls)
     split = dict() if self.bn_wd else dict(splitter=batchnorm_splitter)
-    loss_func = LabelSmoothingCrossEntropyFlat(eps=self.label_smoothing) if self.label_smoothing else CrossEntropyLossFlat()
+    loss_func = (LabelSmoothingCrossEntropyFlat(eps=self.label_smoothing) if self.label_smoothing
+                 else CrossEntropyLossFlat())
     own = [cb] + ([WeightAveraging(self.ema)] if self.ema is not None else []) + ([CutMix(1.)] if self.cutmix else [])
     return Learner(dls, net, **dict(loss_func=loss_func) | split | kwargs, cbs=own+L(cbs),
                    opt_func=partial(sgd, wd=wd if self.bn_wd else [wd, 0.], nesterov=self.nesterov))
@@ -162,7 +180,8 @@ def fit(self:Recipe,
     **kwargs, # of `fit_sched`, e.g. `cbs`
 )->Learner:
     "Train `learn` by this recipe's schedule"
-    return learn.fit_sched(self.epochs if n_epoch is None else n_epoch, self.lr_for(learn.dls) if lr_max is None else lr_max, self.schedule, **kwargs)
+    return learn.fit_sched(self.epochs if n_epoch is None else n_epoch,
+                           self.lr_for(learn.dls) if lr_max is None else lr_max, self.schedule, **kwargs)
 
 @patch
 def lr_for(self:Recipe,
@@ -174,34 +193,51 @@ def lr_for(self:Recipe,
 # %% ../nbs/13_recipes.ipynb #bf3b6a95
 _rkd = 'When does knowledge distillation improve robustness?'
 paper_teacher = Recipe(f'{_rkd} Appendix A.1', 'at', PGD(), epochs=100, bs=128, lr=.1, schedule=ExpDecay(.9),
-    note='stated are SGD, epochs, batch, rate and PGD-7; momentum, weight decay and steps of 2/255 are what the field uses')
-paper_student = Recipe(f'{_rkd} Appendix A.1', 'akd', PGD(), epochs=100, bs=256, lr=.21, schedule=OneCycle(), settings=dict(alpha=.8),
-    note='alpha as in Section 4; Section 3.1 finds about .3 best with a standard and .7 with a robust teacher. The rest as in `paper_teacher`')
+    note='stated are SGD, epochs, batch, rate and PGD-7; momentum, weight decay and steps of 2/255 are what the field '
+         'uses')
+paper_student = Recipe(f'{_rkd} Appendix A.1', 'akd', PGD(), epochs=100, bs=256, lr=.21, schedule=OneCycle(),
+                       settings=dict(alpha=.8),
+    note='alpha as in Section 4; Section 3.1 finds about .3 best with a standard and .7 with a robust teacher. The '
+         'rest as in `paper_teacher`')
 
 # %% ../nbs/13_recipes.ipynb #187ac959
 _wrn = partial(wide_resnet, 28, 10)
-rebuffi_at_plus = Recipe('Rebuffi et al., Fixing Data Augmentation to Improve Adversarial Robustness (2021), experimental setup; the paper, Section 4 (AT+)', 'at', PGD(steps=10),
-    epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025), arch=_wrn, bn_wd=False, ema=.995, synthetic=.7, cutout=18,
-    note='the average ramps up from the first step, where the authors start it after the warm-up; `but(cutout=0, cutmix=True)` is their other augmentation')
-wang_at_plus = rebuffi_at_plus.but(source='Wang et al., Better Diffusion Models Further Improve Adversarial Training (2023), training settings; the paper, Section 4 (AT+, EDM data)',
+rebuffi_at_plus = Recipe('Rebuffi et al., Fixing Data Augmentation to Improve Adversarial Robustness (2021), '
+                         'experimental setup; the paper, Section 4 (AT+)', 'at', PGD(steps=10),
+    epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025), arch=_wrn, bn_wd=False, ema=.995,
+                         synthetic=.7, cutout=18,
+    note='the average ramps up from the first step, where the authors start it after the warm-up; `but(cutout=0, '
+         'cutmix=True)` is their other augmentation')
+wang_at_plus = rebuffi_at_plus.but(source='Wang et al., Better Diffusion Models Further Improve Adversarial Training '
+                                          '(2023), training settings; the paper, Section 4 (AT+, EDM data)',
     bs=512, lr=.2, lr_bs=512, cutout=0,
-    note="the cross-entropy of adversarial examples, as the paper's AT+; the authors' command trains by TRADES, which is `wang_trades`")
-wang_trades = wang_at_plus.but(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)', method='trades',
+    note="the cross-entropy of adversarial examples, as the paper's AT+; the authors' command trains by TRADES, which "
+         "is `wang_trades`")
+wang_trades = wang_at_plus.but(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)',
+                               method='trades',
     attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), label_smoothing=.1,
     note="attacks in eval mode, the script with the statistics of the batch; BatchNorm sees x' before x")
 
 # %% ../nbs/13_recipes.ipynb #84db3dbe
 _start = 'the random start is clipped to [0, 1] before the first step, in the script after it'
-rslad_official = Recipe('Zi et al., Revisiting Adversarial Robustness Distillation (2021), resnet18_rslad_cifar10.py', 'rslad',
-    PGD(steps=10, step_size=2/255, random_start=.001, objective='kl'), epochs=300, bs=128, lr=.1, schedule=Steps((215,260,285), 300),
+rslad_official = Recipe('Zi et al., Revisiting Adversarial Robustness Distillation (2021), resnet18_rslad_cifar10.py',
+                        'rslad',
+    PGD(steps=10, step_size=2/255, random_start=.001, objective='kl'), epochs=300, bs=128, lr=.1,
+                        schedule=Steps((215,260,285), 300),
     wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=5/6), mean_over_classes=True, note=_start)
-ard_official = Recipe('Goldblum et al., Adversarially Robust Distillation (2020), main.py', 'ard', PGD(steps=10, step_size=2/255), epochs=200, bs=128, lr=.1,
-    schedule=Steps((100,), 200), wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=1., T=30.), mean_over_classes=True,
-    note='attacks a student in eval mode, the script one in train mode. Its second step, at epoch 150, sets the rate of the first once more. The default student there is a MobileNetV2')
-trades_official = Recipe('Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy (2019), train_trades_cifar10.py', 'trades',
-    PGD(.031, steps=10, step_size=.007, random_start=.001, objective='kl'), epochs=76, bs=128, lr=.1, schedule=Steps((74,), 76),
+ard_official = Recipe('Goldblum et al., Adversarially Robust Distillation (2020), main.py', 'ard',
+                      PGD(steps=10, step_size=2/255), epochs=200, bs=128, lr=.1,
+    schedule=Steps((100,), 200), wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=1., T=30.),
+                      mean_over_classes=True,
+    note='attacks a student in eval mode, the script one in train mode. Its second step, at epoch 150, sets the rate '
+         'of the first once more. The default student there is a MobileNetV2')
+trades_official = Recipe('Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy (2019), '
+                         'train_trades_cifar10.py', 'trades',
+    PGD(.031, steps=10, step_size=.007, random_start=.001, objective='kl'), epochs=76, bs=128, lr=.1,
+                         schedule=Steps((74,), 76),
     arch=partial(wide_resnet, 34, 10, act=nn.ReLU), wd=2e-4, nesterov=False, settings=dict(beta=6.), note=_start)
-fast_at = Recipe('Wong et al., Fast is better than free (2020), CIFAR10/train_fgsm.py', 'at', FFGSM(8/255), epochs=15, bs=128, lr=.2, schedule=Triangle(.5), nesterov=False,
+fast_at = Recipe('Wong et al., Fast is better than free (2020), CIFAR10/train_fgsm.py', 'at', FFGSM(8/255), epochs=15,
+                 bs=128, lr=.2, schedule=Triangle(.5), nesterov=False,
     note='attacks in eval mode, the script in train mode and half precision. The network there is a PreActResNet-18')
 
 all_recipes = {k: v for k,v in list(globals().items()) if isinstance(v, Recipe)}
@@ -212,7 +248,8 @@ teacher_kinds = {
     'at': paper_teacher, # adversarial training, PGD-7
     'lat': paper_teacher.at_eps(2/255), # low-epsilon adversarial training (Table 4)
     'ffgsm': paper_teacher.but(attack=FFGSM()), # adversarial training by one step (Table 3)
-    'trades': paper_teacher.but(method='trades', attack=PGD(steps=10, objective='kl'), settings=dict(beta=6.)), # (Table 11)
+    # (Table 11)
+    'trades': paper_teacher.but(method='trades', attack=PGD(steps=10, objective='kl'), settings=dict(beta=6.)),
     'at+': rebuffi_at_plus} # (Table 6)
 
 def recipe_of_kind(
@@ -220,5 +257,6 @@ def recipe_of_kind(
     eps=8/255, # radius to be robust in; LAT is trained with a quarter of it, as the paper's 2/255 is of 8/255
 )->Recipe:
     "How a teacher of one kind is trained"
-    if kind not in teacher_kinds: raise ValueError(f"unknown kind of teacher {kind!r}: use one of {list(teacher_kinds)}")
+    if kind not in teacher_kinds:
+        raise ValueError(f"unknown kind of teacher {kind!r}: use one of {list(teacher_kinds)}")
     return teacher_kinds[kind].at_eps(eps/4 if kind == 'lat' else eps)

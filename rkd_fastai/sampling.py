@@ -37,7 +37,8 @@ def sample_positions(
     n:int=None, # number of images in the sample; None, or more than there are, takes all of them
     seed:int=0, # of the draw
 )->np.ndarray: # positions, int64 `(n,)`
-    "Positions of a sample that is stratified by class and drawn by `seed` alone; all positions in their order where all are taken"
+    """Positions of a sample that is stratified by class and drawn by `seed` alone; all positions in their order
+    where all are taken"""
     n = check_n(n)
     if n is None or n >= len(labels): return np.arange(len(labels))
     return stratified_order(labels, seed)[:n]
@@ -66,7 +67,8 @@ def sample_of(
     return [positions[i] for i in sample_positions(labels, n, seed)]
 
 def _by_file_name(ds, positions):
-    "`positions` in the order of the files' names, as file systems list files in different orders; as they are where items are no files"
+    """`positions` in the order of the files' names, as file systems list files in different orders; as they are
+    where items are no files"""
     items = getattr(ds, 'items', None)
     if items is None or not len(items) or not isinstance(items[0], (str, Path)): return positions
     return sorted(positions, key=lambda i: str(items[i]))

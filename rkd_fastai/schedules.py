@@ -55,7 +55,8 @@ class ExpDecay:
     def __post_init__(self):
         check_number(decay=self.decay)
         if not 0 < self.decay <= 1: raise ValueError(f"`decay` must lie in (0, 1], got {self.decay}")
-    def __call__(self, pct, n_epoch): return self.decay**int(pct*n_epoch + 1e-6) # `pct` of an epoch's start may be rounded down
+    # `pct` of an epoch's start may be rounded down
+    def __call__(self, pct, n_epoch): return self.decay**int(pct*n_epoch + 1e-6)
 
 def _check_pct(**kwargs):
     check_number(**kwargs)
@@ -73,7 +74,8 @@ class OneCycle:
 
 @dataclass(frozen=True)
 class Steps:
-    "Times `factor` after each of the epochs `at` of `n_epoch`; a training of another length has its steps at the same parts of it"
+    """Times `factor` after each of the epochs `at` of `n_epoch`; a training of another length has its steps at the
+    same parts of it"""
     at:tuple # epochs after which the rate falls
     n_epoch:int # length of the training that `at` speaks of
     factor:float=.1 # by which it falls each time
@@ -84,7 +86,8 @@ class WarmupCosine:
     "In a straight line from 0 to 1 at `pct_start`, and down to 0 by a cosine"
     pct_start:float=.025 # part of the training until the highest rate
     def __post_init__(self): _check_pct(pct_start=self.pct_start)
-    def __call__(self, pct, n_epoch): return combine_scheds([self.pct_start, 1-self.pct_start], [SchedLin(0., 1.), SchedCos(1., 0.)])(pct)
+    def __call__(self, pct, n_epoch):
+        return combine_scheds([self.pct_start, 1-self.pct_start], [SchedLin(0., 1.), SchedCos(1., 0.)])(pct)
 
 @dataclass(frozen=True)
 class Triangle:
@@ -94,14 +97,17 @@ class Triangle:
     def __call__(self, pct, n_epoch): return min(pct/self.pct_peak, (1-pct)/(1-self.pct_peak))
 
 # %% ../nbs/11_schedules.ipynb #c1d6a0e2
-_exp_lr,_rkd_lr = float('.1'),float('.21') # of the paper, for SGD; objects of their own, which a rate that somebody gives is not
+# of the paper, for SGD; objects of their own, which a rate that somebody gives is not
+_exp_lr,_rkd_lr = float('.1'),float('.21')
 
-_inner = ('opt','optimizer','base_optimizer','_base_optimizer') # where a wrapper keeps what it wraps: fastai, Accelerate, SAM, timm
+# where a wrapper keeps what it wraps: fastai, Accelerate, SAM, timm
+_inner = ('opt','optimizer','base_optimizer','_base_optimizer')
 
 def _optimiser_name(opt):
     "What trains, behind all wrappers: 'SGD', 'Adam', 'AdamW', …"
     while inner := next((vars(opt)[k] for k in _inner if vars(opt).get(k) is not None), None): opt = inner
-    steps = [f.__name__ for f in getattr(opt, 'cbs', []) if getattr(f, '__name__', '').endswith('_step')] # fastai's own are made of functions
+    # fastai's own are made of functions
+    steps = [f.__name__ for f in getattr(opt, 'cbs', []) if getattr(f, '__name__', '').endswith('_step')]
     if not steps: return 'SGD' if isinstance(opt, torch.optim.SGD) else type(opt).__name__
     if steps[-1] in ('sgd_step','momentum_step'): return 'SGD'
     named = {k.lower(): k for k in fastai_optimizer.__all__}
@@ -113,7 +119,8 @@ def _check_sgd(opt, lr):
     name = _optimiser_name(opt)
     if 'sgd' in name.lower(): return
     way = '`lr_max=1e-2` suits it' if re.search('adam|rms', name.lower()) else '`learn.lr_find()` finds one'
-    warnings.warn(f"the default `lr_max` {lr:g} is for SGD, and this Learner trains by {name}: give a rate of its own ({way}), "
+    warnings.warn(f"the default `lr_max` {lr:g} is for SGD, and this Learner trains by {name}: give a rate of its own "
+                  f"({way}), "
                   "or train by SGD with `opt_func=sgd_nesterov` in the Learner", stacklevel=4)
 
 # %% ../nbs/11_schedules.ipynb #b8afb754
@@ -130,14 +137,16 @@ def fit_sched(self:Learner,
     if lr_max is _exp_lr or lr_max is _rkd_lr: _check_sgd(self.opt, lr_max)
     self.opt.set_hyper('lr', lr_max)
     lrs = np.array([h['lr'] for h in self.opt.hypers])
-    self.fit(n_epoch, cbs=ParamScheduler({'lr': lambda pct: lrs * sched(pct, n_epoch)})+L(cbs), wd=wd, start_epoch=start_epoch)
+    self.fit(n_epoch, cbs=ParamScheduler({'lr': lambda pct: lrs * sched(pct, n_epoch)})+L(cbs), wd=wd,
+             start_epoch=start_epoch)
     return self
 
 # %% ../nbs/11_schedules.ipynb #2144b7cb
 @patch
 def fit_exp(self:Learner,
     n_epoch, # epochs
-    lr_max=_exp_lr, # learning rate of the first epoch, 0.1 for SGD; Adam takes about 1e-2; a `slice` for discriminative rates
+    # learning rate of the first epoch, 0.1 for SGD; Adam takes about 1e-2; a `slice` for discriminative rates
+    lr_max=_exp_lr,
     decay=.9, # factor on the learning rate after every epoch
     wd=None, cbs=None, reset_opt=False, start_epoch=0 # as in `fit_one_cycle`
 ):

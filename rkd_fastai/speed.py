@@ -22,7 +22,8 @@ _how = ContextVar('how', default=(False, False)) # compile, bf16
 
 @contextmanager
 def faster(
-    compile:bool=False, # by `torch.compile`, for the very shapes given; a model that cannot be compiled runs as it is, with a warning
+    # by `torch.compile`, for the very shapes given; a model that cannot be compiled runs as it is, with a warning
+    compile:bool=False,
     bf16:bool=False, # in bfloat16, by autocast; needs hardware that has it, and leaves float64 models alone
 ):
     "Within it attacks and teachers run their model compiled, in bfloat16, or both"
@@ -37,7 +38,8 @@ def has_bf16(
     device = torch.device(device)
     if device.type == 'cuda':
         with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and any(v for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items() if 'bf16' in k)
+    return device.type == 'cpu' and any(v for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items()
+                                        if 'bf16' in k)
 
 # %% ../nbs/06_speed.ipynb #a1b17062
 class _InputConv(torch.autograd.Function):
@@ -60,7 +62,8 @@ class _InputConv(torch.autograd.Function):
 
 def _is_slow_backward(conv, compile=False):
     "Is `conv` one whose input gradient `_InputConv` can compute, and faster? (Measured on AVX-512 with oneDNN)"
-    if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.dilation != (1,1) or conv.padding_mode != 'zeros': return False
+    if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.dilation != (1,1) or conv.padding_mode != 'zeros':
+        return False
     if isinstance(conv.padding, str) or any(p >= k for p,k in zip(conv.padding, conv.kernel_size)): return False
     if compile: return conv.stride == (1,1) and conv.in_channels < 8 # the compiler's memory format suits the others
     if conv.stride == (1,1): return conv.out_channels < 16
@@ -121,12 +124,15 @@ class _StandIn:
 
     def _compute(self, x):
         if isinstance(self.layer, nn.Linear): return F.linear(x, self.weight, self.bias)
-        if self.turned is None or torch.is_autocast_enabled(x.device.type): return self.layer._conv_forward(x, self.weight, self.bias)
-        return _InputConv.apply(x, self.weight, self.bias, self.turned, self.layer.stride, self.layer.padding, self.back_padding)
+        if self.turned is None or torch.is_autocast_enabled(x.device.type):
+            return self.layer._conv_forward(x, self.weight, self.bias)
+        return _InputConv.apply(x, self.weight, self.bias, self.turned, self.layer.stride, self.layer.padding,
+                                self.back_padding)
 
 def _same(x): return x
 
-def _bf16(weight): return weight.to(torch.bfloat16, memory_format=torch.channels_last if weight.ndim == 4 else torch.preserve_format)
+def _bf16(weight):
+    return weight.to(torch.bfloat16, memory_format=torch.channels_last if weight.ndim == 4 else torch.preserve_format)
 
 # %% ../nbs/06_speed.ipynb #8ff0a7a7
 _layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -134,10 +140,12 @@ _norms  = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def _is_plain(m):
     "Is the module `m` what its class says: no hooks, no `forward` of its own?"
-    return not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m))
+    return not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                or 'forward' in vars(m))
 
 def _calls(model, x, watched):
-    "Every call of the modules `watched` in one forward pass, as (module, input, and who made input and output), and the pass's result"
+    """Every call of the modules `watched` in one forward pass, as (module, input, and who made input and output),
+    and the pass's result"""
     calls,hooks = [],[]
     def put_back(): [h.remove() for h in hooks]
     # `grad_fn` at once: an activation in place would put itself in the layer's stead
@@ -167,12 +175,14 @@ def _find_stand_ins(model, x):
     plain = {m for m in watched if _is_plain(m)}
     calls,out = _calls(model, x.detach().requires_grad_(), watched)
     folds,uses,called = {},_n_uses(out),[m for m,*_ in calls]
-    if len(called) == len(watched) == len(set(called)): # each of them once: else there are other ways through the network
+    # each of them once: else there are other ways through the network
+    if len(called) == len(watched) == len(set(called)):
         made_by = {made: (m,i) for m,i,_,made in calls if type(m) in _layers and m in plain}
         for bn,_,made,_ in calls:
             if type(bn) not in _norms or bn not in plain or bn.running_mean is None or made is None: continue
             layer,inp = made_by.get(made, (None,None))
-            if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2): folds[layer] = bn
+            if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2):
+                folds[layer] = bn
     layers = [m for m in dict.fromkeys(called) if type(m) in _layers and m in plain]
     return [_StandIn(m, folds.get(m)) for m in layers if m in folds or _is_slow_backward(m)]
 
@@ -201,9 +211,11 @@ def _wearing(stand_ins, *how):
         try: put_back()
         except KeyboardInterrupt: put_back(); raise # Ctrl-C fell into it
 
-def _network(model): return model.model if isinstance(model, PixelModel) else model # it outlives the `PixelModel` around it
+# it outlives the `PixelModel` around it
+def _network(model): return model.model if isinstance(model, PixelModel) else model
 
-def _is_new(net): return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
+def _is_new(net):
+    return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
 
 _every_module_has = frozenset(vars(nn.Module()))
 _simple = frozenset((bool, int, float, str, type(None)))
@@ -249,14 +261,17 @@ class _Trials:
         if self.n_trials >= 8 + self.n_calls//16: return [] # it has another state each time
         self.n_trials += 1
         try: found,states = self.trial(model, net, x, state)
-        except Exception: found,states = [],[state] # whatever is wrong with the model, the caller meets it in the plain one
+        # whatever is wrong with the model, the caller meets it in the plain one
+        except Exception: found,states = [],[state]
         found = next((old for *_,old in self.known if _pairs(old) == _pairs(found)), found) # compiled code knows them
-        self.known = [*((there, new, f) for there,new,f in self.known if there not in states), *((s, is_new, found) for s in states)][-8:]
+        self.known = [*((there, new, f) for there,new,f in self.known if there not in states),
+                      *((s, is_new, found) for s in states)][-8:]
         return found
 
     def trial(self, model, net, x, state):
         "The stand-ins that agree with `model` on two images, and the states of `net` that they are for"
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        with torch.enable_grad(), torch.autocast(x.device.type,
+                                                 enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
             two = x[:2].detach().clone()
             first = found = _find_stand_ins(model, two)
             after = [_settings(net)]
@@ -265,7 +280,8 @@ class _Trials:
                 after.append(_settings(net))
             if found and not _agree(model, two, found): found = []
             after.append(_settings(net))
-        counters = {(m, k) for s in after for m in s for k,v in s[m].items() if after[0].get(m, {}).get(k, _settings) != v}
+        counters = {(m, k) for s in after for m in s for k,v in s[m].items()
+                    if after[0].get(m, {}).get(k, _settings) != v}
         if counters: self.folds,self.counters = False,self.counters | counters
         if not self.folds: first = found = [_StandIn(s.layer) for s in found if _is_slow_backward(s.layer)]
         now = self.state(net, x)
@@ -337,23 +353,27 @@ class _Compiled:
 
     def __call__(self, model, x):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-        kind = x.device, trains, x.requires_grad, torch.is_grad_enabled(), model.training, torch.is_autocast_enabled(x.device.type)
+        kind = (x.device, trains, x.requires_grad, torch.is_grad_enabled(), model.training,
+                torch.is_autocast_enabled(x.device.type))
         key = kind, type(model), x.shape, x.dtype
         if key not in self.tried: self.tried[key] = self._works(model, x, kind)
         return self.calls[kind](model, x) if self.tried[key] else _forward(model, x)
 
     def _works(self, model, x, kind):
-        # once is enough; and PyTorch keeps no more than eight compilations of a function, of which each kind of call has its own
+        # once is enough; and PyTorch keeps no more than eight compilations of a function, of which each kind of call
+        # has its own
         if False in self.tried.values() or sum(k[0] == kind for k in self.tried) == 8: return False
         try:
             if kind not in self.calls: self.calls[kind] = self._compile()
             with _untouched(model, x):
                 out = self.calls[kind](model, x)
                 inputs = [t for t in (x, *model.parameters()) if t.requires_grad]
-                if torch.is_tensor(out) and out.requires_grad: torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
+                if torch.is_tensor(out) and out.requires_grad:
+                    torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
             return True
         except Exception as e:
-            _say_once(f"`compile=True` fails, and the model runs as it is ({type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]})")
+            _say_once(f"`compile=True` fails, and the model runs as it is ({type(e).__name__}: "
+                      f"{(str(e).strip() or '?').splitlines()[0]})")
             return False
 
 _said = set()
@@ -366,7 +386,8 @@ _compiled = WeakKeyDictionary() # network: its compiled forward
 
 def _run(model, x):
     try: return _compiled.get(_network(model), _forward)(model, x) # a copy of `model` has none
-    except BaseException: vars(model).pop('forward', None); raise # Ctrl-C in a training step, after which no event comes
+    # Ctrl-C in a training step, after which no event comes
+    except BaseException: vars(model).pop('forward', None); raise
 
 @contextmanager
 def compiled(
@@ -396,8 +417,10 @@ def folded(
     model, # callable from images to logits, in eval mode and without parameter gradients (see `frozen`)
     x, # images such as `model` will see, `(bs, c, h, w)`
 ):
-    "Within it `model` computes the same logits and input gradients faster, where that is possible; then it is as before"
-    ok = isinstance(model, nn.Module) and not any(getattr(m, 'training', False) for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
+    """Within it `model` computes the same logits and input gradients faster, where that is possible; then it is as
+    before"""
+    ok = (isinstance(model, nn.Module) and not any(getattr(m, 'training', False) for m in model.modules())
+          and not any(p.requires_grad for p in model.parameters()))
     if not ok: yield model; return
     compile,bf16 = _how.get()
     bf16 = bf16 and x.dtype != torch.float64

@@ -41,24 +41,30 @@ def _probs(member, x, T):
     return (check_logits(out, 'teacher')/T).softmax(1)
 
 class Teacher(nn.Module):
-    "A frozen teacher, or a β-weighted ensemble of them: pixel space in, logits or `probs` out (paper, Sections 2 and 3.6)"
+    """A frozen teacher, or a β-weighted ensemble of them: pixel space in, logits or `probs` out (paper, Sections 2
+    and 3.6)"""
     def __init__(self,
         models, # a Learner (its own normalisation is honoured), an `nn.Module`, a `Teacher`, or a list of those
         betas=None, # weights of an ensemble's members, >= 0 and summing to 1; None weighs all alike
-        mean=None, # per-channel mean that a plain `nn.Module` expects its input to be normalised by; None: it takes pixel space
+        # per-channel mean that a plain `nn.Module` expects its input to be normalised by; None: it takes pixel space
+        mean=None,
         std=None, # per-channel standard deviation, likewise
     ):
         super().__init__()
         models = list(models) if isinstance(models, (list, tuple, L, nn.ModuleList)) else [models]
         if not models: raise ValueError("`teacher` is an empty list: give at least one model")
-        if (mean is not None or std is not None) and not any(isinstance(m, nn.Module) and not isinstance(m, Teacher) for m in models):
-            raise ValueError("`mean` and `std` are for a plain nn.Module: a Learner or a Teacher brings its own normalisation")
+        if ((mean is not None or std is not None)
+            and not any(isinstance(m, nn.Module) and not isinstance(m, Teacher) for m in models)):
+            raise ValueError("`mean` and `std` are for a plain nn.Module: a Learner or a Teacher brings its own "
+                             "normalisation")
         self.betas = check_weights(betas, len(models))
         self.members = nn.ModuleList([_as_member(m, mean, std) for m in models])
         vocabs = [m.vocab for m in self.members if m.vocab]
         self.vocab = vocabs[0] if vocabs else [] # class names in order, where a Learner told them
         names = [[str(o) for o in v] for v in vocabs]
-        if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names): raise ValueError(f"`teacher`: the members order the classes differently, {names}: an average of them means nothing")
+        if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names):
+            raise ValueError(f"`teacher`: the members order the classes differently, {names}: an average of them "
+                             "means nothing")
         self.requires_grad_(False).eval()
         if len(models) > 1: self.to(model_device(self.members[0])) # they may come from several devices
 
@@ -75,39 +81,49 @@ class Teacher(nn.Module):
     ):
         "Σ β_i softmax(f_i(x)/T): float32 probabilities `(bs, n_out)`, without gradients"
         check_T(T)
-        p = ensemble_probs([m.probs(x, T) if isinstance(m, Teacher) else _probs(m, x, T) for m in self.members], self.betas)
+        p = ensemble_probs([m.probs(x, T) if isinstance(m, Teacher) else _probs(m, x, T) for m in self.members],
+                           self.betas)
         if not p.isfinite().all():
-            if not x.isfinite().all(): raise NotFinite("`teacher` was given images that contain NaN or infinite values: look at the attack that made them")
-            raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of {len(p)} images: "
+            if not x.isfinite().all():
+                raise NotFinite("`teacher` was given images that contain NaN or infinite values: look at the attack "
+                                "that made them")
+            raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of "
+                            f"{len(p)} images: "
                              "check its weights and its normalisation (`mean`, `std`)")
         return p
 
     def forward(self,
         x, # images in [0, 1], `(bs, c, h, w)`
     ):
-        "Logits `(bs, n_out)`, for an ensemble log Σ β_i softmax(f_i(x)); differentiable, so that a teacher can be attacked"
+        """Logits `(bs, n_out)`, for an ensemble log Σ β_i softmax(f_i(x)); differentiable, so that a teacher can be
+        attacked"""
         if len(self.members) == 1: return self.members[0](x)
-        logps = [check_logits(m(x), 'teacher').log_softmax(1) + math.log(b) for m,b in zip(self.members, self.betas) if b > 0]
+        logps = [check_logits(m(x), 'teacher').log_softmax(1) + math.log(b) for m,b in zip(self.members, self.betas)
+                 if b > 0]
         return torch.stack(logps).logsumexp(0)
 
     def __repr__(self):
         n = len(self.members)
-        return f"Teacher({type(self.members[0]).__name__ if n == 1 else f'{n} members, betas={[round(b, 4) for b in self.betas]}'})"
+        return (f"Teacher({type(self.members[0]).__name__ if n == 1 else f'{n} members, betas={[round(b, 4) for b in self.betas]}'})")
 
 # %% ../nbs/10_teachers.ipynb #bd4fc4b2
 def load_teacher(
     path, # `.pth`, `.pt`, `.ckpt`, `.pth.tar` or `.safetensors` file of weights
     model:nn.Module, # network of the checkpoint's architecture; it is copied, not changed
-    mean=None, # per-channel mean that its input is to be normalised by; None: what the file or the card of `KeepEpochs` says, or it takes pixel space
+    # per-channel mean that its input is to be normalised by; None: what the file or the card of `KeepEpochs` says, or
+    # it takes pixel space
+    mean=None,
     std=None, # per-channel standard deviation, likewise
 ):
     "A `Teacher` with the weights in `path`, which is never executed"
-    if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module of the checkpoint's architecture, got {model!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module of the checkpoint's architecture, got {model!r}")
     (state,stats),model = state_and_stats(path, model),copied(model)
     model.load_state_dict(state, strict=False) # BatchNorm's step counters may be missing, which eval mode does not read
     if mean is None and std is None: mean,std = stats or card_stats(path)
     if stats and mean is stats[0] and max(mean) > 1:
-        raise ValueError(f"`{path}` normalises images by a mean of {mean}, which is none of images in [0, 1]: give `mean` and `std`")
+        raise ValueError(f"`{path}` normalises images by a mean of {mean}, which is none of images in [0, 1]: give "
+                         "`mean` and `std`")
     return Teacher(model, mean=mean, std=std)
 
 # %% ../nbs/10_teachers.ipynb #e6d5527e
@@ -122,7 +138,9 @@ def at_epoch(cls:Teacher,
     "The teacher as it was after `epoch` epochs (early stopping of teachers: paper, Section 3.2)"
     if epoch == 'best': epoch = best_epoch(folder, fname=fname)
     saved = saved_epochs(folder, fname, '.pth')
-    if epoch not in saved: raise MissingFile(f"`epoch` {epoch} was not kept in `{folder}`: " + (f"there are {list(saved)}" if saved else f"there are no `{fname}_*.pth`"))
+    if epoch not in saved:
+        raise MissingFile(f"`epoch` {epoch} was not kept in `{folder}`: "
+                          + (f"there are {list(saved)}" if saved else f"there are no `{fname}_*.pth`"))
     teacher = load_teacher(saved[epoch], model, **kwargs)
     card = saved[epoch].with_suffix('.json')
     if card.exists(): teacher.vocab = card_vocab(card)
@@ -144,7 +162,8 @@ def from_robustbench(cls:Teacher,
     load_model = _import('robustbench.utils', 'robustbench').load_model
     try: teacher = cls(load_model(model_name=name, dataset=dataset, threat_model=threat_model, **kwargs))
     except (KeyError, ValueError) as e:
-        raise ValueError(f"RobustBench has no network {name!r} for {dataset!r} and {threat_model!r} ({e}): `name` is its id on robustbench.github.io") from e
+        raise ValueError(f"RobustBench has no network {name!r} for {dataset!r} and {threat_model!r} ({e}): `name` is "
+                         "its id on robustbench.github.io") from e
     if dataset == 'cifar10': teacher.vocab = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
     return teacher
 
@@ -152,7 +171,9 @@ def from_robustbench(cls:Teacher,
 def from_timm(cls:Teacher,
     name, # of a network in timm, e.g. 'resnet50.a1_in1k'
     pretrained:bool=True, # with the published weights
-    mean=None, # per-channel mean that its input is to be normalised by; None: the network's own, for grey images the mean of its channels
+    # per-channel mean that its input is to be normalised by; None: the network's own, for grey images the mean of its
+    # channels
+    mean=None,
     std=None, # per-channel standard deviation, likewise
     **kwargs, # of `timm.create_model`, e.g. `in_chans` or `checkpoint_path`
 )->Teacher:
@@ -164,7 +185,8 @@ def from_timm(cls:Teacher,
     return cls(net, mean=mean, std=std)
 
 def _for_channels(stats, n):
-    "The published `stats` for `n` channels; for grey images, whose weights timm makes by adding up the channels', their mean"
+    """The published `stats` for `n` channels; for grey images, whose weights timm makes by adding up the channels',
+    their mean"""
     if len(stats) in (1, n): return stats
     if n == 1: return [sum(stats)/len(stats)]
     raise ValueError(f"`in_chans` is {n}, but the network's own normalisation is of {len(stats)} channels: "
@@ -178,10 +200,12 @@ def from_torchvision(cls:Teacher,
 )->Teacher:
     "A pretrained classifier of torchvision with its own normalisation and the names of its classes"
     weights = get_weight(weights) if isinstance(weights, str) else weights
-    if not weights.meta.get('categories'): raise ValueError(f"`weights` {weights} know no classes: take those of a classifier")
+    if not weights.meta.get('categories'):
+        raise ValueError(f"`weights` {weights} know no classes: take those of a classifier")
     tfms = weights.transforms()
     if mean is None and std is None: mean,std = tfms.mean,tfms.std
-    teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=mean, std=std)
+    teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=mean,
+                  std=std)
     teacher.vocab = list(weights.meta['categories'])
     return teacher
 
@@ -192,10 +216,13 @@ def check_teacher(
 ):
     "Raise `ValueError` unless `teacher` runs on the images of `dls` and knows their classes"
     images,n_out = sample_images(dls).to(model_device(teacher)), get_c(dls)
-    channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel) and m.mean is not None} - {1, images.shape[1]}
+    channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel)
+                and m.mean is not None} - {1, images.shape[1]}
     if channels: # a grey image minus three means would be a colour image
-        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it normalises "
-                         f"{channels.pop()} channels; where its network takes {images.shape[1]}, make it with `mean` and `std` of so many")
+        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it "
+                         "normalises "
+                         f"{channels.pop()} channels; where its network takes {images.shape[1]}, make it with `mean` "
+                         "and `std` of so many")
     warn_of_batch_statistics(teacher, 'teacher')
     try: probs = teacher.probs(images)
     except RuntimeError as e:
@@ -203,9 +230,11 @@ def check_teacher(
         if len(devices) > 1:
             raise ValueError(f"`teacher` lies on several devices, {' and '.join(devices)}: move all of it to one, "
                              f"`teacher.to({str(model_device(teacher))!r})` ({str(e).splitlines()[0]})") from e
-        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: "
+                         f"{str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
-        raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of the same classes")
+        raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of "
+                         "the same classes")
     theirs,ours = ([str(o) for o in v] for v in (teacher.vocab, getattr(dls, 'vocab', [])))
     if theirs != ours and sorted(theirs) == sorted(ours):
         raise ValueError(f"`teacher` orders the classes {theirs}, but `dls` {ours}: build `dls` with that `vocab`")

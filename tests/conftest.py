@@ -15,16 +15,19 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    "The same random numbers in every test, whatever ran before; here and not in a fixture, after which pytest-randomly seeds once more"
+    """The same random numbers in every test, whatever ran before; here and not in a fixture, after which
+    pytest-randomly seeds once more"""
     random.seed(0); np.random.seed(0); torch.manual_seed(0)
     trace = sys.gettrace()
     try: return (yield)
     finally:
-        if sys.gettrace() is not trace: sys.settrace(trace) # `make coverage` would count nothing more after a test that compiles
+        # `make coverage` would count nothing more after a test that compiles
+        if sys.gettrace() is not trace: sys.settrace(trace)
 
 @pytest.fixture(scope='session')
 def digits():
-    "scikit-learn's digits in pixel space: `x` `(1797, 1, 8, 8)` in [0, 1] and `y`, shuffled, as tensors and as uint8 arrays"
+    """scikit-learn's digits in pixel space: `x` `(1797, 1, 8, 8)` in [0, 1] and `y`, shuffled, as tensors and as
+    uint8 arrays"""
     o = load_digits()
     order = np.random.default_rng(0).permutation(len(o.target))
     imgs, y = (o.images*255/16).round().astype(np.uint8)[order], o.target[order]
@@ -61,7 +64,8 @@ def make_learner(make_dls, tiny_net, tmp_path):
     def make(dls=None, model=None, **kwargs):
         kwargs = dict(loss_func=CrossEntropyLossFlat(), path=tmp_path) | kwargs
         dls = make_dls() if dls is None else dls
-        learn = Learner(dls, tiny_net(n_in=3 if dls.one_batch()[0].shape[1] == 3 else 1) if model is None else model, **kwargs)
+        learn = Learner(dls, tiny_net(n_in=3 if dls.one_batch()[0].shape[1] == 3 else 1) if model is None else model,
+                        **kwargs)
         learn.remove_cb(ProgressCallback)
         learn.logger = lambda *_: None
         return learn
@@ -71,7 +75,8 @@ def _train(digits, attack_steps):
     "A small convolutional network trained by a plain loop, on PGD examples where `attack_steps`, in eval mode"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
+        model = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1),
+                              nn.BatchNorm2d(32),
                               nn.ReLU(), nn.Flatten(), nn.Linear(32*16, 10))
         opt = torch.optim.Adam(model.parameters(), 3e-3)
         for _ in range(10):
@@ -113,7 +118,8 @@ def snapshot():
     "All that an attack must leave alone in a model, to compare before and after"
     def snap(model):
         return (({k: v.clone() for k,v in model.state_dict().items()}, [m.training for m in model.modules()],
-                 [p.requires_grad for p in model.parameters()], [None if p.grad is None else p.grad.clone() for p in model.parameters()]))
+                 [p.requires_grad for p in model.parameters()],
+                 [None if p.grad is None else p.grad.clone() for p in model.parameters()]))
     def same(a, b):
         return (all(torch.equal(v, b[0][k]) for k,v in a[0].items()) and a[1] == b[1] and a[2] == b[2]
                 and all((p is None) == (q is None) and (p is None or torch.equal(p, q)) for p,q in zip(a[3], b[3])))
@@ -126,13 +132,16 @@ def make_images(tmp_path):
         rng = np.random.default_rng(0)
         for cls,low in (('dark',0), ('bright',128)):
             (tmp_path/'images'/cls).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(low, low+128, (size,size,3), dtype=np.uint8)).save(tmp_path/'images'/cls/f'{i}.png')
+            for i in range(n):
+                Image.fromarray(rng.integers(low, low+128, (size,size,3), dtype=np.uint8)).save(
+                    tmp_path/'images'/cls/f'{i}.png')
         return tmp_path/'images'
     return make
 
 @pytest.fixture(scope='session')
 def open_files():
-    "Function: how often this process has which file open. Compare by `-`, as what an earlier test opened may be closed meanwhile"
+    """Function: how often this process has which file open. Compare by `-`, as what an earlier test opened may be
+    closed meanwhile"""
     def opened():
         links = (f'/proc/self/fd/{n}' for n in os.listdir('/proc/self/fd'))
         return Counter(f for f in (os.readlink(l) for l in links if os.path.exists(l)) if '/proc/' not in f)
@@ -147,15 +156,18 @@ class Before(Callback):
     order, run_valid = 4, False # before the robust callbacks
     def before_fit(self): self.steps = []
     def before_batch(self):
-        self.steps.append(SimpleNamespace(model=copy.deepcopy(self.model), x=plain(self.x), y=plain(self.y), rng=torch.get_rng_state()))
+        self.steps.append(SimpleNamespace(model=copy.deepcopy(self.model), x=plain(self.x), y=plain(self.y),
+                                          rng=torch.get_rng_state()))
 class After(Callback):
     "What the student is shown, and what comes of it"
     order, run_valid = 50, False
     def before_batch(self): self.before.steps[-1].seen = plain(self.x)
-    def after_batch(self): vars(self.before.steps[-1]).update(after=copy.deepcopy(self.model), rng_after=torch.get_rng_state())
+    def after_batch(self):
+        vars(self.before.steps[-1]).update(after=copy.deepcopy(self.model), rng_after=torch.get_rng_state())
 
 def check_step(s, native, method, norm, denorm, eps, lr, alpha=.8, lam=5/6):
-    "Raise unless step `s` is that of plain PyTorch: PGD-2 on the model in eval mode, Eq. 7 (AKD⁺) or Eq. 6 (RSLAD⁺), SGD"
+    """Raise unless step `s` is that of plain PyTorch: PGD-2 on the model in eval mode, Eq. 7 (AKD⁺) or Eq. 6
+    (RSLAD⁺), SGD"""
     model, x, x_seen = s.model, denorm(s.x), denorm(s.seen)
     start, modes = {k: v.clone() for k,v in model.state_dict().items()}, [m.training for m in model.modules()]
     ce = lambda x: F.cross_entropy(model(norm(x)), s.y, reduction='sum')
@@ -170,7 +182,8 @@ def check_step(s, native, method, norm, denorm, eps, lr, alpha=.8, lam=5/6):
     with torch.no_grad(): assert ce(x_seen) > ce(x) + 1e-3
     dist = (x_seen - x).abs()
     torch.testing.assert_close(dist.amax((0,2,3)), torch.full((x.shape[1],), eps), rtol=0, atol=1e-5)
-    assert x_seen.min() > -1e-5 and x_seen.max() < 1 + 1e-5 and ((dist > eps - 1e-5) | (x_seen < 1e-5) | (x_seen > 1 - 1e-5)).float().mean() > .5
+    assert (x_seen.min() > -1e-5 and x_seen.max() < 1 + 1e-5
+            and ((dist > eps - 1e-5) | (x_seen < 1e-5) | (x_seen > 1 - 1e-5)).float().mean() > .5)
     # the step, on the very x′ that the student saw
     for m,mode in zip(model.modules(), modes): m.training = mode
     logits_adv = model(s.seen.clone())
@@ -182,7 +195,8 @@ def check_step(s, native, method, norm, denorm, eps, lr, alpha=.8, lam=5/6):
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
     opt.zero_grad(); loss.backward(); opt.step()
     got = s.after.state_dict()
-    for k,v in model.state_dict().items(): torch.testing.assert_close(got[k], v, rtol=1e-4, atol=1e-5, msg=lambda m: f'{k}: {m}')
+    for k,v in model.state_dict().items():
+        torch.testing.assert_close(got[k], v, rtol=1e-4, atol=1e-5, msg=lambda m: f'{k}: {m}')
     assert torch.equal(s.rng_after, torch.get_rng_state())
     assert [p.requires_grad for p in s.after.parameters()] == [p.requires_grad for p in model.parameters()]
     assert [m.training for m in s.after.modules()] == modes
@@ -191,7 +205,8 @@ def check_step(s, native, method, norm, denorm, eps, lr, alpha=.8, lam=5/6):
 
 @pytest.fixture(scope='session')
 def check_distillation():
-    "Function: one epoch of `learn`, whose optimiser is plain SGD, raises unless every step is that of plain PyTorch and the teacher stays"
+    """Function: one epoch of `learn`, whose optimiser is plain SGD, raises unless every step is that of plain
+    PyTorch and the teacher stays"""
     def check(learn, teacher, # a `Teacher`
               native, # the same as a function, from pixel space to probabilities, without this package
               method='akd', stats=None, # mean and std of the student's normalisation
@@ -202,5 +217,6 @@ def check_distillation():
         learn.fit(1, lr, cbs=[before := Before(), After()])
         assert len(before.steps) == len(learn.dls.train)
         for step in before.steps: check_step(step, native, method, lambda x: (x-m)/s, lambda x: x*s+m, eps, lr)
-        assert all(torch.equal(v, weights[k]) for k,v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
+        assert (all(torch.equal(v, weights[k]) for k,v in teacher.state_dict().items())
+                and all(p.grad is None for p in teacher.parameters()))
     return check

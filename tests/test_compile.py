@@ -1,4 +1,5 @@
-"`faster`: what is compiled or computed in bfloat16 gives the same attacks and the same training, and costs a warning at worst."
+"""`faster`: what is compiled or computed in bfloat16 gives the same attacks and the same training, and costs a
+warning at worst."""
 import copy, functools, gc, pickle, warnings, weakref
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -17,16 +18,22 @@ from rkd_fastai.teachers import Teacher
 from test_speed import models, worn_in
 
 ATTACK = PGD(.1, steps=2, random_start=False)
-methods = dict(at=lambda t, **kw: AdversarialTraining(ATTACK, **kw), trades=lambda t, **kw: TRADES(PGD(.1, steps=2, objective='kl'), **kw),
-               akd=lambda t, **kw: AKDCallback(t, attack=ATTACK, **kw), rslad=lambda t, **kw: RSLADCallback(t, attack=ATTACK, **kw),
+methods = dict(at=lambda t, **kw: AdversarialTraining(ATTACK, **kw), trades=lambda t,
+               **kw: TRADES(PGD(.1, steps=2, objective='kl'), **kw),
+               akd=lambda t, **kw: AKDCallback(t, attack=ATTACK, **kw), rslad=lambda t,
+               **kw: RSLADCallback(t, attack=ATTACK, **kw),
                ard=lambda t, **kw: ARDCallback(t, attack=ATTACK, **kw), ckd=lambda t, **kw: CKDCallback(t, **kw))
 
 @pytest.fixture
 def shapes(monkeypatch):
-    "Traces without generating code, which takes a tenth of the time, and lists the (module, shape) of every compiled call"
+    """Traces without generating code, which takes a tenth of the time, and lists the (module, shape) of every
+    compiled call"""
     calls, real, call = [], torch.compile, fast._Compiled.__call__
-    monkeypatch.setattr(torch, 'compile', functools.partial(lambda fn, mode=None, **kw: real(fn, backend='aot_eager', **kw)))
-    monkeypatch.setattr(fast._Compiled, '__call__', lambda self, model, x: (calls.append((type(model).__name__, model.training, tuple(x.shape))), call(self, model, x))[1])
+    monkeypatch.setattr(torch, 'compile', functools.partial(lambda fn, mode=None,
+                                                            **kw: real(fn, backend='aot_eager', **kw)))
+    monkeypatch.setattr(fast._Compiled, '__call__', lambda self, model,
+                        x: (calls.append((type(model).__name__, model.training, tuple(x.shape))),
+                            call(self, model, x))[1])
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()
@@ -45,14 +52,18 @@ def fit(make_learner, dls, model, cb, **kw):
 def test_compiled_training_is_the_same(name, shapes, make_learner, make_dls, tiny_net):
     "With a last batch that is smaller, dropout, normalisation, BatchNorm statistics"
     dls = make_dls(n=80, shuffle=False, stats=([.3], [.25]))
-    nets = [fit(make_learner, dls, tiny_net(dropout=.2), methods[name](tiny_net(seed=7), compile=c)).model for c in (False, True)]
+    nets = [fit(make_learner, dls, tiny_net(dropout=.2), methods[name](tiny_net(seed=7), compile=c)).model
+            for c in (False, True)]
     for a,b in zip(*map(weights, nets)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert {s[0] for _,_,s in shapes} == {32}, 'the last batch, of 16, and validation run uncompiled'
     kinds = {(m, mode) for m,mode,_ in shapes}
     assert ('Sequential', True) in kinds and (name == 'ckd' or ('PixelModel', False) in kinds)
 
 def test_compiled_with_the_real_compiler(make_learner, make_dls):
-    def net(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(1, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10))
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                             nn.Linear(36, 10))
     dls, nets = make_dls(n=64, shuffle=False), []
     for compile in (False, True):
         nets.append(fit(make_learner, dls, net(), methods['akd'](net(), compile=compile)).model)
@@ -70,7 +81,8 @@ def test_compiled_gradient_signs():
     assert (plain.sign() == got.sign()).float().mean() >= .999
 
 def failing(where):
-    "A compiler that fails: at once, as on a Python that it does not know, when it is first called, or in the backward pass"
+    """A compiler that fails: at once, as on a Python that it does not know, when it is first called, or in the
+    backward pass"""
     def compile(fn, **kwargs):
         if where == 'at once': raise RuntimeError('backend failed')
         class Backward(torch.autograd.Function):
@@ -95,15 +107,20 @@ def test_failing_compiler(name, where, monkeypatch, make_learner, make_dls, tiny
         warnings.simplefilter('always')
         got = fit(make_learner, dls, tiny_net(dropout=.2), methods[name](tiny_net(seed=7), compile=True))
     assert all(torch.equal(a, b) for a,b in zip(weights(got.model), weights(want.model)))
-    assert [str(w.message) for w in ws if 'compile' in str(w.message)] == ['`compile=True` fails, and the model runs as it is (RuntimeError: backend failed)']
+    assert [str(w.message) for w in ws if 'compile' in str(w.message)] == ['`compile=True` fails, and the model runs '
+                                                                           'as it is (RuntimeError: backend failed)']
 
 def test_no_compiler_at_all():
     "As on a machine without g++"
     from torch._inductor import config
     fast._said.clear(); torch._dynamo.reset()
-    model, x, y = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(500, 10))), torch.rand(4, 3, 32, 32), torch.arange(4)
+    model, x, y = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(),
+                                                nn.Linear(500, 10))), torch.rand(
+        4, 3, 32, 32), torch.arange(4)
     want = ATTACK(model, x, y)
-    with config.patch({'cpp.cxx': ('no-such-compiler',), 'fx_graph_cache': False}), pytest.warns(UserWarning, match='`compile=True` fails'), faster(compile=True): got = ATTACK(model, x, y)
+    with config.patch({'cpp.cxx': ('no-such-compiler',), 'fx_graph_cache': False}), pytest.warns(UserWarning,
+                                                                                                 match='`compile=True` fails'), faster(compile=True):
+        got = ATTACK(model, x, y)
     assert torch.equal(got, want)
 
 def test_what_is_compiled_is_freed(shapes):
@@ -126,8 +143,10 @@ def test_many_models_are_compiled(shapes):
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 def test_each_kind_of_call_has_its_own_compilations(shapes):
-    "Four batch sizes, with gradients, without, and in bfloat16 are more than the eight that PyTorch keeps of a function"
-    model, net = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10))).eval(), fast._Compiled()
+    """Four batch sizes, with gradients, without, and in bfloat16 are more than the eight that PyTorch keeps of a
+    function"""
+    model, net = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(),
+                                               nn.Linear(3600, 10))).eval(), fast._Compiled()
     with frozen(model), warnings.catch_warnings():
         warnings.simplefilter('error')
         for n in (1, 2, 3, 4):
@@ -154,7 +173,9 @@ def test_interrupted_step_leaves_no_compiled_model(where, shapes, make_learner, 
     def stop(*args): raise KeyboardInterrupt
     real = fast._Compiled.__call__
     with pytest.MonkeyPatch.context() as mp, pytest.raises(KeyboardInterrupt):
-        if where == 'forward': mp.setattr(fast._Compiled, '__call__', lambda self, model, x: stop() if model.training else real(self, model, x))
+        if where == 'forward':
+            mp.setattr(fast._Compiled, '__call__', lambda self, model,
+                       x: stop() if model.training else real(self, model, x))
         else: mp.setattr(torch.Tensor, 'backward', stop)
         learn.fit(1)
     assert not any('forward' in vars(m) for m in learn.model.modules())
@@ -209,9 +230,11 @@ def test_bf16_gradient(name):
         with faster(bf16=True): half = grad()
     assert half.dtype == torch.float32 and half.isfinite().all()
     if name == 'torchvision vit, no BatchNorm': return # its head starts at zero: no gradient
-    assert F.cosine_similarity(*(F.normalize(g.flatten(), dim=0, eps=0) for g in (plain, half)), 0) > .9 and not torch.equal(plain, half)
+    assert (F.cosine_similarity(*(F.normalize(g.flatten(), dim=0, eps=0) for g in (plain, half)), 0) > .9
+            and not torch.equal(plain, half))
 
-@pytest.mark.parametrize('attack', [PGD(.1), PGD(.7, norm='L2'), PGD(.1, restarts=2), PGD(.1, objective='kl'), FGSM(.1), FFGSM(.1)], ids=repr)
+@pytest.mark.parametrize('attack', [PGD(.1), PGD(.7, norm='L2'), PGD(.1, restarts=2), PGD(.1, objective='kl'),
+                                    FGSM(.1), FFGSM(.1)], ids=repr)
 def test_bf16_attack_is_as_strong(attack, robust_net, test_images, snapshot):
     x, y = test_images
     targ, accs, before = F.one_hot(y, 10).float() if attack.objective == 'kl' else y, [], snapshot.take(robust_net)
@@ -234,17 +257,20 @@ def test_bf16_reaches_attack_and_teacher_but_not_training(make_learner, make_dls
             out = self.net(x)
             seen.setdefault((self.name, self.training), set()).add(out.dtype)
             return out
-    fit(make_learner, make_dls(), Watched('student', tiny_net()), methods['akd'](Watched('teacher', tiny_net(seed=7)), bf16=True))
+    fit(make_learner, make_dls(), Watched('student', tiny_net()),
+        methods['akd'](Watched('teacher', tiny_net(seed=7)), bf16=True))
     half, full = torch.bfloat16, torch.float32
     assert seen[('student', True)] == {full}
-    assert half in seen[('student', False)] and full in seen[('student', False)] # the attack; validation and the trial of the stand-ins
+    # the attack; validation and the trial of the stand-ins
+    assert half in seen[('student', False)] and full in seen[('student', False)]
     assert half in seen[('teacher', False)]
 
 def test_nothing_is_faster_outside(robust_net, test_images):
     x, y = test_images
     with faster(bf16=True): half = ATTACK(robust_net, x, y)
     with pytest.raises(KeyError), faster(bf16=True): raise KeyError
-    assert not torch.equal(half, ATTACK(robust_net, x, y)) and torch.equal(ATTACK(robust_net, x, y), ATTACK(robust_net, x, y))
+    assert (not torch.equal(half, ATTACK(robust_net, x, y))
+            and torch.equal(ATTACK(robust_net, x, y), ATTACK(robust_net, x, y)))
 
 @pytest.mark.slow
 def test_bf16_verdict_on_real_images():
@@ -254,7 +280,8 @@ def test_bf16_verdict_on_real_images():
     from rkd_fastai.pixel import pixel_data
     from rkd_fastai.schedules import sgd_nesterov
     from rkd_fastai.pixel import pixel_model
-    learn = Learner(fashion_sample_dls(), cifar_resnet18(10, 1/8, 1), opt_func=sgd_nesterov).to_adversarial(PGD(steps=3))
+    learn = Learner(fashion_sample_dls(), cifar_resnet18(10, 1/8, 1),
+                    opt_func=sgd_nesterov).to_adversarial(PGD(steps=3))
     with learn.no_bar(), learn.no_logging(): learn.fit_rkd(8)
     x, y = pixel_data(learn)
     accs = []

@@ -1,4 +1,5 @@
-"Teachers of RobustBench, timm and torchvision answer as their networks do natively, `Teacher.check` tells the truth, and so do TRADES's start and a WideResNet's own normalisation."
+"""Teachers of RobustBench, timm and torchvision answer as their networks do natively, `Teacher.check` tells the
+truth, and so do TRADES's start and a WideResNet's own normalisation."""
 import copy, random, re, sys, types, warnings
 from unittest.mock import patch
 
@@ -27,32 +28,42 @@ CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'hors
 def robustbench(monkeypatch, tiny_net):
     "A package with one network, that keeps what it was asked"
     asked, net = [], tiny_net(n_in=3, seed=5).train()
-    def load_model(model_name='Standard', model_dir='./models', dataset='cifar10', threat_model='Linf', custom_checkpoint='', norm=None):
+    def load_model(model_name='Standard', model_dir='./models', dataset='cifar10', threat_model='Linf',
+                   custom_checkpoint='', norm=None):
         asked.append(dict(model_name=model_name, model_dir=model_dir, dataset=dataset, threat_model=threat_model))
-        if dataset not in ('cifar10', 'cifar100', 'imagenet'): raise ValueError(f"'{dataset}' is not a valid BenchmarkDataset") # as its enums do
-        if threat_model not in ('Linf', 'L2', 'corruptions'): raise ValueError(f"'{threat_model}' is not a valid ThreatModel")
+        if dataset not in ('cifar10', 'cifar100', 'imagenet'):
+            raise ValueError(f"'{dataset}' is not a valid BenchmarkDataset") # as its enums do
+        if threat_model not in ('Linf', 'L2', 'corruptions'):
+            raise ValueError(f"'{threat_model}' is not a valid ThreatModel")
         return {'Engstrom2019Robustness': net}[model_name]
     utils = types.ModuleType('robustbench.utils'); utils.load_model = load_model
     package = types.ModuleType('robustbench'); package.utils, package.__path__ = utils, []
-    monkeypatch.setitem(sys.modules, 'robustbench', package); monkeypatch.setitem(sys.modules, 'robustbench.utils', utils)
+    monkeypatch.setitem(sys.modules, 'robustbench', package)
+    monkeypatch.setitem(sys.modules, 'robustbench.utils', utils)
     return asked, net
 
 def test_robustbench_is_asked_rightly(robustbench):
     asked, net = robustbench
     t = Teacher.from_robustbench('Engstrom2019Robustness', threat_model='L2', model_dir='/somewhere')
-    assert asked == [dict(model_name='Engstrom2019Robustness', model_dir='/somewhere', dataset='cifar10', threat_model='L2')]
+    assert asked == [dict(model_name='Engstrom2019Robustness', model_dir='/somewhere', dataset='cifar10',
+                          threat_model='L2')]
     x = torch.rand(5, 3, 8, 8)
-    close(t.probs(x), probs(copy.deepcopy(net).eval(), x), rtol=1e-5, atol=1e-6) # it normalises inside: pixel space as it is
+    # it normalises inside: pixel space as it is
+    close(t.probs(x), probs(copy.deepcopy(net).eval(), x), rtol=1e-5, atol=1e-6)
     assert t.vocab == CIFAR10 and Teacher.from_robustbench('Engstrom2019Robustness', 'cifar100').vocab == []
-    assert asked[-1] == dict(model_name='Engstrom2019Robustness', model_dir='./models', dataset='cifar100', threat_model='Linf')
+    assert asked[-1] == dict(model_name='Engstrom2019Robustness', model_dir='./models', dataset='cifar100',
+                             threat_model='Linf')
     assert net.training and all(p.requires_grad for p in net.parameters()) # ours is a copy
 
-@pytest.mark.parametrize('args', [('Engstrom',), ('Engstrom2019Robustness', 'mnist'), ('Engstrom2019Robustness', 'cifar10', 'L1')])
+@pytest.mark.parametrize('args', [('Engstrom',), ('Engstrom2019Robustness', 'mnist'),
+                                  ('Engstrom2019Robustness', 'cifar10', 'L1')])
 def test_robustbench_without_such_a_network(args, robustbench):
-    with pytest.raises(ValueError, match='RobustBench has no network .*' + args[-1]) as e: Teacher.from_robustbench(*args)
+    with pytest.raises(ValueError, match='RobustBench has no network .*' + args[-1]) as e:
+        Teacher.from_robustbench(*args)
     assert isinstance(e.value.__cause__, (KeyError, ValueError))
 
-@pytest.mark.parametrize('package,call', [('robustbench', lambda: Teacher.from_robustbench('Standard')), ('timm', lambda: Teacher.from_timm('resnet18'))])
+@pytest.mark.parametrize('package,call', [('robustbench', lambda: Teacher.from_robustbench('Standard')),
+                                          ('timm', lambda: Teacher.from_timm('resnet18'))])
 def test_package_that_is_absent(package, call, monkeypatch):
     for name in (package, f'{package}.utils'): monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=f'`pip install {package}`'): call()
@@ -65,15 +76,20 @@ def test_cifar10_classes_in_order(robustbench, make_dls):
     check_teacher(t, dls(CIFAR10)); check_teacher(t, dls(list(range(10))))
     for vocab in (CIFAR10[::-1], [*CIFAR10[:8], 'truck', 'ship']):
         with pytest.raises(ValueError, match='orders the classes'): check_teacher(t, dls(vocab))
-    with pytest.raises(ValueError, match='knows 10 classes, but `dls` have 11'): check_teacher(t, dls([*CIFAR10, 'frigate']))
+    with pytest.raises(ValueError, match='knows 10 classes, but `dls` have 11'):
+        check_teacher(t, dls([*CIFAR10, 'frigate']))
 
 
 # --- timm ---
 
-@pytest.mark.parametrize('name,kw,size', [('test_byobnet', {}, 32), ('test_efficientnet', dict(num_classes=7), 32), ('test_convnext', {}, 32), ('test_vit', dict(img_size=32), 32),
-                                          ('test_resnet', dict(pretrained_cfg_overlay=dict(mean=(.1, .2, .3), std=(.4, .5, .6))), 32), ('test_nfnet', {}, 32)])
+@pytest.mark.parametrize('name,kw,size', [('test_byobnet', {}, 32), ('test_efficientnet', dict(num_classes=7), 32),
+                                          ('test_convnext', {}, 32), ('test_vit', dict(img_size=32), 32),
+                                          ('test_resnet', dict(pretrained_cfg_overlay=dict(mean=(.1, .2, .3),
+                                                                                           std=(.4, .5, .6))), 32),
+                                          ('test_nfnet', {}, 32)])
 def test_timm_natively(name, kw, size):
-    "As timm's network on normalised images, whose statistics differ from network to network; with statistics of BatchNorm that are not the initial ones"
+    """As timm's network on normalised images, whose statistics differ from network to network; with statistics of
+    BatchNorm that are not the initial ones"""
     torch.manual_seed(1)
     with patch.object(timm, 'create_model', side_effect=timm.create_model) as made:
         t = Teacher.from_timm(name, pretrained=False, **kw)
@@ -83,7 +99,9 @@ def test_timm_natively(name, kw, size):
     for n in (net, t.members[0].model): # the same weights, in which differences show
         g = torch.Generator().manual_seed(2)
         for k,v in n.state_dict().items():
-            if v.is_floating_point(): v.copy_(torch.rand(v.shape, generator=g) + .5 if 'var' in k else v + .05*torch.randn(v.shape, generator=g))
+            if v.is_floating_point():
+                v.copy_(torch.rand(v.shape, generator=g) + .5 if 'var' in k
+                        else v + .05*torch.randn(v.shape, generator=g))
     cfg = timm.data.resolve_data_config({}, model=net)
     x = torch.rand(3, 3, size, size)
     native = probs(net.eval(), norm(x, cfg['mean'], cfg['std']))
@@ -92,15 +110,19 @@ def test_timm_natively(name, kw, size):
     assert not t.training and not any(p.requires_grad for p in t.parameters())
 
 def test_timm_loads_weights_unless_told_not_to():
-    with patch.object(timm, 'create_model', side_effect=lambda name, pretrained, **kw: timm.models.create_model(name, num_classes=4)) as made: Teacher.from_timm('test_resnet', num_classes=4)
+    with patch.object(timm, 'create_model', side_effect=lambda name, pretrained,
+                      **kw: timm.models.create_model(name, num_classes=4)) as made:
+        Teacher.from_timm('test_resnet', num_classes=4)
     assert made.call_args.args == ('test_resnet',) and made.call_args.kwargs == dict(pretrained=True, num_classes=4)
     with pytest.raises(Exception, match='no_such_network'): Teacher.from_timm('no_such_network', pretrained=False)
 
 @pytest.mark.parametrize('stats', [{}, dict(mean=.3, std=[.2])], ids=['its own','given'])
 def test_timm_in_other_channels(stats, make_dls, make_learner):
-    "Grey images are normalised by the mean of the network's own statistics, or by what is given; there is none for two channels"
+    """Grey images are normalised by the mean of the network's own statistics, or by what is given; there is none for
+    two channels"""
     own = dict(mean=(.1, .2, .6), std=(.4, .5, .9))
-    make = lambda **kw: Teacher.from_timm('test_resnet', pretrained=False, num_classes=10, pretrained_cfg_overlay=own, **kw)
+    make = lambda **kw: Teacher.from_timm('test_resnet', pretrained=False, num_classes=10, pretrained_cfg_overlay=own,
+                                          **kw)
     t, x = make(in_chans=1, **stats), torch.rand(3, 1, 32, 32)
     net = t.members[0].model
     close(t.probs(x), probs(net, (x - .3)/(.2 if stats else .6)), rtol=1e-4, atol=1e-6)
@@ -114,37 +136,47 @@ def test_timm_in_other_channels(stats, make_dls, make_learner):
 
 def test_torchvision_with_other_statistics():
     w = torchvision.models.ResNet18_Weights.DEFAULT
-    with patch.object(teachers, 'get_model', return_value=nn.Flatten()): t = Teacher.from_torchvision(w, mean=[.1, .2, .3], std=.5)
-    close(t.members[0].mean.flatten(), torch.tensor([.1, .2, .3])); close(t.members[0].std.flatten(), torch.tensor([.5]))
+    with patch.object(teachers, 'get_model', return_value=nn.Flatten()):
+        t = Teacher.from_torchvision(w, mean=[.1, .2, .3], std=.5)
+    close(t.members[0].mean.flatten(), torch.tensor([.1, .2, .3]))
+    close(t.members[0].std.flatten(), torch.tensor([.5]))
 
 def test_members_on_several_devices(make_dls, tiny_net):
     "Which is what the error is about, not the images"
     t = Teacher([tiny_net(), tiny_net(seed=1)])
     t.members[1].to('meta')
-    with pytest.raises(ValueError, match=r"`teacher` lies on several devices, cpu and meta: move all of it to one, `teacher.to\('cpu'\)`"): check_teacher(t, make_dls())
+    with pytest.raises(ValueError, match=r"`teacher` lies on several devices, cpu and meta: move all of it to one, "
+                                         r"`teacher.to\('cpu'\)`"):
+        check_teacher(t, make_dls())
 
 
 # --- torchvision ---
 
-enums = [w for m in torchvision.models.list_models(module=torchvision.models) for w in [torchvision.models.get_model_weights(m)]]
+enums = [w for m in torchvision.models.list_models(module=torchvision.models)
+         for w in [torchvision.models.get_model_weights(m)]]
 
 def test_every_classifier_of_torchvision():
     "The network's name, derived from that of its weights, is the one that torchvision keeps them for"
     for name,enum in zip(torchvision.models.list_models(module=torchvision.models), enums):
         for w in enum:
             if w.meta['categories'] is None: # VGG-16's features
-                with patch.object(teachers, 'get_model') as got, pytest.raises(ValueError, match='no classes'): Teacher.from_torchvision(w)
+                with patch.object(teachers, 'get_model') as got, pytest.raises(ValueError, match='no classes'):
+                    Teacher.from_torchvision(w)
                 assert not got.called
                 continue
             for given in (w, str(w)):
-                with patch.object(teachers, 'get_model', return_value=nn.Flatten()) as got: t = Teacher.from_torchvision(given)
+                with patch.object(teachers, 'get_model', return_value=nn.Flatten()) as got:
+                    t = Teacher.from_torchvision(given)
                 assert got.call_args.args == (name,) and got.call_args.kwargs == dict(weights=w)
                 assert t.vocab == w.meta['categories'] and len(t.vocab) == 1000
                 tfms, m = w.transforms(), t.members[0]
                 close(m.mean.flatten(), torch.tensor(tfms.mean)); close(m.std.flatten(), torch.tensor(tfms.std))
-    assert len(enums) > 70 and {w for m in vars(torchvision.models).values() if isinstance(m, type) and issubclass(m, WeightsEnum) for w in m} == {w for e in enums for w in e}
+    assert len(enums) > 70 and {w for m in vars(torchvision.models).values() if isinstance(m, type)
+                                and issubclass(m, WeightsEnum) for w in m} == {w for e in enums for w in e}
 
-@pytest.mark.parametrize('name,weights', [('mobilenet_v3_small', 'MobileNet_V3_Small_Weights.DEFAULT'), ('shufflenet_v2_x0_5', 'ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1'), ('googlenet', 'GoogLeNet_Weights.DEFAULT')])
+@pytest.mark.parametrize('name,weights', [('mobilenet_v3_small', 'MobileNet_V3_Small_Weights.DEFAULT'),
+                                          ('shufflenet_v2_x0_5', 'ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1'),
+                                          ('googlenet', 'GoogLeNet_Weights.DEFAULT')])
 def test_torchvision_natively(name, weights, monkeypatch):
     "With made-up weights instead of a download"
     w = torchvision.models.get_weight(weights)
@@ -184,7 +216,8 @@ def test_check_against_hand_counted(stats, make_dls, robust_net, digits):
         idx = sample_positions(y, n)
         assert card.clean == pytest.approx(right[idx].float().mean().item(), abs=1e-7) and card.n == n
         assert card.fgsm == pytest.approx((right & robust)[idx].float().mean().item(), abs=1e-7)
-    assert t.check(dls, 'clean').n == 70 and t.check(dls, 'clean', n=1000).clean == pytest.approx(right.float().mean().item())
+    assert t.check(dls, 'clean').n == 70 and t.check(dls, 'clean',
+                                                     n=1000).clean == pytest.approx(right.float().mean().item())
     assert (right & robust).float().mean() < right.float().mean() < 1 or robust.any()
 
 def test_check_of_a_normalised_teacher(make_dls, tiny_net, digits):
@@ -203,8 +236,10 @@ def test_check_is_seeded_and_leaves_things_alone(make_dls, robust_net, snapshot)
     random.seed(1); np.random.seed(1); torch.manual_seed(1)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     card = t.check(dls, ('clean', 'pgd2', 'pgd1x2'), eps=.15)
-    assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1] and torch.equal(torch.get_rng_state(), state[2])
-    assert snapshot.same(before, snapshot.take(t)) and looks == [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders]
+    assert (random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
+            and torch.equal(torch.get_rng_state(), state[2]))
+    assert (snapshot.same(before, snapshot.take(t))
+            and looks == [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders])
     torch.manual_seed(7)
     assert t.check(dls, ('clean', 'pgd2', 'pgd1x2'), eps=.15).results == card.results
     assert len({tuple(t.check(dls, 'pgd1x2', eps=.15, seed=s).results.values()) for s in range(6)}) > 1
@@ -220,37 +255,45 @@ def test_check_refuses_what_does_not_fit(make_dls, make_learner, tiny_net, tmp_p
     dls = make_dls()
     with pytest.raises(ValueError, match='knows 7 classes'): Teacher(tiny_net(n_out=7)).check(dls)
     with pytest.raises(ValueError, match='cannot run on the DataLoaders'): Teacher(tiny_net(n_in=3)).check(dls)
-    with pytest.raises(ValueError, match='cannot run on the DataLoaders'): Teacher(tiny_net()).check(make_dls(channels=3))
+    with pytest.raises(ValueError, match='cannot run on the DataLoaders'):
+        Teacher(tiny_net()).check(make_dls(channels=3))
     t = Teacher(tiny_net()); t.vocab = list(range(9, -1, -1))
     with pytest.raises(ValueError, match='orders the classes'): t.check(dls)
     for n in (0, -3):
         with pytest.raises(ValueError, match='`n`'): Teacher(tiny_net()).check(dls, n=n)
     with pytest.raises(ValueError, match='unknown attack'): Teacher(tiny_net()).check(dls, 'pdg20')
     for i in range(8): Image.fromarray(np.full((8, 8, 3), 30*i, np.uint8)).save(tmp_path/f'{i}.png')
-    multi = DataBlock((ImageBlock, MultiCategoryBlock), get_items=lambda p: sorted(p.glob('*.png')), get_y=lambda p: [str(int(p.stem) % 2), 'all']).dataloaders(tmp_path, bs=2, num_workers=0)
+    multi = DataBlock((ImageBlock, MultiCategoryBlock), get_items=lambda p: sorted(p.glob('*.png')),
+                      get_y=lambda p: [str(int(p.stem) % 2), 'all']).dataloaders(tmp_path, bs=2, num_workers=0)
     with pytest.raises(ValueError, match='multi-label'): Teacher(tiny_net(n_in=3, n_out=multi.c)).check(multi)
 
 @pytest.mark.parametrize('mean', [[.5]*3, [.1, .2, .3]])
 def test_check_refuses_grey_images_for_a_colour_teacher(mean, make_dls, tiny_net):
     "Its normalisation would make three channels of one without a word"
-    with pytest.raises(ValueError, match='cannot run on the DataLoaders'): Teacher(tiny_net(n_in=3), mean=mean, std=[.5]*3).check(make_dls())
-    with pytest.raises(ValueError, match='cannot run on the DataLoaders'): Teacher([Teacher(tiny_net(n_in=3), mean=mean, std=[.5]*3)]*2).check(make_dls())
+    with pytest.raises(ValueError, match='cannot run on the DataLoaders'):
+        Teacher(tiny_net(n_in=3), mean=mean, std=[.5]*3).check(make_dls())
+    with pytest.raises(ValueError, match='cannot run on the DataLoaders'):
+        Teacher([Teacher(tiny_net(n_in=3), mean=mean, std=[.5]*3)]*2).check(make_dls())
     Teacher(tiny_net(n_in=3), mean=mean, std=[.5]*3).check(make_dls(channels=3), 'clean')
 
 
 # --- a WideResNet's own normalisation ---
 
-@pytest.mark.parametrize('mean,std', [((.49, .48, .45), (.25, .24, .26)), (.5, .2), (np.array([.4, .5, .6]), np.array([.1, .2, .3])), ((.5,), [.2]), (.3, (.1, .2, .3))])
+@pytest.mark.parametrize('mean,std', [((.49, .48, .45), (.25, .24, .26)), (.5, .2),
+                                      (np.array([.4, .5, .6]), np.array([.1, .2, .3])), ((.5,), [.2]),
+                                      (.3, (.1, .2, .3))])
 def test_wide_resnet_normalises(mean, std):
     torch.manual_seed(0); net = wide_resnet(10, 1, mean=mean, std=std)
     torch.manual_seed(0); bare = wide_resnet(10, 1)
-    assert net.state_dict().keys() == bare.state_dict().keys() and not any(k in ('mean', 'std') for k in net.state_dict())
+    assert (net.state_dict().keys() == bare.state_dict().keys()
+            and not any(k in ('mean', 'std') for k in net.state_dict()))
     x = torch.rand(4, 3, 8, 8)
     m, s = (torch.tensor(np.array(o), dtype=torch.float32).view(1,-1,1,1) for o in (mean, std))
     for _ in range(3): close(net(x), bare((x-m)/s), rtol=1e-5, atol=1e-5) # in train mode, which wears BatchNorm in
     close(net.eval()(x), bare.eval()((x-m)/s), rtol=1e-5, atol=1e-5)
     t = Teacher(net)
-    close(t.probs(x), Teacher(bare, mean=np.broadcast_to(mean, 3).copy(), std=np.broadcast_to(std, 3).copy()).probs(x), rtol=1e-4, atol=1e-5)
+    close(t.probs(x), Teacher(bare, mean=np.broadcast_to(mean, 3).copy(), std=np.broadcast_to(std, 3).copy()).probs(x),
+          rtol=1e-4, atol=1e-5)
     assert (t.probs(x) - Teacher(bare).probs(x)).abs().max() > 1e-3
     assert net.double()(x.double()).dtype == torch.float64
 
@@ -259,7 +302,8 @@ def test_wide_resnet_defaults_and_bad_statistics():
     torch.manual_seed(0); a = wide_resnet(10, 1, n_in=1).eval()
     torch.manual_seed(0); b = wide_resnet(10, 1, n_in=1, mean=0., std=1.).eval()
     assert torch.equal(a(x), b(x))
-    for kw in (dict(mean=(.1, .2)), dict(std=(.1, .2)), dict(std=0.), dict(std=(.1, .2, 0.)), dict(std=-1.), dict(std=float('nan')), dict(n_in=1, mean=(.1, .2, .3))):
+    for kw in (dict(mean=(.1, .2)), dict(std=(.1, .2)), dict(std=0.), dict(std=(.1, .2, 0.)), dict(std=-1.),
+               dict(std=float('nan')), dict(n_in=1, mean=(.1, .2, .3))):
         with pytest.raises(ValueError, match='`mean`|`std`'): wide_resnet(10, 1, **kw)
 
 
@@ -303,7 +347,8 @@ def test_start_alone(tiny_net):
     assert d.flatten(1).norm(dim=1).max() <= .1 + 1e-6
     torch.manual_seed(0); a = PGD(.1, steps=0, random_start=True)(net, x, targ)
     torch.manual_seed(0); b = PGD(.1, steps=0, random_start=1)(net, x, targ)
-    assert torch.equal(a, b) and torch.equal(PGD(.1, steps=0, random_start=0.)(net, x, targ), x) and torch.equal(PGD(.1, steps=0, random_start=False)(net, x, targ), x)
+    assert (torch.equal(a, b) and torch.equal(PGD(.1, steps=0, random_start=0.)(net, x, targ), x)
+            and torch.equal(PGD(.1, steps=0, random_start=False)(net, x, targ), x))
     for bad in (-.001, float('nan'), float('inf')):
         with pytest.raises(ValueError, match='`random_start`'): PGD(random_start=bad)
     assert eval(repr(PGD(.1, random_start=.001))).settings == PGD(.1, random_start=.001).settings
@@ -322,7 +367,8 @@ class Asked(nn.Module):
 def ordered(digits):
     "A validation set that is ordered by class, normalised as a network of `lost` was trained"
     order = digits.y[1000:1400].argsort(stable=True) + 1000
-    dls = arrays_dls((digits.imgs[:96], digits.labels[:96]), (digits.imgs[order], digits.labels[order]), vocab=list(range(10)), bs=32)
+    dls = arrays_dls((digits.imgs[:96], digits.labels[:96]), (digits.imgs[order], digits.labels[order]),
+                     vocab=list(range(10)), bs=32)
     dls.add_tfms([Normalize.from_stats([.3], [.02], cuda=False)], 'after_batch')
     return dls
 
@@ -331,10 +377,12 @@ class Denormalised(nn.Module):
     def forward(self, x): return self.net(x*.02 + .3)
 
 def test_teacher_that_lost_its_normalisation(ordered, plain_net, make_learner):
-    "Counted by hand on 200 images of a set that is ordered by class; the Learner, or `mean` and `std`, bring it back without a word"
+    """Counted by hand on 200 images of a set that is ordered by class; the Learner, or `mean` and `std`, bring it
+    back without a word"""
     lost = Denormalised(plain_net) # what it takes is normalised
     learn = make_learner(ordered, lost)
-    with pytest.warns(UserWarning, match=guessing + ".*behind the DataLoaders' Normalize it would be (1..|200) of 200 .*`learn.model` alone.*give the Learner itself"):
+    with pytest.warns(UserWarning, match=guessing + ".*behind the DataLoaders' Normalize it would be (1..|200) of 200 "
+                                                    ".*`learn.model` alone.*give the Learner itself"):
         make_learner(ordered).to_rkd(lost, 'ckd').fit(1)
     for teacher in (learn, Teacher(lost, mean=.3, std=.02), plain_net):
         with warnings.catch_warnings():
@@ -353,9 +401,11 @@ def test_teacher_at_chance_is_asked_once(make_dls, make_learner, tiny_net):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             learn.fit(1); learn.fit(1)
-        assert teacher.members[0].model.n - before == 2*96 + 2*2 + min(n_valid, 200) # two epochs, two checks that it fits
+        # two epochs, two checks that it fits
+        assert teacher.members[0].model.n - before == 2*96 + 2*2 + min(n_valid, 200)
         assert [bool(re.match(guessing, str(w.message))) for w in said] == [True]*(n_valid >= 50)
-        ends.append((random.random(), np.random.rand(), torch.rand(1).item(), *[v.sum().item() for v in learn.model.state_dict().values()]))
+        ends.append((random.random(), np.random.rand(), torch.rand(1).item(),
+                     *[v.sum().item() for v in learn.model.state_dict().values()]))
     assert ends[0] == ends[1] == ends[2]
 
 def test_teachers_that_are_not_warned_of(make_dls, digits, plain_net):

@@ -1,4 +1,5 @@
-"Losses and attacks on whatever hypothesis thinks of: what they promise holds, to 1e-5 of the same computation in float64, or a `ValueError` names the argument."
+"""Losses and attacks on whatever hypothesis thinks of: what they promise holds, to 1e-5 of the same computation in
+float64, or a `ValueError` names the argument."""
 import copy
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -10,7 +11,8 @@ from rkd_fastai.losses import *
 from rkd_fastai.teachers import Teacher
 
 # the same examples in every run, on every machine
-fuzz = lambda n: settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+fuzz = lambda n: settings(max_examples=n, derandomize=True, deadline=None, database=None,
+                          suppress_health_check=list(HealthCheck))
 double, nan, inf = torch.double, float('nan'), float('inf')
 floats = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 seeds = st.integers(0, 2**31 - 1)
@@ -52,7 +54,8 @@ def labels_of(draw, bs, c):
     return draw(st.one_of(st.sampled_from(kinds).map(hard.to), probs_of(bs, c)))
 
 batch_sizes = st.one_of(st.integers(1, 5), st.sampled_from([0, 1, 33]))
-class_counts = st.one_of(st.integers(2, 12), st.sampled_from([2, 3, 100, 1000])) # a single class is refused, see `test_labels_that_are_none`
+# a single class is refused, see `test_labels_that_are_none`
+class_counts = st.one_of(st.integers(2, 12), st.sampled_from([2, 3, 100, 1000]))
 
 # --- the losses in float64, from what float32 holds of their arguments ---
 
@@ -68,11 +71,13 @@ def mix(t, y, alpha): return alpha*t + (1-alpha)*y
 
 def ckd(s, t, y, lam, T): return (1-lam)*ce(s, y) + lam*T*T*kl(s, t, T)
 def ard(s, s_adv, t, y, alpha, lam, T): return (1-lam)*ce(s, y) + lam*T*T*kl(s_adv, mix(t, y, alpha), T)
-def rslad(s, s_adv, t, y, alpha, lam, T): return T*T*((1-lam)*kl(s, mix(t, y, alpha), T) + lam*kl(s_adv, mix(t, y, alpha), T))
+def rslad(s, s_adv, t, y, alpha, lam, T):
+    return T*T*((1-lam)*kl(s, mix(t, y, alpha), T) + lam*kl(s_adv, mix(t, y, alpha), T))
 def akd(s_adv, t, y, alpha, T): return T*T*ce(s_adv, mix(t, y, alpha), T)
 def trades(s, s_adv, y, beta): return ce(s, y) + beta*(logp(s).exp()*(logp(s) - logp(s_adv))).sum(1)
 
-losses = dict(ckd=(ckd_loss, ckd, 1, True, ('lam','T')), ard=(ard_loss, ard, 2, True, ('alpha','lam','T')), rslad=(rslad_loss, rslad, 2, True, ('alpha','lam','T')),
+losses = dict(ckd=(ckd_loss, ckd, 1, True, ('lam','T')), ard=(ard_loss, ard, 2, True, ('alpha','lam','T')),
+              rslad=(rslad_loss, rslad, 2, True, ('alpha','lam','T')),
               akd=(akd_loss, akd, 1, True, ('alpha','T')), trades=(trades_loss, trades, 2, False, ('beta',)))
 values = dict(lam=fractions, alpha=fractions, T=Ts, beta=st.floats(0, 10))
 
@@ -81,7 +86,8 @@ def loss_calls(draw, name):
     "(loss, reference, student logits, teacher's probabilities or none, labels, settings)"
     loss, ref, n, teacher, names = losses[name]
     bs, c = draw(batch_sizes), draw(class_counts)
-    return (loss, ref, [draw(logits_of(bs, c)) for _ in range(n)], [draw(probs_of(bs, c))]*teacher, draw(labels_of(bs, c)), {k: draw(values[k]) for k in names})
+    return (loss, ref, [draw(logits_of(bs, c)) for _ in range(n)], [draw(probs_of(bs, c))]*teacher,
+            draw(labels_of(bs, c)), {k: draw(values[k]) for k in names})
 
 def tolerance(zs, kw):
     "float32 has 24 bits, and the terms whose differences the loss is made of grow with the logits"
@@ -99,8 +105,10 @@ def test_loss_is_the_float64_one(name, data):
     got = loss(*zs, *ts, y, **kw, reduction='none')
     assert got.dtype == torch.float32 and got.shape == want.shape and got.isfinite().all()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=tolerance(zs, kw))
-    torch.testing.assert_close(loss(*zs, *ts, y, **kw, reduction='sum').double(), want.sum(), rtol=1e-5, atol=tolerance(zs, kw)*max(len(y), 1))
-    if len(y): torch.testing.assert_close(loss(*zs, *ts, y, **kw).double(), want.mean(), rtol=1e-5, atol=tolerance(zs, kw))
+    torch.testing.assert_close(loss(*zs, *ts, y, **kw, reduction='sum').double(), want.sum(), rtol=1e-5,
+                               atol=tolerance(zs, kw)*max(len(y), 1))
+    if len(y):
+        torch.testing.assert_close(loss(*zs, *ts, y, **kw).double(), want.mean(), rtol=1e-5, atol=tolerance(zs, kw))
     else:
         with pytest.raises(ValueError, match='no images'): loss(*zs, *ts, y, **kw)
 
@@ -117,19 +125,23 @@ def test_gradient_is_finite_and_the_float64_one(name, data):
         assert got.isfinite().all()
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=3*tolerance(zs, kw))
     low = [z.detach().clone().requires_grad_() for z in zs] # in the logits' own dtype it need not be so near
-    assert all(g.isfinite().all() and g.dtype == z.dtype for g,z in zip(grad(lambda *a: loss(*a, y, **kw, reduction='none'), low, *ts), low))
+    assert all(g.isfinite().all() and g.dtype == z.dtype for g,z in zip(
+        grad(lambda *a: loss(*a, y, **kw, reduction='none'), low, *ts), low))
 
 @each_loss
 @fuzz(100)
 @given(st.data())
 def test_images_do_not_feel_each_other(name, data):
-    "The losses of a permuted batch are the permuted losses; an image with a logit of NaN or ∞ has no loss, and its neighbours have theirs"
+    """The losses of a permuted batch are the permuted losses; an image with a logit of NaN or ∞ has no loss, and its
+    neighbours have theirs"""
     loss, _, zs, ts, y, kw = data.draw(loss_calls(name))
     assume(len(y))
     each = loss(*zs, *ts, y, **kw, reduction='none')
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(data.draw(seeds)))
-    torch.testing.assert_close(loss(*(t[order] for t in (*zs, *ts)), y[order], **kw, reduction='none'), each[order], rtol=1e-6, atol=tolerance(zs, kw)/10)
-    i, j, which = data.draw(st.integers(0, len(y)-1)), data.draw(st.integers(0, zs[0].shape[1]-1)), data.draw(st.integers(0, len(zs)-1))
+    torch.testing.assert_close(loss(*(t[order] for t in (*zs, *ts)), y[order], **kw, reduction='none'), each[order],
+                               rtol=1e-6, atol=tolerance(zs, kw)/10)
+    i, j, which = data.draw(st.integers(0, len(y)-1)), data.draw(st.integers(0, zs[0].shape[1]-1)), data.draw(
+        st.integers(0, len(zs)-1))
     bad = [z.clone() for z in zs]
     bad[which][i,j] = data.draw(st.sampled_from([nan, inf])) # -inf is a class that is ruled out
     got = loss(*bad, *ts, y, **kw, reduction='none')
@@ -144,12 +156,17 @@ def test_alpha_0_and_1(name, data):
     "At α=0 the teacher is not in the loss, at α=1 the labels are not: to the bit"
     loss, _, zs, ts, y, kw = data.draw(loss_calls(name))
     bs, c = zs[0].shape
-    ts, others = [ts[0].contiguous()], dict(t=data.draw(probs_of(bs, c)).contiguous(), y=data.draw(labels_of(bs, c)).contiguous()) # the layout decides on the order of sums
+    ts, others = [ts[0].contiguous()], dict(t=data.draw(probs_of(bs, c)).contiguous(),
+                                            # the layout decides on the order of sums
+                                            y=data.draw(labels_of(bs, c)).contiguous())
     y = y.contiguous()
-    same = lambda alpha, a, b: torch.equal(*(loss(*zs, t, y, **kw | dict(alpha=alpha), reduction='none') for t,y in (a, b)))
+    same = lambda alpha, a, b: torch.equal(*(loss(*zs, t, y, **kw | dict(alpha=alpha), reduction='none')
+                                             for t,y in (a, b)))
     assert same(0., (ts[0], y), (others['t'], y))
     if name != 'ard': assert same(1., (ts[0], y), (ts[0], others['y']))
-    else: assert torch.equal(*(loss(*zs, ts[0], y, **kw | dict(alpha=1., lam=1.), reduction='none') for y in (y, others['y'])))
+    else:
+        assert torch.equal(*(loss(*zs, ts[0], y, **kw | dict(alpha=1., lam=1.), reduction='none')
+                             for y in (y, others['y'])))
 
 @fuzz(150)
 @given(st.data(), batch_sizes, class_counts, fractions)
@@ -172,13 +189,19 @@ def broken(draw, args, kw, c):
     "The arguments with one thing wrong, and what the error has to name"
     args, kw, bs = dict(args), dict(kw), len(args['targ'])
     y = args['targ']
-    wrongs = dict(short_targ=('targ', dict(targ=torch.cat([y, y[:1]]) if bs else torch.zeros(1, dtype=torch.long))), tall_targ=('targ', dict(targ=torch.zeros(bs, 1, 1, dtype=torch.long))),
+    wrongs = dict(short_targ=('targ', dict(targ=torch.cat([y, y[:1]]) if bs else torch.zeros(1, dtype=torch.long))),
+                  tall_targ=('targ', dict(targ=torch.zeros(bs, 1, 1, dtype=torch.long))),
         other_soft=('targ', dict(targ=torch.zeros(bs, c+1))), flat_soft=('targ', dict(targ=torch.zeros(bs))))
-    if bs: wrongs |= dict(too_high=('targ', dict(targ=torch.full((bs,), c))), below=('targ', dict(targ=torch.full((bs,), -1))))
-    for k in [k for k in args if k != 'targ']: wrongs[k] = (k if k != 's_logits' else r's_logits|t_probs|targ', {k: torch.zeros(bs, c+1, 1) if k.startswith('s_') else torch.zeros(bs, c+1)})
+    if bs:
+        wrongs |= dict(too_high=('targ', dict(targ=torch.full((bs,), c))),
+                       below=('targ', dict(targ=torch.full((bs,), -1))))
+    for k in [k for k in args if k != 'targ']:
+        wrongs[k] = (k if k != 's_logits' else r's_logits|t_probs|targ',
+                     {k: torch.zeros(bs, c+1, 1) if k.startswith('s_') else torch.zeros(bs, c+1)})
     wrong = draw(st.sampled_from(sorted([*wrongs, *kw, 'reduction'])))
     if wrong in wrongs: return args | wrongs[wrong][1], kw, wrongs[wrong][0]
-    bad = dict(lam=[-.1, 1.1, nan, inf], alpha=[-.1, 1.1, nan, -inf], T=[0., -1., nan, inf], beta=[-1., nan, inf], reduction=['max', None])[wrong]
+    bad = dict(lam=[-.1, 1.1, nan, inf], alpha=[-.1, 1.1, nan, -inf], T=[0., -1., nan, inf], beta=[-1., nan, inf],
+               reduction=['max', None])[wrong]
     return args, kw | {wrong: draw(st.sampled_from(bad))}, wrong
 
 @each_loss
@@ -186,9 +209,11 @@ def broken(draw, args, kw, c):
 @given(st.data())
 def test_what_a_loss_cannot_take_is_named(name, data):
     loss, _, zs, ts, y, kw = data.draw(loss_calls(name))
-    args = dict(zip(['s_logits_adv'] if name == 'akd' else ['s_logits','s_logits_adv'], zs)) | ({} if not ts else {'t_probs_adv' if name == 'akd' else 't_probs': ts[0]}) | dict(targ=y)
+    args = (dict(zip(['s_logits_adv'] if name == 'akd' else ['s_logits','s_logits_adv'], zs))
+            | ({} if not ts else {'t_probs_adv' if name == 'akd' else 't_probs': ts[0]}) | dict(targ=y))
     args, kw, named = broken(data.draw, args, kw, zs[0].shape[1])
-    with pytest.raises(ValueError, match=f"`({named.removesuffix('_adv') if 't_probs' in named else named})`"): loss(**args, **kw)
+    with pytest.raises(ValueError, match=f"`({named.removesuffix('_adv') if 't_probs' in named else named})`"):
+        loss(**args, **kw)
 
 # --- attacks ---
 
@@ -202,10 +227,12 @@ def attacks(draw):
     step = draw(st.sampled_from([None, 0., .25, 1., 2.5]))
     if kind == 'ffgsm': return FFGSM(eps, steps_of(step, eps))
     start = draw(st.sampled_from([True, False, .5, 1e-3]))
-    return PGD(eps, draw(st.integers(0, 3)), steps_of(step, eps), draw(st.sampled_from(['Linf','L2'])), start, draw(st.integers(1, 2)) if start else 1, draw(st.sampled_from(['ce','kl','cw'])))
+    return PGD(eps, draw(st.integers(0, 3)), steps_of(step, eps), draw(st.sampled_from(['Linf','L2'])), start,
+               draw(st.integers(1, 2)) if start else 1, draw(st.sampled_from(['ce','kl','cw'])))
 
 class Net(nn.Module):
-    "A small network whose logits are `scale` times those of others; of the images whose first pixel is odd they are `bad`"
+    """A small network whose logits are `scale` times those of others; of the images whose first pixel is odd they
+    are `bad`"""
     def __init__(self, c, n_out, seed, scale, bn, bad=None):
         super().__init__()
         self.norm, self.lin = nn.BatchNorm2d(c) if bn else nn.Identity(), nn.Linear(c*16, n_out)
@@ -218,23 +245,28 @@ class Net(nn.Module):
 
 @st.composite
 def images(draw):
-    bs, c, (h, w) = draw(st.one_of(st.integers(1, 4), st.sampled_from([0, 1]))), draw(st.integers(1, 4)), draw(st.sampled_from([(1,1), (4,4), (8,8), (3,9)]))
+    bs, c, (h, w) = draw(st.one_of(st.integers(1, 4), st.sampled_from([0, 1]))), draw(st.integers(1, 4)), draw(
+        st.sampled_from([(1,1), (4,4), (8,8), (3,9)]))
     x = rand(draw(seeds), bs, c, h, w)
     kind = draw(st.sampled_from(['uniform','black and white','one','zero','tiny']))
-    x = dict(uniform=x, one=torch.ones_like(x), zero=torch.zeros_like(x), tiny=x*1e-4)[kind] if kind != 'black and white' else x.round()
+    x = (dict(uniform=x, one=torch.ones_like(x), zero=torch.zeros_like(x), tiny=x*1e-4)[kind]
+         if kind != 'black and white' else x.round())
     return laid_out(x.to(draw(floats)), draw(layouts))
 
 @st.composite
 def attack_calls(draw, bad=st.none()):
     "(attack, network, images, labels)"
     x, n_out = draw(images()), draw(st.one_of(st.integers(2, 10), st.sampled_from([2, 1000])))
-    net = Net(x.shape[1], n_out, draw(st.integers(0, 9)), draw(st.sampled_from([0., 1., 1., 1e4])), draw(st.booleans()), draw(bad)).to(x.dtype)
+    net = Net(x.shape[1], n_out, draw(st.integers(0, 9)), draw(st.sampled_from([0., 1., 1., 1e4])),
+              draw(st.booleans()), draw(bad)).to(x.dtype)
     attack = draw(attacks())
     y = draw(labels_of(len(x), n_out))
     if getattr(attack, 'objective', 'ce') == 'kl' and not y.is_floating_point(): y = F.one_hot(y.long(), n_out).float()
     return attack, net.train(draw(st.booleans())), x, y
 
-def state(net): return [copy.deepcopy(net.state_dict()), [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [p.grad for p in net.parameters()]]
+def state(net):
+    return [copy.deepcopy(net.state_dict()), [m.training for m in net.modules()],
+            [p.requires_grad for p in net.parameters()], [p.grad for p in net.parameters()]]
 def same_state(a, b): return all(torch.equal(v, b[0][k]) for k,v in a[0].items()) and a[1:] == b[1:]
 
 def promised(attack, net, x, y):
@@ -259,7 +291,8 @@ def test_attack_on_logits_that_are_not_finite(call):
     promised(*call)
 
 @fuzz(16)
-@given(attack_calls(st.sampled_from([None, None, nan, 1e38])), st.sampled_from(['square','apgd-ce']), st.booleans(), st.sampled_from([0., 1/255, .3]))
+@given(attack_calls(st.sampled_from([None, None, nan, 1e38])), st.sampled_from(['square','apgd-ce']), st.booleans(),
+       st.sampled_from([0., 1/255, .3]))
 def test_autoattack_keeps_them_too(call, version, fast, eps):
     _, net, x, y = call
     assume(net.lin.out_features > 1 and not y.is_floating_point())
@@ -276,7 +309,8 @@ def naive(attack, net, x, y):
             target = dist(b, z.shape[1])
             if attack.objective == 'cw':
                 right = target.argmax(1).item()
-                loss = max([z[0,j] for j in range(z.shape[1]) if j != right], key=lambda v: v.item()) - z[0,right] if z.shape[1] > 1 else z.sum()*0
+                loss = (max([z[0,j] for j in range(z.shape[1]) if j != right], key=lambda v: v.item()) - z[0,right]
+                        if z.shape[1] > 1 else z.sum()*0)
             else: loss = -(target*logp(z)).sum() # the entropy of the target, which KL adds, has no gradient
             g, = torch.autograd.grad(loss, a_adv)
             if attack.norm == 'Linf':
@@ -294,8 +328,10 @@ def test_attack_is_the_naive_one(data):
     "In float64, where no sign is in doubt; image by image, hence whatever the batch and its order"
     n_out, eps = data.draw(st.integers(2, 12)), data.draw(st.sampled_from([1/255, .1, .5]))
     x = laid_out(rand(data.draw(seeds), data.draw(st.integers(1, 4)), 2, 4, 4), data.draw(layouts))
-    net = Net(2, n_out, data.draw(st.integers(0, 9)), data.draw(st.sampled_from([.3, 1., 3.])), data.draw(st.booleans())).double().eval()
-    attack = PGD(eps, data.draw(st.integers(1, 4)), data.draw(st.sampled_from([None, .7*eps, 2*eps])), data.draw(st.sampled_from(['Linf','L2'])), False,
+    net = Net(2, n_out, data.draw(st.integers(0, 9)), data.draw(st.sampled_from([.3, 1., 3.])),
+              data.draw(st.booleans())).double().eval()
+    attack = PGD(eps, data.draw(st.integers(1, 4)), data.draw(st.sampled_from([None, .7*eps, 2*eps])),
+                 data.draw(st.sampled_from(['Linf','L2'])), False,
                  objective=data.draw(st.sampled_from(['ce','kl','cw'])))
     y = data.draw(labels_of(len(x), n_out))
     if y.is_floating_point(): y = y.double() + .01; y = y/y.sum(1, keepdim=True) # of one dtype, and no class of none

@@ -1,4 +1,5 @@
-"On a GPU, `pytest -m cuda`: the same attacks and steps as on the CPU, memory that stays flat, trainings that go on, and a run from the command line."
+"""On a GPU, `pytest -m cuda`: the same attacks and steps as on the CPU, memory that stays flat, trainings that go
+on, and a run from the command line."""
 import copy, gc, json
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import SGD, Callback, set_seed
@@ -14,13 +15,15 @@ pytestmark = pytest.mark.cuda
 def exact():
     "Convolutions in whole float32, always by the same algorithm, so that what differs is ours"
     kept = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True, False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (False, True,
+                                                                                                           False)
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept
 
 methods = dict(
     at=lambda t, a: AdversarialTraining(a), trades=lambda t, a: TRADES(a), akd=lambda t, a: AKDCallback(t, attack=a),
-    rslad=lambda t, a: RSLADCallback(t, attack=a), ard=lambda t, a: ARDCallback(t, attack=a), ckd=lambda t, a: CKDCallback(t))
+    rslad=lambda t, a: RSLADCallback(t, attack=a), ard=lambda t, a: ARDCallback(t, attack=a), ckd=lambda t,
+    a: CKDCallback(t))
 still = PGD(.1, steps=2, random_start=False)
 fast = [{}, dict(compile=True), dict(bf16=True), dict(compile=True, bf16=True)]
 
@@ -34,11 +37,13 @@ def test_members_from_several_devices(make_dls, tiny_net):
 
 # --- attacks ---
 
-@pytest.mark.parametrize('attack', [FGSM(.1), still, PGD(.1, steps=5, random_start=False, objective='cw'), PGD(.5, steps=5, norm='L2', random_start=False)], ids=repr)
+@pytest.mark.parametrize('attack', [FGSM(.1), still, PGD(.1, steps=5, random_start=False, objective='cw'),
+                                    PGD(.5, steps=5, norm='L2', random_start=False)], ids=repr)
 def test_attacks_are_those_of_the_cpu(attack, robust_net, test_images):
     x, y = (t[:64] for t in test_images)
     want, got = attack(robust_net, x, y), attack(copy.deepcopy(robust_net).cuda(), x.cuda(), y.cuda())
-    assert got.is_cuda and ((got.cpu() - want).abs() < 1e-4).float().mean() > .995 # the sign of a vanishing gradient is anyone's
+    # the sign of a vanishing gradient is anyone's
+    assert got.is_cuda and ((got.cpu() - want).abs() < 1e-4).float().mean() > .995
 
 @pytest.mark.parametrize('kw', fast, ids=str)
 def test_faster_attacks_find_as_much(kw, robust_net, test_images):
@@ -66,7 +71,8 @@ def test_autoattack_is_the_packages(kw, robust_net, test_images):
     aa = Published(net, norm='Linf', eps=.1, seed=0, version='standard', device='cuda')
     def stands(x_adv):
         with torch.no_grad(): return (net(x).argmax(1) == y) & (net(x_adv).argmax(1) == y)
-    want, got = stands(aa.run_standard_evaluation(x, y, batch_size=50)[0]), stands(AutoAttack(.1, seed=0, bs=50, **kw)(net, x, y))
+    want, got = stands(aa.run_standard_evaluation(x, y, batch_size=50)[0]), stands(
+        AutoAttack(.1, seed=0, bs=50, **kw)(net, x, y))
     assert 0 < want.sum() < 100 and torch.equal(got, want)
 
 # --- training ---
@@ -82,14 +88,16 @@ def test_steps_are_those_of_the_cpu(name, make_learner, make_dls, tiny_net):
 
 @pytest.mark.parametrize('kw', fast, ids=str)
 def test_resume(kw, make_learner, make_dls, tiny_net, tmp_path):
-    "Killed in the second epoch, it ends with the bits of a training that was not: weights, momentum, the GPU's random numbers"
+    """Killed in the second epoch, it ends with the bits of a training that was not: weights, momentum, the GPU's
+    random numbers"""
     class Die(Callback):
         order, only_shows = 2000, True # no part of the training
         def after_batch(self):
             if self.learn.train_iter == 6: raise KeyboardInterrupt
     def train(cbs=(), seed=0, net=0):
         set_seed(seed)
-        learn = make_learner(make_dls(n=128, bs=32, device='cuda'), tiny_net(seed=net, dropout=.3), cbs=AKDCallback(tiny_net(seed=7), attack=PGD(.1, steps=2), **kw))
+        learn = make_learner(make_dls(n=128, bs=32, device='cuda'), tiny_net(seed=net, dropout=.3),
+                             cbs=AKDCallback(tiny_net(seed=7), attack=PGD(.1, steps=2), **kw))
         learn.fit_one_cycle(3, .01, cbs=cbs)
         return [t.cpu() for t in (*learn.model.state_dict().values(), torch.cuda.get_rng_state())]
     want = train()
@@ -99,7 +107,10 @@ def test_resume(kw, make_learner, make_dls, tiny_net, tmp_path):
 
 class Wide(nn.Module):
     "A network whose activations a leak could not hide"
-    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+                                 nn.Linear(1024, 10))
     def forward(self, x): return self.net(x)
 
 class Watch(Callback):
@@ -110,7 +121,8 @@ class Watch(Callback):
         self.n += 1
         if self.n % 100 == 0: gc.collect(); self.seen.append(torch.cuda.memory_allocated())
 
-@pytest.mark.parametrize('name, kw', [('at', {}), ('trades', {}), ('akd', {}), ('rslad', {}), ('ckd', {}), ('akd', dict(compile=True, bf16=True))], ids=str)
+@pytest.mark.parametrize('name, kw', [('at', {}), ('trades', {}), ('akd', {}), ('rslad', {}), ('ckd', {}),
+                                      ('akd', dict(compile=True, bf16=True))], ids=str)
 def test_two_thousand_steps(name, kw, make_learner, make_dls):
     "The memory after step 2,000 is that after step 300, when what waits for the garbage collector is gone"
     dls, teacher = make_dls(n=1280, n_valid=64, bs=64, channels=3, device_resident=True, device='cuda'), Wide().cuda()
@@ -126,7 +138,8 @@ def test_the_command_line(tmp_path, capsys):
     common = ['--data', 'digits', '--width', '1/16', '--n', '1200', '--epochs', '6']
     main(['train', *common, '--out', str(tmp_path/'teacher')])
     main(['distill', *common, '--teacher', str(tmp_path/'teacher'), '--out', str(tmp_path/'student')])
-    main(['evaluate', str(tmp_path/'student'), '--attacks', 'clean,pgd20,autoattack', '--n', '64', '--fast', '--json', str(tmp_path/'card.json')])
+    main(['evaluate', str(tmp_path/'student'), '--attacks', 'clean,pgd20,autoattack', '--n', '64', '--fast', '--json',
+          str(tmp_path/'card.json')])
     found = {k: v['accuracy'] for k,v in json.loads((tmp_path/'card.json').read_text())['results'].items()}
     assert found['clean'] > .3 and found['clean'] >= found['pgd20'] >= found['autoattack'] - .02
 

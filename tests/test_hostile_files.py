@@ -1,4 +1,5 @@
-"Files made to harm: nothing in them is executed, none takes more memory than it is large, none reaches out of its folder; a full disk leaves what was there."
+"""Files made to harm: nothing in them is executed, none takes more memory than it is large, none reaches out of its
+folder; a full disk leaves what was there."""
 import builtins, errno, gzip, json, os, pickle, shutil, struct, zipfile
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def peak(f):
     try:
         with open('/proc/self/clear_refs', 'w') as h: h.write('5') # the peak is now
     except OSError: pytest.skip('needs /proc')
-    def most(): return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
+    def most():
+        return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines()
+                    if l.startswith('VmHWM'))
     was, error = most(), None
     try: f()
     except Exception as e: error = e
@@ -54,27 +57,38 @@ def malicious(call):
 
 def carriers(tmp_path, data):
     "Files of every format that this library reads, with the pickle `data` in them: (path, who reads it)"
-    def put(name, content): (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_bytes(content); return tmp_path/name
+    def put(name, content):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_bytes(content)
+        return tmp_path/name
     def in_zip(name):
         torch.save(dict(w=torch.zeros(3)), tmp_path/name)
         rezipped(tmp_path/name, lambda k, v: data if k.endswith('data.pkl') else v)
         return tmp_path/name
     def npz(name):
         with zipfile.ZipFile(tmp_path/name, 'w') as z:
-            for k in ('image','label'): z.writestr(f'{k}.npy', b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (20, 8, 8), }".ljust(127) + b'\n' + data)
+            for k in ('image','label'):
+                z.writestr(f'{k}.npy', b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (20, "
+                                       b"8, 8), }".ljust(127) + b'\n' + data)
         return tmp_path/name
-    run = lambda name, content: (put('run/card.json', json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10)).encode()), put(f'run/{name}', content))[1].parent
-    return [(in_zip('zip.pth'), read_state), (in_zip('zip.pt'), load_plain), (put('plain.pth', data), read_state), (put('plain.ckpt', data), read_state),
-            (put('legacy.pth', pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2) + pickle.dumps(dict(protocol_version=1001, little_endian=True, type_sizes={}), 2) + data), read_state),
+    run = lambda name, content: (put('run/card.json', json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10))
+                                     .encode()), put(f'run/{name}', content))[1].parent
+    return [(in_zip('zip.pth'), read_state), (in_zip('zip.pt'), load_plain), (put('plain.pth', data), read_state),
+            (put('plain.ckpt', data), read_state),
+            (put('legacy.pth', pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2)
+                 + pickle.dumps(dict(protocol_version=1001, little_endian=True, type_sizes={}), 2) + data), read_state),
             (put('renamed.safetensors', data), read_state), (in_zip('zip.safetensors'), read_state),
             (put('renamed.npz', data), read_synthetic), (npz('objects.npz'), read_synthetic),
-            (put('data_batch_1', data), read_pickle), (put('idx', data), read_idx), (put('idx.gz', gzip.compress(data)), read_idx),
-            (put('card.json', data), read_card), (put('epochs/epoch_1.json', data).parent, best_epoch), (run('model.pth', data), load_run)]
+            (put('data_batch_1', data), read_pickle), (put('idx', data), read_idx),
+            (put('idx.gz', gzip.compress(data)), read_idx),
+            (put('card.json', data), read_card), (put('epochs/epoch_1.json', data).parent, best_epoch),
+            (run('model.pth', data), load_run)]
 
 def test_nothing_is_executed(tmp_path):
     "A marker that each of these would make is never made, and each is refused by name"
     marker, n = tmp_path/'marker', 0
-    for call in (Calls(os.mkdir, str(marker)), Calls(builtins.exec, f'open({str(marker)!r}, "w")'), Calls(open, str(marker), 'w'), Calls(os.system, f'touch {marker}'),
+    for call in (Calls(os.mkdir, str(marker)), Calls(builtins.exec, f'open({str(marker)!r}, "w")'),
+                 Calls(open, str(marker), 'w'), Calls(os.system, f'touch {marker}'),
                  Calls(np.save, str(marker), 1), Calls(torch.save, 1, str(marker)), Calls(Path.touch, marker)):
         for data in malicious(call).values():
             for path,read in carriers(tmp_path, data):
@@ -97,7 +111,8 @@ def test_state_files_execute_nothing(tmp_path, plain_net, test_images):
     x, y = (o[:4] for o in test_images)
     for data in malicious(Calls(os.mkdir, str(tmp_path/'marker'))).values():
         (tmp_path/'s').write_bytes(data)
-        with pytest.raises(ValueError, match='`state_path`'): measure_robustness(plain_net, x, y, 'clean', state_path=tmp_path/'s')
+        with pytest.raises(ValueError, match='`state_path`'):
+            measure_robustness(plain_net, x, y, 'clean', state_path=tmp_path/'s')
     assert not (tmp_path/'marker').exists()
 
 # --- no more memory than the file is large ---
@@ -116,21 +131,28 @@ def test_checkpoint_of_entries_inside_each_other(tmp_path):
     "A hundred tensors that are one place in the file"
     path = tmp_path/'a.pth'
     torch.save({f'w{i}': torch.full((250_000,), float(i)) for i in range(100)}, path)
-    with zipfile.ZipFile(path) as z: first = next(i for i in z.infolist() if i.filename.endswith('data/0')); names = [i for i in z.infolist()]; small = {i.filename: z.read(i) for i in names if '/data/' not in i.filename}; one = z.read(first)
+    with zipfile.ZipFile(path) as z:
+        first = next(i for i in z.infolist() if i.filename.endswith('data/0'))
+        names = [i for i in z.infolist()]
+        small = {i.filename: z.read(i) for i in names if '/data/' not in i.filename}
+        one = z.read(first)
     with zipfile.ZipFile(path, 'w') as z:
         for k,v in small.items(): z.writestr(k, v)
         z.writestr(first.filename, one)
         at = z.getinfo(first.filename)
         for i in names:
             if '/data/' in i.filename and i.filename != first.filename:
-                o = zipfile.ZipInfo(i.filename); o.file_size, o.compress_size, o.CRC, o.header_offset = at.file_size, at.compress_size, at.CRC, at.header_offset
+                o = zipfile.ZipInfo(i.filename)
+                o.file_size, o.compress_size, o.CRC, o.header_offset = (at.file_size, at.compress_size, at.CRC,
+                                                                        at.header_offset)
                 z.filelist.append(o); z.NameToInfo[o.filename] = o
         z._didModify = True
     assert path.stat().st_size < 2e6
     refused(lambda: read_state(path), 'a.pth', 'one inside another')
 
 def test_numbers_repeated_without_end(tmp_path, tiny_net):
-    "A shape that no file could hold, of a tensor whose every element is the same one; tied and transposed weights are none"
+    """A shape that no file could hold, of a tensor whose every element is the same one; tied and transposed weights
+    are none"""
     for t in (torch.zeros(1).expand(10**9), torch.zeros(1, 3).expand(10**5, 3), torch.empty(10**6, device='meta')):
         torch.save(dict(w=t), tmp_path/'a.pth')
         refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', '`w`', tuple(t.shape))
@@ -159,8 +181,10 @@ def test_a_bytearray_of_any_size(how, tmp_path):
 def test_safetensors_headers(tmp_path):
     good = safetensors.torch.save(dict(w=torch.zeros(7)))
     head = json.dumps(dict(w=dict(dtype='F32', shape=[10**9], data_offsets=[0, 4*10**9]))).encode()
-    for data in (struct.pack('<Q', 2**62) + good[8:], struct.pack('<Q', len(head)) + head + bytes(28), good[:-1], good + bytes(9), b'', struct.pack('<Q', 10**5) + b'['*10**5,
-                 struct.pack('<Q', len(head)) + head.replace(b'4000000000', b'28') + bytes(28), good.replace(b'[0,28]', b'[8,28]')):
+    for data in (struct.pack('<Q', 2**62) + good[8:], struct.pack('<Q', len(head)) + head + bytes(28), good[:-1],
+                 good + bytes(9), b'', struct.pack('<Q', 10**5) + b'['*10**5,
+                 struct.pack('<Q', len(head)) + head.replace(b'4000000000', b'28') + bytes(28),
+                 good.replace(b'[0,28]', b'[8,28]')):
         (tmp_path/'a.safetensors').write_bytes(data)
         refused(lambda: read_state(tmp_path/'a.safetensors'), 'a.safetensors')
 
@@ -172,14 +196,16 @@ def test_packed_idx(dims, tmp_path):
     with gzip.open(tmp_path/'a.gz', 'wb') as f:
         f.write(idx(dims))
         for _ in range(30): f.write(bytes(huge//30))
-    refused(lambda: read_idx(tmp_path/'a.gz', (28, 28) if len(dims) == 3 else ()), 'a.gz', most=350e6 if dims[0] == 2**32-1 else 40e6)
+    refused(lambda: read_idx(tmp_path/'a.gz', (28, 28) if len(dims) == 3 else ()), 'a.gz',
+            most=350e6 if dims[0] == 2**32-1 else 40e6)
 
 def test_absurd_idx_headers(tmp_path):
     for n in (10, 10**6, 2**32-1):
         (tmp_path/'a').write_bytes(idx((n, 28, 28), bytes(784)))
         refused(lambda: read_idx(tmp_path/'a', (28, 28)), f'does not hold {n} elements')
     for cut in range(16):
-        (tmp_path/'a').write_bytes(idx((1, 28, 28), bytes(784))[:cut]); refused(lambda: read_idx(tmp_path/'a', (28, 28)), 'a')
+        (tmp_path/'a').write_bytes(idx((1, 28, 28), bytes(784))[:cut])
+        refused(lambda: read_idx(tmp_path/'a', (28, 28)), 'a')
 
 def test_idx_that_is_right(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (5, 4, 6), dtype=np.uint8)
@@ -195,13 +221,20 @@ class Sets:
     def __init__(self, f, args, state): self.f, self.args, self.state = f, args, state
     def __reduce__(self): return self.f, self.args, self.state
 bombs = dict(
-    memo=b'\x80\x02]r' + struct.pack('<I', 2**25) + b'.', bytearray8=b'\x80\x05\x96' + struct.pack('<Q', huge) + b'.', binbytes8=b'\x80\x04\x8e' + struct.pack('<Q', huge) + b'x.',
+    memo=b'\x80\x02]r' + struct.pack('<I', 2**25) + b'.', bytearray8=b'\x80\x05\x96' + struct.pack('<Q', huge) + b'.',
+    binbytes8=b'\x80\x04\x8e' + struct.pack('<Q', huge) + b'x.',
     long4=b'\x80\x02\x8b' + struct.pack('<i', huge) + b'x.', frame=b'\x80\x04\x95' + struct.pack('<Q', huge) + b'].',
-    objects=pickle.dumps(Calls(np.ndarray, (huge//8,), 'O'), 2), array=pickle.dumps(Calls(np.ndarray, (10**11,), 'u1'), 2), call=pickle.dumps(Calls(reconstruct, np.ndarray, (huge//8,), 'O'), 2),
-    object_dtype=pickle.dumps({b'data': np.array([None]*3)}, 2), subarray=pickle.dumps(Calls(np.dtype, [('a', 'u1', (10**8,))]), 2), text_dtype=pickle.dumps(np.array(['a'*100]), 2),
-    state=pickle.dumps({b'data': Sets(reconstruct, (np.ndarray, (0,), b'b'), (1, (huge,), np.dtype('u1'), False, b'abc'))}, 2),
-    object_state=pickle.dumps({b'data': Sets(reconstruct, (np.ndarray, (0,), b'b'), (1, (huge//8,), np.dtype('O'), False, [1]))}, 2),
-    dtype_state=pickle.dumps({b'data': Sets(np.dtype, ('u1', False, True), (3, '|', (np.dtype('u1'), (huge,)), None, None, huge, 1, 0))}, 2))
+    objects=pickle.dumps(Calls(np.ndarray, (huge//8,), 'O'), 2),
+    array=pickle.dumps(Calls(np.ndarray, (10**11,), 'u1'), 2),
+    call=pickle.dumps(Calls(reconstruct, np.ndarray, (huge//8,), 'O'), 2),
+    object_dtype=pickle.dumps({b'data': np.array([None]*3)}, 2),
+    subarray=pickle.dumps(Calls(np.dtype, [('a', 'u1', (10**8,))]), 2), text_dtype=pickle.dumps(np.array(['a'*100]), 2),
+    state=pickle.dumps({b'data': Sets(reconstruct, (np.ndarray, (0,), b'b'),
+                                      (1, (huge,), np.dtype('u1'), False, b'abc'))}, 2),
+    object_state=pickle.dumps({b'data': Sets(reconstruct, (np.ndarray, (0,), b'b'),
+                                             (1, (huge//8,), np.dtype('O'), False, [1]))}, 2),
+    dtype_state=pickle.dumps({b'data': Sets(np.dtype, ('u1', False, True),
+                                            (3, '|', (np.dtype('u1'), (huge,)), None, None, huge, 1, 0))}, 2))
 
 @pytest.mark.parametrize('name', bombs)
 def test_cifar_bombs(name, tmp_path):
@@ -224,13 +257,20 @@ def test_arrays_of_every_number(protocol, tmp_path):
     for t in ('u1','i8','>i4','f4','f8','b1','f2'):
         a = (np.arange(24).reshape(2, 3, 4)%2).astype(t)
         for o in (a, np.asfortranarray(a), a[:, ::2], *([a[:0]] if protocol > 2 else [])):
-            (tmp_path/'a').write_bytes(pickle.dumps({'x': [o, o], b'names': [b'a\xff', 'é'], 'n': (1, 2.5, None, True, 10**30)}, protocol))
+            (tmp_path/'a').write_bytes(pickle.dumps({'x': [o, o], b'names': [b'a\xff', 'é'],
+                                                     'n': (1, 2.5, None, True, 10**30)}, protocol))
             got = read_pickle(tmp_path/'a')
-            assert got[b'names'] == [b'a\xff', 'é'] and got['x'][0].dtype == o.dtype.newbyteorder('=') and np.array_equal(got['x'][0], o) and got['n'] == (1, 2.5, None, True, 10**30)
+            assert (got[b'names'] == [b'a\xff', 'é'] and got['x'][0].dtype == o.dtype.newbyteorder('=')
+                    and np.array_equal(got['x'][0], o) and got['n'] == (1, 2.5, None, True, 10**30))
 
-@pytest.mark.parametrize('said', [dict(width=16), dict(width=1000.), dict(n_out=10**8), dict(n_in=10**6), dict(arch='wrn-28-100'), dict(arch='wrn-4000-1'), dict(arch='wrn-100000-100000'), dict(arch='wrn-994-1'),
-    dict(n_out=10**30), dict(n_out=-1), dict(n_out=True), dict(n_out=None), dict(n_out=[10]), dict(width='x'), dict(width=1e308), dict(arch=['resnet18']), dict(arch=None), dict(arch={}), dict(arch='resnet18.foo'),
-    dict(arch='hf-hub:a/b'), dict(arch='local-dir:/etc'), dict(arch='../../resnet18'), dict(arch='resnet18\0'), dict(arch='test_resnet'), dict(arch='wrn-10-1')], ids=str)
+@pytest.mark.parametrize('said', [dict(width=16), dict(width=1000.), dict(n_out=10**8), dict(n_in=10**6),
+                                  dict(arch='wrn-28-100'), dict(arch='wrn-4000-1'), dict(arch='wrn-100000-100000'),
+                                  dict(arch='wrn-994-1'),
+    dict(n_out=10**30), dict(n_out=-1), dict(n_out=True), dict(n_out=None), dict(n_out=[10]), dict(width='x'),
+                                  dict(width=1e308), dict(arch=['resnet18']), dict(arch=None), dict(arch={}),
+                                  dict(arch='resnet18.foo'),
+    dict(arch='hf-hub:a/b'), dict(arch='local-dir:/etc'), dict(arch='../../resnet18'), dict(arch='resnet18\0'),
+                                  dict(arch='test_resnet'), dict(arch='wrn-10-1')], ids=str)
 def test_cards_that_describe_another_network(said, tmp_path):
     "Refused before the network is made, however large it would be"
     torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
@@ -239,13 +279,15 @@ def test_cards_that_describe_another_network(said, tmp_path):
     (tmp_path/'card.json').write_text(json.dumps(card | said))
     refused(lambda: load_run(tmp_path), tmp_path)
 
-bad_json = ['['*10**5, '{"a":'*10**5, '1'*5000, '"x"', '[]', 'null', '3', '', '{', '\0', '{"vocab": ' + ' '*2**21 + '3}', 'NaN']
+bad_json = ['['*10**5, '{"a":'*10**5, '1'*5000, '"x"', '[]', 'null', '3', '', '{', '\0',
+            '{"vocab": ' + ' '*2**21 + '3}', 'NaN']
 @pytest.mark.parametrize('text', bad_json, ids=lambda t: t[:9].replace('\0', '0'))
 def test_json_that_is_none(text, tmp_path, plain_net, test_images):
     for name in ('card.json','epoch_1.json','s'): (tmp_path/name).write_text(text)
     torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
     x, y = (o[:4] for o in test_images)
-    for f in (lambda: read_card(tmp_path/'card.json'), lambda: load_run(tmp_path), lambda: best_epoch(tmp_path), lambda: measure_robustness(plain_net, x, y, 'clean', state_path=tmp_path/'s')):
+    for f in (lambda: read_card(tmp_path/'card.json'), lambda: load_run(tmp_path), lambda: best_epoch(tmp_path),
+              lambda: measure_robustness(plain_net, x, y, 'clean', state_path=tmp_path/'s')):
         with pytest.raises(ValueError) as e: f()
         assert str(tmp_path) in str(e.value)
 
@@ -259,11 +301,15 @@ def test_vocab_that_is_none(vocab, tmp_path, tiny_net):
 def test_normalisation_that_is_none(mean, tmp_path, tiny_net):
     torch.save(tiny_net().state_dict(), tmp_path/'epoch_1.pth')
     (tmp_path/'epoch_1.json').write_text(json.dumps(dict(robust_accuracy=.5, vocab=[], mean=mean, std=[.5])))
-    for f in (lambda: Teacher.at_epoch(tmp_path, 'best', tiny_net()), lambda: load_teacher(tmp_path/'epoch_1.pth', tiny_net())):
+    for f in (lambda: Teacher.at_epoch(tmp_path, 'best', tiny_net()),
+              lambda: load_teacher(tmp_path/'epoch_1.pth', tiny_net())):
         with pytest.raises(ValueError, match='mean'): f()
 
-@pytest.mark.parametrize('said', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9), dict(bs=0), dict(bs=-1), dict(bs=None), dict(seconds=-1.), dict(seconds='1'), dict(seconds=float('nan')),
-    dict(stands='9999'), dict(stands='111'), dict(stands='11x1'), dict(stands=['1']*4 + ['']), dict(more=1), dict(part=True)], ids=str)
+@pytest.mark.parametrize('said', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9),
+                                  dict(bs=0), dict(bs=-1), dict(bs=None), dict(seconds=-1.), dict(seconds='1'),
+                                  dict(seconds=float('nan')),
+    dict(stands='9999'), dict(stands='111'), dict(stands='11x1'), dict(stands=['1']*4 + ['']), dict(more=1),
+                                  dict(part=True)], ids=str)
 def test_state_files_that_lie(said, tmp_path, plain_net, test_images):
     x, y = (o[:4] for o in test_images)
     run = lambda: measure_robustness(plain_net, x, y, ['clean','pgd2'], .1, state_path=tmp_path/'s', bs=2)
@@ -292,9 +338,14 @@ def training(make_learner, path, dies=True):
     if not dies: return learn.fit(4) or learn
     with pytest.raises(AssertionError): learn.fit(4)
 
-@pytest.mark.parametrize('said', [dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')), dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)), dict(keep_epochs=dict(card={})),
-    dict(keep_epochs=dict(each_epoch=3)), dict(keep_epochs=dict(learn=3)), dict(keep_epochs=dict(run=False)), dict(keep_epochs={'a b': 1}), dict(keep_epochs=dict(__class__=3)), dict(keep_epochs=dict(dls=3)),
-    dict(weight_averaging=dict(decay=2.)), dict(weight_averaging=dict(model=3)), dict(keep_epochs=dict(opt=3))], ids=str)
+@pytest.mark.parametrize('said', [dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')),
+                                  dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)),
+                                  dict(keep_epochs=dict(card={})),
+    dict(keep_epochs=dict(each_epoch=3)), dict(keep_epochs=dict(learn=3)), dict(keep_epochs=dict(run=False)),
+                                  dict(keep_epochs={'a b': 1}), dict(keep_epochs=dict(__class__=3)),
+                                  dict(keep_epochs=dict(dls=3)),
+    dict(weight_averaging=dict(decay=2.)), dict(weight_averaging=dict(model=3)), dict(keep_epochs=dict(opt=3))],
+                         ids=str)
 def test_a_training_that_sets_what_it_did_not_keep(said, make_learner, tmp_path):
     "The memory of a callback is its memory, neither its settings nor the Learner's folders"
     path = tmp_path/'run'/'run.pth'
@@ -304,7 +355,8 @@ def test_a_training_that_sets_what_it_did_not_keep(said, make_learner, tmp_path)
     with pytest.raises(ValueError, match='is nothing that `Resume` keeps'): training(make_learner, path, False)
     assert sorted(p for p in tmp_path.rglob('*')) == before
 
-@pytest.mark.parametrize('said', [dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3), dict(done=10**9)], ids=str)
+@pytest.mark.parametrize('said', [dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3),
+                                  dict(done=10**9)], ids=str)
 def test_a_training_of_absurd_numbers(said, make_learner, tmp_path):
     path = tmp_path/'run.pth'
     training(make_learner, path)
@@ -338,7 +390,9 @@ def test_paths_in_cards_lead_nowhere(tmp_path, monkeypatch):
     shutil.copy(folder/'model.pth', folder/'epoch_1.pth')
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
     assert load_run(folder)[0].probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
-    assert best_epoch(folder) == 1 and Teacher.at_epoch(folder, 'best', cifar_resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+    assert best_epoch(folder) == 1 and Teacher.at_epoch(folder, 'best',
+                                                        cifar_resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8,
+                                                                                                      8)).shape == (1, 10)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
 
 def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):
@@ -347,7 +401,8 @@ def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):
     with pytest.raises(FileNotFoundError): Teacher.at_epoch(tmp_path/'a', 1, tiny_net(), fname='../b/epoch')
     with pytest.raises(FileNotFoundError): best_epoch(tmp_path/'a', fname='../b/epoch')
 
-@pytest.mark.parametrize('said', [dict(data=None), dict(data=3), dict(data=['x']), dict(data_path=3), dict(size='64'), dict(data='no/such/folder'), dict(data='../../no')], ids=str)
+@pytest.mark.parametrize('said', [dict(data=None), dict(data=3), dict(data=['x']), dict(data_path=3), dict(size='64'),
+                                  dict(data='no/such/folder'), dict(data='../../no')], ids=str)
 def test_evaluate_without_data(said, tmp_path, monkeypatch):
     torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
     (tmp_path/'card.json').write_text(json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10) | said))
@@ -355,9 +410,12 @@ def test_evaluate_without_data(said, tmp_path, monkeypatch):
 
 def test_names_in_tiny_imagenet_stay_in_their_folder(tmp_path):
     from PIL import Image
-    for f in ('train/n01/images/a.JPEG', 'train/n01/images/b.JPEG', 'train/n02/images/a.JPEG', 'train/n02/images/b.JPEG', 'val/images/v.JPEG', 'secret.JPEG'):
+    for f in ('train/n01/images/a.JPEG', 'train/n01/images/b.JPEG', 'train/n02/images/a.JPEG',
+              'train/n02/images/b.JPEG', 'val/images/v.JPEG', 'secret.JPEG'):
         (tmp_path/f).parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (64, 64)).save(tmp_path/f)
-    def read(name): (tmp_path/'val/val_annotations.txt').write_text(f'{name}\tn01\t0\t0\t1\t1\n'); return tiny_imagenet_dls(tmp_path, bs=1, valid_pct=.5)
+    def read(name):
+        (tmp_path/'val/val_annotations.txt').write_text(f'{name}\tn01\t0\t0\t1\t1\n')
+        return tiny_imagenet_dls(tmp_path, bs=1, valid_pct=.5)
     read('v.JPEG')
     for name in ('../../secret.JPEG', str(tmp_path/'secret.JPEG'), 'x/../../../secret.JPEG', '..', '.'):
         with pytest.raises(ValueError, match='val_annotations.txt'): read(name)
@@ -367,29 +425,39 @@ def test_symlinks_and_devices(tmp_path, tiny_net):
     torch.save(tiny_net().state_dict(), tmp_path/'real.pth')
     (tmp_path/'link.pth').symlink_to(tmp_path/'real.pth')
     assert read_state(tmp_path/'link.pth').keys() == tiny_net().state_dict().keys()
-    (tmp_path/'zero.pth').symlink_to('/dev/zero'); (tmp_path/'gone.pth').symlink_to(tmp_path/'none'); (tmp_path/'loop.pth').symlink_to(tmp_path/'loop.pth'); os.mkfifo(tmp_path/'pipe.pth')
+    (tmp_path/'zero.pth').symlink_to('/dev/zero')
+    (tmp_path/'gone.pth').symlink_to(tmp_path/'none')
+    (tmp_path/'loop.pth').symlink_to(tmp_path/'loop.pth')
+    os.mkfifo(tmp_path/'pipe.pth')
     for name in ('zero','gone','loop','pipe'):
-        with pytest.raises((FileNotFoundError, ValueError), match=name): load_teacher(tmp_path/f'{name}.pth', tiny_net())
+        with pytest.raises((FileNotFoundError, ValueError), match=name):
+            load_teacher(tmp_path/f'{name}.pth', tiny_net())
 
 def test_writing_replaces_a_link_and_not_what_it_points_to(tmp_path):
     (tmp_path/'target').write_text('mine')
     (tmp_path/'card.json').symlink_to(tmp_path/'target')
     write_atomic(tmp_path/'card.json', 'new')
-    assert (tmp_path/'target').read_text() == 'mine' and (tmp_path/'card.json').read_text() == 'new' and not (tmp_path/'card.json').is_symlink()
+    assert ((tmp_path/'target').read_text() == 'mine' and (tmp_path/'card.json').read_text() == 'new'
+            and not (tmp_path/'card.json').is_symlink())
 
 # --- cut off anywhere ---
 
 def test_cut_off_anywhere(tmp_path, tiny_net):
     "Each format at fifty places: one line that names the file"
-    torch.save(tiny_net().state_dict(), tmp_path/'a.pth'); torch.save(tiny_net().state_dict(), tmp_path/'l.pth', _use_new_zipfile_serialization=False)
+    torch.save(tiny_net().state_dict(), tmp_path/'a.pth')
+    torch.save(tiny_net().state_dict(), tmp_path/'l.pth', _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(tiny_net().state_dict(), tmp_path/'a.safetensors')
     np.savez(tmp_path/'a.npz', image=np.zeros((20, 8, 8), np.uint8), label=np.arange(20))
-    (tmp_path/'a.gz').write_bytes(gzip.compress(idx((20, 8, 8), np.random.default_rng(0).bytes(1280)))); (tmp_path/'idx').write_bytes(idx((20, 8, 8), bytes(1280)))
-    (tmp_path/'data_batch_1').write_bytes(pickle.dumps({b'data': np.zeros((20, 3072), np.uint8), b'labels': list(range(20))}, 2))
+    (tmp_path/'a.gz').write_bytes(gzip.compress(idx((20, 8, 8), np.random.default_rng(0).bytes(1280))))
+    (tmp_path/'idx').write_bytes(idx((20, 8, 8), bytes(1280)))
+    (tmp_path/'data_batch_1').write_bytes(pickle.dumps({b'data': np.zeros((20, 3072), np.uint8),
+                                                        b'labels': list(range(20))}, 2))
     (tmp_path/'card.json').write_text(json.dumps(dict(robust_accuracy=.5, vocab=[str(i) for i in range(10)])))
-    readers = dict(pth=read_state, safetensors=read_state, npz=read_synthetic, gz=lambda p: read_idx(p, (8, 8)), json=read_card)
+    readers = dict(pth=read_state, safetensors=read_state, npz=read_synthetic, gz=lambda p: read_idx(p, (8, 8)),
+                   json=read_card)
     for path in sorted(tmp_path.iterdir()):
-        read = readers.get(path.suffix[1:], read_pickle if path.name == 'data_batch_1' else lambda p: read_idx(p, (8, 8)))
+        read = readers.get(path.suffix[1:], read_pickle if path.name == 'data_batch_1'
+                           else lambda p: read_idx(p, (8, 8)))
         data = path.read_bytes()
         read(path)
         for n in sorted({0, 1, len(data)-1, *np.random.default_rng(0).integers(0, len(data), 50).tolist()}):
@@ -399,7 +467,10 @@ def test_cut_off_anywhere(tmp_path, tiny_net):
 
 # --- full disks and read-only folders ---
 
-full = [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing file data/1: file write failed'), PermissionError(errno.EACCES, 'Permission denied'),
+full = [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('[enforce fail at inline_container.cc:603] . '
+                                                                       'PytorchStreamWriter failed writing file '
+                                                                       'data/1: file write failed'), PermissionError(
+    errno.EACCES, 'Permission denied'),
         OSError(errno.EROFS, 'Read-only file system'), OSError(errno.EDQUOT, 'Disk quota exceeded')]
 each_full = pytest.mark.parametrize('error', full, ids=lambda e: str(e)[:12])
 
@@ -456,7 +527,8 @@ def test_state_files_on_a_full_disk(error, tmp_path, plain_net, test_images, mon
     with monkeypatch.context() as mp:
         no_room(mp, error, after=3)
         with pytest.raises(OSError) as e: run()
-    assert '`state_path`' in str(e.value) and str(tmp_path/'s') in str(e.value) and str(error) in str(e.value) and '\n' not in str(e.value)
+    assert ('`state_path`' in str(e.value) and str(tmp_path/'s') in str(e.value) and str(error) in str(e.value)
+            and '\n' not in str(e.value))
     assert [p.name for p in tmp_path.iterdir()] == ['s'] and 'run' in json.loads((tmp_path/'s').read_text())
     got = run(); (tmp_path/'s').unlink()
     assert got.results == run().results
@@ -464,7 +536,8 @@ def test_state_files_on_a_full_disk(error, tmp_path, plain_net, test_images, mon
 @each_full
 def test_rkd_on_a_full_disk(error, tmp_path, monkeypatch):
     "One line, whatever PyTorch calls it, and no half file"
-    args = ['train', '--data', 'digits', '--n', '64', '--bs', '32', '--width', '1/16', '--epochs', '1', '--out', str(tmp_path/'run'), '--steps', '1']
+    args = ['train', '--data', 'digits', '--n', '64', '--bs', '32', '--width', '1/16', '--epochs', '1', '--out',
+            str(tmp_path/'run'), '--steps', '1']
     with monkeypatch.context() as mp:
         no_room(mp, error, after=1)
         with pytest.raises(SystemExit, match='cannot be written') as e: cli.main(args)

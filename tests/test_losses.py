@@ -1,4 +1,5 @@
-"Every loss against its equation in the paper: written out naively in float64, by hand, by its gradient and at its limits."
+"""Every loss against its equation in the paper: written out naively in float64, by hand, by its gradient and at its
+limits."""
 from math import log
 
 import pytest, torch
@@ -12,7 +13,8 @@ def ce(p, y): return -(y * p.log()).sum(1)
 def kl(p, q): return torch.where(q > 0, q * (q.clamp_min(1e-300).log() - p.log()), 0).sum(1)
 
 def eq1(s, t, y, lam=.9, T=1.): return (1-lam)*ce(softmax(s), y) + lam*T**2*kl(softmax(s/T), t)
-def eq25(s, s_adv, t, y, alpha=1., lam=5/6, T=1.): return (1-lam)*ce(softmax(s), y) + lam*T**2*kl(softmax(s_adv/T), alpha*t + (1-alpha)*y)
+def eq25(s, s_adv, t, y, alpha=1., lam=5/6, T=1.):
+    return (1-lam)*ce(softmax(s), y) + lam*T**2*kl(softmax(s_adv/T), alpha*t + (1-alpha)*y)
 def eq36(s, s_adv, t, y, alpha=1., lam=5/6, T=1.):
     mixed = alpha*t + (1-alpha)*y
     return T**2*((1-lam)*kl(softmax(s/T), mixed) + lam*kl(softmax(s_adv/T), mixed))
@@ -29,8 +31,10 @@ soft = softmax(double(bs, c, seed=4))
 
 cases = { # our loss, the equation, its tensors before `targ`, settings to try
     'ckd':    (ckd_loss, eq1, (s, t), [{}, dict(lam=.3), dict(T=4.), dict(lam=0.), dict(lam=1., T=.5)]),
-    'ard':    (ard_loss, eq25, (s, s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, lam=.5, T=4.), dict(alpha=0.), dict(lam=0.), dict(lam=1., T=.5)]),
-    'rslad':  (rslad_loss, eq36, (s, s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, lam=.5, T=4.), dict(alpha=0.), dict(lam=0.), dict(lam=1., T=.5)]),
+    'ard':    (ard_loss, eq25, (s, s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, lam=.5, T=4.), dict(alpha=0.),
+                                               dict(lam=0.), dict(lam=1., T=.5)]),
+    'rslad':  (rslad_loss, eq36, (s, s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, lam=.5, T=4.), dict(alpha=0.),
+                                                 dict(lam=0.), dict(lam=1., T=.5)]),
     'akd':    (akd_loss, eq47, (s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, T=4.), dict(alpha=0.), dict(T=.5)]),
     'trades': (trades_loss, trades, (s, s_adv), [{}, dict(beta=0.), dict(beta=1.5)])}
 every = pytest.mark.parametrize('name,kw', [(k, kw) for k,(*_,kws) in cases.items() for kw in kws],
@@ -61,8 +65,10 @@ def test_gradient_of_the_student_logits(name, kw, targ):
     def grads(f, dtype, labels):
         ts = [o.to(dtype).requires_grad_(i < n) for i,o in enumerate(o.clone() for o in tensors)]
         out = f(*ts, labels, **kw)
-        return torch.autograd.grad(out if out.ndim == 0 else out.mean(), ts[:n], allow_unused=True, materialize_grads=True)
-    for got, want in zip(grads(loss, torch.float32, targ if targ is hard else targ.float()), grads(eq, torch.float64, as_labels(targ))):
+        return torch.autograd.grad(out if out.ndim == 0 else out.mean(), ts[:n], allow_unused=True,
+                                   materialize_grads=True)
+    for got, want in zip(grads(loss, torch.float32, targ if targ is hard else targ.float()),
+                         grads(eq, torch.float64, as_labels(targ))):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 @each
@@ -120,7 +126,8 @@ def test_trades_by_hand():
 def test_alpha_0_and_1():
     y = torch.eye(c)[hard]
     args = s.float(), s_adv.float()
-    torch.testing.assert_close(akd_loss(args[1], t, hard, alpha=0.), torch.nn.functional.cross_entropy(args[1], hard), rtol=0, atol=0)
+    torch.testing.assert_close(akd_loss(args[1], t, hard, alpha=0.), torch.nn.functional.cross_entropy(args[1], hard),
+                               rtol=0, atol=0)
     torch.testing.assert_close(rslad_loss(*args, t, hard, alpha=0.), rslad_loss(*args, y, hard, alpha=1.))
     torch.testing.assert_close(ard_loss(*args, t, hard, alpha=0.), ard_loss(*args, y, hard, alpha=1.))
     for loss, a in [(akd_loss, args[1:]), (rslad_loss, args)]: # at α=1 they have no use for the labels
@@ -143,7 +150,8 @@ def test_computes_in_float32(name, targ, dtype):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_targets_are_float32(dtype):
-    for got in (soft_targets(t.to(dtype), hard, .5), soft_targets(t.to(dtype), soft.to(dtype), .5), ensemble_probs([t.to(dtype)]*2)):
+    for got in (soft_targets(t.to(dtype), hard, .5), soft_targets(t.to(dtype), soft.to(dtype), .5),
+                ensemble_probs([t.to(dtype)]*2)):
         assert got.dtype == torch.float32
 
 @each
@@ -152,7 +160,8 @@ def test_targets_are_float32(dtype):
 def test_finite_at_extreme_logits(name, targ, dtype):
     loss, _, tensors, kws = cases[name]
     extreme = (1e4*torch.tensor([1., -1.]).repeat(bs, c)[:,:c]).to(dtype) # every class at one end or the other
-    zeros = torch.eye(c)[hard.flip(0)]                                   # a teacher that is certain, so that 0·log 0 occurs
+    # a teacher that is certain, so that 0·log 0 occurs
+    zeros = torch.eye(c)[hard.flip(0)]
     for kw in kws:
         ts = [(extreme*(1-2*i)).requires_grad_() for i in range(n_logits(name))] + [zeros]*(name != 'trades')
         out = loss(*ts, targ if targ is hard else targ.float(), **kw)
@@ -162,7 +171,8 @@ def test_finite_at_extreme_logits(name, targ, dtype):
 @each
 def test_classes_at_int32_and_uint8(name):
     loss, _, tensors, _ = cases[name]
-    for dtype in (torch.int32, torch.uint8): torch.testing.assert_close(loss(*tensors, hard.to(dtype)), loss(*tensors, hard))
+    for dtype in (torch.int32, torch.uint8):
+        torch.testing.assert_close(loss(*tensors, hard.to(dtype)), loss(*tensors, hard))
 
 
 # --- what bad input gets ---
@@ -190,7 +200,8 @@ def test_beta_not_positive(bad):
 def test_targ_that_does_not_fit(name):
     loss, _, tensors, _ = cases[name]
     for bad in (hard + c, hard - 1, soft[:,:-1], hard[:,None]):
-        with pytest.raises(ValueError, match='targ'): loss(*tensors, bad, alpha=.5) if name not in ('ckd', 'trades') else loss(*tensors, bad)
+        with pytest.raises(ValueError, match='targ'):
+            loss(*tensors, bad, alpha=.5) if name not in ('ckd', 'trades') else loss(*tensors, bad)
 
 @distilled
 def test_teacher_of_other_classes(name):
@@ -237,4 +248,5 @@ def test_trades_names_its_logits():
     assert 'teacher' not in str(e.value)
 
 def test_labels_of_another_batch():
-    with pytest.raises(ValueError, match='`targ` has 1 label for 4 rows'): soft_targets(torch.rand(4, 3).softmax(1), torch.tensor([1]), .5)
+    with pytest.raises(ValueError, match='`targ` has 1 label for 4 rows'):
+        soft_targets(torch.rand(4, 3).softmax(1), torch.tensor([1]), .5)

@@ -76,7 +76,8 @@ places = dict(
     curve = lambda l, _: l.robustness_curve((0,), 'fgsm', n=n).accuracy[0],
     plot = lambda l, _: l.plot_robustness_curve((0,.1), 'fgsm', n=n).lines[0].get_ydata()[0]/100,
     pictures = lambda l, _: drawn(l),
-    interpretation = lambda l, _: (cm := AdversarialInterpretation.from_learner(l, 'fgsm', n=n).confusion_matrix())[0,0]/cm.sum(),
+    interpretation = lambda l, _: (cm := AdversarialInterpretation.from_learner(l, 'fgsm', n=n)
+                                   .confusion_matrix())[0,0]/cm.sum(),
     overfitting = lambda l, _: watched(l),
     trajectory = recorded,
     subset = lambda l, _: share(class_labels(with_subset(l.dls, n, n_valid=n).valid_ds) == 0),
@@ -107,7 +108,8 @@ def constant(monkeypatch):
             self.head.requires_grad_(False)
             self.scale = nn.Parameter(torch.ones(3))
         def forward(self, x): return super().forward(x[:,:1]) + 0*self.scale.sum()
-    for module in ('run','cells'): monkeypatch.setattr(f'rkd_fastai.study.{module}.make_net', lambda arch, width, n_in, n_out: Net(n_out))
+    for module in ('run','cells'):
+        monkeypatch.setattr(f'rkd_fastai.study.{module}.make_net', lambda arch, width, n_in, n_out: Net(n_out))
 
 true = sizes[10][0]/sum(sizes[10])
 
@@ -115,11 +117,14 @@ def test_command_line(folder, constant, tmp_path, capsys):
     "The images that `rkd train` watches, and `rkd evaluate --n`"
     main(['train', '--data', str(folder), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
     row, = csv.DictReader((tmp_path/'run/history.csv').read_text().splitlines())
-    assert abs(float(row['robust_accuracy']) - true) <= 1/150 and abs(float(row['accuracy']) - true) < 1e-4 # all 150 are watched
-    main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean,pgd2', '--n', str(n), '--json', str(tmp_path/'card.json')])
+    # all 150 are watched
+    assert abs(float(row['robust_accuracy']) - true) <= 1/150 and abs(float(row['accuracy']) - true) < 1e-4
+    main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean,pgd2', '--n', str(n), '--json',
+          str(tmp_path/'card.json')])
     card = json.loads((tmp_path/'card.json').read_text())
     assert abs(card['results']['pgd2']['accuracy'] - true) <= 1.001/n
-    assert card['sample'] == dict(n=n, of=150, split='test', drawn='stratified by class', seed=42, images=card['sample']['images'])
+    assert card['sample'] == dict(n=n, of=150, split='test', drawn='stratified by class', seed=42,
+                                  images=card['sample']['images'])
     assert f'{n} of 150 test images, stratified by class, seed 42' in capsys.readouterr().out
 
 def test_fewer_are_watched_than_there_are(folder, constant, tmp_path, monkeypatch):
@@ -132,17 +137,20 @@ def test_fewer_are_watched_than_there_are(folder, constant, tmp_path, monkeypatc
 
 def test_study(folder, constant, tmp_path):
     "`n` and `n_autoattack`"
-    spec = dict(data=str(folder), size=8, method='at', epochs=1, bs=50, measure=dict(attacks=['clean','pgd2','autoattack'], n=n, n_autoattack=12, best=False))
+    spec = dict(data=str(folder), size=8, method='at', epochs=1, bs=50,
+                measure=dict(attacks=['clean','pgd2','autoattack'], n=n, n_autoattack=12, best=False))
     study = Study(spec, tmp_path/'study')
     c, = study.cells
     study._train(c, 'training')
     assert study._lacking(c) == {('last',n): ['clean','pgd2'], ('last',12): ['autoattack']}
-    study._lacking = lambda c: {('last',n): ['clean','pgd2'], ('last',12): ['fgsm']} # which takes its images as AutoAttack does, and no minutes
+    # which takes its images as AutoAttack does, and no minutes
+    study._lacking = lambda c: {('last',n): ['clean','pgd2'], ('last',12): ['fgsm']}
     study._measure_cell(c, 'measuring')
     found = study.results(c)['last']
     for name,k in (('clean',n), ('pgd2',n), ('fgsm',12)):
         assert found[name]['n'] == k and abs(found[name]['accuracy'] - true) <= 1.001/k
-        assert found[name]['sample'] == dict(n=k, of=150, split='test', drawn='stratified by class', seed=0, images=found[name]['sample']['images'])
+        assert found[name]['sample'] == dict(n=k, of=150, split='test', drawn='stratified by class', seed=0,
+                                             images=found[name]['sample']['images'])
 
 # --- the order that samples are prefixes of ---
 
@@ -160,7 +168,8 @@ def test_the_draw_is_that_of_its_seed_alone():
     labels = np.repeat([0,1,2], [6,3,1])
     np.random.seed(5); random.seed(5); torch.manual_seed(5)
     states = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
-    assert stratified_order(labels).tolist() == [2, 8, 4, 1, 9, 6, 3, 0, 7, 5] and stratified_order(labels, -1).tolist() == stratified_order(labels, 2**32-1).tolist()
+    assert (stratified_order(labels).tolist() == [2, 8, 4, 1, 9, 6, 3, 0, 7, 5]
+            and stratified_order(labels, -1).tolist() == stratified_order(labels, 2**32-1).tolist())
     assert states == (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())
 
 def test_chance_of_each_image():
@@ -186,7 +195,8 @@ def test_labels_without_images(folder, monkeypatch):
     assert labels.tolist() == [int(dls.valid_ds[i][1]) for i in range(150)]
     x,y = torch.rand(20,1,8,8),torch.arange(20) % 4
     ds = Opened(x, y)
-    assert class_labels(ds).tolist() == y.tolist() == class_labels(ds).tolist() and ds.opened == 20 # once, and remembered
+    # once, and remembered
+    assert class_labels(ds).tolist() == y.tolist() == class_labels(ds).tolist() and ds.opened == 20
     ds.targets = y.tolist(); again = Opened(x, y); again.targets = y.tolist()
     assert class_labels(again).tolist() == y.tolist() and again.opened == 0
     assert class_labels(torch.utils.data.Subset(again, [3,1])).tolist() == [3,1] and again.opened == 0
@@ -210,7 +220,8 @@ class Stream(torch.utils.data.IterableDataset):
 
 loader = torch.utils.data.DataLoader
 @pytest.mark.parametrize('make, true', [
-    (lambda ds: loader(ds, 16), .75), (lambda ds: loader(ds, 16, shuffle=True), .75), (lambda ds: loader(Stream(ds), 16), .75),
+    (lambda ds: loader(ds, 16), .75), (lambda ds: loader(ds, 16, shuffle=True), .75),
+    (lambda ds: loader(Stream(ds), 16), .75),
     (lambda ds: loader(ds, 16, sampler=torch.utils.data.SubsetRandomSampler(range(60, 120))), .5),
     (lambda ds: loader(ds, 16, sampler=torch.utils.data.WeightedRandomSampler([1.]*90 + [3.]*30, 120)), .5)],
     ids=['in order', 'shuffled', 'stream', 'a part', 'weighted'])
@@ -223,18 +234,22 @@ def test_loaders_of_pytorch(make, true, pytorchs):
 def test_a_loader_of_the_first_n_is_measured_on_them(make_learner):
     x,y = ordered(sizes[2])
     d = arrays_dls((x,y), (x,y), bs=16)
-    few = type(d.valid)(d.valid_ds, bs=16, n=60, num_workers=0, after_item=d.valid.after_item, after_batch=d.valid.after_batch)
+    few = type(d.valid)(d.valid_ds, bs=16, n=60, num_workers=0, after_item=d.valid.after_item,
+                        after_batch=d.valid.after_batch)
     dls = DataLoaders(d.train, few); dls.vocab = [0,1]
     learn = make_learner(dls, Always(2), metrics=[RobustAccuracy(PGD(steps=1), n=20)])
-    assert len(pixel_data(dls, few)[1]) == 60 and learn.robustness('clean').clean == 1. == learn.validate()[-1] # the first 60 are of one class
+    # the first 60 are of one class
+    assert len(pixel_data(dls, few)[1]) == 60 and learn.robustness('clean').clean == 1. == learn.validate()[-1]
 
 # --- what all places have in common ---
 
 def test_more_than_there_are_means_all(learn, tmp_path):
     whole = learn.robustness('clean').clean
     learn.metrics = [accuracy, RobustAccuracy(PGD(steps=1), n=10**6)]
-    assert learn.robustness('clean', n=10**6).clean == whole and learn.validate()[2] == pytest.approx(learn.validate()[1])
-    assert Teacher(learn).check(learn.dls, 'clean', n=10**6).sample.is_all and len(pixel_data(learn, n=10**6)[0]) == len(learn.dls[2].dataset)
+    assert (learn.robustness('clean', n=10**6).clean == whole
+            and learn.validate()[2] == pytest.approx(learn.validate()[1]))
+    assert (Teacher(learn).check(learn.dls, 'clean', n=10**6).sample.is_all
+            and len(pixel_data(learn, n=10**6)[0]) == len(learn.dls[2].dataset))
     assert learn.robustness_curve((0,), 'fgsm', n=10**6).attrs['n'] == len(learn.dls[2].dataset)
     assert len(with_subset(learn.dls, n, n_valid=10**6).valid_ds) == len(learn.dls.valid_ds)
     trained(learn, RecordTrajectory(tmp_path, n=10**6, attack=None), CatastrophicOverfitting(PGD(.1), n=10**6))
@@ -242,8 +257,10 @@ def test_more_than_there_are_means_all(learn, tmp_path):
 @pytest.mark.parametrize('bad', [0, -3, 2.5, '7', True])
 def test_numbers_that_are_none(bad, learn, tmp_path):
     "Said before anything is read, by the same words everywhere"
-    for f in (lambda: learn.robustness('clean', n=bad), lambda: RobustAccuracy(n=bad), lambda: Teacher(learn).check(learn.dls, n=bad), lambda: learn.check_robustness(n=bad),
-              lambda: learn.robustness_curve((0,), n=bad), lambda: AdversarialInterpretation.from_learner(learn, n=bad), lambda: CatastrophicOverfitting(n=bad),
+    for f in (lambda: learn.robustness('clean', n=bad), lambda: RobustAccuracy(n=bad),
+              lambda: Teacher(learn).check(learn.dls, n=bad), lambda: learn.check_robustness(n=bad),
+              lambda: learn.robustness_curve((0,), n=bad), lambda: AdversarialInterpretation.from_learner(
+                  learn, n=bad), lambda: CatastrophicOverfitting(n=bad),
               lambda: RecordTrajectory(tmp_path, n=bad), lambda: with_subset(learn.dls, n, n_valid=bad)):
         with pytest.raises((ValueError, TypeError), match='`n(_valid)?` must be'): f()
 
@@ -254,13 +271,15 @@ def test_the_metric_attacks_what_robustness_attacks(make_learner, make_dls, robu
     for valid in (dls.valid, dls.valid.new(shuffle=True), dls.valid.new(bs=64)):
         d = DataLoaders(dls.train, valid, path=dls.path); d.vocab = dls.vocab
         learn = make_learner(d, robust_net, metrics=[RobustAccuracy(fgsm, n=k, seed=3) for k in (10,30,None)])
-        assert learn.validate()[1:] == [pytest.approx(learn.robustness('fgsm', .1, n=k, seed=3).fgsm) for k in (10,30,None)]
+        assert learn.validate()[1:] == [pytest.approx(learn.robustness('fgsm', .1, n=k, seed=3).fgsm)
+                                        for k in (10,30,None)]
 
 def test_the_metric_attacks_full_batches(make_learner, make_dls, robust_net):
     seen = []
     class Note(PGD):
         def perturb(self, model, x, targ): seen.append(len(x)); return super().perturb(model, x, targ)
-    learn = make_learner(make_dls(n=64, n_valid=100, bs=16), Always(10), metrics=[RobustAccuracy(Note(.1, steps=1), n=40)])
+    learn = make_learner(make_dls(n=64, n_valid=100, bs=16), Always(10),
+                         metrics=[RobustAccuracy(Note(.1, steps=1), n=40)])
     with torch.no_grad(): learn.model.head.weight.normal_() # some are right in every batch
     learn.validate()
     assert len(seen) <= 3 # 16, 16 and 8 images; were each validation batch attacked, there would be seven
@@ -275,7 +294,8 @@ def test_samples_are_nested_and_the_same_for_the_same_data(learn, make_learner):
 
 def test_the_sample_is_that_of_the_files_in_whatever_order_they_were_listed(folder):
     files = sorted(get_image_files(folder))
-    dls = ImageDataLoaders.from_path_func(folder, files, lambda f: Path(f).parent.name, valid_pct=.1, seed=0, bs=8, num_workers=0, item_tfms=Resize(8))
+    dls = ImageDataLoaders.from_path_func(folder, files, lambda f: Path(f).parent.name, valid_pct=.1, seed=0, bs=8,
+                                          num_workers=0, item_tfms=Resize(8))
     def drawn(order):
         dl = dls.test_dl(order, with_labels=True, num_workers=0)
         return {Path(dl.dataset.items[i]).relative_to(folder) for i in measured_positions(dl, 12)[0]}
@@ -290,14 +310,17 @@ def test_results_of_other_images_are_not_compared(learn):
 def test_a_state_of_another_sample(learn, tmp_path):
     args = dict(attacks=('clean','pgd1'), state_path=tmp_path/'state.json')
     learn.robustness(n=n, **args)
-    with pytest.raises(ValueError, match=rf"sample '{n} of .* seed 0' there, '20 of .* seed 0' here"): learn.robustness(n=20, **args)
-    with pytest.raises(ValueError, match="test images.* there, .*validation images"): learn.robustness(n=n, ds_idx=1, **args)
+    with pytest.raises(ValueError, match=rf"sample '{n} of .* seed 0' there, '20 of .* seed 0' here"):
+        learn.robustness(n=20, **args)
+    with pytest.raises(ValueError, match="test images.* there, .*validation images"):
+        learn.robustness(n=n, ds_idx=1, **args)
 
 # --- splits of folders ---
 
 def test_three_folders(folder):
     dls = make_dls(str(folder), bs=10, size=8)
-    assert [{f.relative_to(folder).parts[0] for f in dl.dataset.items} for dl in dls.loaders] == [{'train'},{'valid'},{'test'}]
+    assert [{f.relative_to(folder).parts[0] for f in dl.dataset.items}
+            for dl in dls.loaders] == [{'train'},{'valid'},{'test'}]
     assert [len(dl.dataset) for dl in dls.loaders] == [150]*3 and [*dls.vocab] == [f'c{i}' for i in range(10)]
 
 def folders(root, **splits):
@@ -311,14 +334,16 @@ def test_test_images_choose_no_epoch(tmp_path):
     "With `train` and `test`, a fifth of each training class is held out"
     dls = make_dls(folders(tmp_path, train='ab', test='ab'), bs=4, size=8)
     assert [len(dl.dataset) for dl in dls.loaders] == [16,4,20]
-    assert np.bincount(class_labels(dls.valid_ds)).tolist() == [2,2] and {f.parts[-3] for f in dls.valid_ds.items} == {'train'}
+    assert (np.bincount(class_labels(dls.valid_ds)).tolist() == [2,2]
+            and {f.parts[-3] for f in dls.valid_ds.items} == {'train'})
     assert not {*dls.valid_ds.items} & {*dls.train_ds.items}
 
 def test_val_is_valid(tmp_path):
     dls = make_dls(folders(tmp_path, train='ab', val='ab'), bs=4, size=8)
     assert len(dls.loaders) == 2 and {f.parts[-3] for f in dls.valid_ds.items} == {'val'}
 
-@pytest.mark.parametrize('splits, says', [(dict(train='ab', test='abc'), "class 'c', which the training images lack"), (dict(test='ab'), 'no `train`'),
+@pytest.mark.parametrize('splits, says', [(dict(train='ab', test='abc'), "class 'c', which the training images lack"),
+                                          (dict(test='ab'), 'no `train`'),
     (dict(train='ab', valid='ab', val='ab'), 'both'), (dict(train='a'), 'one class')])
 def test_folders_that_mean_nothing(splits, says, tmp_path):
     with pytest.raises(ValueError, match=says): make_dls(folders(tmp_path, **splits), bs=4, size=8)
@@ -350,12 +375,15 @@ def test_evaluating_what_was_trained_on(tmp_path, constant):
     main(['train', '--data', str(root), '--size', '8', '--epochs', '1', '--bs', '8', '--out', str(tmp_path/'run')])
     main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean'])
     Image.new('RGB', (8,8)).save(root/'a/another.png')
-    with pytest.raises(SystemExit, match='not those that were held out'): main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean'])
+    with pytest.raises(SystemExit, match='not those that were held out'):
+        main(['evaluate', str(tmp_path/'run'), '--attacks', 'clean'])
 
-@pytest.mark.filterwarnings('ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning') # PIL leaves the file to the collector
+# PIL leaves the file to the collector
+@pytest.mark.filterwarnings('ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_truncated_image_is_named(folder, constant, tmp_path):
     import shutil
     root = shutil.copytree(folder, tmp_path/'images')
     bad = root/'train/c2/50.png'
     bad.write_bytes(bad.read_bytes()[:60])
-    with pytest.raises(SystemExit, match='c2/50.png` cannot be read'): main(['train', '--data', str(root), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
+    with pytest.raises(SystemExit, match='c2/50.png` cannot be read'):
+        main(['train', '--data', str(root), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])

@@ -16,7 +16,10 @@ from rkd_fastai.teachers import Teacher
 
 class NormInside(nn.Module):
     "As RobustBench's networks are: pixel space in, the normalisation a part of `forward`"
-    def __init__(self, model): super().__init__(); self.model = model; self.register_buffer('mu', torch.tensor([.49,.48,.45]).view(1,3,1,1))
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer('mu', torch.tensor([.49,.48,.45]).view(1,3,1,1))
     def forward(self, x): return self.model((x - self.mu)/.25)
 
 class Branches(nn.Module):
@@ -28,7 +31,9 @@ class TwiceUsed(nn.Module):
     "One convolution before two BatchNorms, and one whose output is used beside its BatchNorm"
     def __init__(self):
         super().__init__()
-        self.conv,self.bn1,self.bn2,self.conv2,self.bn3,self.head = nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Conv2d(16,8,3), nn.BatchNorm2d(8), nn.Linear(8,10)
+        self.conv,self.bn1,self.bn2,self.conv2,self.bn3,self.head = nn.Conv2d(3,16,3), nn.BatchNorm2d(
+            16), nn.BatchNorm2d(16), nn.Conv2d(
+            16,8,3), nn.BatchNorm2d(8), nn.Linear(8,10)
     def forward(self, x):
         h = F.relu(self.bn1(self.conv(x))) + F.relu(self.bn2(self.conv(x.flip(3)).flip(3)))
         z = self.conv2(h)
@@ -38,23 +43,32 @@ class Plain1d(nn.Module):
     "Linear before BatchNorm1d, without affine parameters, and a bias in the convolution"
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3,8,4,4), nn.BatchNorm2d(8, affine=False), nn.SiLU(), nn.Flatten(), nn.Linear(8*64,32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32,10))
+        self.net = nn.Sequential(nn.Conv2d(3,8,4,4), nn.BatchNorm2d(8, affine=False), nn.SiLU(), nn.Flatten(),
+                                 nn.Linear(8*64,32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32,10))
     def forward(self, x): return self.net(x)
 
 models = {
-    'resnet18': (lambda: cifar_resnet18(10, 1/8), 20), 'wide_resnet': (lambda: wide_resnet(10, 1), 3), 'normalisation in front': (lambda: PixelModel(cifar_resnet18(10, 1/8), [.5]*3, [.2]*3), 20),
-    'normalisation inside': (lambda: NormInside(cifar_resnet18(10, 1/8)), 20), 'control flow': (Branches, 20), 'used twice': (TwiceUsed, 0), 'linear': (Plain1d, 2),
-    'torchvision cifar_resnet18': (lambda: torchvision.models.resnet18(num_classes=10), 20), 'torchvision mobilenet': (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 34),
-    'torchvision vit, no BatchNorm': (lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10), 0),
-    'timm cifar_resnet18': (lambda: timm.create_model('resnet18', num_classes=10), 20), 'timm vgg with BatchNorm': (lambda: timm.create_model('vgg11_bn', num_classes=10), 8),
-    'timm efficientnet': (lambda: timm.create_model('efficientnet_b0', num_classes=10), 0), 'timm convnext': (lambda: timm.create_model('convnext_atto', num_classes=10), 0)}
+    'resnet18': (lambda: cifar_resnet18(10, 1/8), 20), 'wide_resnet': (lambda: wide_resnet(10, 1), 3),
+    'normalisation in front': (lambda: PixelModel(cifar_resnet18(10, 1/8), [.5]*3, [.2]*3), 20),
+    'normalisation inside': (lambda: NormInside(cifar_resnet18(10, 1/8)), 20), 'control flow': (Branches, 20),
+    'used twice': (TwiceUsed, 0), 'linear': (Plain1d, 2),
+    'torchvision cifar_resnet18': (lambda: torchvision.models.resnet18(num_classes=10), 20),
+    'torchvision mobilenet': (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 34),
+    'torchvision vit, no BatchNorm': (lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64,
+                                                                                   num_classes=10), 0),
+    'timm cifar_resnet18': (lambda: timm.create_model('resnet18', num_classes=10), 20),
+    'timm vgg with BatchNorm': (lambda: timm.create_model('vgg11_bn', num_classes=10), 8),
+    'timm efficientnet': (lambda: timm.create_model('efficientnet_b0', num_classes=10), 0),
+    'timm convnext': (lambda: timm.create_model('convnext_atto', num_classes=10), 0)}
 
 def worn_in(make):
     "A network with BatchNorm statistics and affine parameters that are no longer the initial ones, in train mode"
     torch.manual_seed(0)
     model = make()
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine: nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, std=.2)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
+            nn.init.uniform_(m.weight, .5, 1.5)
+            nn.init.normal_(m.bias, std=.2)
     with torch.no_grad():
         for _ in range(20): model(torch.rand(8, 3, 32, 32))
     return model
@@ -76,9 +90,11 @@ def test_same_logits_and_gradient_signs(name):
     torch.testing.assert_close(fast[0], plain[0], rtol=1e-3, atol=1e-4)
     # as near the exact result as the plain model: the bar is 99.9 % of the signs, or what float32 itself reaches
     agree = lambda g: (g.sign() == exact[1].sign()).float().mean().item()
-    assert (fast[1].sign() == plain[1].sign()).float().mean() >= .999 and agree(fast[1]) >= min(.999, agree(plain[1]) - 5e-4)
+    assert ((fast[1].sign() == plain[1].sign()).float().mean() >= .999
+            and agree(fast[1]) >= min(.999, agree(plain[1]) - 5e-4))
 
-@pytest.mark.parametrize('attack', [PGD(.1), PGD(.7, norm='L2'), PGD(.1, restarts=2), PGD(.1, objective='kl'), FGSM(.1), FFGSM(.1)], ids=repr)
+@pytest.mark.parametrize('attack', [PGD(.1), PGD(.7, norm='L2'), PGD(.1, restarts=2), PGD(.1, objective='kl'),
+                                    FGSM(.1), FFGSM(.1)], ids=repr)
 def test_attacks_are_as_strong(attack, robust_net, test_images):
     x, y = test_images
     flags = []
@@ -117,7 +133,8 @@ def test_what_changes_between_two_attacks_is_seen(change):
     model, x = worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)
     with frozen(model), folded(model, x): old = model(x)
     with torch.no_grad():
-        if change == 'weights': model.layer2[0].conv1.weight.data.mul_(1.5) # `.data`, as fastai's optimisers write: no version counter tells
+        # `.data`, as fastai's optimisers write: no version counter tells
+        if change == 'weights': model.layer2[0].conv1.weight.data.mul_(1.5)
         if change == 'statistics': model.bn1.running_var.mul_(3)
         if change == 'head': model.linear = nn.Linear(64, 10)
         if change == 'layer': model.bn1 = nn.BatchNorm2d(8).eval(); model.bn1.bias.fill_(.3)
@@ -130,8 +147,10 @@ def test_what_changes_between_two_attacks_is_seen(change):
     assert change == 'float64' or (want - old).abs().max() > 1e-2
 
 def test_activation_in_place_before_batchnorm():
-    "As in the head of `vision_learner`: no fold across it, though while the statistics are the initial ones a fold would do no harm"
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(inplace=True), nn.BatchNorm1d(16), nn.Linear(16, 10)).eval()
+    """As in the head of `vision_learner`: no fold across it, though while the statistics are the initial ones a fold
+    would do no harm"""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(inplace=True), nn.BatchNorm1d(16),
+                          nn.Linear(16, 10)).eval()
     x, y = torch.rand(8, 3, 2, 2), torch.arange(8)
     with frozen(model), folded(model, x): model(x)
     nn.init.constant_(model[3].running_mean, .5); nn.init.constant_(model[3].running_var, 3.)
@@ -145,7 +164,8 @@ def test_wrong_fold_is_found_out_once_statistics_differ(monkeypatch):
     from rkd_fastai.speed import _StandIn
     right = _StandIn._weights
     monkeypatch.setattr(_StandIn, '_weights', lambda self: right(_StandIn(self.layer))) # as if BatchNorm did nothing
-    model, x = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(), nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8)
+    model, x = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(),
+                             nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8)
     assert _stand_ins(model.eval(), x)
     model.train()(x); assert _stand_ins(model.eval(), x) == []
 
@@ -178,7 +198,8 @@ def test_trying_the_stand_ins_draws_no_random_numbers():
     assert torch.equal(before, torch.get_rng_state())
 
 def test_teacher_is_folded_and_says_the_same():
-    nets, x = [worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), worn_in(lambda: wide_resnet(10, 1)).eval()], torch.rand(8, 3, 32, 32)
+    nets, x = [worn_in(lambda: cifar_resnet18(10, 1/8)).eval(),
+               worn_in(lambda: wide_resnet(10, 1)).eval()], torch.rand(8, 3, 32, 32)
     want = sum(n(x).softmax(1) for n in nets)/2
     teacher = Teacher(nets)
     for t in (teacher, Teacher(teacher)): torch.testing.assert_close(t.probs(x), want.detach(), rtol=1e-4, atol=1e-5)
@@ -196,8 +217,10 @@ def test_a_network_that_chooses_its_batchnorm():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.adv,self.conv,self.clean_bn,self.adv_bn,self.head = False, nn.Conv2d(1,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Linear(16*36,10)
-        def forward(self, x): return self.head(F.relu((self.adv_bn if self.adv else self.clean_bn)(self.conv(x))).flatten(1))
+            self.adv,self.conv,self.clean_bn,self.adv_bn,self.head = False, nn.Conv2d(1,16,3), nn.BatchNorm2d(
+                16), nn.BatchNorm2d(16), nn.Linear(16*36,10)
+        def forward(self, x):
+            return self.head(F.relu((self.adv_bn if self.adv else self.clean_bn)(self.conv(x))).flatten(1))
     torch.manual_seed(0)
     net,x = Two(), torch.rand(8,1,8,8)
     for net.adv in (False, True): net(x) # in train mode: each has its statistics
@@ -205,7 +228,8 @@ def test_a_network_that_chooses_its_batchnorm():
     for net.adv in (False, True, False):
         with torch.no_grad(): plain = net(x)
         with frozen(net): assert not any(s.bn for s in _stand_ins(net, x))
-        with torch.no_grad(), frozen(net), folded(net, x): torch.testing.assert_close(net(x), plain, rtol=1e-4, atol=1e-4)
+        with torch.no_grad(), frozen(net), folded(net, x):
+            torch.testing.assert_close(net(x), plain, rtol=1e-4, atol=1e-4)
 
 class Way(Enum): straight, doubled = 0, 1
 
@@ -218,7 +242,9 @@ class ManyWays(nn.Module):
         self.number,self.factor,self.name,self.member,self.several = 0,1.,None,Way.straight,[1,1]
     def forward(self, x):
         h = self.conv(x)
-        if self.number or self.name or self.factor != 1. or self.member is Way.doubled or self.several[1] > 1 or self.elsewhere.way or x.mean() > .8: h = 2*h
+        if (self.number or self.name or self.factor != 1. or self.member is Way.doubled or self.several[1] > 1
+            or self.elsewhere.way or x.mean() > .8):
+            h = 2*h
         return self.head(F.relu(self.bn(h)).flatten(1))
 
 def set_number(net, x): net.number = np.int64(1)
@@ -233,7 +259,8 @@ def replace(net, x): net.conv = nn.Sequential(net.conv, nn.ReLU())
 def swap_class(net, x): net.bn.forward = lambda h: 2*h
 def no_statistics(net, x): net.bn.running_mean = net.bn.running_var = None
 
-@pytest.mark.parametrize('change', [set_number, set_factor, set_name, set_member, set_several, set_elsewhere, brighten, hook_before, replace, swap_class, no_statistics], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('change', [set_number, set_factor, set_name, set_member, set_several, set_elsewhere, brighten,
+                                    hook_before, replace, swap_class, no_statistics], ids=lambda f: f.__name__)
 def test_a_network_that_goes_another_way(change, monkeypatch):
     "The attack is that on a network which has never been folded"
     monkeypatch.setattr(ManyWays, 'elsewhere', SimpleNamespace(way=0))
@@ -270,8 +297,10 @@ def still(net, i): pass
 def switched(net, i): net.number = i % 2
 def counted(net, i): net.steps = i
 
-@pytest.mark.parametrize('cls,between,most,folds', [(ManyWays, still, 1, True), (Counting, still, 2, False), (Remembering, still, 4, True), (FirstPass, still, 2, True),
-                                                    (ManyWays, switched, 2, True), (ManyWays, counted, 8 + 64//16, None)])
+@pytest.mark.parametrize('cls,between,most,folds', [(ManyWays, still, 1, True), (Counting, still, 2, False),
+                                                    (Remembering, still, 4, True), (FirstPass, still, 2, True),
+                                                    (ManyWays, switched, 2, True),
+                                                    (ManyWays, counted, 8 + 64//16, None)])
 def test_trials_are_few(cls, between, most, folds, trials):
     "Whatever becomes of a network's settings; and what is the same each time keeps no network from being folded"
     net,x,found = cls().eval(), torch.rand(8,1,8,8), []

@@ -43,7 +43,8 @@ def test_module_with_and_without_mean_and_std(x, tiny_net):
 def test_ensembles_average_probabilities(x, make_learner, make_dls, tiny_net):
     a, b = probs_of(tiny_net(seed=1), (x-.3)/.25), probs_of(tiny_net(seed=2), (x-.4)/.2)
     learn = make_learner(make_dls(stats=([.3], [.25])), tiny_net(seed=1))
-    close(Teacher([learn, tiny_net(seed=2)], mean=[.4], std=[.2]).probs(x), (a+b)/2) # `mean`, `std` are the module's, not the Learner's
+    # `mean`, `std` are the module's, not the Learner's
+    close(Teacher([learn, tiny_net(seed=2)], mean=[.4], std=[.2]).probs(x), (a+b)/2)
     t = Teacher([learn, Teacher(tiny_net(seed=2), mean=.4, std=.2)], betas=[.8, .2])
     close(t.probs(x), .8*a + .2*b)
     close(t(x), (.8*a + .2*b).log(), rtol=1e-4, atol=1e-5)
@@ -103,7 +104,8 @@ def test_source_is_left_alone(x, tiny_net, make_learner):
     assert x.grad is not None and all(p.grad is None for p in net.parameters())
 
 def test_normalisation_of_the_learner_at_that_time(x, make_learner, make_dls, tiny_net):
-    "`vision_learner` adds a Normalize to DataLoaders that may be the teacher's too: the teacher keeps what it was trained with"
+    """`vision_learner` adds a Normalize to DataLoaders that may be the teacher's too: the teacher keeps what it was
+    trained with"""
     from fastai.vision.all import Normalize
     dls = make_dls(); t = Teacher(make_learner(dls, tiny_net()))
     dls.add_tfms([Normalize.from_stats([.5], [.5], cuda=False)], 'after_batch')
@@ -151,11 +153,13 @@ def test_T(x, tiny_net):
 
 @pytest.fixture
 def net(tiny_net): return tiny_net(seed=5)
-def check(path, net, tiny_net, x, **kw): close(load_teacher(path, tiny_net(), **kw).probs(x), probs_of(net, x), rtol=1e-5, atol=1e-7)
+def check(path, net, tiny_net, x, **kw):
+    close(load_teacher(path, tiny_net(), **kw).probs(x), probs_of(net, x), rtol=1e-5, atol=1e-7)
 
 def save(state, path): save_file(state, path) if path.suffix == '.safetensors' else torch.save(state, path)
 
-@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'model.', 'model.module.'])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'model.',
+                                    'model.module.'])
 @pytest.mark.parametrize('suffix', ['.pth', '.pt', '.safetensors'])
 def test_usual_prefixes(prefix, suffix, net, tiny_net, x, tmp_path):
     "DataParallel and `torch.compile` leave them, in the order in which they were applied"
@@ -164,29 +168,35 @@ def test_usual_prefixes(prefix, suffix, net, tiny_net, x, tmp_path):
 
 @pytest.mark.parametrize('key', ['state_dict', 'model_state_dict', 'model', 'net', 'ema'])
 def test_usual_wrappings(key, net, tiny_net, x, tmp_path):
-    torch.save({key: OrderedDict({'module.'+k: v for k,v in net.state_dict().items()}), 'epoch': 3, 'acc': .5}, tmp_path/'a.pth')
+    torch.save({key: OrderedDict({'module.'+k: v for k,v in net.state_dict().items()}), 'epoch': 3, 'acc': .5},
+               tmp_path/'a.pth')
     check(tmp_path/'a.pth', net, tiny_net, x)
 
 def of_madry(net, mean=(.3,), std=(.2,)):
     "What MadryLab's `robustness` saves of a network: each weight twice, and twice the statistics of its images"
     weights = {f'module.{part}.{k}': v for part in ('model','attacker.model') for k,v in net.state_dict().items()}
-    stats = {f'module.{part}.new_{k}': torch.tensor(v).view(-1, 1, 1) for part in ('normalizer','attacker.normalize') for k,v in (('mean', mean), ('std', std))}
+    stats = {f'module.{part}.new_{k}': torch.tensor(v).view(-1, 1, 1) for part in ('normalizer','attacker.normalize')
+             for k,v in (('mean', mean), ('std', std))}
     return OrderedDict(stats | weights)
 
 @pytest.mark.parametrize('name', ['a.pt', 'a.pth.tar', 'a.pt.best', '7_a.pt.latest'])
-@pytest.mark.parametrize('parts', [('model','attacker','normalizer'), ('model','normalizer'), ('attacker',)], ids='+'.join)
+@pytest.mark.parametrize('parts', [('model','attacker','normalizer'), ('model','normalizer'), ('attacker',)],
+                         ids='+'.join)
 def test_checkpoint_of_madrylab(name, parts, net, tiny_net, x, tmp_path):
     "With the settings of its training; its normalisation is taken over, and another one where it is told"
     state = {k: v for k,v in of_madry(net).items() if k.split('.')[1] in parts}
     settings = Namespace(lr=.1, out=Path('runs'), classes=['a', 'b'])
-    torch.save(dict(model=state, optimizer=torch.optim.SGD(net.parameters(), .1, .9).state_dict(), schedule=None, epoch=150, args=settings, nat_prec1=np.float64(87.)), tmp_path/name)
+    torch.save(dict(model=state, optimizer=torch.optim.SGD(net.parameters(), .1, .9).state_dict(), schedule=None,
+                    epoch=150, args=settings, nat_prec1=np.float64(87.)), tmp_path/name)
     t = load_teacher(tmp_path/name, tiny_net())
     close(t.probs(x), probs_of(net, (x-.3)/.2)); close(t.members[0].mean.flatten(), torch.tensor([.3]))
     close(load_teacher(tmp_path/name, tiny_net(), mean=.5, std=.25).probs(x), probs_of(net, (x-.5)/.25))
-    with pytest.raises(ValueError, match='normalisation of its images, too: take it by `load_teacher`'): fitting_state(tmp_path/name, tiny_net())
+    with pytest.raises(ValueError, match='normalisation of its images, too: take it by `load_teacher`'):
+        fitting_state(tmp_path/name, tiny_net())
 
 def test_prefixes_before_some_names(net, tiny_net, x, tmp_path):
-    state = {f'module.{k}' if i % 2 else f'module.model.{k}' if i % 3 else k: v for i,(k,v) in enumerate(net.state_dict().items())}
+    state = {f'module.{k}' if i % 2 else f'module.model.{k}' if i % 3 else k: v
+             for i,(k,v) in enumerate(net.state_dict().items())}
     torch.save(dict(state, mu=torch.full((1, 1, 1, 1), .3), sigma=torch.full((1, 1, 1, 1), .2)), tmp_path/'a.pth')
     close(load_teacher(tmp_path/'a.pth', tiny_net()).probs(x), probs_of(net, (x-.3)/.2))
 
@@ -194,11 +204,16 @@ def test_two_networks_in_one_checkpoint(net, tiny_net, tmp_path):
     "Neither is chosen; nor is half a normaliser left out, or one of images that end at 255"
     other = {f'module.model.{k}': v for k,v in tiny_net(seed=6).state_dict().items()}
     torch.save(of_madry(net) | other, tmp_path/'a.pth')
-    with pytest.raises(ValueError, match='a.pth` holds two different tensors for `0.weight`, `module.model.0.weight` and `module.attacker.model.0.weight`'): load_teacher(tmp_path/'a.pth', tiny_net())
+    with pytest.raises(ValueError, match='a.pth` holds two different tensors for `0.weight`, `module.model.0.weight` '
+                                         'and `module.attacker.model.0.weight`'):
+        load_teacher(tmp_path/'a.pth', tiny_net())
     torch.save({k: v for k,v in of_madry(net).items() if not k.endswith('new_std')}, tmp_path/'b.pth')
-    with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'): load_teacher(tmp_path/'b.pth', tiny_net())
+    with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'):
+        load_teacher(tmp_path/'b.pth', tiny_net())
     torch.save(of_madry(net, mean=(125.3,), std=(63.,)), tmp_path/'c.pth')
-    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which is none of images in \[0, 1\]: give `mean` and `std`'): load_teacher(tmp_path/'c.pth', tiny_net())
+    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which is none of images in \[0, 1\]: give `mean` and '
+                                         r'`std`'):
+        load_teacher(tmp_path/'c.pth', tiny_net())
 
 def test_legacy_format(net, tiny_net, x, tmp_path):
     torch.save(net.state_dict(), tmp_path/'a.pth', _use_new_zipfile_serialization=False)
@@ -212,7 +227,8 @@ def test_path_as_text_and_mean_and_std(net, tiny_net, x, tmp_path):
 def test_model_given_is_not_changed(net, tiny_net, tmp_path):
     torch.save(net.state_dict(), tmp_path/'a.pth')
     model = tiny_net(); load_teacher(tmp_path/'a.pth', model)
-    assert all(torch.equal(a, b) for a,b in zip(model.state_dict().values(), tiny_net().state_dict().values())) and model.training
+    assert (all(torch.equal(a, b) for a,b in zip(model.state_dict().values(), tiny_net().state_dict().values()))
+            and model.training)
 
 @pytest.mark.parametrize('with_opt', [True, False])
 @pytest.mark.parametrize('how', ['fit', 'fit_one_cycle', 'fine_tune', 'fit_exp', 'fit_rkd'])
@@ -245,8 +261,10 @@ def test_another_architecture(net, tiny_net, tmp_path):
         for other in (cifar_resnet18(width=1/16, n_in=1), tiny_net(n_out=7), tiny_net(n_in=3), tiny_net(bn=False)):
             with pytest.raises(ValueError, match='architecture'): load_teacher(path, other)
 
-@pytest.mark.parametrize('content', [[1, 2], torch.rand(3), {0: torch.rand(3)}, {}, {'epoch': 3}, 'text', 7, None, {'state_dict': {}}, {'state_dict': [1]}, []],
-                         ids=['list', 'tensor', 'integer keys', 'empty', 'no weights', 'text', 'number', 'none', 'wrapped empty', 'wrapped list', 'empty list'])
+@pytest.mark.parametrize('content', [[1, 2], torch.rand(3), {0: torch.rand(3)}, {}, {'epoch': 3}, 'text', 7, None,
+                                     {'state_dict': {}}, {'state_dict': [1]}, []],
+                         ids=['list', 'tensor', 'integer keys', 'empty', 'no weights', 'text', 'number', 'none',
+                              'wrapped empty', 'wrapped list', 'empty list'])
 def test_no_weights(content, tiny_net, tmp_path):
     torch.save(content, tmp_path/'a.pth')
     with pytest.raises(ValueError, match='a.pth'): load_teacher(tmp_path/'a.pth', tiny_net())
@@ -274,7 +292,9 @@ def test_malicious_pickle_is_not_executed(layout, suffix, net, tiny_net, tmp_pat
     elif layout == 'legacy': torch.save(Bomb(marker), path, _use_new_zipfile_serialization=False)
     elif layout == 'plain pickle': path.write_bytes(pickle.dumps({'state_dict': Bomb(marker)}))
     elif layout == 'beside weights': torch.save({'state_dict': net.state_dict(), 'extra': Bomb(marker)}, path)
-    elif layout == 'builtins': path.write_bytes(b"cbuiltins\nexec\n(S'import os; os.mkdir(" + repr(str(marker)).encode().replace(b"'", b'"') + b")'\ntR.")
+    elif layout == 'builtins':
+        path.write_bytes(b"cbuiltins\nexec\n(S'import os; os.mkdir(" + repr(str(marker)).encode().replace(b"'", b'"')
+                         + b")'\ntR.")
     else: net.bomb = Bomb(marker); torch.save(net, path)
     with pytest.raises(ValueError, match=path.name): load_teacher(path, tiny_net())
     assert not marker.exists()
@@ -296,7 +316,8 @@ class NormInside(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        for k,v in dict(mu=[.49, .48, .45], sigma=[.25, .24, .26]).items(): self.register_buffer(k, torch.tensor(v).view(1,3,1,1))
+        for k,v in dict(mu=[.49, .48, .45], sigma=[.25, .24, .26]).items():
+            self.register_buffer(k, torch.tensor(v).view(1,3,1,1))
     def forward(self, x): return self.model((x - self.mu)/self.sigma)
 
 class NormInPlace(NormInside):
@@ -327,7 +348,8 @@ def natively(net, mean=None, std=None):
 def student(dls, tiny_net, make_learner):
     "Whose normalisation is not the teacher's; plain SGD"
     dls.add_tfms([Normalize.from_stats([.2, .3, .4], [.3, .25, .35], cuda=False)], 'after_batch')
-    return make_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(8), tiny_net(n_in=3)), opt_func=SGD), ([.2, .3, .4], [.3, .25, .35])
+    return make_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(8), tiny_net(n_in=3)), opt_func=SGD), ([.2, .3, .4],
+                                                                                                       [.3, .25, .35])
 
 @pytest.mark.parametrize('suffix,method', [('', 'akd'), ('', 'rslad'), ('.pth', 'akd'), ('.safetensors', 'akd')])
 @pytest.mark.parametrize('name', peers)
@@ -346,7 +368,8 @@ def test_networks_of_peers(name, suffix, method, tmp_path, make_dls, make_learne
 @pytest.mark.filterwarnings('ignore:.*load_learner')
 @pytest.mark.parametrize('exported', [False, True])
 def test_learner_of_a_peer(exported, tmp_path, make_dls, make_learner, tiny_net, check_distillation):
-    "With ImageNet statistics; as a Learner and as the file of an exported one, fastai's own answers on the validation set"
+    """With ImageNet statistics; as a Learner and as the file of an exported one, fastai's own answers on the
+    validation set"""
     learn = make_learner(make_dls(n=32, bs=16, channels=3, stats=imagenet_stats), tiny_net(n_in=3, seed=7))
     learn.fit(1, .01); learn.model.eval()
     dls = make_dls(n=32, bs=16, channels=3)
@@ -365,15 +388,20 @@ def cifar_images():
     folder = find_spec('foolbox') and Path(find_spec('foolbox').origin).parent/'data'
     files = sorted(folder.glob('cifar10_*.png')) if folder else []
     if len(files) != 20: pytest.skip('needs the images that foolbox ships')
-    return np.stack([np.array(Image.open(f).convert('RGB')) for f in files]), np.array([int(f.stem.split('_')[-1]) for f in files])
+    return np.stack([np.array(Image.open(f).convert('RGB')) for f in files]), np.array(
+        [int(f.stem.split('_')[-1]) for f in files])
 
 def test_published_checkpoint(cifar_images, make_learner, tiny_net, check_distillation):
-    "A CIFAR-10 ResNet-18 that AutoAttack's authors publish, plainly trained on raw pixels; beside their code, it is our architecture too"
+    """A CIFAR-10 ResNet-18 that AutoAttack's authors publish, plainly trained on raw pixels; beside their code, it
+    is our architecture too"""
     folder = find_spec('pyautoattack') and Path(find_spec('pyautoattack').origin).parent/'examples'
     if not (folder and (folder/'model_test.pt').exists()): pytest.skip('needs the checkpoint that pyautoattack ships')
-    spec = spec_from_file_location('aa_resnet', folder/'resnet.py'); theirs = module_from_spec(spec); spec.loader.exec_module(theirs)
+    spec = spec_from_file_location('aa_resnet', folder/'resnet.py')
+    theirs = module_from_spec(spec)
+    spec.loader.exec_module(theirs)
     reference = theirs.ResNet18()
-    reference.load_state_dict(torch.load(folder/'model_test.pt', map_location='cpu', weights_only=True)); reference.eval()
+    reference.load_state_dict(torch.load(folder/'model_test.pt', map_location='cpu', weights_only=True))
+    reference.eval()
     imgs, y = cifar_images
     x, y = torch.tensor(imgs).permute(0,3,1,2).float()/255, torch.tensor(y)
     native = natively(reference)
@@ -382,5 +410,6 @@ def test_published_checkpoint(cifar_images, make_learner, tiny_net, check_distil
         with torch.no_grad(): close(teacher(x), reference(x), rtol=1e-5, atol=1e-5)
         close(teacher.probs(x), native(x), rtol=1e-4, atol=1e-5)
     assert (teacher.probs(x).argmax(1) == y).all() and robust_accuracy(teacher, x[:10], y[:10], PGD(steps=5)) < .2
-    learn, stats = student(arrays_dls((imgs[:8], y[:8].numpy()), (imgs[8:10], y[8:10].numpy()), vocab=list(range(10)), bs=8), tiny_net, make_learner)
+    learn, stats = student(arrays_dls((imgs[:8], y[:8].numpy()), (imgs[8:10], y[8:10].numpy()), vocab=list(range(10)),
+                                      bs=8), tiny_net, make_learner)
     check_distillation(learn, teacher, native, stats=stats)

@@ -15,8 +15,10 @@ def changed_by(command, *folders):
 
 def read(path): return path.read_bytes() if path.exists() else None
 
-problems = [f'{f} is not what its notebook exports: run `make export`' for f in changed_by('nbdev-export', 'rkd_fastai')]
+problems = [f'{f} is not what its notebook exports: run `make export`'
+            for f in changed_by('nbdev-export', 'rkd_fastai')]
 problems += [f'{f} is not clean: run `make export`' for f in changed_by('nbdev-clean', 'nbs')]
-if (root/'README.md').read_text(encoding='utf8') != readme(): problems.append('README.md differs from nbs/index.ipynb: run `make export`')
+if (root/'README.md').read_text(encoding='utf8') != readme():
+    problems.append('README.md differs from nbs/index.ipynb: run `make export`')
 print('\n'.join(problems) or 'notebooks, modules and README are in step')
 sys.exit(bool(problems))

@@ -11,11 +11,14 @@ from rkd_fastai.study.study import Study, study_report
 kept = ('card.json', 'history.csv', 'results.json')
 
 def collect(spec, folder):
-    "The new folder, with those cells of `folder`, and their teachers, that the study `spec` asks for; an older one is replaced"
+    """The new folder, with those cells of `folder`, and their teachers, that the study `spec` asks for; an older one
+    is replaced"""
     study,out = Study(spec, folder),Path(spec).with_suffix('')
     undone = [c.id for c in study.cells if not study.is_done(c)]
-    if undone: raise SystemExit(f"{len(undone)} of {len(study.cells)} cells in {folder} are not done: {', '.join(undone)}")
-    if out.resolve() == study.out.resolve(): raise SystemExit(f"{out} is where the results go: name the folder that the study ran in")
+    if undone:
+        raise SystemExit(f"{len(undone)} of {len(study.cells)} cells in {folder} are not done: {', '.join(undone)}")
+    if out.resolve() == study.out.resolve():
+        raise SystemExit(f"{out} is where the results go: name the folder that the study ran in")
     shutil.rmtree(out, ignore_errors=True)
     for c in [*study.cells, *study.teachers]:
         was = study.folder(c)
@@ -24,7 +27,8 @@ def collect(spec, folder):
         for name in kept:
             if (was/name).exists(): shutil.copy(was/name, to)
     made = json.loads((study.out/'study.json').read_text(encoding='utf8'))
-    (out/'study.json').write_text(json.dumps(made | dict(title=study.title), indent=2), encoding='utf8') # several studies may share `folder`
+    # several studies may share `folder`
+    (out/'study.json').write_text(json.dumps(made | dict(title=study.title), indent=2), encoding='utf8')
     return out
 
 def main(spec, folder):

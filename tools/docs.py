@@ -9,13 +9,16 @@ root = Path(__file__).parent.parent
 # --- which page is where ---
 
 how_to = ['choosing_a_teacher', 'works_with', 'faq']
-packages = dict(attacks='Attacks', data='Data', evaluation='Evaluation', callback='Callbacks', study='Studies', cli='Command line') # folders of nbs/
+packages = dict(attacks='Attacks', data='Data', evaluation='Evaluation', callback='Callbacks', study='Studies',
+                cli='Command line') # folders of nbs/
 basics = 'Modules' # the numbered notebooks of nbs/ itself
 
-titles = {'SECURITY': 'Security', 'CHANGELOG': 'Changelog', 'bench/NOTES': 'Benchmark notes'} # where a page's own is too long, or is none
+# where a page's own is too long, or is none
+titles = {'SECURITY': 'Security', 'CHANGELOG': 'Changelog', 'bench/NOTES': 'Benchmark notes'}
 
 def notebooks(base=root):
-    "Page name → notebook of `base`; numbered ones are the reference: `reference/attacks.pgd` → nbs/attacks/01_pgd.ipynb"
+    """Page name → notebook of `base`; numbered ones are the reference: `reference/attacks.pgd` →
+    nbs/attacks/01_pgd.ipynb"""
     found = sorted(f for f in (base/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
     def page(f):
         path = f.relative_to(base/'nbs').with_suffix('')
@@ -24,7 +27,8 @@ def notebooks(base=root):
     return {page(f): f for f in found}
 
 def groups(base=root):
-    "Page name of each group of the reference → `(title, its pages)`: the modules of the package itself, then each package in it"
+    """Page name of each group of the reference → `(title, its pages)`: the modules of the package itself, then each
+    package in it"""
     pages = {'': [], **{p: [] for p in packages}}
     for p in notebooks(base):
         if p.startswith('reference/'): pages.setdefault(p.removeprefix('reference/').rpartition('.')[0], []).append(p)
@@ -38,7 +42,8 @@ def navigation(base=root):
             ('Tutorials', [n for n in notebooks(base) if n.startswith('tutorials/')]),
             ('How-to', how_to),
             ('Reference', list(groups(base))),
-            ('Paper and results', ['paper_to_code', *there(['results/fashion_mnist/README', 'bench/README', 'bench/NOTES'])]),
+            ('Paper and results', ['paper_to_code', *there(['results/fashion_mnist/README', 'bench/README',
+                                                            'bench/NOTES'])]),
             ('Project', there(['docs/architecture', 'CONTRIBUTING', 'tests/README', 'SECURITY', 'CHANGELOG']))]
 
 def sources(base=root):
@@ -48,11 +53,13 @@ def sources(base=root):
 
 def check_navigation(base=root):
     "Raise unless each notebook is in the navigation once"
-    listed = ['index', *[p for _,pages in navigation(base) for p in pages if p not in groups(base)], *[p for _,pages in groups(base).values() for p in pages]]
+    listed = ['index', *[p for _,pages in navigation(base) for p in pages if p not in groups(base)],
+              *[p for _,pages in groups(base).values() for p in pages]]
     twice, missing = {p for p in listed if listed.count(p) > 1}, set(notebooks(base)) - set(listed)
     gone = [p for p in listed if p not in sources(base) or not sources(base)[p].exists()]
     if twice or missing or gone:
-        raise ValueError(f"the navigation in tools/docs.py has {sorted(twice)} twice, lacks {sorted(missing)} and names {gone}, which are not there")
+        raise ValueError(f"the navigation in tools/docs.py has {sorted(twice)} twice, lacks {sorted(missing)} and "
+                         f"names {gone}, which are not there")
 
 # --- links ---
 
@@ -73,7 +80,8 @@ class Links:
         "The file that relative `target` means: from its own folder, from nbs/ by name of the page, or from the root"
         f = self.pages[page].parent/target
         name = re.sub(r'\.html$', '', target)
-        by_name = self.pages.get(name, self.pages.get(f'reference/{name}'.replace('/', '.').replace('reference.', 'reference/', 1), f))
+        by_name = self.pages.get(name, self.pages.get(f'reference/{name}'.replace('/', '.')
+                                                      .replace('reference.', 'reference/', 1), f))
         return next((o.resolve() for o in (f, by_name, self.base/target) if o.exists()), None)
 
     def to(self, page, other):
@@ -87,7 +95,8 @@ class Links:
         if re.match(r'[a-z]+:|#', link): return link
         path, _, fragment = link.partition('#')
         f = self.find(path, page)
-        if f is None: raise ValueError(f"{self.pages[page].relative_to(self.base)} links to `{link}`, which is not there")
+        if f is None:
+            raise ValueError(f"{self.pages[page].relative_to(self.base)} links to `{link}`, which is not there")
         if f in self.page_of: return self.to(page, self.page_of[f]) + (f'#{fragment}' if fragment else '')
         inside = f.relative_to(self.base.resolve())
         if f.suffix in ('.png', '.svg', '.jpg'):
@@ -106,7 +115,8 @@ class Links:
         "Markdown `md` of `page` with all its links"
         pieces = split_code(md)
         for i,p in enumerate(pieces):
-            if i % 2 == 0: pieces[i] = re.sub(r'(\]\()([^)\s]+)(\))', lambda m: m[1] + self.target(m[2], page) + m[3], p)
+            if i % 2 == 0:
+                pieces[i] = re.sub(r'(\]\()([^)\s]+)(\))', lambda m: m[1] + self.target(m[2], page) + m[3], p)
             else:
                 line = ''.join(pieces[:i]).rpartition('\n')[2]
                 bare = not line.startswith('#') and line.count('[') == line.count(']') and not p.startswith('``')
@@ -115,7 +125,8 @@ class Links:
 
 # --- documentation of symbols ---
 
-def directives(cell): return re.findall(r'^#\|\s*(\S+)', ''.join(cell['source']), re.M) if cell['cell_type'] == 'code' else []
+def directives(cell):
+    return re.findall(r'^#\|\s*(\S+)', ''.join(cell['source']), re.M) if cell['cell_type'] == 'code' else []
 
 def definitions(cell):
     "Public functions and classes of an exported cell, by name: `Learner.fit` where it is patched"
@@ -128,17 +139,22 @@ def definitions(cell):
         for n in [names] if isinstance(names, str) else names: found[n] = node
     return found
 
-def default_exp(cells): return next((m.group(1) for c in cells if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']), re.M))), None)
+def default_exp(cells):
+    return next((m.group(1) for c in cells if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']),
+                                                              re.M))), None)
 
 def written_defaults(node):
-    "Argument → default as it was written (`8/255`), of the syntax tree of a function, a class's `__init__`, or a dataclass's fields"
+    """Argument → default as it was written (`8/255`), of the syntax tree of a function, a class's `__init__`, or a
+    dataclass's fields"""
     init = node
-    if isinstance(node, ast.ClassDef): init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == '__init__'), None)
+    if isinstance(node, ast.ClassDef):
+        init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == '__init__'), None)
     if init is None: both = [(o.target.id, o.value) for o in node.body if isinstance(o, ast.AnnAssign)]
     else:
         a = init.args
         names = [o.arg for o in a.posonlyargs + a.args]
-        both = list(zip(names[len(names)-len(a.defaults):], a.defaults)) + list(zip([o.arg for o in a.kwonlyargs], a.kw_defaults))
+        both = (list(zip(names[len(names)-len(a.defaults):], a.defaults))
+                + list(zip([o.arg for o in a.kwonlyargs], a.kw_defaults)))
     return {n: re.sub(' ([/*]) ', r'\1', ast.unparse(d)) for n,d in both if d is not None}
 
 def type_name(t): return '' if t in (inspect._empty, type(None)) else getattr(t, '__name__', str(t))
@@ -146,12 +162,14 @@ def type_name(t): return '' if t in (inspect._empty, type(None)) else getattr(t,
 def arguments(obj, node):
     "`(name, type, default, comment)` of every argument"
     from fastcore.docments import docments
-    written, kinds, rows = written_defaults(node), {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}, []
+    written, kinds, rows = written_defaults(node), {inspect.Parameter.VAR_POSITIONAL: '*',
+                                                    inspect.Parameter.VAR_KEYWORD: '**'}, []
     try: docs = docments(obj, full=True)
     except (ValueError, TypeError): return []
     for name,o in docs.items():
         if name in ('self', 'cls', 'return'): continue
-        default = '' if o['default'] is inspect._empty else written.get(name, getattr(o['default'], '__name__', repr(o['default'])))
+        default = ('' if o['default'] is inspect._empty
+                   else written.get(name, getattr(o['default'], '__name__', repr(o['default']))))
         rows.append((kinds.get(o['kind'], '') + name, type_name(o['anno']), default, o['docment'] or ''))
     return rows
 
@@ -167,36 +185,43 @@ def table(args, link=str):
     code = lambda o: f'`{o}`'.replace('|', r'\|') if o else ''
     rows = [(code(n), code(t), code(d), escape(c, link)) for n,t,d,c in args]
     kept = [i for i in range(4) if any(r[i] for r in rows)]
-    lines = [[('Argument', 'Type', 'Default', 'Meaning')[i] for i in kept], ['---']*len(kept), *[[r[i] for i in kept] for r in rows]]
+    lines = [[('Argument', 'Type', 'Default', 'Meaning')[i] for i in kept], ['---']*len(kept),
+             *[[r[i] for i in kept] for r in rows]]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 def signature(name, args):
     "The call, wrapped where it is long"
     inner = ', '.join(n + (f'={d}' if d else '') for n,_,d,_ in args)
-    return '\n'.join(textwrap.wrap(f'{name}({inner})', 84, subsequent_indent=' '*4, break_long_words=False, break_on_hyphens=False))
+    return '\n'.join(textwrap.wrap(f'{name}({inner})', 84, subsequent_indent=' '*4, break_long_words=False,
+                                   break_on_hyphens=False))
 
 def source_url(obj, repository):
     "Page of the line where `obj` is defined, or None"
     try: f, line = inspect.getsourcefile(inspect.unwrap(obj)), inspect.getsourcelines(inspect.unwrap(obj))[1]
     except (TypeError, OSError): return None
     inside = Path(f).resolve()
-    return f'{repository}/blob/main/{inside.relative_to(root.resolve()).as_posix()}#L{line}' if inside.is_relative_to(root.resolve()) else None
+    return (f'{repository}/blob/main/{inside.relative_to(root.resolve()).as_posix()}#L{line}'
+            if inside.is_relative_to(root.resolve()) else None)
 
 def documented_methods(cls, node):
     "Public methods that a class defines with a docstring of its own"
     if not isinstance(node, ast.ClassDef): return {}
-    found = {f.name: f for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith('_') and ast.get_docstring(f)}
+    found = {f.name: f for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith('_')
+             and ast.get_docstring(f)}
     return {n: f for n,f in found.items() if not isinstance(vars(cls).get(n), property)}
 
 def show_doc(name, obj, node, repository, level=3, link=str):
-    "Heading, source, signature, docstring and table of one symbol, and of a class its documented methods; `link` is of `escape`"
+    """Heading, source, signature, docstring and table of one symbol, and of a class its documented methods; `link`
+    is of `escape`"""
     args, url = arguments(obj, node), source_url(obj, repository)
     own = {f'`{o}`' for o in (name, *(n for n,*_ in args))}
     other = lambda span: span if span in own else link(span)
     shown = signature(name, args)
-    parts = [f"{'#'*level} {name}", f'<a class="api-source" href="{url}">source</a>' if url else '', f'```python\n{shown}\n```',
+    parts = [f"{'#'*level} {name}", f'<a class="api-source" href="{url}">source</a>' if url else '',
+             f'```python\n{shown}\n```',
              escape(ast.get_docstring(node) or '', other), table(args, other) if any(c for *_,c in args) else '']
-    methods = [show_doc(f'{name}.{n}', getattr(obj, n), f, repository, level+1, link) for n,f in documented_methods(obj, node).items()]
+    methods = [show_doc(f'{name}.{n}', getattr(obj, n), f, repository, level+1, link)
+               for n,f in documented_methods(obj, node).items()]
     return '\n\n'.join([p for p in parts if p] + methods)
 
 def shown(cell, module, page, links):
@@ -216,7 +241,8 @@ def described(cell, where):
     "`cell` with the alternative text of its figures, from `#| fig-alt:`, where Sphinx looks for it"
     src, images = ''.join(cell['source']), [o for o in cell['outputs'] if 'image/png' in o.get('data', {})]
     alt = re.search(r'^#\|\s*fig-alt:\s*"?(.+?)"?\s*$', src, re.M)
-    if images and not alt: raise ValueError(f"{where} stores a figure without a `#| fig-alt:` line that describes it: {src[:80]}")
+    if images and not alt:
+        raise ValueError(f"{where} stores a figure without a `#| fig-alt:` line that describes it: {src[:80]}")
     meta = {'mystnb': {'image': {'alt': alt.group(1)}}} if alt else {}
     return dict(cell, metadata=meta, source=re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip('\n'))
 
@@ -258,7 +284,8 @@ def write_page(page, links, out):
     to.parent.mkdir(parents=True, exist_ok=True)
     if f.suffix == '.md': return to.write_text(links.rewrite(f.read_text(encoding='utf8'), page), encoding='utf8')
     cells = page_cells(page, links)
-    if page == 'index': cells += [markdown(toctree(page, pages, caption)) for caption,pages in navigation(links.base) if pages]
+    if page == 'index':
+        cells += [markdown(toctree(page, pages, caption)) for caption,pages in navigation(links.base) if pages]
     nb = json.loads(f.read_text(encoding='utf8'))
     to.write_text(json.dumps(dict(nb, cells=[dict(c, id=f'c{i}') for i,c in enumerate(cells)])), encoding='utf8')
 
@@ -297,7 +324,8 @@ def build(pages=root/'_proc', site=root/'_docs'):
     make_pages(pages)
     if site.exists(): shutil.rmtree(site)
     with tempfile.TemporaryDirectory() as tmp: # Sphinx and MyST leave things beside the site
-        subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-c', root/'docs', '-d', f'{tmp}/doctrees',
+        subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-c', root/'docs', '-d',
+                        f'{tmp}/doctrees',
                         '-D', f'html_static_path={pages}/_static', pages, f'{tmp}/site'], check=True)
         shutil.move(f'{tmp}/site', site)
     return site

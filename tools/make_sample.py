@@ -1,4 +1,5 @@
-"Write the sample of Fashion-MNIST that the package ships, the same bytes each time. Usage: python tools/make_sample.py FOLDER-OF-THE-IDX-FILES"
+"""Write the sample of Fashion-MNIST that the package ships, the same bytes each time. Usage: python
+tools/make_sample.py FOLDER-OF-THE-IDX-FILES"""
 import sys
 from pathlib import Path
 import numpy as np

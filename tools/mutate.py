@@ -12,33 +12,42 @@ root = Path(__file__).parent.parent
 
 # group: (module, its functions and classes, the tests that have to notice)
 groups = dict(
-    losses=('losses.py', ['_ce','_kl','soft_targets','ensemble_probs','ckd_loss','ard_loss','rslad_loss','akd_loss','trades_loss'], ['tests/test_losses.py']),
-    pgd=('attacks.py', ['_settle','_lengths','_Linf','_L2','PGD.loss','PGD.perturb','PGD._ascend','PGD._noise','PGD._score'],
+    losses=('losses.py',
+            ['_ce','_kl','soft_targets','ensemble_probs','ckd_loss','ard_loss','rslad_loss','akd_loss','trades_loss'],
+            ['tests/test_losses.py']),
+    pgd=('attacks.py',
+         ['_settle','_lengths','_Linf','_L2','PGD.loss','PGD.perturb','PGD._ascend','PGD._noise','PGD._score'],
          ['tests/attacks/test_attacks.py', '-k', 'not autoattack and not AutoAttack']),
     search=('search.py', None, ['tests/attacks/test_search.py']),
 )
 
 # mutants that change nothing: (module, before, after), and why
 harmless = {
-    ('attacks.py', 'torch.sign(wide - x_adv).to(torch.int16) * too_far', 'torch.sign(wide - x_adv).to(torch.int16) / too_far'): 'a quotient by zero is 0 as an int16',
+    ('attacks.py', 'torch.sign(wide - x_adv).to(torch.int16) * too_far',
+     'torch.sign(wide - x_adv).to(torch.int16) / too_far'): 'a quotient by zero is 0 as an int16',
     ('search.py', 'gap >= 0', 'gap > 0'): 'a gap of 0 is no way to go, in either direction',
     ('search.py', 'w > 0', 'w >= 0'): 'a component of weight 0 does not move',
-    ('search.py', 'room > by[:, None]', 'room >= by[:, None]'): 'a component that has just arrived makes one step shorter, of thirty',
+    ('search.py', 'room > by[:, None]', 'room >= by[:, None]'): 'a component that has just arrived makes one step '
+                                                                'shorter, of thirty',
     **{('search.py', *swap): 'how often it looks whether it is done' for swap in
        (('i % 4 == 3', 'i % 4 != 3'), ('i % 4', 'i * 4'), ('more <= 1e-06 * by', 'more < 1e-06 * by'))},
     ('search.py', '2 * eps * colour', '2 * eps / colour'): 'colours are 1 and -1',
-    ('search.py', 'eps * _random((n, c, 1, w), rng, x.device).sign()', 'eps / _random((n, c, 1, w), rng, x.device).sign()'): 'so are these',
+    ('search.py', 'eps * _random((n, c, 1, w), rng, x.device).sign()',
+     'eps / _random((n, c, 1, w), rng, x.device).sign()'): 'so are these',
 }
 
-swaps = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.Pow: [ast.Mult], ast.FloorDiv: [ast.Mult], ast.Mod: [ast.Mult],
-         ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
+swaps = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.Pow: [ast.Mult],
+         ast.FloorDiv: [ast.Mult], ast.Mod: [ast.Mult],
+         ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt],
+         ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
          ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd], ast.And: [ast.Or], ast.Or: [ast.And]}
 
 def defined(tree, names):
     "The functions and classes called `names` in `tree`, `Class.method` for methods; all of them where `names` is None"
     top = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     if names is None: return top
-    found = {n.name: n for n in top} | {f'{c.name}.{m.name}': m for c in top if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)}
+    found = {n.name: n for n in top} | {f'{c.name}.{m.name}': m for c in top if isinstance(c, ast.ClassDef)
+                                        for m in c.body if isinstance(m, ast.FunctionDef)}
     return [found[n] for n in names]
 
 def operators(node):
@@ -56,9 +65,11 @@ def changes(node):
             setattr(node, attr, new)
             return lambda: setattr(node, attr, old)
         return change
-    if isinstance(node, ast.UnaryOp): return [put('op', ast.UAdd())] if isinstance(node.op, ast.USub) else [put('op', ast.USub())]
+    if isinstance(node, ast.UnaryOp):
+        return [put('op', ast.UAdd())] if isinstance(node.op, ast.USub) else [put('op', ast.USub())]
     if isinstance(node, ast.Compare):
-        return [put('ops', [*node.ops[:i], new(), *node.ops[i+1:]]) for i,op in enumerate(node.ops) for new in swaps.get(type(op), [])]
+        return [put('ops', [*node.ops[:i], new(), *node.ops[i+1:]]) for i,op in enumerate(node.ops)
+                for new in swaps.get(type(op), [])]
     return [put('op', new()) for new in swaps.get(type(node.op), [])]
 
 def mutants(source, names):
@@ -81,14 +92,16 @@ def survives(folder, tests, seconds=300):
         os.dup2(null, 1); os.dup2(null, 2)
         os.chdir(folder); sys.path.insert(0, str(folder))
         import pytest
-        os._exit(int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '-p', 'no:randomly', '-W', 'ignore::pytest.PytestAssertRewriteWarning', *tests])))
+        os._exit(int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '-p', 'no:randomly', '-W',
+                                  'ignore::pytest.PytestAssertRewriteWarning', *tests])))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 def check(group):
     "Mutants of `group` that survive, as texts"
     module,names,tests = groups[group]
     with tempfile.TemporaryDirectory() as tmp:
-        for part in ('rkd_fastai', 'tests'): shutil.copytree(root/part, Path(tmp)/part, ignore=shutil.ignore_patterns('__pycache__'))
+        for part in ('rkd_fastai', 'tests'):
+            shutil.copytree(root/part, Path(tmp)/part, ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(root/'pyproject.toml', tmp)
         path = Path(tmp)/'rkd_fastai'/module
         source,left,n = path.read_text(), [], 0

@@ -7,7 +7,9 @@ root = Path(__file__).parent.parent
 def cell_md(cell):
     "One cell as Markdown, or None"
     src = ''.join(cell['source'])
-    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!https?:|#)([^)\s]+)\)', lambda m: f"]({posixpath.normpath(f'nbs/{m[1]}')})", src) # from nbs/ to the root
+    if cell['cell_type'] == 'markdown':
+        # from nbs/ to the root
+        return re.sub(r'\]\((?!https?:|#)([^)\s]+)\)', lambda m: f"]({posixpath.normpath(f'nbs/{m[1]}')})", src)
     if re.match(r'#\|\s*(hide|default_exp)', src): return None
     src = re.sub(r'^#\|.*\n', '', src, flags=re.M)
     return f'```python\n{src}\n```'

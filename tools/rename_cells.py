@@ -15,14 +15,17 @@ old_values = dict(resnet18='cifar_resnet18')
 
 def new_settings(settings):
     "The settings of a cell as they are written now, from those that an older version wrote"
-    named = {old_names.get(k, k): old_values.get(v, v) if k in ('arch','teacher_arch') else v for k,v in settings.items()}
+    named = {old_names.get(k, k): old_values.get(v, v) if k in ('arch','teacher_arch') else v
+             for k,v in settings.items()}
     return settings_of(cell_from(named))
 
 def rename(folder):
     "Rename one cell's folder and return its new name"
-    files = {f: json.loads(f.read_text(encoding='utf8')) for name in ('card.json','results.json') if (f := folder/name).exists()}
+    files = {f: json.loads(f.read_text(encoding='utf8')) for name in ('card.json','results.json')
+             if (f := folder/name).exists()}
     settings = [new_settings(d['cell']) for d in files.values()]
-    if not settings or any(s != settings[0] for s in settings): raise SystemExit(f"{folder}: its files do not name one cell")
+    if not settings or any(s != settings[0] for s in settings):
+        raise SystemExit(f"{folder}: its files do not name one cell")
     for f,d in files.items():
         new = d | dict(cell=settings[0]) | ({'arch': old_values.get(d['arch'], d['arch'])} if 'arch' in d else {})
         if new != d: write_atomic(f, json.dumps(new, indent=2))
@@ -33,7 +36,9 @@ def rename(folder):
     return new.name
 
 def main(study):
-    if not (Path(study)/'study.json').exists(): raise SystemExit(f"{study} holds no study.json: name the folder of a study")
-    for folder in sorted([*Path(study).glob('cells/*/'), *Path(study).glob('teachers/*/')]): print(f'{folder.name} -> {rename(folder)}')
+    if not (Path(study)/'study.json').exists():
+        raise SystemExit(f"{study} holds no study.json: name the folder of a study")
+    for folder in sorted([*Path(study).glob('cells/*/'), *Path(study).glob('teachers/*/')]):
+        print(f'{folder.name} -> {rename(folder)}')
 
 if __name__ == '__main__': main(*sys.argv[1:])

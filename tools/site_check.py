@@ -1,4 +1,5 @@
-"Open every page of a built site in headless Chromium, on a phone and a desk, light and dark, and say what is wrong with it."
+"""Open every page of a built site in headless Chromium, on a phone and a desk, light and dark, and say what is wrong
+with it."""
 import argparse, base64, json, shutil, subprocess, sys, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -49,18 +50,21 @@ def served(site):
     try: yield f'http://127.0.0.1:{server.server_port}'
     finally: server.shutdown(); server.server_close()
 
-def find_chromium(): return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+def find_chromium():
+    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
 
 def chromium():
     "Chromium's path, or a SystemExit that says how to get it"
-    if (found := find_chromium()) is None: raise SystemExit('no chromium found: install it, for example with `apt-get install chromium`')
+    if (found := find_chromium()) is None:
+        raise SystemExit('no chromium found: install it, for example with `apt-get install chromium`')
     return found
 
 class Browser:
     "A headless Chromium with one page, spoken to through its DevTools protocol"
     def __enter__(self):
         self.folder, self.n, self.events, self.stack = tempfile.mkdtemp(), 0, [], ExitStack()
-        args = ['--headless=new', '--no-sandbox', '--remote-debugging-port=0', f'--user-data-dir={self.folder}', '--disable-gpu',
+        args = ['--headless=new', '--no-sandbox', '--remote-debugging-port=0', f'--user-data-dir={self.folder}',
+                '--disable-gpu',
                 '--hide-scrollbars', '--no-first-run', '--disable-background-networking', 'about:blank']
         self.process = subprocess.Popen([chromium(), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try: self.connect()
@@ -76,7 +80,8 @@ class Browser:
             time.sleep(.1)
         where, path = port.read_text().split()
         self.session = None
-        self.socket = self.stack.enter_context(connect(f'ws://127.0.0.1:{where}{path}', max_size=None, compression=None, ping_interval=None))
+        self.socket = self.stack.enter_context(connect(f'ws://127.0.0.1:{where}{path}', max_size=None,
+                                                       compression=None, ping_interval=None))
         target = self.call('Target.createTarget', url='about:blank')['targetId']
         self.session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
         for domain in ('Page', 'Runtime', 'Network', 'Log'): self.call(f'{domain}.enable')
@@ -90,7 +95,8 @@ class Browser:
     def call(self, method, **params):
         "What `method` returns; events that come before it are kept in `events`"
         self.n += 1
-        self.socket.send(json.dumps(dict(id=self.n, method=method, params=params) | (dict(sessionId=self.session) if self.session else {})))
+        self.socket.send(json.dumps(dict(id=self.n, method=method, params=params)
+                                    | (dict(sessionId=self.session) if self.session else {})))
         while (got := json.loads(self.socket.recv(timeout=120))).get('id') != self.n: self.events.append(got)
         if 'error' in got: raise RuntimeError(f"{method}: {got['error']['message']}")
         return got['result']
@@ -99,7 +105,8 @@ class Browser:
         "Go to `url` and wait until it is loaded; returns the events of that"
         self.events.clear()
         self.call('Page.navigate', url=url)
-        while not any(e.get('method') == 'Page.loadEventFired' for e in self.events): self.events.append(json.loads(self.socket.recv(timeout=120)))
+        while not any(e.get('method') == 'Page.loadEventFired' for e in self.events):
+            self.events.append(json.loads(self.socket.recv(timeout=120)))
 
     def js(self, code):
         "The value of the expression `code`"
@@ -116,7 +123,8 @@ class Browser:
         "Write a PNG of the page's first `height` pixels"
         tall = min(height, self.js('document.documentElement.scrollHeight'))
         width = self.js('innerWidth')
-        png = self.call('Page.captureScreenshot', captureBeyondViewport=True, clip=dict(x=0, y=0, width=width, height=tall, scale=1))
+        png = self.call('Page.captureScreenshot', captureBeyondViewport=True,
+                        clip=dict(x=0, y=0, width=width, height=tall, scale=1))
         path.write_bytes(base64.b64decode(png['data']))
 
 def complaints(events, home):
@@ -125,11 +133,13 @@ def complaints(events, home):
         p = e.get('params', {})
         match e.get('method'):
             case 'Runtime.exceptionThrown': yield f"error: {p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text'])}"
-            case 'Runtime.consoleAPICalled' if p['type'] in ('error', 'assert'): yield f"on the console: {[a.get('value') for a in p['args']]}"
+            case 'Runtime.consoleAPICalled' if p['type'] in ('error',
+                                                             'assert'): yield f"on the console: {[a.get('value') for a in p['args']]}"
             case 'Log.entryAdded' if p['entry']['level'] == 'error': yield f"in the log: {p['entry']['text']} {p['entry'].get('url', '')}"
             case 'Network.loadingFailed' if not p.get('canceled'): yield f"a request failed: {p['errorText']}"
             case 'Network.responseReceived' if p['response']['status'] >= 400: yield f"{p['response']['status']}: {p['response']['url']}"
-            case 'Network.requestWillBeSent' if not p['request']['url'].startswith((home, 'data:', 'blob:')): yield f"fetches {p['request']['url']}"
+            case 'Network.requestWillBeSent' if not p['request']['url'].startswith(
+                (home, 'data:', 'blob:')): yield f"fetches {p['request']['url']}"
 
 def layout(browser):
     "What is wrong with the open page's layout, at each width and in each scheme"
@@ -139,7 +149,8 @@ def layout(browser):
             m, where = browser.js(measure), f'at {width} pixels, {scheme}'
             if m['over'] > 0: yield f"{m['over']} pixels too wide {where}: {m['widest']}"
             shades = [m['page'], 1 - m['ink']] + ([m['code']] if m['code'] is not None else [])
-            if any((s > .5) != (scheme == 'light') for s in shades): yield f'page, text or code in the colours of the other scheme {where}: {shades}'
+            if any((s > .5) != (scheme == 'light') for s in shades):
+                yield f'page, text or code in the colours of the other scheme {where}: {shades}'
 
 def dead(links, ids, site, home, repository):
     "Links of the pages `{page: [url]}` that lead nowhere, on the site or in the repository"
@@ -149,10 +160,12 @@ def dead(links, ids, site, home, repository):
             if plain.startswith(home):
                 other = unquote(plain[len(home):]).lstrip('/') or 'index.html'
                 if not (site/other).exists(): yield f'{page}: {other} is not there'
-                elif fragment and other in ids and unquote(fragment) not in ids[other]: yield f'{page}: {other} has no #{fragment}'
+                elif fragment and other in ids and unquote(fragment) not in ids[other]:
+                    yield f'{page}: {other} has no #{fragment}'
             elif plain.startswith(f'{repository}/'):
                 inside = plain[len(repository)+1:].split('/', 2)
-                if inside[0] in ('blob', 'tree') and not (root/unquote(inside[2])).exists(): yield f'{page}: the repository has no {inside[2]}'
+                if inside[0] in ('blob', 'tree') and not (root/unquote(inside[2])).exists():
+                    yield f'{page}: the repository has no {inside[2]}'
 
 def found_by_search(browser, home, word='AKDCallback', page='callback.distill.html', tries=100):
     "What is wrong with the search for `word`, which `page` defines"
@@ -170,7 +183,8 @@ def check_page(browser, home, page, shots=None):
     browser.open(f'{home}/{page}')
     seen = browser.js(look)
     links, ids = seen.pop('links'), set(seen.pop('ids'))
-    problems = list(complaints(browser.events, home)) + [f'{what}: {o.strip()[:120]}' for what,found in seen.items() for o in found]
+    problems = (list(complaints(browser.events, home))
+                + [f'{what}: {o.strip()[:120]}' for what,found in seen.items() for o in found])
     problems += layout(browser)
     for width,scheme in [(w, s) for w in widths for s in schemes] if shots else []:
         browser.screen(width, scheme)
@@ -179,7 +193,8 @@ def check_page(browser, home, page, shots=None):
 
 def check(site, shots=None, only=None):
     "All that is wrong with the site in folder `site`, a line each; with pictures of every page in the folder `shots`"
-    pages = sorted({f.relative_to(site).as_posix() for f in site.rglob('*.html')} - {'search.html', 'genindex.html'}) # Sphinx's own
+    # Sphinx's own
+    pages = sorted({f.relative_to(site).as_posix() for f in site.rglob('*.html')} - {'search.html', 'genindex.html'})
     problems, links, ids = [], {}, {}
     if shots: shots.mkdir(parents=True, exist_ok=True)
     with served(site) as home, Browser() as browser:

@@ -15,7 +15,9 @@ def _ce(logits, y, target): return F.cross_entropy(logits, y, reduction='none')
 
 def _sorted(logits, least):
     "Each image's logits, the largest last"
-    if logits.shape[1] < least: raise ValueError(f"this DLR loss needs {least} classes, but `model` tells {logits.shape[1]}: take `loss='ce'` without `targets`")
+    if logits.shape[1] < least:
+        raise ValueError(f"this DLR loss needs {least} classes, but `model` tells {logits.shape[1]}: take `loss='ce'` "
+                         "without `targets`")
     return logits.sort(1).values
 
 def _dlr(logits, y, target):
@@ -36,10 +38,13 @@ class _APGD:
         noise = uniform_noise(x.shape, rng, x.device)
         now = (x + eps*noise/per_image(noise.abs().flatten(1).amax(1))).clamp(0, 1)
         zero = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now, step=per_image(zero + 2*eps),
-                         value=zero, rises=zero, best_value=zero - torch.inf, best=now, best_grad=now, halved=zero == 0, checked=zero)
+        self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now,
+                         step=per_image(zero + 2*eps),
+                         value=zero, rises=zero, best_value=zero - torch.inf, best=now, best_grad=now,
+                         halved=zero == 0, checked=zero)
         self.look()
-        self.rows |= dict(value=self.rows['value']*0, rises=self.rows['rises']*0, checked=self.rows['best_value']) # the start counts as zero
+        # the start counts as zero
+        self.rows |= dict(value=self.rows['value']*0, rises=self.rows['rises']*0, checked=self.rows['best_value'])
 
     def look(self):
         "Ask the model about `now`, keep what is best, and drop the images that fell"
@@ -50,8 +55,10 @@ class _APGD:
         grad, = torch.autograd.grad(value.sum(), x)
         value = value.detach()
         better = value > r['best_value']
-        r |= dict(grad=grad, rises=r['rises'] + (value > r['value']), value=value, best_value=torch.where(better, value, r['best_value']),
-                  best=torch.where(per_image(better), x.detach(), r['best']), best_grad=torch.where(per_image(better), grad, r['best_grad']))
+        r |= dict(grad=grad, rises=r['rises'] + (value > r['value']), value=value,
+                  best_value=torch.where(better, value, r['best_value']),
+                  best=torch.where(per_image(better), x.detach(), r['best']),
+                  best_grad=torch.where(per_image(better), grad, r['best_grad']))
         stands = logits.argmax(1) == r['y']
         self.fallen.append((r['i'][~stands], r['now'][~stands]))
         self.rows = kept_rows(r, stands)
@@ -68,7 +75,8 @@ class _APGD:
         r = self.rows
         stuck = (r['rises'] <= .75*k) | (~r['halved'] & (r['checked'] >= r['best_value']))
         s = per_image(stuck)
-        r |= dict(halved=stuck, checked=r['best_value'], rises=r['rises']*0, step=torch.where(s, r['step']/2, r['step']),
+        r |= dict(halved=stuck, checked=r['best_value'], rises=r['rises']*0,
+                  step=torch.where(s, r['step']/2, r['step']),
                   now=torch.where(s, r['best'], r['now']), grad=torch.where(s, r['best_grad'], r['grad']))
 
     def run(self, steps):
@@ -104,4 +112,5 @@ def apgd(
         f = _dlr_targeted if targets else dict(ce=_ce, dlr=_dlr)[loss]
         i,found = _APGD(model, x[idx], y[idx], target, eps, f, rng).run(steps)
         return idx[i],found
-    return run_on_remaining(x, [lambda idx, rank=rank: run(idx, rank) for rank in range(2, targets+2)] if targets else [run]*restarts)
+    return run_on_remaining(x, [lambda idx, rank=rank: run(idx, rank) for rank in range(2, targets+2)] if targets
+                            else [run]*restarts)

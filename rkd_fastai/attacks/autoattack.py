@@ -25,9 +25,11 @@ def _autoattack_parts(version, n_out):
     "The published composition of `version`, or the one part that it names, as far as it is defined for `n_out` classes"
     if version in _names:
         least = _least.get(version, 2)
-        if n_out < least: raise ValueError(f"{version} is defined for {least} classes and more, but `model` has {n_out}")
+        if n_out < least:
+            raise ValueError(f"{version} is defined for {least} classes and more, but `model` has {n_out}")
         return [version]
-    parts = dict(standard=['apgd-ce','apgd-t','fab-t','square'], plus=['apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'],
+    parts = dict(standard=['apgd-ce','apgd-t','fab-t','square'],
+                 plus=['apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'],
                  rand=['apgd-ce','apgd-dlr'])[version]
     if n_out == 3: parts = ['apgd-dlr' if p == 'apgd-t' else p for p in parts]
     return list(dict.fromkeys(p for p in parts if n_out >= _least.get(p, 2)))
@@ -35,8 +37,10 @@ def _autoattack_parts(version, n_out):
 def _check_height(x, norm, parts):
     "The package tiles an image with squares of a fifth of its height, to start Square in L2"
     if norm == 'L2' and 'square' in parts and x.shape[2] < 5:
-        raise ValueError(f"Square in L2 needs images at least 5 pixels high, but these are {x.shape[2]}×{x.shape[3]}: enlarge or transpose them "
-                         "for this network, or take the other parts one by one (`version='apgd-ce'`, 'apgd-t', 'fab-t'), or PGD")
+        raise ValueError(f"Square in L2 needs images at least 5 pixels high, but these are {x.shape[2]}×{x.shape[3]}: "
+                         "enlarge or transpose them "
+                         "for this network, or take the other parts one by one (`version='apgd-ce'`, 'apgd-t', "
+                         "'fab-t'), or PGD")
 
 class _Part(Attack):
     "One part of the AutoAttack `whole`, on networks of `n_out` classes"
@@ -51,7 +55,8 @@ class _Part(Attack):
     ):
         "The package's own object for this part"
         aa = self.whole.published(model, device)
-        o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted, 'square': aa.square}.get(self.name, aa.fab)
+        o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted, 'square': aa.square}.get(self.name,
+                                                                                                           aa.fab)
         if o is aa.apgd: o.loss = self.name[5:]
         if o is aa.fab: o.targeted,o.n_restarts = self.name == 'fab-t', 1 if self.name == 'fab-t' else o.n_restarts
         if self.name.endswith('-t'): o.n_target_classes = min(9, self.n_out-1)
@@ -75,7 +80,8 @@ class _Part(Attack):
 
     def search(self, o):
         "Our own search that takes the steps of the package's `o`; where there is none, that itself"
-        if self.whole.norm != 'Linf' or self.name == 'fab' or getattr(o, 'eot_iter', 1) > 1: return lambda model, x, y, eps: o.perturb(x, y)
+        if self.whole.norm != 'Linf' or self.name == 'fab' or getattr(o, 'eot_iter', 1) > 1:
+            return lambda model, x, y, eps: o.perturb(x, y)
         if self.name == 'square': return partial(square, queries=o.n_queries, seed=o.seed)
         if self.name == 'fab-t': return partial(fab, targets=o.n_target_classes, steps=o.n_iter)
         if self.name == 'apgd-t': return partial(apgd, targets=o.n_target_classes, steps=o.n_iter, seed=o.seed)
@@ -88,16 +94,20 @@ class _Part(Attack):
         if self.folds and x.is_cuda: net = _in_few_sizes(net, self.whole.bs)
         net = counting_model(net)
         o,x,targ = self.published(net, x.device), x.float().contiguous(), targ.long() # the package takes views
-        with default_tensors(), torch.random.fork_rng(devices=range(torch.cuda.device_count())): # the package seeds every GPU
+        # the package seeds every GPU
+        with default_tensors(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return self.search(o)(net, x, targ, self.whole.eps) if self.folds else o.perturb(x, targ)
 
     def __call__(self, model, x, targ):
         targ = hard_labels(targ)
         if not self.folds: return super().__call__(model, x, targ)
         # Square needs a ranking of its squares and no more; gradients in bfloat16 miss images that float32 finds
-        with faster(compile=x.is_cuda, bf16=self.name == 'square' and has_bf16(x.device)): x_adv = super().__call__(model, x, targ)
-        with torch.no_grad(), frozen(model): doubtful = (x_adv != x).flatten(1).any(1) & (counting_model(model)(x_adv).argmax(1) == targ)
-        if doubtful.any(): x_adv[doubtful] = _Part(self.whole, self.name, self.n_out)(model, x[doubtful], targ[doubtful])
+        with faster(compile=x.is_cuda, bf16=self.name == 'square' and has_bf16(x.device)):
+            x_adv = super().__call__(model, x, targ)
+        with torch.no_grad(), frozen(model):
+            doubtful = (x_adv != x).flatten(1).any(1) & (counting_model(model)(x_adv).argmax(1) == targ)
+        if doubtful.any():
+            x_adv[doubtful] = _Part(self.whole, self.name, self.n_out)(model, x[doubtful], targ[doubtful])
         return x_adv
 
 def _in_few_sizes(net, bs):
@@ -122,7 +132,8 @@ class _Transfer(Attack):
         self.pgd = PGD(whole.eps, 50, whole.eps/8, whole.norm, objective='cw')
         self.cost = (n_members + 1)*self.pgd.cost
 
-    def __repr__(self): return f'transfer: {self.pgd!r} on each of {self.n_members} members, and on the mean of their logits'
+    def __repr__(self):
+        return f'transfer: {self.pgd!r} on each of {self.n_members} members, and on the mean of their logits'
 
     def perturb(self, model, x, targ):
         members,x_adv = _members(model),x.clone()
@@ -139,7 +150,9 @@ class AutoAttack(Attack):
     def __init__(self,
         eps:float=8/255, # radius of the ball, in pixel space
         norm:str='Linf', # 'Linf' or 'L2'
-        version:str='standard', # 'standard', 'plus', 'rand' for randomised models, or one part: 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square'
+        # 'standard', 'plus', 'rand' for randomised models, or one part: 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab',
+        # 'fab-t', 'square'
+        version:str='standard',
         seed:int=0, # seed of each of its parts
         bs:int=250, # images at a time
         queries:int=5000, # of Square, an image
@@ -148,7 +161,8 @@ class AutoAttack(Attack):
         eps,seed = check_eps(eps, norm),whole_number('seed', seed)
         bs,queries = whole_number('bs', bs, 1),whole_number('queries', queries, 1)
         if norm not in norms: raise ValueError(f"`norm` must be one of {list(norms)}, got {norm!r}")
-        if version not in ('standard','plus','rand',*_names): raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
+        if version not in ('standard','plus','rand',*_names):
+            raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
         self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast
 
     def published(self,
@@ -156,7 +170,8 @@ class AutoAttack(Attack):
         device, # of the model
     ):
         "The package's own AutoAttack for `model`"
-        kw = dict(norm=self.norm, eps=self.eps, seed=self.seed, version='standard' if self.version in _names else self.version, device=device)
+        kw = dict(norm=self.norm, eps=self.eps, seed=self.seed,
+                  version='standard' if self.version in _names else self.version, device=device)
         try:
             from pyautoattack import AutoAttack as Published
             return Published(model, **kw)
@@ -184,14 +199,17 @@ class AutoAttack(Attack):
     ):
         "`parts` in words, and what is left out where there are few classes"
         said = [repr(p) for p in self.parts(model, n_out)]
-        lacking = [] if self.version in _names else [p for p in _autoattack_parts(self.version, 10) if n_out < _least.get(p, 2)]
+        lacking = ([] if self.version in _names
+                   else [p for p in _autoattack_parts(self.version, 10) if n_out < _least.get(p, 2)])
         return said + [f'without {p}: its loss needs {_least[p]} classes' for p in lacking]
 
     def perturb(self, model, x, targ):
         targ,x = hard_labels(targ),x.clamp(0, 1) # which rounding may have left
         with torch.no_grad(): logits = check_logits(model(x))
         parts = self.parts(model, logits.shape[1])
-        if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]: raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but the logits have {logits.shape[1]} classes")
+        if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]:
+            raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but the logits have "
+                             f"{logits.shape[1]} classes")
         x_adv,stands = x.clone(), logits.argmax(1) == targ
         for part in parts:
             if not stands.any(): break

@@ -58,7 +58,8 @@ class Attack:
         model, # maps pixel space to logits
         n_out, # number of its classes
     ):
-        "The attacks it is made of for `model` with `n_out` classes, in their order, each for what the ones before left standing"
+        """The attacks it is made of for `model` with `n_out` classes, in their order, each for what the ones before
+        left standing"""
         return [self]
 
     def check(self,
@@ -72,14 +73,16 @@ class Attack:
         targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
     ):
         "`x′` `(bs, c, h, w)`, within the ball and [0, 1]; gradients are enabled"
-        raise NotImplementedError(f"{type(self).__name__} is an attack without an attack: define `perturb(self, model, x, targ)`")
+        raise NotImplementedError(f"{type(self).__name__} is an attack without an attack: define `perturb(self, "
+                                  "model, x, targ)`")
 
     @property
     def settings(self):
         "The arguments that make this attack again, by name"
         return {k: getattr(self, k) for k in signature(type(self)).parameters}
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={_fraction(v)}' for k,v in self.settings.items())})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={_fraction(v)}' for k,v in self.settings.items())})"
 
     def __call__(self,
         model, # maps pixel space `(bs, c, h, w)` to logits `(bs, n_out)`; any callable
@@ -89,7 +92,8 @@ class Attack:
         "Adversarial examples for `x`: detached, same shape and dtype, within `eps` and [0, 1]"
         check_images(x)
         check_targ(targ)
-        if len(targ) != len(x): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
+        if len(targ) != len(x):
+            raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
         self.check(x)
         if not len(x): return x.detach().clone()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
@@ -116,7 +120,8 @@ class _L2:
         d = x_adv - self.x
         return (self.x + d*(self.eps/_lengths(d)).clamp_max(1)).clamp(0, 1)
     @staticmethod
-    def noise(x, eps): # uniform in direction and radius: a start on the sphere, where a uniform one lies, makes PGD weaker
+    # uniform in direction and radius: a start on the sphere, where a uniform one lies, makes PGD weaker
+    def noise(x, eps):
         d = torch.randn_like(x)
         return d/_lengths(d) * eps * torch.rand_like(x[:,:1,:1,:1])
     @staticmethod
@@ -129,7 +134,8 @@ def check_attack(
     attack, # what is to be an attack
 ):
     "`attack`, or a `TypeError` where it can only be the name or the class of one"
-    if isinstance(attack, type) or not callable(attack): raise TypeError(f"`attack` must be an attack such as `PGD()`, got {attack!r}")
+    if isinstance(attack, type) or not callable(attack):
+        raise TypeError(f"`attack` must be an attack such as `PGD()`, got {attack!r}")
     return attack
 
 class PGD(Attack):
@@ -140,11 +146,15 @@ class PGD(Attack):
         steps:int=7, # gradient steps
         step_size:float|None=None, # length of a step; None means `eps/4`
         norm:str='Linf', # 'Linf' or 'L2'
-        random_start:bool|float=True, # start uniformly in the ball; a number: at `x` plus so many times N(0,1); False: at `x`
+        # start uniformly in the ball; a number: at `x` plus so many times N(0,1); False: at `x`
+        random_start:bool|float=True,
         restarts:int=1, # attempts, of which each image keeps its worst
-        objective:str='ce', # 'ce' against `targ`, 'kl' from soft `targ`, or 'cw', the margin of Carlini and Wagner, which no saturation hides
+        # 'ce' against `targ`, 'kl' from soft `targ`, or 'cw', the margin of Carlini and Wagner, which no saturation
+        # hides
+        objective:str='ce',
     ):
-        self.eps,self.steps,self.norm,self.objective = as_number('eps', eps),whole_number('steps', steps, 0),norm,objective
+        self.eps,self.steps,self.norm,self.objective = as_number('eps', eps),whole_number('steps', steps,
+                                                                                          0),norm,objective
         self.step_size = self.own_step*self.eps if step_size is None else as_number('step_size', step_size)
         self.random_start = random_start if isinstance(random_start, bool) else as_number('random_start', random_start)
         self.restarts = whole_number('restarts', restarts, 1)
@@ -152,12 +162,16 @@ class PGD(Attack):
 
     def _check_settings(self):
         if self.norm not in norms: raise ValueError(f"`norm` must be one of {list(norms)}, got {self.norm!r}")
-        if self.objective not in ('ce','kl','cw'): raise ValueError(f"`objective` must be 'ce', 'kl' or 'cw', got {self.objective!r}")
+        if self.objective not in ('ce','kl','cw'):
+            raise ValueError(f"`objective` must be 'ce', 'kl' or 'cw', got {self.objective!r}")
         check_eps(self.eps, self.norm)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
-        if not 0 <= self.random_start < float('inf'): raise ValueError(f"`random_start` must be True, False or the standard deviation of a start around `x`, got {self.random_start}")
-        if self.restarts > 1 and not self.random_start: raise ValueError("`restarts` without `random_start` would repeat one attempt")
+        if not 0 <= self.random_start < float('inf'):
+            raise ValueError("`random_start` must be True, False or the standard deviation of a start around `x`, "
+                             f"got {self.random_start}")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("`restarts` without `random_start` would repeat one attempt")
 
     @property
     def cost(self): return self.restarts*max(3*self.steps, 1)
@@ -168,16 +182,20 @@ class PGD(Attack):
     ):
         "What each image's attack climbs: `(bs,)`"
         logits = check_logits(logits)
-        targ = onehot(targ, logits.shape[1]).to(logits) if targ.is_floating_point() else class_indices(targ, logits.shape[1])
+        targ = (onehot(targ, logits.shape[1]).to(logits) if targ.is_floating_point()
+                else class_indices(targ, logits.shape[1]))
         if self.objective == 'ce': return F.cross_entropy(logits, targ, reduction='none')
         if self.objective == 'cw': return margin(logits, hard_labels(targ))
         p = onehot(targ, logits.shape[1]).to(logits)
-        return F.kl_div(logits.log_softmax(1).masked_fill(p == 0, 0), p, reduction='none').sum(1) # where a class is ruled out, 0·∞ is 0
+        # where a class is ruled out, 0·∞ is 0
+        return F.kl_div(logits.log_softmax(1).masked_fill(p == 0, 0), p, reduction='none').sum(1)
 
     def perturb(self, model, x, targ):
         model = counting_model(model)
         if self.restarts == 1: return self._ascend(model, x, targ)
-        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
+        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf,
+                                                                                     dtype=torch.float32,
+                                                                                     device=x.device)
         for _ in range(self.restarts):
             x_adv = self._ascend(model, x, targ)
             s = self._score(model, _settle(x_adv, x), targ)
@@ -186,7 +204,8 @@ class PGD(Attack):
         return worst
 
     def _ascend(self, model, x, targ):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)) # steps add up in float32; the model sees the dtype of `x`
+        # steps add up in float32; the model sees the dtype of `x`
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         ball = norms[self.norm](wide, self.eps)
         x_adv = ball.project(wide + self._noise(ball, wide)) if self.random_start else wide
         for _ in range(self.steps):
@@ -210,7 +229,8 @@ def check_eps(
     "`eps` as Python's number, or an error unless it is a radius in pixel space"
     eps = as_number('eps', eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
-    if norm == 'Linf' and eps > 1: raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
+    if norm == 'Linf' and eps > 1:
+        raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
     return eps
 
 # %% ../../nbs/attacks/01_pgd.ipynb #f7974e34

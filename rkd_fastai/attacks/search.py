@@ -15,7 +15,8 @@ def kept_rows(rows, stands):
     return rows if stands.all() else {k: v[stands] for k,v in rows.items()}
 
 def per_image(v): return v.view(-1, 1, 1, 1)
-def uniform_noise(shape, rng, device): return 2*torch.rand(shape, generator=rng, dtype=torch.float32, device='cpu').to(device) - 1 # as the package draws
+def uniform_noise(shape, rng, device):
+    return 2*torch.rand(shape, generator=rng, dtype=torch.float32, device='cpu').to(device) - 1 # as the package draws
 def logit_of(logits, label): return logits.gather(1, label[:,None])[:,0]
 
 def margin(
@@ -33,7 +34,8 @@ def ranked_class(model, x, y, rank):
     return logits.scatter(1, y[:,None], torch.inf).sort(1).indices[:,-rank]
 
 def run_on_remaining(x, runs):
-    "`x′` after the `runs`, functions of the indices of the images that stand before it, which return `(indices, x′)` of those that fell"
+    """`x′` after the `runs`, functions of the indices of the images that stand before it, which return `(indices,
+    x′)` of those that fell"""
     x_adv,stands = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
     for run in runs:
         if not stands.any(): break

@@ -33,7 +33,8 @@ def check_known(
     "Raise a `TypeError` that tells the first of `names` and the way out"
     takes = [k for k,p in signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD and k != 'teacher']
     for k in names:
-        if 'attack' in takes and k in signature(PGD).parameters: raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
+        if 'attack' in takes and k in signature(PGD).parameters:
+            raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
         raise TypeError(f"`{k}` means nothing to {cls.__name__}, which takes {takes}")
 
 def _own_random(device):
@@ -44,13 +45,17 @@ def _own_random(device):
 class RobustCallback(FitCallback):
     "Base of the training methods: pixel space on the way in, the method's own loss on the way out"
     order,run_valid = GradientAccumulation.order-1, False
-    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled') # of a running fit: not for `Learner.export`
+    # of a running fit: not for `Learner.export`
+    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled')
     pixel = _compiled = None
     compile = bf16 = False
 
     def __init__(self,
-        compile:bool=False, # run attack, teacher and training step through `torch.compile`; what cannot be compiled, and a training step under `DataParallel`, runs as it is
-        bf16:bool=False, # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
+        # run attack, teacher and training step through `torch.compile`; what cannot be compiled, and a training step
+        # under `DataParallel`, runs as it is
+        compile:bool=False,
+        # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
+        bf16:bool=False,
         **unknown # a `TypeError`
     ):
         check_known(type(self), unknown)
@@ -69,20 +74,23 @@ class RobustCallback(FitCallback):
     def method_loss(self,
         pred, # logits on `model_images`, `(bs, n_out)`
     ):
-        "The method's loss of each image `(bs,)`, which is then weighted and averaged; None keeps the Learner's loss function"
+        """The method's loss of each image `(bs,)`, which is then weighted and averaged; None keeps the Learner's
+        loss function"""
 
     def pred_again(self,
         xb, # tuple of a batch as the network takes it, such as `self.clean_xb`
     ):
         "The student's logits `(bs, n_out)` in a second pass of the same step"
-        # not through `DistributedDataParallel`, which sends the buffers again, over those that the first pass's gradients still need
+        # not through `DistributedDataParallel`, which sends the buffers again, over those that the first pass's
+        # gradients still need
         net = unwrap(self.model) if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
         return check_logits(net(*xb))
 
     def check_loss(self,
         loss_func, # the Learner's
     ):
-        "Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it cannot take over"
+        """Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it
+        cannot take over"""
         if type(self).method_loss is RobustCallback.method_loss: return
         told = changed_settings(loss_func)
         if is_cross_entropy(loss_func):
@@ -91,12 +99,17 @@ class RobustCallback(FitCallback):
         if told and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             k,v = next(iter(told.items()))
             v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
-            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its own, which takes over "
-                             "`weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a cross-entropy, and nothing else. Give the "
-                             "Learner `CrossEntropyLossFlat`, or train by `AdversarialTraining`, which keeps the Learner's loss")
+            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its "
+                             "own, which takes over "
+                             "`weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a cross-entropy, "
+                             "and nothing else. Give the "
+                             "Learner `CrossEntropyLossFlat`, or train by `AdversarialTraining`, which keeps the "
+                             "Learner's loss")
         if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
-            raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the Learner `CrossEntropyLossFlat` "
-                             "(class weights and label smoothing are used), or train by `AdversarialTraining`, which keeps the Learner's loss")
+            raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the "
+                             "Learner `CrossEntropyLossFlat` "
+                             "(class weights and label smoothing are used), or train by `AdversarialTraining`, which "
+                             "keeps the Learner's loss")
 
     def _check_mixing(self, loss_func):
         "Raise where MixUp or CutMix would fail in the first batch, or mix what is to be ignored"
@@ -112,12 +125,15 @@ class RobustCallback(FitCallback):
 
     def _check_alone(self):
         mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # one may be there twice
-        if len(mine) > 1: raise ValueError(f"{' and '.join(mine)} would both attack each batch: `learn.to_adversarial`, `learn.to_rkd` and "
+        if len(mine) > 1:
+            raise ValueError(f"{' and '.join(mine)} would both attack each batch: `learn.to_adversarial`, "
+                             "`learn.to_rkd` and "
                                    "`learn.to_natural` put one method in the place of another")
 
     def _check_metrics(self):
         funcs = [getattr(m, 'func', None) for m in self.learn.metrics]
-        if any(getattr(f, 'func', f) is robust_accuracy for f in funcs): robust_accuracy(torch.empty(0), None) # says what to write instead, now and not after an epoch
+        # says what to write instead, now and not after an epoch
+        if any(getattr(f, 'func', f) is robust_accuracy for f in funcs): robust_accuracy(torch.empty(0), None)
 
     def __call__(self, event_name):
         if event_name == 'before_fit': self.after_batch() # a step that was interrupted left the model compiled
@@ -138,11 +154,14 @@ class RobustCallback(FitCallback):
 
     @torch.no_grad()
     def _check_student(self):
-        "Raise `ValueError` where the network, in eval mode as an attack sees it, returns probabilities for the first images"
-        with seeded(0, self.images.device), frozen(self.pixel): check_no_probs(self.pixel(self.images[:8]), 'learn.model')
+        """Raise `ValueError` where the network, in eval mode as an attack sees it, returns probabilities for the
+        first images"""
+        with seeded(0, self.images.device), frozen(self.pixel):
+            check_no_probs(self.pixel(self.images[:8]), 'learn.model')
 
     def before_batch(self):
-        if len(self.xb) != 1: raise ValueError(f"robust training needs one image input per batch, got {len(self.xb)} inputs")
+        if len(self.xb) != 1:
+            raise ValueError(f"robust training needs one image input per batch, got {len(self.xb)} inputs")
         x = self.xb[0].as_subclass(torch.Tensor)
         first,self.full_bs = self.full_bs is None, self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
@@ -152,10 +171,12 @@ class RobustCallback(FitCallback):
             with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
         self.learn.xb = (self.pixel.normalize(x),)
         self._compiled = ExitStack()
-        if compile and not isinstance(self.model, nn.DataParallel): # whose replicas would all run the first one's weights
+        # whose replicas would all run the first one's weights
+        if compile and not isinstance(self.model, nn.DataParallel):
             self._compiled.enter_context(compiled(unwrap(self.model)))
 
-    def after_pred(self): check_logits(self.pred) # some networks return more in training: said here, before fastai's loss trips over it
+    # some networks return more in training: said here, before fastai's loss trips over it
+    def after_pred(self): check_logits(self.pred)
 
     def after_loss(self):
         loss = self.method_loss(check_logits(self.pred))

@@ -40,13 +40,15 @@ def told_where(
     try: yield
     except FloatingPointError as e:
         broken = not all(t.isfinite().all() for t in chain(learn.model.parameters(), learn.model.buffers()))
-        what = "the student's weights are not finite: lower the learning rate, and go on from a checkpoint" if broken else e
+        what = ("the student's weights are not finite: lower the learning rate, and go on from a checkpoint"
+                if broken else e)
         raise NotFinite(f"epoch {learn.epoch+1}, batch {learn.iter+1}: {what}") from e
 
 class EachEpoch(FitCallback):
     "Base of the callbacks that do something, `each_epoch`, after every epoch of training and its validation"
     order,trained = 51,False # after the Recorder
-    training_id,epochs_done = None,0 # of the Learner: which training this is, and how many of its epochs were watched, in all its fits
+    # of the Learner: which training this is, and how many of its epochs were watched, in all its fits
+    training_id,epochs_done = None,0
 
     def __call__(self, event_name):
         if self.learn.lock.locked(): return
@@ -63,7 +65,8 @@ class EachEpoch(FitCallback):
     def before_train(self):
         self.trained = not hasattr(self.learn, 'lr_finder')
         if not self.trained: return
-        self.training_id = self.training_id or self._shared()[0] or uuid4().hex # which draws none of the user's random numbers
+        # which draws none of the user's random numbers
+        self.training_id = self.training_id or self._shared()[0] or uuid4().hex
         self.epochs_done = max(self.epochs_done, self.epoch) # `start_epoch` leaves out what was done elsewhere
         self._share()
 
@@ -74,6 +77,7 @@ class EachEpoch(FitCallback):
         self.each_epoch()
 
     def logged(self):
-        "This epoch's values by name, none where it was cut short: fastai then logs fewer of them, under each other's names"
+        """This epoch's values by name, none where it was cut short: fastai then logs fewer of them, under each
+        other's names"""
         names,values = self.recorder.metric_names[1:],self.recorder.values[-1]
         return dict(zip(names, values)) if len(values) == len(names) - self.recorder.add_time else {}

@@ -32,23 +32,28 @@ class CleanCache:
         "64-bit hashes of float images, by integer arithmetic, which does not depend on the rest of the batch"
         bits = x.float().flatten(1).contiguous().view(torch.int32).long()
         if self.weights is None or len(self.weights) != bits.shape[1]:
-            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0), device='cpu').to(x.device)
+            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0),
+                                         device='cpu').to(x.device)
         return (bits*self.weights).sum(1).tolist()
 
     def __call__(self,
         x, # images, `(bs, c, h, w)`
     ):
-        "The teacher's probabilities on `x`, `(bs, n_out)`; a `ValueError` once there are more images than the data set's"
+        """The teacher's probabilities on `x`, `(bs, n_out)`; a `ValueError` once there are more images than the data
+        set's"""
         keys = self.keys(x)
         if any(k not in self.rows for k in keys):
             self.rows.update(zip(keys, self.probs(x)))
-            if len(self.rows) > self.n: raise ValueError(f"`cache=True` is for images that are the same in every epoch, but more than the data set's {self.n} went by: "
+            if len(self.rows) > self.n:
+                raise ValueError("`cache=True` is for images that are the same in every epoch, but more than the "
+                                 f"data set's {self.n} went by: "
                                                          "leave augmentation and MixUp out, or the cache")
         return torch.stack([self.rows[k] for k in keys])
 
 # %% ../../nbs/callback/03_distill.ipynb #53d7ea75
 class DistillationCallback(AdversarialTraining):
-    "Base of the distillation methods: a frozen teacher on the callback, on the student's device, tried before training, never exported"
+    """Base of the distillation methods: a frozen teacher on the callback, on the student's device, tried before
+    training, never exported"""
     _stateattrs = AdversarialTraining._stateattrs + ('teacher','t_probs','kept')
     teacher = kept = None
     tried = False # has the teacher been asked about validation images?
@@ -69,7 +74,9 @@ class DistillationCallback(AdversarialTraining):
 
     def check(self, dls):
         super().check(dls)
-        if self.teacher is None: raise ValueError("the `teacher` is not part of an exported or copied Learner: give it one again with `learn.to_rkd(teacher)`")
+        if self.teacher is None:
+            raise ValueError("the `teacher` is not part of an exported or copied Learner: give it one again with "
+                             "`learn.to_rkd(teacher)`")
         check_teacher(self.teacher, dls)
 
     def before_fit(self):
@@ -85,11 +92,13 @@ class DistillationCallback(AdversarialTraining):
 
     def _new_cache(self):
         ds = self.dls.train.dataset
-        return CleanCache(partial(self.teacher.probs, T=self.T), getattr(ds, 'n_items', len(ds))) # it may hold more than an epoch, of synthetic images
+        # it may hold more than an epoch, of synthetic images
+        return CleanCache(partial(self.teacher.probs, T=self.T), getattr(ds, 'n_items', len(ds)))
 
     def memory(self):
         "What `Resume` keeps: the cache, since an answer's last bits depend on the batch it was given in"
-        return dict(keys=list(self.kept.rows), rows=torch.stack(list(self.kept.rows.values())).cpu()) if self.kept and self.kept.rows else {}
+        return (dict(keys=list(self.kept.rows), rows=torch.stack(list(self.kept.rows.values())).cpu())
+                if self.kept and self.kept.rows else {})
 
     def set_memory(self, memory):
         "Go on with what `memory` kept"
@@ -101,7 +110,8 @@ class DistillationCallback(AdversarialTraining):
         return (self.kept or partial(self.teacher.probs, T=self.T))(self.images)
 
     def attack_targ(self):
-        "The labels; for an attack with `objective='kl'`, as in the RSLAD authors' code, the soft targets on the clean images"
+        """The labels; for an attack with `objective='kl'`, as in the RSLAD authors' code, the soft targets on the
+        clean images"""
         if not self.soft_attack: return self.targ
         return soft_targets(self.clean_probs(), self.targ, self.alpha)
 
@@ -115,14 +125,18 @@ class AKDCallback(DistillationCallback):
     @delegates(RobustCallback.__init__)
     def __init__(self,
         teacher, # a `Teacher`, or anything `Teacher` accepts: a Learner, an `nn.Module`, a list of them
-        alpha=.8, # weight of the teacher inside the soft target; about .3 suits a standardly trained teacher, .7 a robust one (Section 3.1)
+        # weight of the teacher inside the soft target; about .3 suits a standardly trained teacher, .7 a robust one
+        # (Section 3.1)
+        alpha=.8,
         attack=PGD(), # the attack on the training images
         T=1., # temperature; the paper uses none
         **kwargs
     ):
         alpha = check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
-        if self.cache and not self.soft_attack: raise ValueError("`cache=True` keeps answers about clean images, but AKD⁺ asks about adversarial ones, which are others in every epoch: leave it out")
+        if self.cache and not self.soft_attack:
+            raise ValueError("`cache=True` keeps answers about clean images, but AKD⁺ asks about adversarial ones, "
+                             "which are others in every epoch: leave it out")
         self.alpha = alpha
 
     def model_images(self):
@@ -148,7 +162,8 @@ class _CleanAndAdversarial(DistillationCallback):
         return super().model_images()
 
     def method_loss(self, pred):
-        return type(self).loss(self.pred_again(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam, self.T, 'none')
+        return type(self).loss(self.pred_again(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam,
+                               self.T, 'none')
 
 class RSLADCallback(_CleanAndAdversarial):
     "Robust soft label adversarial distillation, RSLAD⁺ (Zi et al., 2021; Eq. 6)"
@@ -190,7 +205,9 @@ class CKDCallback(DistillationCallback):
         **kwargs
     ):
         lam = check_fraction(lam=lam)
-        if 'attack' in kwargs: raise TypeError("`attack` means nothing to CKDCallback: clean distillation attacks nothing, leave it out, or take another method")
+        if 'attack' in kwargs:
+            raise TypeError("`attack` means nothing to CKDCallback: clean distillation attacks nothing, leave it out, "
+                            "or take another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # where others look for that of the training
 

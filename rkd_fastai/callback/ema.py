@@ -26,9 +26,12 @@ class WeightAveraging(FitCallback):
         self.ema = self.raw = None
 
     def before_fit(self):
-        if sum(isinstance(cb, WeightAveraging) for cb in self.learn.cbs) > 1: raise ValueError("two `WeightAveraging` on one Learner: the second would train from the average of the first; leave one out, a recipe may bring its own")
+        if sum(isinstance(cb, WeightAveraging) for cb in self.learn.cbs) > 1:
+            raise ValueError("two `WeightAveraging` on one Learner: the second would train from the average of the "
+                             "first; leave one out, a recipe may bring its own")
         self.ema = self.raw = None
-        self.on = not hasattr(self.learn, 'lr_finder') # not `self.run`, which an interrupted `lr_find` would leave False
+        # not `self.run`, which an interrupted `lr_find` would leave False
+        self.on = not hasattr(self.learn, 'lr_finder')
 
     def before_train(self):
         if not self.on: return

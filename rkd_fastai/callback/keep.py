@@ -22,7 +22,8 @@ class _Epochs:
     "The epochs that are kept in a folder under one name, whosever they are"
     def __init__(self, path): self.folder,self.name = path.parent,path.name # `fname` may name a folder, too
     def file(self, n, suffix): return self.folder/f'{self.name}_{n}{suffix}'
-    def numbers(self): return sorted({n for suffix in ('.pth','.json') for n in saved_epochs(self.folder, self.name, suffix)})
+    def numbers(self):
+        return sorted({n for suffix in ('.pth','.json') for n in saved_epochs(self.folder, self.name, suffix)})
 
     def training_of(self, n):
         "Whose epoch `n` is, as its card says: None without a card, '' where it does not say"
@@ -40,10 +41,12 @@ class _Epochs:
         "The training that claimed this place and is kept by the `Resume` file `resume`, or None"
         try: claim = read_json(self.claim)
         except (OSError, ValueError): return None
-        return claim.get('training') if isinstance(claim, dict) and claim.get('resume') == str(resume.absolute()) else None
+        return (claim.get('training') if isinstance(claim, dict) and claim.get('resume') == str(resume.absolute())
+                else None)
 
 def from_first_process(v, device):
-    "The number `v` of the first of several processes, in each of them, lest one ends the fit and the others wait for it"
+    """The number `v` of the first of several processes, in each of them, lest one ends the fit and the others wait
+    for it"""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return v
     v = torch.tensor(v, dtype=torch.float64, device=device)
     torch.distributed.broadcast(v, 0)
@@ -51,7 +54,8 @@ def from_first_process(v, device):
 
 # %% ../../nbs/callback/05_keep.ipynb #543d895b
 class KeepEpochs(EachEpoch):
-    "Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`, and a card beside them; never over those of another training"
+    """Save the weights after every `every`-th epoch to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth`,
+    and a card beside them; never over those of another training"""
     only_shows,_kept = True,None # does nothing to the training, see `Resume`
     def __init__(self,
         every=1, # save after each `every`-th epoch
@@ -74,7 +78,8 @@ class KeepEpochs(EachEpoch):
         if self.training_id is None and not rank_distrib(): self._take_up(_Epochs(self._place()))
 
     def _take_up(self, kept):
-        "A new Learner may go on with an older training: by the user's own `start_epoch`, or one that was killed before `Resume` had kept it"
+        """A new Learner may go on with an older training: by the user's own `start_epoch`, or one that was killed
+        before `Resume` had kept it"""
         there,resume = kept.numbers(),self._unborn()
         found = {kept.training_of(n) for n in there}
         skips = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
@@ -93,32 +98,39 @@ class KeepEpochs(EachEpoch):
         "Refuse a folder that holds another training's epochs, in all processes if the first one sees some"
         kept = _Epochs(self._place())
         if any(isinstance(cb, KeepEpochs) and cb is not self and cb._place() == self._place() for cb in self.learn.cbs):
-            raise ValueError(f"two `KeepEpochs` would both write `{kept.file(self.every, '.pth')}`: give each its own `fname`")
+            raise ValueError(f"two `KeepEpochs` would both write `{kept.file(self.every, '.pth')}`: give each its own "
+                             "`fname`")
         others = [] if rank_distrib() else self._others(kept, goes_on)
         if self.overwrite:
             for n in others:
                 for suffix in ('.json','.pth'): kept.file(n, suffix).unlink(missing_ok=True)
         elif from_first_process(len(others), model_device(self.model)):
             if not goes_on: vars(self.learn).pop('_training', None) # which has not begun
-            which = f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others else 'epochs'
-            raise ValueError(f"`{kept.folder}` holds {which} of another training, which `KeepEpochs` does not overwrite: delete them, give `KeepEpochs` another `fname` "
-                             "or the Learner another `path` or `model_dir`, or let `KeepEpochs(overwrite=True)` delete them")
+            which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others
+                     else 'epochs')
+            raise ValueError(f"`{kept.folder}` holds {which} of another training, which `KeepEpochs` does not "
+                             "overwrite: delete them, give `KeepEpochs` another `fname` "
+                             "or the Learner another `path` or `model_dir`, or let `KeepEpochs(overwrite=True)` "
+                             "delete them")
         self._kept,resume = kept,self._unborn()
-        if resume and not rank_distrib(): write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
+        if resume and not rank_distrib():
+            write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
 
     def _others(self, kept, goes_on):
         "Numbers of the epochs that are not this training's"
         following = (self.epochs_done//self.every + 1)*self.every
         def own(n):
             of = kept.training_of(n)
-            return of == self.training_id if of is not None else goes_on and n <= following # killed between the weights and their card
+            # killed between the weights and their card
+            return of == self.training_id if of is not None else goes_on and n <= following
         return [n for n in kept.numbers() if not own(n)]
 
     def each_epoch(self):
         if self.epochs_done % self.every or rank_distrib(): return
         path = self._kept.file(self.epochs_done, '.pth')
         if self._kept.training_of(self.epochs_done) not in (None, self.training_id):
-            raise ValueError(f"`{path}` was written by another training after this one had begun: let two that run at the same time keep their epochs under different names, by `fname`")
+            raise ValueError(f"`{path}` was written by another training after this one had begun: let two that run at "
+                             "the same time keep their epochs under different names, by `fname`")
         with atomic_path(path) as tmp:
             torch.save(unwrap(self.model).state_dict(), tmp)
             path.with_suffix('.json').unlink(missing_ok=True) # this training's own, of weights that go now
@@ -131,6 +143,9 @@ class KeepEpochs(EachEpoch):
         net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
         normalised = {} if mean is None else dict(mean=mean.tolist(), std=std.tolist()) # `load_teacher` reads them
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return self.card | normalised | self.logged() | dict(epoch=self.epochs_done, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
-            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None or type(method) is RobustCallback else method.name, attack=repr(getattr(method, 'attack', None)),
+        return self.card | normalised | self.logged() | dict(epoch=self.epochs_done, arch=type(net).__name__,
+                                                             parameters=sum(p.numel() for p in net.parameters()),
+            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None
+                                                             or type(method) is RobustCallback else method.name,
+                                                             attack=repr(getattr(method, 'attack', None)),
             versions=versions(), training=self.training_id)

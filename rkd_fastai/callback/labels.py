@@ -19,7 +19,8 @@ def label_settings(
     loss_func, # fastai's or PyTorch's
 ):
     "Label smoothing and class weights `(n_out,)` of a cross-entropy; `(0., None)` of any other loss"
-    if isinstance(loss_func, partial) and loss_func.func is F.cross_entropy: return loss_func.keywords.get('label_smoothing', 0.), loss_func.keywords.get('weight')
+    if isinstance(loss_func, partial) and loss_func.func is F.cross_entropy:
+        return loss_func.keywords.get('label_smoothing', 0.), loss_func.keywords.get('weight')
     f = getattr(loss_func, 'func', loss_func) # fastai's losses wrap PyTorch's
     if isinstance(f, LabelSmoothingCrossEntropy): return f.eps, f.weight
     if isinstance(f, nn.CrossEntropyLoss): return f.label_smoothing, f.weight
@@ -44,7 +45,8 @@ def own_loss(
     learn, # any Learner
 ):
     "The Learner's loss function, also while MixUp or CutMix stand in for it"
-    return next((cb.old_lf for cb in learn.cbs if isinstance(cb, MixHandler) and learn.loss_func == cb.lf), learn.loss_func)
+    return next((cb.old_lf for cb in learn.cbs if isinstance(cb, MixHandler) and learn.loss_func == cb.lf),
+                learn.loss_func)
 
 def _n_out(learn):
     "Number of classes, asked of the network where the DataLoaders do not tell it"

@@ -28,9 +28,11 @@ class RobustAccuracy(Metric):
     "Fraction of the validation images classified rightly as they are *and* under `attack`"
     def __init__(self,
         attack=PGD(steps=20), # the attack
-        n=None, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
+        # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
+        n=None,
         seed=0, # of the sample and of the attack's random starts
-        name=None, # in tables and cards; None means 'robust_accuracy', and what differs behind it where a Learner has several
+        # in tables and cards; None means 'robust_accuracy', and what differs behind it where a Learner has several
+        name=None,
     ):
         self.attack,self.n,self.seed = copy(check_attack(attack)),check_n(n),whole_number('seed', seed)
         self.own_name = name
@@ -82,7 +84,8 @@ class RobustAccuracy(Metric):
         "Attack what still waits, and add up what all processes have seen"
         if self.unordered is not None: self.waiting = [pixel_data(*self.unordered, self.n, self.seed)]
         while self.waiting: self._attack_waiting()
-        if self.unordered is None: self.robust,self.seen = _sum_of_all([self.robust, self.seen], model_device(self.model))
+        if self.unordered is None:
+            self.robust,self.seen = _sum_of_all([self.robust, self.seen], model_device(self.model))
         self.model = self.unordered = self.chosen = self.positions = None
 
     @property
@@ -138,17 +141,20 @@ Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metri
 
 # %% ../../nbs/callback/06_monitor.ipynb #68cf33e0
 class CatastrophicOverfitting(EachEpoch):
-    "Watch the accuracy of fixed validation images under PGD, and warn, or go back and stop, where it collapses (Wong et al., 2020)"
+    """Watch the accuracy of fixed validation images under PGD, and warn, or go back and stop, where it collapses
+    (Wong et al., 2020)"""
     order,_stateattrs = EachEpoch.order + 1,('kept','data') # after `KeepEpochs`; not exported
     def __init__(self,
         attack=None, # None means PGD-5 at the training attack's `eps` and `norm`
-        n=128, # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
+        # number of images: a sample of the validation set, stratified by class; None, or more than there are, means all
+        n=128,
         drop=.2, # what the accuracy may fall below its best so far
         stop=False, # go back to the weights of the last good epoch and end the fit, rather than warn
         advice='Take a smaller step, or PGD for the training attack', # what the warning tells to do
     ):
         drop = check_fraction(drop=drop)
-        self.attack,self.n,self.drop,self.stop,self._advice = attack and check_attack(attack),check_n(n),drop,stop,advice
+        self.attack,self.n,self.drop,self.stop,self._advice = attack and check_attack(
+            attack),check_n(n),drop,stop,advice
 
     def before_fit(self): self.best = self.kept = self.data = None
     remembers = ('kept',) # with `best`; the images are read again
@@ -158,8 +164,11 @@ class CatastrophicOverfitting(EachEpoch):
 
     def _attack(self):
         if self.attack is not None: return self.attack
-        attack = next((cb.attack for cb in self.learn.cbs if isinstance(getattr(cb, 'attack', None), PGD) and cb is not self), None)
-        if attack is None: raise ValueError("`CatastrophicOverfitting` finds no training attack to take `eps` from: give it an `attack`, e.g. `PGD(8/255, steps=5)`")
+        attack = next((cb.attack for cb in self.learn.cbs if isinstance(getattr(cb, 'attack', None), PGD)
+                       and cb is not self), None)
+        if attack is None:
+            raise ValueError("`CatastrophicOverfitting` finds no training attack to take `eps` from: give it an "
+                             "`attack`, e.g. `PGD(8/255, steps=5)`")
         return PGD(attack.eps, steps=5, norm=attack.norm)
 
     def each_epoch(self):
@@ -174,7 +183,8 @@ class CatastrophicOverfitting(EachEpoch):
         if self.stop: self.kept = copy_state(unwrap(self.model))
 
     def _collapsed(self, acc):
-        what = f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of {counted(len(self.data[0]), 'image')} under {self._watched} fell from {self.best:.1%} to {acc:.1%}"
+        what = (f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of "
+                f"{counted(len(self.data[0]), 'image')} under {self._watched} fell from {self.best:.1%} to {acc:.1%}")
         if not self.stop:
             warnings.warn(f"{what}. {self._advice}")
             return
@@ -186,7 +196,8 @@ class CatastrophicOverfitting(EachEpoch):
 
 # %% ../../nbs/callback/06_monitor.ipynb #e7993146
 def _noise(p, q, n):
-    "Two standard errors of the difference of two accuracies that are measured on `n` images each; 0 where that is unknown"
+    """Two standard errors of the difference of two accuracies that are measured on `n` images each; 0 where that is
+    unknown"""
     if not n or not (0 <= p <= 1 and 0 <= q <= 1): return 0.
     return 2*((p*(1-p) + q*(1-q))/n)**.5
 
@@ -196,9 +207,11 @@ class RobustOverfitting(EachEpoch):
     remembers = _stateattrs # for `Resume`
     def __init__(self,
         by='robust_accuracy', # metric, the higher the better
-        gap=.02, # what the last epoch may lie below the best before it is said; chance may take two standard errors in any case
+        # what the last epoch may lie below the best before it is said; chance may take two standard errors in any case
+        gap=.02,
         restore=False, # and go back to the best epoch's weights
-        advice="`KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {epoch}, model)` takes it".format, # what to do about it, a function of the best `epoch`
+        # what to do about it, a function of the best `epoch`
+        advice="`KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {epoch}, model)` takes it".format,
     ):
         gap = check_fraction(gap=gap)
         self.by,self.gap,self.restore,self._advice = by,gap,restore,advice # no setting of the training, see `Resume`
@@ -207,8 +220,10 @@ class RobustOverfitting(EachEpoch):
     def before_train(self):
         super().before_train()
         if self.trained and self.by not in self.recorder.metric_names:
-            raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: measure it by `metrics=[accuracy, RobustAccuracy()]`")
-        if self.trained and (self.epoch == 0 or self.last is None): self.best = self.best_epoch = self.last = self.kept = None
+            raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: measure it by "
+                             "`metrics=[accuracy, RobustAccuracy()]`")
+        if self.trained and (self.epoch == 0 or self.last is None):
+            self.best = self.best_epoch = self.last = self.kept = None
 
     def each_epoch(self):
         now = self.logged().get(self.by)
@@ -240,11 +255,13 @@ def _finite(o, device):
 
 # %% ../../nbs/callback/06_monitor.ipynb #03c284fb
 class NonFinite(FitCallback):
-    "Stop with a `FloatingPointError` at the first quantity of a training batch that is not finite, before the optimiser steps with it"
+    """Stop with a `FloatingPointError` at the first quantity of a training batch that is not finite, before the
+    optimiser steps with it"""
     order,run_valid = -8,False # in each event before whatever uses the gradients or the weights
     only_shows,_stateattrs,kept = True,('kept',),None # does nothing to the training, see `Resume`
     def __init__(self,
-        lower="lower the learning rate, or clip the gradients by `GradientClip()`", # what the error tells to do where the training diverges
+        # what the error tells to do where the training diverges
+        lower="lower the learning rate, or clip the gradients by `GradientClip()`",
     ): self.lower = lower
 
     @property
@@ -258,7 +275,8 @@ class NonFinite(FitCallback):
     def quantities(self):
         "Pairs of name and tensors, in the order in which the one makes the other"
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return [('images' if method is None else 'adversarial images', self.xb), ("teacher's probabilities", getattr(method, 't_probs', None)),
+        return [('images' if method is None else 'adversarial images', self.xb),
+                ("teacher's probabilities", getattr(method, 't_probs', None)),
                 ("student's logits", self.pred), ('loss', self.loss), ('gradients', self._grads())]
 
     def _grads(self):
@@ -278,7 +296,8 @@ class NonFinite(FitCallback):
         self.opt.zero_grad()
         self.kept = None
         with told_where(self.learn):
-            raise NotFinite(f"the {name} contain{'s' if name == 'loss' else ''} NaN or infinite values: {_advice.get(name, self.lower)}. The weights are those before this batch")
+            raise NotFinite(f"the {name} contain{'s' if name == 'loss' else ''} NaN or infinite values: "
+                            f"{_advice.get(name, self.lower)}. The weights are those before this batch")
 
     def after_batch(self): self.kept = None
 
@@ -286,4 +305,5 @@ class NonFinite(FitCallback):
         if self.on and not _finite(list(self.model.parameters()), 'cpu'): # nothing comes after an epoch's last step
             with told_where(self.learn): raise NotFinite(self.lower)
 
-_advice = {'images': "look at the data and its transforms", 'adversarial images': "look at the attack", "teacher's probabilities": "look at its weights and its normalisation"}
+_advice = {'images': "look at the data and its transforms", 'adversarial images': "look at the attack",
+           "teacher's probabilities": "look at its weights and its normalisation"}

@@ -39,13 +39,16 @@ def _said(o):
     if isinstance(o, dict): return {str(k): _said(v) for k,v in o.items()}
     if type(o) in _simple: return o
     if isinstance(o, partial): return [_said(o.func), _said(o.args), _said(o.keywords)]
-    return getattr(o, '__qualname__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o)) # the address changes from process to process
+    # the address changes from process to process
+    return getattr(o, '__qualname__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
 _simple = (bool, int, float, str, bytes, type(None)) # and no subclass, which `torch.load` would refuse
 
 def _settings(o):
-    "The arguments that made a callback or a transform, as far as it keeps them; a schedule as its values, four an epoch"
-    if isinstance(o, ParamScheduler): return {k: [np.ravel(f(i/(4*o.n_epoch))).tolist() for i in range(4*o.n_epoch)] for k,f in o.scheds.items()}
+    """The arguments that made a callback or a transform, as far as it keeps them; a schedule as its values, four an
+    epoch"""
+    if isinstance(o, ParamScheduler):
+        return {k: [np.ravel(f(i/(4*o.n_epoch))).tolist() for i in range(4*o.n_epoch)] for k,f in o.scheds.items()}
     if isinstance(o, MixHandler): return dict(alpha=o.distrib.concentration0.item())
     return {k: _said(vars(o)[k]) for k in signature(type(o)).parameters if k in vars(o)}
 
@@ -55,7 +58,8 @@ def _by_name(cbs):
     return {f'{n} {names[:i].count(n)+1}' if n in names[:i] else n: cb for i,(n,cb) in enumerate(zip(names, cbs))}
 
 def _items_digest(dls):
-    "Of the first and last item of a training set that can be indexed; where items are random, they are the same here each time"
+    """Of the first and last item of a training set that can be indexed; where items are random, they are the same
+    here each time"""
     ds,state = getattr(dls.train, 'dataset', None),_random_states(dls)
     try:
         random.seed(0); np.random.seed(0)
@@ -66,25 +70,32 @@ def _items_digest(dls):
 
 def _transforms(dl):
     "What is done to an item and to a batch: a name and the settings of each"
-    return [[type(t).__name__, _settings(t)] for k in ('after_item','after_batch') for t in getattr(getattr(dl, k, None), 'fs', [])]
+    return [[type(t).__name__, _settings(t)] for k in ('after_item','after_batch')
+            for t in getattr(getattr(dl, k, None), 'fs', [])]
 
 def describe_training(
     learn, # about to be fitted
 ):
     "What must be the same for a training to go on: a dict of what can be written and compared"
-    dls,net,loss,scheduled = learn.dls,unwrap(learn.model),learn.loss_func,{k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
+    dls,net,loss,scheduled = learn.dls,unwrap(learn.model),learn.loss_func,{k for cb in learn.cbs
+                                                                            if isinstance(cb, ParamScheduler)
+                                                                            for k in cb.scheds}
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
-    return dict(n_epoch=learn.n_epoch, batches=len(dls.train), bs=getattr(dls.train, 'bs', None), vocab=[str(o) for o in getattr(dls, 'vocab', [])],
+    return dict(n_epoch=learn.n_epoch, batches=len(dls.train), bs=getattr(dls.train, 'bs', None),
+                vocab=[str(o) for o in getattr(dls, 'vocab', [])],
         images=_items_digest(dls), synthetic=getattr(dls.train, 'frac', None), transforms=_transforms(dls.train),
         network={k: 'extra state' if is_extra(k) else list(v.shape) for k,v in net.state_dict().items()},
         frozen=[k for k,p in net.named_parameters() if not p.requires_grad],
-        loss=dict(zip(('function','smoothing','weights'), map(_said, (loss, *label_settings(loss))))), metrics=list(learn.recorder.metric_names),
+        loss=dict(zip(('function','smoothing','weights'), map(_said, (loss, *label_settings(loss))))),
+                metrics=list(learn.recorder.metric_names),
         optimiser=[{k: _said(v) for k,v in h.items() if k not in scheduled} for h in learn.opt.hypers],
-        callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, only_show) and not getattr(type(cb), 'only_shows', False)})
+        callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, only_show)
+                   and not getattr(type(cb), 'only_shows', False)})
 
 def _difference(there, here, name=''):
     "The first difference of two such dicts, in words, or None"
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here): there,here = dict(enumerate(there)),dict(enumerate(here))
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        there,here = dict(enumerate(there)),dict(enumerate(here))
     if isinstance(there, dict) and isinstance(here, dict):
         for k in [*there, *(k for k in here if k not in there)]:
             d = _difference(there.get(k, 'nothing'), here.get(k, 'nothing'), f'{name}.{k}' if name else str(k))
@@ -122,7 +133,8 @@ def _on(o, device):
     return {k: _on(v, device) for k,v in o.items()} if isinstance(o, dict) else o
 
 def _memory(cb, tensors=False):
-    "What a callback remembers" # its class is asked, since fastai looks up what a callback lacks in the Learner and the network
+    # its class is asked, since fastai looks up what a callback lacks in the Learner and the network
+    "What a callback remembers"
     if hasattr(type(cb), 'memory'): return cb.memory()
     out,told = {},signature(type(cb)).parameters
     for k,v in vars(cb).items():
@@ -141,16 +153,20 @@ def _is_memory(cb, k):
 def _set_memory(cb, memory):
     if hasattr(type(cb), 'set_memory'): return cb.set_memory(memory) if memory else None
     for k,v in memory.items():
-        if not _is_memory(cb, k): raise ValueError(f"`{k}` of {cb.name} is nothing that `Resume` keeps: the file is damaged, delete it")
+        if not _is_memory(cb, k):
+            raise ValueError(f"`{k}` of {cb.name} is nothing that `Resume` keeps: the file is damaged, delete it")
         now = vars(cb).get(k)
-        if isinstance(now, dict) and isinstance(v, dict): now.clear(); now.update(v) # perhaps a `Counter` or a `defaultdict`
+        # perhaps a `Counter` or a `defaultdict`
+        if isinstance(now, dict) and isinstance(v, dict): now.clear(); now.update(v)
         else: setattr(cb, k, v)
 
 def _random_states(dls):
     "Of Python, NumPy, PyTorch and the DataLoaders"
-    own = lambda dl: dl.rng.getstate() if hasattr(dl, 'rng') else dl.generator.get_state() if getattr(dl, 'generator', None) is not None else None
+    own = (lambda dl: dl.rng.getstate() if hasattr(dl, 'rng') else dl.generator.get_state()
+           if getattr(dl, 'generator', None) is not None else None)
     return dict(python=random.getstate(), numpy=_plain(np.random.get_state()), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], loaders=[own(dl) for dl in dls.loaders])
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                loaders=[own(dl) for dl in dls.loaders])
 
 def _set_random_states(s, dls=None):
     random.setstate(s['python'])
@@ -164,8 +180,10 @@ def _set_random_states(s, dls=None):
 
 # %% ../../nbs/callback/07_resume.ipynb #19d1d939
 def _recorded(rec):
-    losses = torch.stack(rec.losses).as_subclass(torch.Tensor) if rec.losses else torch.empty(0) # one tensor, which is a thousand times smaller on disk than its elements
-    return {k: _plain(getattr(rec, k)) for k in ('lrs','iters','values')} | dict(losses=losses, count=rec.smooth_loss.count, val=_plain(rec.smooth_loss.val))
+    # one tensor, which is a thousand times smaller on disk than its elements
+    losses = torch.stack(rec.losses).as_subclass(torch.Tensor) if rec.losses else torch.empty(0)
+    return ({k: _plain(getattr(rec, k)) for k in ('lrs','iters','values')}
+            | dict(losses=losses, count=rec.smooth_loss.count, val=_plain(rec.smooth_loss.val)))
 
 def _set_recorded(rec, s):
     rec.lrs,rec.iters,rec.losses,rec.values = s['lrs'],s['iters'],list(s['losses']),[L(v) for v in s['values']]
@@ -194,7 +212,8 @@ def _once(obj, **methods):
         for k,v in had.items(): setattr(obj, k, v)
 
 class Resume(FitCallback):
-    "Keep a training in the file `path`, and go on from there if it is one; of several fits of a Learner each in its turn"
+    """Keep a training in the file `path`, and go on from there if it is one; of several fits of a Learner each in
+    its turn"""
     order,_stateattrs = 1000,('loaded','ended') # the last to act at the end of an epoch
     def __init__(self,
         path, # file; its folder is made
@@ -205,7 +224,8 @@ class Resume(FitCallback):
         self.on,self.loaded,self.ended,self._id = False,None,[],uuid4().hex
 
     def before_fit(self):
-        self.on = not hasattr(self.learn, 'lr_finder') and self.learn.n_epoch > 0 # of no epochs there is nothing to keep
+        # of no epochs there is nothing to keep
+        self.on = not hasattr(self.learn, 'lr_finder') and self.learn.n_epoch > 0
         self.loaded,self.ended,self.epochs,self.done,self.kept = None,[],0,0,False
         if not self.on: return
         self._check()
@@ -223,15 +243,19 @@ class Resume(FitCallback):
     def _fits(self, v): vars(self.learn).setdefault('_fits_kept', {})[self._id] = v
 
     def _check(self):
-        if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1: raise ValueError("one training is kept in one file: there are two `Resume`")
-        if num_distrib() > 1: raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
+        if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1:
+            raise ValueError("one training is kept in one file: there are two `Resume`")
+        if num_distrib() > 1:
+            raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
         if self.every and not self.can_go_on_in_epoch:
-            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere random numbers are out of reach in the middle of an epoch")
+            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere "
+                             "random numbers are out of reach in the middle of an epoch")
         plain_state(unwrap(self.model))
         with writing(self.path): # or not: better said now than after an epoch
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path.parent).close()
-            for half in self.path.parent.glob(f'.{glob.escape(self.path.name)}.*.tmp'): half.unlink() # being written at the kill
+            # being written at the kill
+            for half in self.path.parent.glob(f'.{glob.escape(self.path.name)}.*.tmp'): half.unlink()
 
     @property
     def can_go_on_in_epoch(self):
@@ -240,11 +264,15 @@ class Resume(FitCallback):
 
     def _read(self):
         s = load_plain(self.path)
-        if not isinstance(s, dict) or s.get('what') != _what: raise ValueError(f"`{self.path}` holds no training that was kept: delete it, or name another file")
+        if not isinstance(s, dict) or s.get('what') != _what:
+            raise ValueError(f"`{self.path}` holds no training that was kept: delete it, or name another file")
         with zipfile.ZipFile(self.path) as z: damaged = z.testzip() # PyTorch does not look at the checksums
         s = dict(ended=[], stopped=None) | s # which earlier versions lack
-        fits = [*s['ended'], *([] if s['stopped'] in (None, _here) else [s['stopped']])] if isinstance(s['ended'], list) else [None]
-        if damaged or set(s) != _kept | {'ended','stopped'} or not all(isinstance(f, dict) and set(f) == _kept for f in fits): self._damaged()
+        fits = ([*s['ended'], *([] if s['stopped'] in (None, _here) else [s['stopped']])]
+                if isinstance(s['ended'], list) else [None])
+        if (damaged or set(s) != _kept | {'ended','stopped'}
+            or not all(isinstance(f, dict) and set(f) == _kept for f in fits)):
+            self._damaged()
         return s
 
     def _damaged(self): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
@@ -253,7 +281,9 @@ class Resume(FitCallback):
         "Which fit of those in the file this one is, counted from 0, and the state to go on from, or None"
         n,(done,begun) = len(s['ended']),self._fits
         if done == n+1: return done,self._append(s)
-        if done > n: raise ValueError(f"`{self.path}` does not hold the fits that came before this one: name another file, or delete it")
+        if done > n:
+            raise ValueError(f"`{self.path}` does not hold the fits that came before this one: name another file, or "
+                             "delete it")
         # of a Learner that was interrupted the same fit comes again, or all of them
         wrong = {}
         for fit in ([done, 0] if begun else [done]):
@@ -262,9 +292,11 @@ class Resume(FitCallback):
         else:
             d = wrong[done]
             seed = ', and give a random split of the images its `seed`' if d.startswith('images') else ''
-            raise OtherTraining(self.path, f"{f'fit {done+1}: ' if n else ''}{d}", f': name another file, or delete it{seed}')
+            raise OtherTraining(self.path, f"{f'fit {done+1}: ' if n else ''}{d}",
+                                f': name another file, or delete it{seed}')
         if not (0 <= there['epoch'] <= self.learn.n_epoch and 0 <= there['done'] < len(self.dls.train)): self._damaged()
-        if there['done'] and fit == n and not self.can_go_on_in_epoch: raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
+        if there['done'] and fit == n and not self.can_go_on_in_epoch:
+            raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
         self.ended = s['ended'] # also of the fits to come, which are told apart by their number
         return fit,None if fit == n and s['stopped'] == _here else there
 
@@ -277,12 +309,17 @@ class Resume(FitCallback):
     def _go_on(self, s, fit):
         learn,device,ended = self.learn,model_device(self.model),fit < len(self.ended)
         unwrap(learn.model).load_state_dict(s['model'])
-        learn.opt.load_state_dict(s['opt'] if isinstance(learn.opt, OptimWrapper) else _on(s['opt'], device)) # PyTorch's own move what they want on a GPU, which Adam's step count is not
+        # PyTorch's own move what they want on a GPU, which Adam's step count is not
+        learn.opt.load_state_dict(s['opt'] if isinstance(learn.opt, OptimWrapper) else _on(s['opt'], device))
         if s['scaler'] is not None: learn.scaler.load_state_dict(s['scaler'])
         _set_recorded(learn.recorder, s['recorder'])
         for name,cb in _by_name(learn.cbs).items():
             _set_memory(cb, _on(s['memory'].get(name, {}), device))
-            if isinstance(cb, CSVLogger) and s['csv']: cb.file.seek(0); cb.file.truncate(); cb.file.write(s['csv']); cb.file.flush()
+            if isinstance(cb, CSVLogger) and s['csv']:
+                cb.file.seek(0)
+                cb.file.truncate()
+                cb.file.write(s['csv'])
+                cb.file.flush()
             if isinstance(cb, ProgressCallback) and 'mbar' in vars(cb): cb.mbar.update(0) # it counts from there
         learn.epoch,learn.train_iter = max(s['epoch']-1, 0),s['train_iter']
         self.loaded,self.epochs,self.kept = s,learn.n_epoch if ended else s['epoch'],True
@@ -296,11 +333,13 @@ class Resume(FitCallback):
         which = f"fit {fit+1} of {len(self.ended)+1}"
         if ended: say(f"`{self.path}`: {which} has ended and is not trained again")
         elif self.epochs == self.learn.n_epoch:
-            say(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing is left to train. To train anew, delete it or name another file")
+            say(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing "
+                "is left to train. To train anew, delete it or name another file")
         elif fit: say(f"`{self.path}`: {which} goes on after {counted(self.epochs, 'epoch')}")
 
     def _set_grads(self, s):
-        for p,g in zip(self.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p) if isinstance(g, torch.Tensor) else torch.zeros_like(p)
+        for p,g in zip(self.model.parameters(), s['grads']):
+            p.grad = None if g is None else g.to(p) if isinstance(g, torch.Tensor) else torch.zeros_like(p)
 
     def before_train(self):
         if not self.on: return
@@ -345,7 +384,8 @@ class Resume(FitCallback):
         state = self._state()
         if not stopped: file = dict(state, ended=self.ended, stopped=None)
         else:
-            state |= dict(epoch=min(self.learn.epoch + 1, self.described['n_epoch']), done=0) # nothing goes on in this epoch
+            # nothing goes on in this epoch
+            state |= dict(epoch=min(self.learn.epoch + 1, self.described['n_epoch']), done=0)
             file = dict(self._read(), stopped=state) if self.kept else dict(state, ended=self.ended, stopped=_here)
         with atomic_path(self.path) as tmp: torch.save(file, tmp)
         self.kept = True
@@ -354,13 +394,20 @@ class Resume(FitCallback):
         "All that the rest of the training depends on"
         learn,scaler,done = self.learn,vars(self.learn).get('scaler'),self.done
         csv = next((cb for cb in learn.cbs if isinstance(cb, CSVLogger)), None)
-        return dict(what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train, train_iter=learn.train_iter,
-            model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()), scaler=None if scaler is None else scaler.state_dict(),
-            grads=[None if p.grad is None else p.grad.detach() if p.grad.any() else 0 for p in learn.model.parameters()], recorder=_recorded(learn.recorder),
-            memory={k: _memory(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
+        return dict(what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train,
+                    train_iter=learn.train_iter,
+            model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
+                    scaler=None if scaler is None else scaler.state_dict(),
+            grads=[None if p.grad is None else p.grad.detach() if p.grad.any() else 0
+                   for p in learn.model.parameters()], recorder=_recorded(learn.recorder),
+            memory={k: _memory(cb) for k,cb in _by_name(learn.cbs).items()
+                    if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
             metrics=[_memory(m, tensors=True) for m in learn.metrics] if done and learn.recorder.train_metrics else [],
-            csv='' if csv is None else (learn.path/csv.fname).read_text(), epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
+            csv='' if csv is None else (learn.path/csv.fname).read_text(),
+                    epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
 
 _what = 'a training, kept by rkd_fastai'
-_kept = set('what training epoch done pct_train train_iter model opt scaler grads recorder memory metrics csv epoch_random random'.split())
-_here = 'here' # a fit that was stopped before anything of it had been kept: it starts anew, and a further one goes on from there
+_kept = set('what training epoch done pct_train train_iter model opt scaler grads recorder memory metrics csv '
+            'epoch_random random'.split())
+# a fit that was stopped before anything of it had been kept: it starts anew, and a further one goes on from there
+_here = 'here'

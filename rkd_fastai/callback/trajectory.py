@@ -25,18 +25,23 @@ from ..sampling import check_n
 def _outputs(model, x, y):
     "Log-probability of the right class and entropy in nats of each image's output: `(bs,)` both, float64 on the CPU"
     with frozen(model): logits = check_logits(model(x)).cpu().double()
-    if not logits.isfinite().all(): raise ValueError("the network returned NaN or infinite logits: it has diverged, and there is nothing to record")
+    if not logits.isfinite().all():
+        raise ValueError("the network returned NaN or infinite logits: it has diverged, and there is nothing to record")
     log_p = logits.log_softmax(1)
     return log_p.gather(1, y.cpu()[:,None])[:,0], -(log_p.exp()*log_p).sum(1)
 
 # %% ../../nbs/callback/08_trajectory.ipynb #fb43095c
 class RecordTrajectory(EachEpoch):
-    "Keep in the folder `path`, after every epoch, the probability of each image's right class, clean and under `attack`, and the mean entropy of the outputs"
-    only_shows,_stateattrs = True,('data','dl') # does nothing to the training, see `Resume`; neither images nor loader are exported
+    """Keep in the folder `path`, after every epoch, the probability of each image's right class, clean and under
+    `attack`, and the mean entropy of the outputs"""
+    # does nothing to the training, see `Resume`; neither images nor loader are exported
+    only_shows,_stateattrs = True,('data','dl')
     data = dl = None
     def __init__(self,
         path, # folder of this training and these images, made if need be
-        dl=None, # their DataLoader; None means the validation set. That of the training set is read in its order, without augmentation
+        # their DataLoader; None means the validation set. That of the training set is read in its order, without
+        # augmentation
+        dl=None,
         n=None, # number of images: a sample, stratified by class; None, or more than there are, means all
         attack=PGD(), # the attack, on the network of each epoch anew; None: clean images only
         seed=0, # of the sample, and of the attack's random starts, which are the same after every epoch
@@ -76,12 +81,16 @@ class RecordTrajectory(EachEpoch):
 
     @torch.no_grad()
     def _check_classes(self, x, y):
-        with frozen(pixel_model(self.learn)) as model: n_out = check_no_probs(check_logits(model(x.to(model_device(model))))).shape[1]
-        if not (0 <= y.min() and y.max() < n_out): raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out}")
+        with frozen(pixel_model(self.learn)) as model:
+            n_out = check_no_probs(check_logits(model(x.to(model_device(model))))).shape[1]
+        if not (0 <= y.min() and y.max() < n_out):
+            raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out}")
 
     def _card(self, y, sample):
-        attack = self._attack and re.sub(' at 0x[0-9a-f]+', '', repr(self._attack)) # a function's address is another in each process
-        return dict(n=len(y), sample=sample.to_dict(), labels=digest([y]), attack=attack, seed=self.seed, versions=versions())
+        # a function's address is another in each process
+        attack = self._attack and re.sub(' at 0x[0-9a-f]+', '', repr(self._attack))
+        return dict(n=len(y), sample=sample.to_dict(), labels=digest([y]), attack=attack, seed=self.seed,
+                    versions=versions())
 
     def _file(self, k): return self.path/f'epoch_{k:04d}.npz'
     def _saved(self): return saved_epochs(self.path, suffix='.npz')
@@ -89,16 +98,24 @@ class RecordTrajectory(EachEpoch):
     def _check_folder(self, card, done):
         "Raise unless `path` holds the `done` epochs of this training, and no more of any other than it may"
         there = self._saved()
-        if len(there) > done+1 and not self.epochs: raise ValueError(f"`path` {self.path} holds {len(there)} epochs of another training: name another folder, or delete it")
+        if len(there) > done+1 and not self.epochs:
+            raise ValueError(f"`path` {self.path} holds {len(there)} epochs of another training: name another folder, "
+                             "or delete it")
         lost = sorted({*range(1, done+1)} - {*there})
-        if lost: raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: record it from its start, into one folder")
+        if lost:
+            raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: "
+                             "record it from its start, into one folder")
         if any(cb is not self and isinstance(cb, RecordTrajectory) and cb.path == self.path for cb in self.learn.cbs):
             raise ValueError(f"`path` {self.path} is that of two callbacks: give each its own")
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
-        except (OSError, ValueError) as e: raise ValueError(f"`path` {self.path} has no card that can be read ({e}): name another folder, or delete it") from e
+        except (OSError, ValueError) as e:
+            raise ValueError(f"`path` {self.path} has no card that can be read ({e}): name another folder, "
+                             "or delete it") from e
         for k in ('n','attack','seed','labels','sample'):
-            if old.get(k) != card[k]: raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: name another folder, or delete it")
+            if old.get(k) != card[k]:
+                raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: name another "
+                                 "folder, or delete it")
 
     def each_epoch(self):
         if self.data is not None:
@@ -117,6 +134,7 @@ class RecordTrajectory(EachEpoch):
                 if self._attack is not None: rows[-1] += _outputs(model, self._attack(model, x, y), y)
         names = ('log_clean','entropy','log_adv','entropy_adv')
         found = {k: torch.cat(v) for k,v in zip(names, zip(*rows))}
-        return {k: v.clamp_min(-65504).half().numpy() if k.startswith('log') else v.mean().numpy() for k,v in found.items()} # no infinity in float16
+        return {k: v.clamp_min(-65504).half().numpy() if k.startswith('log') else v.mean().numpy()
+                for k,v in found.items()} # no infinity in float16
 
     def after_fit(self): self.data = None

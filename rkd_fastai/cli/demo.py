@@ -34,15 +34,18 @@ import rkd_fastai.learner # noqa: F401 (patches `to_adversarial` and the fits on
 # %% ../../nbs/cli/00_demo.ipynb #8e86ff19
 Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
 _setups = dict(
-    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, stop=15, student=30, n_auto=100, n_curve=200),
-    quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255, teacher=8, stop=6, student=8, n_auto=20, n_curve=100))
+    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, stop=15, student=30,
+                  n_auto=100, n_curve=200),
+    quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255, teacher=8, stop=6, student=8, n_auto=20,
+                  n_curve=100))
 
 def _learner(s, out, seed, cbs=()):
     "An untrained Learner of the demonstration, the same for the same seed"
     set_seed(seed, reproducible=True)
     dls = s.dls(device_resident=True)
     net = cifar_resnet18(dls.c, width=s.width, n_in=dls.valid.one_batch()[0].shape[1])
-    return Learner(dls, net, opt_func=sgd_nesterov, path=out, cbs=cbs, metrics=[accuracy, RobustAccuracy(PGD(s.eps), n=s.n_curve)])
+    return Learner(dls, net, opt_func=sgd_nesterov, path=out, cbs=cbs,
+                   metrics=[accuracy, RobustAccuracy(PGD(s.eps), n=s.n_curve)])
 
 def train_models(
     s, # a `Setup`
@@ -52,7 +55,8 @@ def train_models(
     "The four trained Learners by name, in the order of the table"
     attack, learners = PGD(s.eps), {}
     def train(name, epochs, fit='fit_rkd', turn=lambda learn: learn.to_adversarial(attack), cbs=()):
-        learn = learners[name] = turn(_learner(s, out, seed + 1000*(name == 'student'), cbs)) # which must not start where its teacher did
+        # which must not start where its teacher did
+        learn = learners[name] = turn(_learner(s, out, seed + 1000*(name == 'student'), cbs))
         with one_line(learn, f'training {name}'): getattr(learn, fit)(epochs)
     train('standard', s.student, turn=lambda learn: learn)
     train('teacher', s.teacher, 'fit_exp', cbs=[KeepEpochs(overwrite=True)]) # of the demonstration before
@@ -88,7 +92,8 @@ def measure_models(
         if name in ('baseline','student'): res.append(measure(learn, name, ('autoattack',), s, seed, s.n_auto))
         cards[name] = [r.to_dict() for r in res]
         found = {k: v for r in res for k,v in r.results.items()}
-        rows.append(dict(model=name, epochs=len(learn.recorder.values), **found, seconds=sum(v for r in res for v in r.seconds.values())))
+        rows.append(dict(model=name, epochs=len(learn.recorder.values), **found,
+                         seconds=sum(v for r in res for v in r.seconds.values())))
     return pd.DataFrame(rows).set_index('model'), cards
 
 def as_markdown(
@@ -101,12 +106,16 @@ def as_markdown(
     head = ['model','epochs','clean','PGD-20',f'AutoAttack ({s.n_auto})']
     epochs = {'student': f'{s.stop} + {s.student}'}
     def pct(v): return '' if pd.isna(v) else f'{v:.1%}'
-    rows = [[r.Index, epochs.get(r.Index, str(r.epochs)), pct(r.clean), pct(r.pgd20), pct(r.autoattack)] for r in df.itertuples()]
+    rows = [[r.Index, epochs.get(r.Index, str(r.epochs)), pct(r.clean), pct(r.pgd20), pct(r.autoattack)]
+            for r in df.itertuples()]
     wide = [max(map(len, col)) for col in zip(head, *rows)]
-    lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, wide))) + ' |' for row in [head]+rows]
+    lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, wide))) + ' |'
+             for row in [head]+rows]
     lines.insert(1, '|' + '|'.join('-'*(w+1) + ('-' if i == 0 else ':') for i,w in enumerate(wide)) + '|')
-    return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed {seed}; clean and PGD-20 on {n} test images, '
-                               f'AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student learns from the teacher of epoch {s.stop}.')
+    return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed '
+                               f'{seed}; clean and PGD-20 on {n} test images, '
+                               f'AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student '
+                               f'learns from the teacher of epoch {s.stop}.')
 
 def verdict(
     df, # from `measure_models`
@@ -116,9 +125,11 @@ def verdict(
     "Who won, in a sentence, by the numbers"
     both = df.loc[['student','baseline']]
     gain,chance = both.iloc[0] - both.iloc[1], lambda attack, n: 1.96*((both[attack]*(1-both[attack])).sum()/n)**.5
-    won = 'not shown to differ from' if abs(gain.pgd20) <= chance('pgd20', n) else 'better than' if gain.pgd20 > 0 else 'worse than'
+    won = ('not shown to differ from' if abs(gain.pgd20) <= chance('pgd20', n) else 'better than' if gain.pgd20 > 0
+           else 'worse than')
     def said(attack, n): return f'{100*gain[attack]:+.1f} ± {100*chance(attack, n):.1f}'
-    return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: {said('pgd20', n)} points, clean {said('clean', n)}, AutoAttack {said('autoattack', n_auto)}. "
+    return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: {said('pgd20', n)} "
+            f"points, clean {said('clean', n)}, AutoAttack {said('autoattack', n_auto)}. "
             f"± is 95 % of what chance among the {n} and {n_auto} test images makes of such a difference.")
 
 # %% ../../nbs/cli/00_demo.ipynb #8253836c
@@ -131,8 +142,10 @@ def plot_curves(
     for name,learn in learners.items():
         for ax,col in zip(axs, ('accuracy','robust_accuracy')):
             i = learn.recorder.metric_names.index(col) - 1 # `values` has no epoch column
-            ax.plot(range(1, len(learn.recorder.values)+1), [100*v[i] for v in learn.recorder.values], label=name, lw=1.5)
-    for ax,title in zip(axs, ('clean accuracy, %', f"accuracy under PGD-7, %, {learners['student'].metrics[1].n} test images")):
+            ax.plot(range(1, len(learn.recorder.values)+1), [100*v[i] for v in learn.recorder.values], label=name,
+                    lw=1.5)
+    for ax,title in zip(axs, ('clean accuracy, %', f"accuracy under PGD-7, %, {learners['student'].metrics[1].n} test "
+                                                   "images")):
         ax.set(title=title, xlabel='epoch'); ax.title.set_size(10); ax.grid(alpha=.3)
     axs[0].legend(frameon=False)
     fig.savefig(path, dpi=110); plt.close(fig)
@@ -165,12 +178,14 @@ def plot_adversarial(
         x,y = x.to(model_device(model)), y.to(model_device(model))
         with seeded(seed, x.device): x_adv = PGD(s.eps, steps=20)(model, x, y)
         rows.append((f"{name}, attacked:\n{df.loc[name, 'pgd20']:.0%} of all hold", x_adv, _predict(model, x_adv)))
-    fig,axs = plt.subplots(len(rows), max(len(x), 1), figsize=(1.25*n, 1.5*len(rows)), squeeze=False, layout='constrained') # there may be none
+    fig,axs = plt.subplots(len(rows), max(len(x), 1), figsize=(1.25*n, 1.5*len(rows)), squeeze=False,
+                           layout='constrained') # there may be none
     for line,(label,imgs,preds) in zip(axs, rows):
         for ax,img,pred,targ in zip(line, imgs, preds, y):
             ax.imshow(img.permute(1,2,0).cpu().numpy().squeeze(), cmap='gray', vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
-            ax.set_title(str(learners[names[0]].dls.vocab[pred]), size=9, color='tab:green' if pred == targ else 'tab:red')
+            ax.set_title(str(learners[names[0]].dls.vocab[pred]), size=9,
+                         color='tab:green' if pred == targ else 'tab:red')
         line[0].set_ylabel(label, size=9)
     fig.savefig(path, dpi=130); plt.close(fig)
 
@@ -191,17 +206,22 @@ def demo(
     "Train, distil, attack, and write what came out to `out`"
     s,out,start = _setups['quick' if quick else 'full'], Path(out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    say(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of no less compute, on {default_device()}\n')
+    say(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of no less compute, on '
+        f'{default_device()}\n')
     with _one_thread():
         learners = train_models(s, out, seed)
         df,cards = measure_models(learners, s, seed)
     n = cards['student'][0]['n']
     table = as_markdown(df, s, seed, n)
     seconds = round(time.time() - start)
-    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\n{clock(seconds)} on {default_device()}.\n')
-    write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher, stop=s.stop, student_epochs=s.student,
-                                                     seconds=seconds, device=str(default_device()), models=cards), indent=2))
+    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\n{clock(seconds)} on '
+                                   f'{default_device()}.\n')
+    write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher,
+                                                     stop=s.stop, student_epochs=s.student,
+                                                     seconds=seconds, device=str(default_device()), models=cards),
+                                                indent=2))
     plot_curves(learners, out/'curves.png')
     plot_adversarial(learners, df, s, seed, out/'adversarial.png')
-    say(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in {out}/')
+    say(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in '
+        f'{out}/')
     return df

@@ -39,16 +39,20 @@ def number(
     "A float, or a fraction such as 8/255"
     top,_,bottom = text.partition('/')
     try: return float(top)/float(bottom or 1)
-    except (ValueError, ZeroDivisionError): raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255")
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255")
 
 def with_args(
     recipe, # a `Recipe`
-    args, # what the command line says: `eps`, `steps`, and `alpha`, `lam`, `T` for a distilling recipe; None leaves the recipe's own
+    # what the command line says: `eps`, `steps`, and `alpha`, `lam`, `T` for a distilling recipe; None leaves the
+    # recipe's own
+    args,
 ):
     "The recipe with what the command line says otherwise"
     if args.eps is not None: recipe = recipe.at_eps(args.eps)
     if args.steps is not None and recipe.attack is not None:
-        if 'steps' not in recipe.attack.settings: raise ValueError(f"`--steps`: {type(recipe.attack).__name__} has one step")
+        if 'steps' not in recipe.attack.settings:
+            raise ValueError(f"`--steps`: {type(recipe.attack).__name__} has one step")
         recipe = recipe.but(attack=type(recipe.attack)(**recipe.attack.settings | dict(steps=args.steps)))
     said = {k: getattr(args, k) for k in ('alpha','lam','T') if getattr(args, k, None) is not None}
     if said:
@@ -61,7 +65,8 @@ def teacher_recipe(
 ):
     "What `rkd train --how` names"
     if args.how not in teacher_kinds: return with_args(all_recipes[args.how], args)
-    return with_args(recipe_of_kind(args.how, *([] if args.eps is None else [args.eps])), argparse.Namespace(**vars(args) | dict(eps=None)))
+    return with_args(recipe_of_kind(args.how, *([] if args.eps is None else [args.eps])),
+                     argparse.Namespace(**vars(args) | dict(eps=None)))
 
 def student_recipe(
     args, # parsed command line
@@ -70,7 +75,9 @@ def student_recipe(
     recipe = all_recipes[args.recipe]
     if args.method and args.method != recipe.method:
         knows = signature(method_class(args.method)).parameters
-        recipe = recipe.but(method=args.method, mean_over_classes=False, settings={k: v for k,v in recipe.settings.items() if k in knows}, **({} if args.method != 'ckd' else dict(attack=None)))
+        recipe = recipe.but(method=args.method, mean_over_classes=False,
+                            settings={k: v for k,v in recipe.settings.items() if k in knows},
+                            **({} if args.method != 'ckd' else dict(attack=None)))
     return with_args(recipe, args)
 
 # %% ../../nbs/cli/01_main.ipynb #65dab952
@@ -78,7 +85,9 @@ def _new_folder(out, resume):
     "`out`, where it holds no run which would be lost"
     out = Path(out)
     if (out/'model.pth').exists(): raise ValueError(f"`--out` {out} holds a finished run already: name another folder")
-    if (out/'resume.pth').exists() and not resume: raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to go on with it, or name another folder")
+    if (out/'resume.pth').exists() and not resume:
+        raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to go on with it, or name "
+                         "another folder")
     return out
 
 def _loaders(args, recipe):
@@ -90,8 +99,10 @@ def _loaders(args, recipe):
 def _card(args, recipe, dls):
     "What the command line said, and what it left to the recipe"
     told = {k: v for k,v in vars(args).items() if k not in ('run','out','resume')}
-    return describe_run(recipe, dls, told | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr, epochs=recipe.epochs if args.epochs is None else args.epochs,
-                                                   eps=_eps if args.eps is None else args.eps, frac=recipe.synthetic if args.synthetic else None))
+    return describe_run(recipe, dls, told | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr,
+                                                 epochs=recipe.epochs if args.epochs is None else args.epochs,
+                                                   eps=_eps if args.eps is None else args.eps,
+                                                 frac=recipe.synthetic if args.synthetic else None))
 
 _eps = 8/255 # of the accuracy under attack that is watched, and of a run whose card tells none
 
@@ -104,11 +115,15 @@ def _check_same(args, out, card):
     "Raise where the command line says anything else than that of the run that was cut off in `out`"
     was = read_json(out/'card.json')
     for k in card:
-        if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue # `--keep` changes nothing in the training
+        # `--keep` changes nothing in the training
+        if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue
         if k in _paths and card[k] not in data_names: continue
-        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the run that was cut off in {out}: `--resume` goes on with the same command; for another one name another `--out`")
+        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the run that was cut "
+                         f"off in {out}: `--resume` goes on with the same command; for another one name "
+                         "another `--out`")
 
-_parts = dict(images='the training images are', synthetic='the synthetic images are', vocab='the classes are', network='the network is') # of a training, as `Resume` calls them
+_parts = dict(images='the training images are', synthetic='the synthetic images are', vocab='the classes are',
+              network='the network is') # of a training, as `Resume` calls them
 
 @contextmanager
 def _same_training(out):
@@ -117,13 +132,17 @@ def _same_training(out):
     except OtherTraining as e:
         name = e.difference.split()[0]
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
-        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: put back what it had, or name another `--out`" if what else
-                         f"the run that was cut off in {out} was another training ({e.difference}): name another `--out`") from e
+        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: put back what it had, or name "
+                         "another `--out`" if what else
+                         f"the run that was cut off in {out} was another training ({e.difference}): name another "
+                         "`--out`") from e
 
 def _check_older(out, epochs):
     "Raise where `out` has checkpoints of another training that this one, of so many epochs, would not replace"
     older = [n for n in saved_epochs(out) if n > epochs]
-    if older: raise ValueError(f"`--out` {out} holds checkpoints of a longer training, up to epoch_{older[-1]}.pth: delete them, or name another folder")
+    if older:
+        raise ValueError(f"`--out` {out} holds checkpoints of a longer training, up to epoch_{older[-1]}.pth: delete "
+                         "them, or name another folder")
 
 def _advice(out, keep):
     "What to do with an epoch that was more robust than the last one, as a function of it"
@@ -140,7 +159,9 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     if args.frac is not None:
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
         recipe = recipe.but(synthetic=args.frac)
-    if args.synthetic is not None and recipe.synthetic is None: raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or leave `--synthetic` out")
+    if args.synthetic is not None and recipe.synthetic is None:
+        raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or "
+                         "leave `--synthetic` out")
     out = _new_folder(args.out, args.resume)
     if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # a student must not start where its teacher did
@@ -150,7 +171,8 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     if (out/'resume.pth').exists(): _check_same(args, out, card)
     else: _check_older(out, card['epochs'])
     with _same_training(out):
-        fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(advice=_advice(out, args.keep)), *cbs], keep=args.keep,
+        fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(advice=_advice(out, args.keep)), *cbs],
+                keep=args.keep,
                 synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
     print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
 
@@ -160,13 +182,16 @@ def train(
 ):
     "`rkd train`"
     recipe = teacher_recipe(args)
-    _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting(advice='`--how at` trains on PGD')] if isinstance(recipe.attack, FFGSM) else ())
+    _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting(advice='`--how at` trains on PGD')]
+         if isinstance(recipe.attack, FFGSM) else ())
 
 def _teachers_size(args, cards):
-    "Side of the images that the teachers were trained on: those of the same published data, or those of any folder of images"
+    """Side of the images that the teachers were trained on: those of the same published data, or those of any folder
+    of images"""
     def alike(data): return data == args.data if args.data in data_names else data not in data_names
     sizes = {card.get('size') for card in cards if alike(card.get('data'))}
-    if len(sizes) > 1: raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: name one")
+    if len(sizes) > 1:
+        raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: name one")
     return next(iter(sizes), None)
 
 def distill(
@@ -189,31 +214,40 @@ def _checked(learn, eps, n):
 def _check_held_out(args, card, dls):
     "Raise where images may be measured that the run was trained on"
     now = held_out_digest(dls)
-    if now is None or len(dls.loaders) > 2 or args.data is not None: return # not of a folder, a test split, or other images
-    if 'held_out' not in card: warnings.warn("the run's card does not say which images were held out of its training, so that some of those measured now may have been trained on")
+    # not of a folder, a test split, or other images
+    if now is None or len(dls.loaders) > 2 or args.data is not None: return
+    if 'held_out' not in card:
+        warnings.warn("the run's card does not say which images were held out of its training, so that some of those "
+                      "measured now may have been trained on")
     elif card['held_out'] != now:
-        raise ValueError("the images that are held out now are not those that were held out of the run's training: files have come, gone or got other names since. "
+        raise ValueError("the images that are held out now are not those that were held out of the run's training: "
+                         "files have come, gone or got other names since. "
                          "Restore the folder, or name a folder of images that the run has not seen by `--data`")
 
 def evaluate(
     args, # parsed command line
 ):
     "`rkd evaluate`"
-    if args.check and args.norm != 'Linf': raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
-    if args.norm != 'Linf' and args.eps is None: raise ValueError('`--norm L2` has radii of its own: name `--eps`, of which 0.5 is usual')
+    if args.check and args.norm != 'Linf':
+        raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
+    if args.norm != 'Linf' and args.eps is None:
+        raise ValueError('`--norm L2` has radii of its own: name `--eps`, of which 0.5 is usual')
     model,card = load_run(args.model)
     eps = args.eps if args.eps is not None else card['eps'] if isinstance(card.get('eps'), float) else _eps
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
     if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
         raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
-    if args.data is None and data not in data_names and not Path(data).is_dir(): raise ValueError(f"the run was trained on the images in {data}, which is not here: name their folder by `--data`")
+    if args.data is None and data not in data_names and not Path(data).is_dir():
+        raise ValueError(f"the run was trained on the images in {data}, which is not here: name their folder by "
+                         "`--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
     check_n(args.n)
     _check_held_out(args, card, dls)
     learn,attacks = Learner(dls, model), [a.strip() for a in args.attacks.split(',')]
     line = Line('attacking')
-    res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state, fast=args.fast, progress=line.progress)
+    res = learn.robustness(attacks, eps, norm=args.norm, n=args.n, seed=args.seed, state_path=args.state,
+                           fast=args.fast, progress=line.progress)
     line.finish()
     if args.json: res.to_json(args.json)
     print(res)
@@ -224,7 +258,8 @@ def study(
 ):
     "`rkd study`"
     if args.study[0] == 'report':
-        if len(args.study) != 2 or not Path(args.study[1]).is_dir(): raise ValueError(f"`rkd study report FOLDER`: name the folder of one study, got {args.study[1:]}")
+        if len(args.study) != 2 or not Path(args.study[1]).is_dir():
+            raise ValueError(f"`rkd study report FOLDER`: name the folder of one study, got {args.study[1:]}")
         print(study_report(args.study[1]))
         return
     if len(args.study) != 1: raise ValueError(f"one study at a time, got {args.study}")
@@ -242,10 +277,17 @@ def demo(
     demo(args.quick, args.out, args.seed)
 
 def _data_args(c, default=None, bs=None):
-    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder with a sub-folder of images per class: in `train`, `valid` (or `val`) and `test`; without `valid` a fifth of the training images is held out to choose epochs on, and the last numbers are those of `test`, where there is one")
+    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder with a sub-folder of images "
+                                                   "per class: in `train`, `valid` (or `val`) and `test`; without "
+                                                   "`valid` a fifth of the training images is held out to choose "
+                                                   "epochs on, and the last numbers are those of `test`, where there "
+                                                   "is one")
     c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
-    c.add_argument('--size', type=int, help='side of the images: those of a folder are cropped to it; left out, as in the run or of the teacher, or 64; fashion_mnist and fashion_sample come in 14 and 28')
-    c.add_argument('--bs', type=int, default=bs, help="batch size; left out, the recipe's, or 125 where the images are too few for it" if bs is None else 'batch size')
+    c.add_argument('--size', type=int, help='side of the images: those of a folder are cropped to it; left out, as in '
+                                            'the run or of the teacher, or 64; fashion_mnist and fashion_sample come '
+                                            'in 14 and 28')
+    c.add_argument('--bs', type=int, default=bs, help="batch size; left out, the recipe's, or 125 where the images "
+                                                      "are too few for it" if bs is None else 'batch size')
 
 def _training_args(c):
     _data_args(c, 'fashion_sample')
@@ -262,7 +304,8 @@ def _training_args(c):
     c.add_argument('--compile', action='store_true', help='run attack, teacher and training step through torch.compile')
     c.add_argument('--bf16', action='store_true', help='run attack and teacher in bfloat16')
     c.add_argument('--out', required=True, help='folder of the run')
-    c.add_argument('--resume', action='store_true', help='go on with a run that was cut off in that folder; it ends as if it had not been')
+    c.add_argument('--resume', action='store_true', help='go on with a run that was cut off in that folder; it ends '
+                                                         'as if it had not been')
 
 def _demo_args(c):
     c.add_argument('--quick', action='store_true', help='on small digits, in a minute or two')
@@ -271,13 +314,15 @@ def _demo_args(c):
 def _train_args(c):
     own = [k for k,r in all_recipes.items() if not r.needs_teacher]
     c.add_argument('--how', choices=[*teacher_kinds, *own], default='at', metavar='HOW',
-                   help=f"{', '.join(teacher_kinds)}: standard, adversarial (PGD), adversarial with a quarter of eps, FFGSM, TRADES, averaged weights; or a recipe: {', '.join(own)}")
+                   help=f"{', '.join(teacher_kinds)}: standard, adversarial (PGD), adversarial with a quarter of eps, "
+                        f"FFGSM, TRADES, averaged weights; or a recipe: {', '.join(own)}")
     _training_args(c)
 
 def _distill_args(c):
     c.add_argument('--teacher', required=True, action='append', help='run folder or checkpoint; repeat for an ensemble')
     c.add_argument('--betas', type=number, nargs='+', help='weights of the ensemble')
-    c.add_argument('--recipe', choices=[k for k,r in all_recipes.items() if r.needs_teacher], default='paper_student', help='whose numbers')
+    c.add_argument('--recipe', choices=[k for k,r in all_recipes.items() if r.needs_teacher], default='paper_student',
+                   help='whose numbers')
     c.add_argument('--method', choices=['akd','rslad','ard','ckd'], help="which loss; left out, the recipe's")
     c.add_argument('--alpha', type=number, help="weight of the teacher in the soft target; left out, the recipe's")
     c.add_argument('--lam', type=number, help='weight of the adversarial term (RSLAD, ARD), of the distilled one (CKD)')
@@ -286,23 +331,31 @@ def _distill_args(c):
 
 def _evaluate_args(c):
     _data_args(c, bs=250)
-    c.add_argument('model', help='run folder or checkpoint; measured on the test split where there is one, else on the validation images')
-    c.add_argument('--attacks', default='clean,pgd20,autoattack', help='clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack')
-    c.add_argument('--eps', type=number, help="radius of the attacks in pixel units, e.g. 8/255; left out, the one the run was trained for")
+    c.add_argument('model', help='run folder or checkpoint; measured on the test split where there is one, else on '
+                                 'the validation images')
+    c.add_argument('--attacks', default='clean,pgd20,autoattack',
+                   help='clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack')
+    c.add_argument('--eps', type=number, help="radius of the attacks in pixel units, e.g. 8/255; left out, the one "
+                                              "the run was trained for")
     c.add_argument('--norm', choices=['Linf','L2'], default='Linf', help='norm of the attacks')
-    c.add_argument('--n', type=int, help='number of images: a sample, stratified by class and drawn by --seed; left out, all')
+    c.add_argument('--n', type=int, help='number of images: a sample, stratified by class and drawn by --seed; left '
+                                         'out, all')
     c.add_argument('--json', help='file for the result card')
     c.add_argument('--state', help='file that keeps the progress, to resume')
-    c.add_argument('--fast', action='store_true', help='AutoAttack on a faster copy of the network; what it finds is confirmed on the network itself')
+    c.add_argument('--fast', action='store_true', help='AutoAttack on a faster copy of the network; what it finds is '
+                                                       'confirmed on the network itself')
     c.add_argument('--check', action='store_true', help='look for masked gradients as well')
 
 def _study_args(c):
-    c.add_argument('study', nargs='+', help='TOML file of a study; or `report` and the folder of one, to write its tables and figures')
+    c.add_argument('study', nargs='+', help='TOML file of a study; or `report` and the folder of one, to write its '
+                                            'tables and figures')
     c.add_argument('--out', help="folder; left out, studies/ and the file's name")
     c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
     c.add_argument('--cell', metavar='I/N', help='every N-th cell from the I-th, for job arrays')
-    c.add_argument('--processes', type=int, default=1, help='so many at a time, which share the cores; what the others print is in process_K.log of the folder')
-    c.add_argument('--dry-run', action='store_true', help='print the cells, and about how long they will take, measured here')
+    c.add_argument('--processes', type=int, default=1, help='so many at a time, which share the cores; what the '
+                                                            'others print is in process_K.log of the folder')
+    c.add_argument('--dry-run', action='store_true', help='print the cells, and about how long they will take, '
+                                                          'measured here')
 
 _commands = [(demo, _demo_args, 'the main job from end to end, on real images that come with the package'),
              (train, _train_args, 'train a teacher, with a checkpoint per epoch'),
@@ -312,7 +365,8 @@ _commands = [(demo, _demo_args, 'the main job from end to end, on real images th
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     "Defaults where there are such: what is left out is explained in words"
-    def _get_help_string(self, action): return super()._get_help_string(action) if action.default not in (None, False) else action.help
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 def _parser():
     p = argparse.ArgumentParser('rkd', description='Robust knowledge distillation and adversarial training with fastai')
@@ -326,16 +380,19 @@ def _parser():
     return p
 
 def _in_options(text, args):
-    "`text` with the names of arguments as the command line has them, `--data-path` for `data_path`; a word that was typed as a value stays"
+    """`text` with the names of arguments as the command line has them, `--data-path` for `data_path`; a word that
+    was typed as a value stays"""
     typed = {str(o) for v in vars(args).values() for o in (v if isinstance(v, (list, tuple)) else [v])}
     options = {k: _option(k) for k in vars(args) if k not in ('run','model','study')}
-    options |= {k: options[o] for k,o in dict(state_path='state', path='data_path', every='keep').items() if o in options} # which have other names inside
+    options |= {k: options[o] for k,o in dict(state_path='state', path='data_path', every='keep').items()
+                if o in options} # which have other names inside
     return re.sub(r'`(\w+)`', lambda m: f'`{options[m[1]]}`' if m[1] in options and m[1] not in typed else m[0], text)
 
 @contextmanager
 def _plain_warnings(args):
     "Within it a warning is a line like an error, without the code that raised it"
-    was,warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f'rkd: warning: {_in_options(str(message), args)}\n'
+    was,warnings.formatwarning = (warnings.formatwarning, lambda message, *_,
+                                  **__: f'rkd: warning: {_in_options(str(message), args)}\n')
     try: yield
     finally: warnings.formatwarning = was
 
@@ -343,7 +400,8 @@ def _how_to_go_on(args):
     "What to type after Ctrl-C, where something was kept"
     if args.run is study: return ': the same command goes on with what is not done'
     kept = getattr(args, 'out', None) and (Path(args.out)/'resume.pth').exists()
-    return ': the same command with `--resume` goes on after the last finished epoch' if kept and hasattr(args, 'resume') else ''
+    return (': the same command with `--resume` goes on after the last finished epoch'
+            if kept and hasattr(args, 'resume') else '')
 
 def main(
     argv=None, # arguments; None: those of the process

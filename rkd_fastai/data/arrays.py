@@ -24,7 +24,9 @@ class ResidentDL(TfmdDL):
     def _make(self, n, seed):
         try:
             with no_random(seed): return self.do_batch([self.do_item(i) for i in range(n)])
-        except RuntimeError as e: raise ValueError(f"the items do not stack to one batch: give the images one size, e.g. `item_tfms=Resize(64, 'squish')` ({e})") from e
+        except RuntimeError as e:
+            raise ValueError("the items do not stack to one batch: give the images one size, e.g. "
+                             f"`item_tfms=Resize(64, 'squish')` ({e})") from e
 
     def items(self):
         "All items after their item transforms, as one batch on the loader's device"
@@ -33,7 +35,8 @@ class ResidentDL(TfmdDL):
             n = getattr(self.dataset, 'n_items', self.n) # a data set may hold more than an epoch
             few,again = (self._make(min(n, 8), seed) for seed in (0,1))
             if not all(map(torch.equal, few, again)):
-                raise ValueError("an item transform is random, but items are made once: use batch transforms, or `Resize(64, 'squish')`, which crops nothing")
+                raise ValueError("an item transform is random, but items are made once: use batch transforms, or "
+                                 "`Resize(64, 'squish')`, which crops nothing")
             self._items = self._make(n, 0)
         if self.device is not None: self._items = to_device(self._items, self.device)
         return self._items
@@ -46,7 +49,9 @@ class ResidentDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **kwargs)
-        if isinstance(res, ResidentDL) and res.dataset is self.dataset and not {'after_item','before_batch'} & set(kwargs): res._items = self._items
+        if (isinstance(res, ResidentDL) and res.dataset is self.dataset
+            and not {'after_item','before_batch'} & set(kwargs)):
+            res._items = self._items
         return res
 
 # %% ../../nbs/data/01_arrays.ipynb #b23bee4c
@@ -58,7 +63,8 @@ def pairs_dls(parts, cls, vocab, bs, batch_tfms=None, device_resident=False, **k
     ends = np.cumsum([0] + [len(p) for p in parts]).tolist()
     dsets = Datasets([o for p in parts for o in p], [[OpenImage(cls)], [ItemGetter(1), Categorize(vocab, sort=False)]],
                      splits=[slice(a,b) for a,b in zip(ends, ends[1:])])
-    return dsets.dataloaders(bs=bs, after_batch=[*L(batch_tfms), IntToFloatTensor()], dl_type=ResidentDL if device_resident else None, **kwargs)
+    return dsets.dataloaders(bs=bs, after_batch=[*L(batch_tfms), IntToFloatTensor()],
+                             dl_type=ResidentDL if device_resident else None, **kwargs)
 
 # %% ../../nbs/data/01_arrays.ipynb #a05bd3b7
 def check_xy(
@@ -99,4 +105,5 @@ def arrays_dls(
         check_labels(y, len(vocab), k)
         if x.shape[1:] != shape: raise ValueError(f"{k}: images are {x.shape[1:]}, those of train {shape}")
     pairs = [[(img, vocab[i]) for img,i in zip(*xy)] for xy in parts.values()]
-    return pairs_dls(pairs, PILImageBW if len(shape) == 2 else PILImage, vocab, bs, batch_tfms, device_resident, num_workers=num_workers, **kwargs)
+    return pairs_dls(pairs, PILImageBW if len(shape) == 2 else PILImage, vocab, bs, batch_tfms, device_resident,
+                     num_workers=num_workers, **kwargs)

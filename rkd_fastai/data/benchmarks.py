@@ -54,8 +54,10 @@ def fashion_sample_dls(
     **kwargs # passed to `arrays_dls`, e.g. `device_resident`
 ) -> DataLoaders: # two loaders of 1,000 images `(1, size, size)`, `dls.valid` from the test split
     "The sample of Fashion-MNIST in this package; nothing to download"
-    with files('rkd_fastai').joinpath('samples/fashion_sample.npz').open('rb') as f: a = dict(np.load(f, allow_pickle=False))
-    return arrays_dls(*[(_of_size(a[f'x_{o}'], size), a[f'y_{o}']) for o in ('train','test')], vocab=fashion_vocab, bs=bs,
+    with files('rkd_fastai').joinpath('samples/fashion_sample.npz').open('rb') as f:
+        a = dict(np.load(f, allow_pickle=False))
+    return arrays_dls(*[(_of_size(a[f'x_{o}'], size), a[f'y_{o}']) for o in ('train','test')], vocab=fashion_vocab,
+                      bs=bs,
                       batch_tfms=[PadCropFlip(), *L(batch_tfms)], **kwargs)
 
 # %% ../../nbs/data/02_benchmarks.ipynb #7d3ac407
@@ -64,20 +66,23 @@ def _find(path, sub, name):
     for d in (Path(path), Path(path)/sub):
         for f in (d/name, d/f'{name}.gz'):
             if f.exists(): return f
-    raise FileNotFoundError(f"{name} is neither in {path} nor in {Path(path)/sub}: give the folder of the published files, "
+    raise FileNotFoundError(f"{name} is neither in {path} nor in {Path(path)/sub}: give the folder of the published "
+                            "files, "
                             "or leave `path` out to download them")
 
 def _downloaded(name, get):
     "What `get` returns, which downloads the data set `name`"
     try: return get()
     except (RuntimeError, OSError) as e: # torchvision's and the network's
-        raise OSError(f"{name} cannot be downloaded: give the folder of its files by `path` ({' '.join(str(e).split())})") from e
+        raise OSError(f"{name} cannot be downloaded: give the folder of its files by `path` "
+                      f"({' '.join(str(e).split())})") from e
 
 def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **kwargs):
     "Three loaders: a held-out part of the split `train` is the second; `batch_tfms` come after the usual augmentation"
     x,y = train
     trn,val = _split(y, valid_pct, seed)
-    return arrays_dls((x[trn],y[trn]), (x[val],y[val]), test, vocab=vocab, batch_tfms=[PadCropFlip(pad), *L(batch_tfms)], **kwargs)
+    return arrays_dls((x[trn],y[trn]), (x[val],y[val]), test, vocab=vocab,
+                      batch_tfms=[PadCropFlip(pad), *L(batch_tfms)], **kwargs)
 
 # %% ../../nbs/data/02_benchmarks.ipynb #b35cd104
 def read_idx(
@@ -92,7 +97,8 @@ def read_idx(
             n = int.from_bytes(head[4:8], 'big')
             size = min(n*math.prod(shape), 1100*path.stat().st_size) # so many bytes unpack to no more
             data = f.read(size + 1) if head[8:] == np.array(shape, '>i4').tobytes() else None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from e
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is damaged ({e}): download it again") from e
     if head[:4] != bytes([0,0,8,nd]): raise ValueError(f"{path} is no IDX file of unsigned bytes in {nd} dimensions")
     if data is None or len(head) != 4 + 4*nd or len(data) != n*math.prod(shape):
         raise ValueError(f"{path} does not hold {n} elements of shape {tuple(shape)}: download it again")
@@ -131,7 +137,8 @@ def fashion_mnist_dls(
 # %% ../../nbs/data/02_benchmarks.ipynb #b972e844
 def _number_dtype(kind, *_):
     "The dtype of a number: one of objects would have NumPy fill memory with them"
-    if not re.fullmatch(r'[|<>=]?[biuf]\d', kind if isinstance(kind, str) else kind.decode()): raise pickle.UnpicklingError(f'it asks for a dtype {kind}')
+    if not re.fullmatch(r'[|<>=]?[biuf]\d', kind if isinstance(kind, str) else kind.decode()):
+        raise pickle.UnpicklingError(f'it asks for a dtype {kind}')
     return np.dtype(kind, copy=True) # whose state may be set
 
 def _rebuild(*_): return np.empty(0)
@@ -149,7 +156,9 @@ class _ArrayUnpickler(pickle._Unpickler): # in Python: the one in C takes the me
 
     def load_build(self):
         o,state = self.stack[-2:]
-        if isinstance(o, np.dtype) and not (state[0] == 3 and state[2:7] == (None, None, None, -1, -1)) or not isinstance(o, (np.dtype, ndarray)): raise pickle.UnpicklingError(f'it sets {type(o)}')
+        if (isinstance(o, np.dtype) and not (state[0] == 3 and state[2:7] == (None, None, None, -1, -1))
+            or not isinstance(o, (np.dtype, ndarray))):
+            raise pickle.UnpicklingError(f'it sets {type(o)}')
         super().load_build()
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -191,7 +200,8 @@ def _cifar_dls(c, path, download, bs, valid_pct, seed, **kwargs):
     if path is None:
         path = fastai_path('data')
         _downloaded(f'CIFAR-{c}', lambda: download(path, download=True))
-    def read(split): return map(np.concatenate, zip(*[_read_batch(_find(path, o['sub'], f), o['labels'], c) for f in o[split]]))
+    def read(split):
+        return map(np.concatenate, zip(*[_read_batch(_find(path, o['sub'], f), o['labels'], c) for f in o[split]]))
     return _published_dls(read('train'), read('test'), _class_names(path, c, **o), 4, valid_pct, seed, bs=bs, **kwargs)
 
 def cifar10_dls(
@@ -224,7 +234,8 @@ def tiny_imagenet_dls(
     **kwargs # `device_resident`, or passed to fastai's `Datasets.dataloaders`, e.g. `num_workers`
 ) -> DataLoaders: # three loaders, images `(3, 64, 64)`
     "Tiny-ImageNet (http://cs231n.stanford.edu): 200 classes of ImageNet at 64×64 pixels"
-    if path is None: path = _downloaded('Tiny-ImageNet', lambda: untar_data('http://cs231n.stanford.edu/tiny-imagenet-200.zip'))
+    if path is None:
+        path = _downloaded('Tiny-ImageNet', lambda: untar_data('http://cs231n.stanford.edu/tiny-imagenet-200.zip'))
     folder,ann = [_find(path, 'tiny-imagenet-200', o) for o in ('train', 'val/val_annotations.txt')]
     train = L((f, f.parts[-3]) for f in sorted(folder.glob('*/images/*.JPEG')))
     if not train: raise FileNotFoundError(f"{folder} has no CLASS/images/*.JPEG: unpack the archive again")

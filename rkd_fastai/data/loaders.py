@@ -31,7 +31,8 @@ def _as_told(k, dl, new, changed):
     a,b = vars(dl)[k],vars(new).get(k)
     return a is b or bool(np.array_equal(a, b)) if isinstance(a, (np.ndarray, torch.Tensor)) else bool(a is b or a == b)
 
-_fastais = {*DataLoader._methods, 'dataset', 'bs', 'shuffle', 'drop_last', 'indexed', 'n', 'pin_memory', 'timeout', 'device',
+_fastais = {*DataLoader._methods, 'dataset', 'bs', 'shuffle', 'drop_last', 'indexed', 'n', 'pin_memory', 'timeout',
+            'device',
             'rng', 'num_workers', 'offs', 'fake_l', 'it'} # attributes of every loader
 
 _plain_loaders = [DataLoader, TfmdDL, ResidentDL] # whose `new` loses nothing
@@ -41,29 +42,35 @@ def _own_arguments(dl):
     plain = {k for cls in (TfmdDL, DataLoader) for k in signature(cls).parameters}
     classes = [cls for cls in type(dl).__mro__ if cls not in TfmdDL.__mro__]
     params = [p for cls in classes for p in signature(cls).parameters.values()]
-    names = dict.fromkeys(p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in plain)
+    names = dict.fromkeys(p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                          and p.name not in plain)
     return [*names], any('new' in vars(cls) for cls in classes if cls is not ResidentDL)
 
 def _check_loaders(dls):
     "Raise a `TypeError` unless other loaders can be made of `dls`"
     for dl in dls.loaders:
         if not isinstance(dl, DataLoader):
-            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, of which no other loader can be made: "
+            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, of which no other loader can "
+                            "be made: "
                             "use fastai's `DataLoader`")
         if 'world_size' in vars(dl):
-            raise TypeError("`dls` are split among processes already: make them what they are to be before `learn.distrib_ctx`")
+            raise TypeError("`dls` are split among processes already: make them what they are to be before "
+                            "`learn.distrib_ctx`")
 
 def _new(dl, dataset=None, idxs=None, **kwargs):
-    "`dl.new` that loses nothing of `dl`, or an error; `idxs` are the items of `dl` that `dataset` consists of, None: all"
+    """`dl.new` that loses nothing of `dl`, or an error; `idxs` are the items of `dl` that `dataset` consists of,
+    None: all"""
     kind,way_out = type(dl).__name__, "give the class a `new` that hands it on"
-    if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs # the first `n` only
+    # the first `n` only
+    if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs
     if dl.fake_l.persistent_workers: kwargs = dict(persistent_workers=True) | kwargs
     if type(dl) in _plain_loaders: return dl.new(dataset, **kwargs)
     names,hands_on = _own_arguments(dl)
     own = {} if hands_on else {k: vars(dl).get(k, _own_arguments) for k in names}
     for k,v in own.items():
         if v is _own_arguments:
-            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: keep it as `self.{k}`, or {way_out}")
+            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: keep it as `self.{k}`, or "
+                            f"{way_out}")
     if idxs is not None:
         own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
     try: new = dl.new(dataset, **own | kwargs)
@@ -88,7 +95,8 @@ def _of_items(k, v, dl, idxs):
                         "and make the loader of its images")
     w = v[list(idxs)]
     if not w.sum():
-        raise ValueError(f"the {len(w)} images of the subset have the weight 0, all of them: take more (`n`), or others (`seed`)")
+        raise ValueError(f"the {len(w)} images of the subset have the weight 0, all of them: take more (`n`), or "
+                         "others (`seed`)")
     return w
 
 def _with_train(dls, train):
@@ -107,15 +115,18 @@ def with_subset(
     dls, # DataLoaders
     n:int, # number of training images
     seed:int=42, # of the choice
-    n_valid:int=None, # number of validation images: a sample, stratified by class; None, or more than there are, means all
+    # number of validation images: a sample, stratified by class; None, or more than there are, means all
+    n_valid:int=None,
 )->DataLoaders:
     "`dls` with `n` of their training images, drawn at random"
     _check_loaders(dls)
-    if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
+    if getattr(dls.train, 'frac', None):
+        raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
     have,bs = _n_items(dls.train),dls.train.bs
     n,seed,n_valid = whole_number('n', n),whole_number('seed', seed),whole_number('n_valid', n_valid, 1, none=True)
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
-    if n < bs and dls.train.drop_last: raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
+    if n < bs and dls.train.drop_last:
+        raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
     some_valid = n_valid is not None and n_valid < _n_items(dls.valid)
     kept = sorted(sample_of(dls.valid_ds, n_valid, seed)) if some_valid else None
     def part(dl, idxs): return _new(dl, _Part(dl.dataset, idxs), idxs)
@@ -126,7 +137,8 @@ def with_subset(
 def _n_items(dl):
     "How many items there are to take some of"
     if getattr(dl, 'n', None) is None or not dl.indexed:
-        raise TypeError(f"`dls` have a {type(dl).__name__} of items without an index, such as a stream: no subset of it can be taken")
+        raise TypeError(f"`dls` have a {type(dl).__name__} of items without an index, such as a stream: no subset of "
+                        "it can be taken")
     return dl.n
 
 def with_bs(
@@ -157,12 +169,14 @@ def with_label_noise(
     frac:float, # part of the training images with a wrong label
     seed:int=42, # of the choice
 )->DataLoaders:
-    "`dls` with symmetric label noise: a part of the training images has one of the other classes, all of them alike (paper, Section 3.1, on what label mixing is for)"
+    """`dls` with symmetric label noise: a part of the training images has one of the other classes, all of them
+    alike (paper, Section 3.1, on what label mixing is for)"""
     _check_loaders(dls)
     check_single_label(dls)
     frac,seed = as_number('frac', frac),whole_number('seed', seed)
     if not 0 <= frac <= 1: raise ValueError(f"`frac` must lie in [0, 1], got {frac}")
-    if getattr(dls.train, 'frac', None): raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
+    if getattr(dls.train, 'frac', None):
+        raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
     n,n_out,rng = len(dls.train_ds),len(dls.vocab),random.Random(seed)
     wrong = set(rng.sample(range(n), round(frac*n)))
     shifts = [rng.randrange(1, n_out) if i in wrong else 0 for i in range(n)]
@@ -174,7 +188,9 @@ def with_batch_tfms(
 )->DataLoaders:
     "`dls` with further transforms of the training batches"
     _check_loaders(dls)
-    if any(isinstance(t, Normalize) for t in tfms): raise ValueError("`tfms`: Normalize here would be of the training batches alone: give it to the data block, as one of its `batch_tfms`")
+    if any(isinstance(t, Normalize) for t in tfms):
+        raise ValueError("`tfms`: Normalize here would be of the training batches alone: give it to the data block, "
+                         "as one of its `batch_tfms`")
     return _with_train(dls, _new(dls.train, after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
 class _StillResize(Resize):
@@ -188,7 +204,9 @@ def _still(p):
     found = []
     for t in p.fs:
         if type(t) in (Resize, _StillResize): t = copy(t); t.__class__ = _StillResize
-        elif isinstance(t, _sizes): raise ValueError(f"`dls` get their size from {type(t).__name__}, which is random: use `Resize`, and what is random in `batch_tfms`")
+        elif isinstance(t, _sizes):
+            raise ValueError(f"`dls` get their size from {type(t).__name__}, which is random: use `Resize`, and what "
+                             "is random in `batch_tfms`")
         if isinstance(t, _StillResize) or not isinstance(t, RandTransform): found.append(t)
     return found
 
@@ -205,20 +223,27 @@ def with_augmentation(
 
 # %% ../../nbs/data/03_loaders.ipynb #6c92017e
 def _npz_arrays(path, **want):
-    "The arrays named in `want`, whose number of dimensions and kind of dtype it tells; nothing is read before the headers have been looked at"
+    """The arrays named in `want`, whose number of dimensions and kind of dtype it tells; nothing is read before the
+    headers have been looked at"""
     again = "download or write it again"
     if not path.is_file(): raise FileNotFoundError(f"no file of synthetic images at `{path}`")
     try:
         with zipfile.ZipFile(path) as z:
             for name,(ndims,kinds) in want.items():
-                if f'{name}.npy' not in z.namelist(): raise ValueError(f"`{path}` has no array `{name}`, but {[Path(n).stem for n in z.namelist()]}: synthetic data are {list(want)}")
+                if f'{name}.npy' not in z.namelist():
+                    raise ValueError(f"`{path}` has no array `{name}`, but {[Path(n).stem for n in z.namelist()]}: "
+                                     f"synthetic data are {list(want)}")
                 with z.open(f'{name}.npy') as f: (shape,_,dtype),start = _header(f),f.tell()
                 if len(shape) not in ndims or dtype.kind not in kinds or (kinds == 'u' and dtype != np.uint8):
-                    raise ValueError(f"`{path}`: `{name}` is {dtype} {shape}: images must be uint8 `(n, h, w, c)` or `(n, h, w)`, labels integers `(n,)`")
+                    raise ValueError(f"`{path}`: `{name}` is {dtype} {shape}: images must be uint8 `(n, h, w, c)` or "
+                                     "`(n, h, w)`, labels integers `(n,)`")
                 size = z.getinfo(f'{name}.npy').file_size
-                most = 1100*path.stat().st_size # what so many bytes can unpack to: the directory may lie as the header does
-                if size != start + dtype.itemsize*np.prod(shape, dtype=object) or size > most: raise ValueError(f"`{path}`: `{name}` says it is {dtype} {shape}, but holds {size} bytes: {again}")
-        with np.load(path, allow_pickle=False) as a: return [a[f'{name}.npy'] for name in want] # not `a[name]`, which may be another entry
+                # what so many bytes can unpack to: the directory may lie as the header does
+                most = 1100*path.stat().st_size
+                if size != start + dtype.itemsize*np.prod(shape, dtype=object) or size > most:
+                    raise ValueError(f"`{path}`: `{name}` says it is {dtype} {shape}, but holds {size} bytes: {again}")
+        # not `a[name]`, which may be another entry
+        with np.load(path, allow_pickle=False) as a: return [a[f'{name}.npy'] for name in want]
     except Exception as e:
         if isinstance(e, ValueError) and str(path) in str(e): raise
         raise ValueError(f"`{path}` is truncated or no .npz file ({type(e).__name__}: {e}): {again}") from e
@@ -232,7 +257,9 @@ def read_synthetic(
 )->tuple: # images and labels
     "Synthetic images as published, of which nothing is executed"
     x,y = _npz_arrays(Path(path), image=((3,4), 'u'), label=((1,), 'iu'))
-    if len(x) != len(y) or not len(x): raise ValueError(f"`{path}` has {counted(len(x), 'image')} and {counted(len(y), 'label')}: one label per image is needed")
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"`{path}` has {counted(len(x), 'image')} and {counted(len(y), 'label')}: one label per "
+                         "image is needed")
     return _squeezed(x), y
 
 def _squeezed(x): return x[...,0] if x.ndim == 4 and x.shape[3] == 1 else x
@@ -249,7 +276,8 @@ class _WithSynthetic(GetAttr):
     def __getitem__(self, i):
         if i < len(self.real): return self.real[i]
         img,label = self.images[i-len(self.real)],int(self.labels[i-len(self.real)])
-        return self.like.create(img) if issubclass(self.like, PILBase) else self.like(image2tensor(img)), TensorCategory(label)
+        return self.like.create(img) if issubclass(self.like,
+                                                   PILBase) else self.like(image2tensor(img)), TensorCategory(label)
 
 def _draw(rng, n, k):
     "`k` of `n` numbers at random, none once more than another"
@@ -276,35 +304,47 @@ class _Mixed:
         return [n_real + next(synthetic) if syn else next(real) for syn in where]
 
 class MixedDL(_Mixed, TfmdDL): "A training loader with synthetic images in every batch"
-class ResidentMixedDL(_Mixed, ResidentDL): "A training loader with synthetic images in every batch, all of them on the device"
+class ResidentMixedDL(_Mixed, ResidentDL):
+    "A training loader with synthetic images in every batch, all of them on the device"
 
 _plain_loaders += [MixedDL, ResidentMixedDL]
 
 def _check_share(frac, bs):
     check_number(frac=frac)
     if not 0 < frac < 1: raise ValueError(f"`frac` must lie between 0 and 1, got {frac}")
-    if not 0 < round(frac*bs) < bs: raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
+    if not 0 < round(frac*bs) < bs:
+        raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
 
 def _check_synthetic(x, y, dls):
     check_single_label(dls)
-    if y.min() < 0 or y.max() >= len(dls.vocab): raise ValueError(f"`npz` has labels {y.min()} to {y.max()}, but `dls` have {len(dls.vocab)} classes: labels count from 0")
+    if y.min() < 0 or y.max() >= len(dls.vocab):
+        raise ValueError(f"`npz` has labels {y.min()} to {y.max()}, but `dls` have {len(dls.vocab)} classes: labels "
+                         "count from 0")
     img = dls.train_ds[0][0]
-    if isinstance(img, TensorImageBase) and img.dtype != torch.uint8: raise TypeError(f"`dls` hold images of {img.dtype}, to which uint8 ones cannot be added")
+    if isinstance(img, TensorImageBase) and img.dtype != torch.uint8:
+        raise TypeError(f"`dls` hold images of {img.dtype}, to which uint8 ones cannot be added")
     if isinstance(img, TensorImageBase): want,got = tuple(img.shape),tuple(image2tensor(x[0]).shape)
     elif isinstance(img, PILBase): want,got = len(img.getbands()),1 if x.ndim == 3 else x.shape[3]
-    else: raise TypeError(f"`dls` hold items of type {type(img).__name__}, not images: synthetic ones cannot be put among them")
-    if want != got: raise ValueError(f"`npz` has images of {'shape' if isinstance(want, tuple) else 'channels'} {got}, but those of `dls` are {want}")
+    else:
+        raise TypeError(f"`dls` hold items of type {type(img).__name__}, not images: synthetic ones cannot be put "
+                        "among them")
+    if want != got:
+        raise ValueError(f"`npz` has images of {'shape' if isinstance(want, tuple) else 'channels'} {got}, but those "
+                         f"of `dls` are {want}")
 
 def with_synthetic(
     dls, # image DataLoaders with one class per image
     npz, # `.npz` file, see `read_synthetic`, or its images and labels
     frac:float=.7, # part of every batch that is synthetic, to the nearest image
 )->DataLoaders:
-    "`dls` with synthetic images in every training batch, and epochs as long as before (Rebuffi et al., 2021; Wang et al., 2023)"
-    if type(dls.train) not in (TfmdDL, ResidentDL): raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
+    """`dls` with synthetic images in every training batch, and epochs as long as before (Rebuffi et al., 2021; Wang
+    et al., 2023)"""
+    if type(dls.train) not in (TfmdDL, ResidentDL):
+        raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
     frac = as_number('frac', frac)
     if dls.train.n != len(dls.train_ds):
-        raise ValueError(f"`dls` take the first {dls.train.n} of {len(dls.train_ds)} images only: take them by `with_subset` first")
+        raise ValueError(f"`dls` take the first {dls.train.n} of {len(dls.train_ds)} images only: take them by "
+                         "`with_subset` first")
     _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
     x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')

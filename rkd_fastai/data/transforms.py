@@ -43,14 +43,16 @@ class OpenImage(ItemTransform):
 
     def encodes(self, o):
         if isinstance(o, list): o = o[0]   # `ItemTransform` hands a tuple over as a list
-        if not str(getattr(o, 'dtype', 'uint8')).endswith('uint8'): raise ValueError(f"an image must be uint8, got {o.dtype}")
+        if not str(getattr(o, 'dtype', 'uint8')).endswith('uint8'):
+            raise ValueError(f"an image must be uint8, got {o.dtype}")
         if isinstance(o, TensorImage): return o
         if not isinstance(o, ndarray) or o.ndim != self.ndim: o = open_image(self.cls.create, o).convert(self.mode)
         return self.cls._tensor_cls(image2tensor(o))
 
 # %% ../../nbs/data/00_transforms.ipynb #4c98f322
 class PadCropFlip(RandTransform):
-    "Random crop of each image of a batch `(bs, c, h, w)` padded with `pad` zeros a side, flipped left to right half the time"
+    """Random crop of each image of a batch `(bs, c, h, w)` padded with `pad` zeros a side, flipped left to right
+    half the time"""
     def __init__(self,
         pad:int=0, # pixels of padding on each side, 0: flip only
     ):
@@ -67,7 +69,8 @@ class PadCropFlip(RandTransform):
 
 # %% ../../nbs/data/00_transforms.ipynb #f94e9028
 class Cutout(RandTransform):
-    "A black square of `side` pixels at a random place of each image of a batch `(bs, c, h, w)` (DeVries & Taylor, 2017)"
+    """A black square of `side` pixels at a random place of each image of a batch `(bs, c, h, w)` (DeVries & Taylor,
+    2017)"""
     def __init__(self,
         side:int, # of the square, in pixels
     ):

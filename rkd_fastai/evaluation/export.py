@@ -22,21 +22,26 @@ from ..pixel import check_single_label, held_out, pixel_model, sample_images
 from ..teachers import Teacher
 
 # %% ../../nbs/evaluation/03_export.ipynb #22cae7e9
-_told = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str, venue=str, architecture=str, reported=str, footnote=str)
-_fields = ('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture', 'eps', 'clean_acc', 'reported', 'autoattack_acc', 'footnote')
+_told = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str, venue=str,
+             architecture=str, reported=str, footnote=str)
+_fields = ('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture',
+           'eps', 'clean_acc', 'reported', 'autoattack_acc', 'footnote')
 _test_images = dict(cifar10=10_000, cifar100=10_000, imagenet=5_000) # as many as RobustBench evaluates
 
 def _check_card(card):
     for k,v in card.items():
-        if k not in _told: raise ValueError(f"`{k}` is nothing that RobustBench's card is told: it is told {list(_told)}")
+        if k not in _told:
+            raise ValueError(f"`{k}` is nothing that RobustBench's card is told: it is told {list(_told)}")
         if v is not None and type(v) is not _told[k]: raise ValueError(f"`{k}` must be {_told[k].__name__}, got {v!r}")
 
 def _check_robustness(robustness, norm):
     if norm not in ('Linf', 'L2'): raise ValueError(f"`norm` must be 'Linf' or 'L2', got {norm!r}")
     if robustness is None: return
-    if not isinstance(robustness, Robustness): raise ValueError(f"`robustness` must be what `learn.robustness()` returned, got {robustness!r}")
+    if not isinstance(robustness, Robustness):
+        raise ValueError(f"`robustness` must be what `learn.robustness()` returned, got {robustness!r}")
     if robustness.norm != norm:
-        raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: say `norm={robustness.norm!r}`, or measure it in {norm}")
+        raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: say "
+                         f"`norm={robustness.norm!r}`, or measure it in {norm}")
 
 def _eps_text(eps, norm):
     "`eps` as RobustBench writes it: '8/255', and '0.5' where it is not so many 255ths"
@@ -56,11 +61,14 @@ def _model_info(card, robustness, n_test):
 # %% ../../nbs/evaluation/03_export.ipynb #b9e695cc
 def _on_cpu(model, hooks=True):
     "A contiguous float32 copy of `model` on the CPU, without the hooks that watch it unless `hooks`"
-    watchers = () if hooks else [h for m in model.modules() for h in (m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)]
+    watchers = () if hooks else [h for m in model.modules()
+                                 for h in (m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)]
     check_initialized(model)
     try:
         with torch.no_grad(): model = deepcopy(model, {id(h): OrderedDict() for h in watchers})
-    except Exception as e: raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): take off what computes its weights, such as pruning") from e
+    except Exception as e:
+        raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): take off what computes its weights, "
+                         "such as pruning") from e
     return model.to('cpu', torch.float32, memory_format=torch.contiguous_format)
 
 class _Mixture(nn.Module):
@@ -68,7 +76,8 @@ class _Mixture(nn.Module):
     def __init__(self, teacher):
         super().__init__()
         used = [(m,b) for m,b in zip(teacher.members, teacher.betas) if b > 0]
-        self.members,self.logs,self.alone = nn.ModuleList(m for m,_ in used), [math.log(b) for _,b in used], len(teacher.members) == 1
+        self.members,self.logs,self.alone = nn.ModuleList(m for m,_ in used), [math.log(b)
+                                                                               for _,b in used], len(teacher.members) == 1
     def forward(self, x):
         if self.alone: return self.members[0](x)
         return torch.stack([m(x).float().log_softmax(1) + l for m,l in zip(self.members, self.logs)]).logsumexp(0)
@@ -88,14 +97,17 @@ def _traced(model, shape):
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter('ignore') # whatever it suspects, the answers are compared
-            program = torch.export.export(net, (torch.zeros(2, *shape, dtype=torch.float32, device='cpu'),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+            program = torch.export.export(net, (torch.zeros(2, *shape, dtype=torch.float32, device='cpu'),),
+                                          dynamic_shapes=({0: torch.export.Dim('batch')},))
     except Exception as e:
         why = (str(e).strip().splitlines() or [''])[0]
-        raise ValueError("`model` cannot be exported: its forward pass must be PyTorch's operations, the same ones whatever the images are "
+        raise ValueError("`model` cannot be exported: its forward pass must be PyTorch's operations, the same ones "
+                         "whatever the images are "
                          f"and however many ({type(e).__name__}: {why})") from e
     program.example_inputs = None # they would be pickled
     for m in program.graph_module.modules():
-        for node in getattr(getattr(m, 'graph', None), 'nodes', ()): node.meta.pop('stack_trace', None) # the paths of this machine
+        # the paths of this machine
+        for node in getattr(getattr(m, 'graph', None), 'nodes', ()): node.meta.pop('stack_trace', None)
     return program
 
 # %% ../../nbs/evaluation/03_export.ipynb #a13822b0
@@ -147,16 +159,20 @@ def _answers(net, x):
     with torch.enable_grad(), frozen(net):
         x = x.clone().requires_grad_()
         logits = net(x)
-        if logits.requires_grad: return dict(logits=logits.detach(), gradients=torch.autograd.grad(logits.logsumexp(1).sum(), x)[0])
+        if logits.requires_grad:
+            return dict(logits=logits.detach(), gradients=torch.autograd.grad(logits.logsumexp(1).sum(), x)[0])
     raise ValueError("`model` has no gradients with respect to its images, but attacks and RobustBench need them")
 
 def _check_model(model, x):
     "The number of classes of `model`, which returns logits and runs on `x`"
     warn_of_batch_statistics(model)
     try:
-        with torch.no_grad(), frozen(model): logits = check_logits(model(torch.cat([x, 1-x]))) # of one image it would be chance
-    except RuntimeError as e: raise ValueError(f"`model` cannot run on images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}") from e
-    if not logits.isfinite().all(): raise ValueError("`model` returned NaN or infinite logits: there is nothing to export")
+        # of one image it would be chance
+        with torch.no_grad(), frozen(model): logits = check_logits(model(torch.cat([x, 1-x])))
+    except RuntimeError as e:
+        raise ValueError(f"`model` cannot run on images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}") from e
+    if not logits.isfinite().all():
+        raise ValueError("`model` returned NaN or infinite logits: there is nothing to export")
     check_no_probs(logits)
     return logits.shape[1]
 
@@ -166,19 +182,23 @@ def _check_same(loaded, model, x):
         got,want = _answers(loaded, xb),_answers(model, xb)
         for what in want:
             if not (got[what] - want[what]).abs().max() <= 1e-4*want[what].abs().max():
-                raise ValueError(f"`model` cannot be exported: once loaded its {what} were others. It must not be random in eval mode, "
+                raise ValueError(f"`model` cannot be exported: once loaded its {what} were others. It must not be "
+                                 "random in eval mode, "
                                  "change with each call, be changed by hooks, or define gradients of its own")
 
 # %% ../../nbs/evaluation/03_export.ipynb #ae0581ed
 def _check_folder(folder):
     at = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    if at.exists() and not at.is_dir(): raise ValueError(f"`folder` {folder} cannot be made, {at} is a file: name another")
-    if (folder/'model.pt2').exists(): raise ValueError(f"`folder` {folder} holds an export already: name another, or delete it")
+    if at.exists() and not at.is_dir():
+        raise ValueError(f"`folder` {folder} cannot be made, {at} is a file: name another")
+    if (folder/'model.pt2').exists():
+        raise ValueError(f"`folder` {folder} holds an export already: name another, or delete it")
     if at == folder and any(folder.iterdir()): raise ValueError(f"`folder` {folder} is not empty: name a new one")
 
 @contextmanager
 def _new_folder(folder):
-    "A temporary folder beside `folder`: it becomes `folder` if the body succeeds, and leaves nothing behind if it does not"
+    """A temporary folder beside `folder`: it becomes `folder` if the body succeeds, and leaves nothing behind if it
+    does not"""
     made = [p for p in folder.parents if not p.exists()]
     tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
     shutil.rmtree(tmp, ignore_errors=True) # of a process that was killed
@@ -207,23 +227,30 @@ def export_robustbench(
     folder, # new folder that the export becomes
     robustness=None, # `Robustness` of this network, as `learn.robustness()` returns it
     norm='Linf', # RobustBench's threat model, 'Linf' or 'L2'; `robustness` must be of it
-    n_test=None, # images in the test set of a data set that is not RobustBench's: accuracies of fewer stay out of its card
-    **card, # RobustBench's `name` (title of the paper), `authors`, `link`, `venue`, `dataset`, `architecture`, `additional_data`, `number_forward_passes`, `reported` (percent, as text), `footnote`
+    # images in the test set of a data set that is not RobustBench's: accuracies of fewer stay out of its card
+    n_test=None,
+    # RobustBench's `name` (title of the paper), `authors`, `link`, `venue`, `dataset`, `architecture`,
+    # `additional_data`, `number_forward_passes`, `reported` (percent, as text), `footnote`
+    **card,
 )->Path:
     "Write `model` to `folder` as RobustBench and AutoAttack take it, loadable with PyTorch alone; returns the folder"
-    if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: a Learner has `to_robustbench`")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: a "
+                        "Learner has `to_robustbench`")
     folder = Path(folder).resolve()
     _check_folder(folder); _check_card(card); _check_robustness(robustness, norm); check_images(x)
     if not len(x): raise ValueError("`x` holds no images")
     card = dict(number_forward_passes=_passes(model)) | card
-    cards = dict(model_info=_model_info(card, robustness, n_test), robustness=robustness and robustness.to_dict(), classes=[str(o) for o in getattr(model, 'vocab', [])])
+    cards = dict(model_info=_model_info(card, robustness, n_test), robustness=robustness and robustness.to_dict(),
+                 classes=[str(o) for o in getattr(model, 'vocab', [])])
     x = x.detach().cpu().float()
     with seeded(0):
         model = PixelModel(_on_cpu(model))
         n_out = _check_model(model, x)
         program = _traced(model, x.shape[1:])
         with _new_folder(folder) as tmp:
-            _write(tmp, program, _page.format(version=torch.__version__, shape=', '.join(map(str, ('n', *x.shape[1:]))), n_out=n_out), cards)
+            _write(tmp, program, _page.format(version=torch.__version__,
+                                              shape=', '.join(map(str, ('n', *x.shape[1:]))), n_out=n_out), cards)
             _check_same(_load(tmp), model, x)
     return folder
 
@@ -234,7 +261,8 @@ def to_robustbench(self:Learner,
     norm='Linf', # RobustBench's threat model, 'Linf' or 'L2'; `robustness` must be of it
     **card, # what RobustBench's card is told, see `export_robustbench`
 )->Path:
-    "Write the network to `folder` as RobustBench and AutoAttack take it, loadable with PyTorch alone; returns the folder"
+    """Write the network to `folder` as RobustBench and AutoAttack take it, loadable with PyTorch alone; returns the
+    folder"""
     if rank_distrib(): return Path(folder).resolve() # of several processes the first one writes, as with `learn.save`
     check_single_label(self.dls)
     model = pixel_model(self)

@@ -25,7 +25,9 @@ _radii = dict(Linf=[k/255 for k in (0,2,4,8,12,16)], L2=[0.,.25,.5,1.,1.5,2.])
 
 def _check_radii(eps, attack, norm, seed, bs):
     "Radii in increasing order; raises where `attack` cannot be made with one of them"
-    if not isinstance(attack, str): raise ValueError(f"`attack` must be a name such as 'pgd20', of which one is made for each radius, got {attack!r}")
+    if not isinstance(attack, str):
+        raise ValueError("`attack` must be a name such as 'pgd20', of which one is made for each radius, got "
+                         f"{attack!r}")
     if norm not in _radii: raise ValueError(f"`norm` must be one of {list(_radii)}, got {norm!r}")
     eps = np.unique(np.asarray(_radii[norm] if eps is None else eps, float)).tolist()
     if not eps: raise ValueError("`eps` holds no radius: give some, or leave it out")
@@ -49,9 +51,11 @@ def robustness_curve(
     seed=0, # of the attack at each radius
     bs=250, # images at a time
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
-    progress=None, # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
+    # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
+    progress=None,
 )->pd.DataFrame:
-    "Accuracy under `attack`, with its 95 % interval from `low` to `high`, for each radius by itself; at 0 the clean one"
+    """Accuracy under `attack`, with its 95 % interval from `low` to `high`, for each radius by itself; at 0 the
+    clean one"""
     check_progress(progress)
     radii,accs = _check_radii(eps, attack, norm, seed, bs),{}
     with showing(progress) as progress:
@@ -101,7 +105,8 @@ def plot_robustness_curve(
     kwargs = dict(color=colours[at], marker=markers[at], markersize=5) | normalize_kwargs(kwargs, Line2D)
     line, = ax.plot(radii, 100*curve.accuracy, label=label or curve.attrs.get('attack'), **kwargs)
     ax.fill_between(radii, 100*curve.low, 100*curve.high, color=line.get_color(), alpha=.18, lw=0)
-    ax.set(xlabel='radius ε (L∞), in 1/255' if norm == 'Linf' else 'radius ε (L2)', ylabel=_ylabel(curve), ylim=(-2,102)) # all of a marker at either end
+    ax.set(xlabel='radius ε (L∞), in 1/255' if norm == 'Linf' else 'radius ε (L2)', ylabel=_ylabel(curve),
+           ylim=(-2,102)) # all of a marker at either end
     ax.grid(alpha=.3)
     ax.legend(frameon=False)
     return ax
@@ -134,16 +139,22 @@ def plot_robustness_curve(self:Learner,
 # %% ../../nbs/evaluation/02_interpret.ipynb #475dd7fc
 def _made(attack, eps, norm, seed, bs=250):
     "The attack itself, of which `attack` may be the name"
-    if attack is None or isinstance(attack, str): return make_attack(attack or 'pgd20', 8/255 if eps is None else eps, norm or 'Linf', seed, bs)
-    if eps is not None or norm is not None: raise ValueError(f"`eps` and `norm` are those of an attack given by name, but `attack` is {attack!r}: set them there")
+    if attack is None or isinstance(attack, str):
+        return make_attack(attack or 'pgd20', 8/255 if eps is None else eps, norm or 'Linf', seed, bs)
+    if eps is not None or norm is not None:
+        raise ValueError(f"`eps` and `norm` are those of an attack given by name, but `attack` is {attack!r}: set "
+                         "them there")
     return check_attack(attack)
 
 def _attacked(model, x, y, attack, seed, bs):
-    "`x` under `attack`: the images that `robust_flags` would see, of which those that are wrong already stay as they are"
+    """`x` under `attack`: the images that `robust_flags` would see, of which those that are wrong already stay as
+    they are"""
     if isinstance(attack, Attack): attack.check(x)
     device,x_adv = model_device(model),x.clone() # a GPU holds one batch, not all of them
     def take(idx): return x[idx].to(device),y[idx].to(device)
-    with seeded(seed, device): stands = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu() for idx in torch.arange(len(x), device=x.device).split(bs)])
+    with seeded(seed, device):
+        stands = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu()
+                            for idx in torch.arange(len(x), device=x.device).split(bs)])
     parts = attack.parts(model, _logits(model, x[:1]).shape[1]) if isinstance(attack, Attack) else [attack]
     for part in parts: # as `measure_robustness` goes about it
         for idx in stands.nonzero()[:,0].split(bs):
@@ -156,10 +167,13 @@ def _attacked(model, x, y, attack, seed, bs):
     return x_adv
 
 def _before_after(learn, attack, dl, n, seed, bs=250):
-    "A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and their classes"
+    """A copy of the Learner's network, which takes pixels, with `n` images as they are, the same under `attack`, and
+    their classes"""
     x,y,_ = measured_images(learn, dl, n, seed)
-    model = PixelModel(copied(unwrap(learn.model)).float(), *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
-    with seeded(seed, model_device(model)): measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs) # raises where the model returns anything but logits
+    model = PixelModel(copied(unwrap(learn.model)).float(),
+                       *pixel_stats(learn.dls)).to(model_device(learn.model)).eval()
+    # raises where the model returns anything but logits
+    with seeded(seed, model_device(model)): measure_robustness(model, x[:bs], y[:bs], 'clean', bs=bs)
     return model, x, _attacked(model, x, y, attack, seed, bs), y
 
 @torch.no_grad()
@@ -183,7 +197,8 @@ def _names(dls, n_out):
 def _grid(n, nrows, ncols, figsize):
     "Axes for `n` times three pictures, three in a row"
     ncols = ncols or (-(-n//nrows) if nrows else 1)
-    return get_grid(3*n, nrows=nrows, ncols=3*ncols, figsize=figsize, title='Clean/Perturbation/Adversarial', layout='constrained')
+    return get_grid(3*n, nrows=nrows, ncols=3*ncols, figsize=figsize, title='Clean/Perturbation/Adversarial',
+                    layout='constrained')
 
 @patch
 def show_adversarial(self:Learner,
@@ -218,9 +233,11 @@ def _title(targ, pred): return f'{targ}\n→ {pred}', 'green' if pred == targ el
 def _adversarial_learner(learn, model, x, y, bs):
     "A Learner of `model` on images `x` in [0, 1] and classes `y` as its validation set, that does nothing but predict"
     names = _names(learn.dls, _logits(model, x[:1]).shape[1])
-    dsets = Datasets([(_shown(img), names[c]) for img,c in zip(x, y.tolist())], [[ItemGetter(0)], [ItemGetter(1), Categorize(names, sort=False)]])
+    dsets = Datasets([(_shown(img), names[c]) for img,c in zip(x, y.tolist())],
+                     [[ItemGetter(0)], [ItemGetter(1), Categorize(names, sort=False)]])
     dl = TfmdDL(dsets, bs=bs, num_workers=0, device=model_device(model))
-    loss_func = learn.loss_func if hasattr(learn.loss_func, 'decodes') else CrossEntropyLossFlat() # others do not say which class is meant
+    # others do not say which class is meant
+    loss_func = learn.loss_func if hasattr(learn.loss_func, 'decodes') else CrossEntropyLossFlat()
     res = Learner(DataLoaders(dl, dl), model, loss_func=loss_func, path=learn.path)
     if not any(isinstance(cb, ProgressCallback) for cb in learn.cbs): res.remove_cb(ProgressCallback)
     return res

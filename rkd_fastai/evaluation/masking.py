@@ -45,18 +45,22 @@ def _accuracy(model, x, y, attack):
 
 def _slack(n): return 2/n + .005 # what chance may do on n images, seen twice
 
-@symptom('more steps', 'The attack finds less the longer it looks: its gradients mislead. Look for randomness and non-differentiable layers, and attack through a smooth stand-in of them (BPDA).', 3*(5+20+50))
+@symptom('more steps', 'The attack finds less the longer it looks: its gradients mislead. Look for randomness and '
+                       'non-differentiable layers, and attack through a smooth stand-in of them (BPDA).', 3*(5+20+50))
 def _more_steps(model, x, y, eps):
     steps = (5, 20, 50)
     accs = [_accuracy(model, x, y, PGD(eps, k, step_size=2.5*eps/k)) for k in steps]
-    return ', '.join(f'{k}: {a:.1%}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x)) for a,b in zip(accs, accs[1:]))
+    return ', '.join(f'{k}: {a:.1%}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x))
+                                                                       for a,b in zip(accs, accs[1:]))
 
-@symptom('larger radius', 'Within a radius of one half every image can be turned to grey: an attack that fails there does not work on this network.', 3*50)
+@symptom('larger radius', 'Within a radius of one half every image can be turned to grey: an attack that fails there '
+                          'does not work on this network.', 3*50)
 def _larger_radius(model, x, y, eps):
     acc = _accuracy(model, x, y, PGD(.5, 50, step_size=.05))
     return f'{acc:.1%} at eps 127.5/255', acc > .05
 
-@symptom('one step', 'One step does more than twenty: the loss is jagged around the images. Use attacks with restarts and without gradients, such as AutoAttack.', 3*(1+20))
+@symptom('one step', 'One step does more than twenty: the loss is jagged around the images. Use attacks with restarts '
+                     'and without gradients, such as AutoAttack.', 3*(1+20))
 def _one_step(model, x, y, eps):
     one,many = _accuracy(model, x, y, FGSM(eps)),_accuracy(model, x, y, PGD(eps, 20))
     return f'FGSM {one:.1%}, PGD-20 {many:.1%}', one < many - _slack(len(x))
@@ -68,15 +72,18 @@ def _noise(model, x, y, eps):
         survives = torch.ones_like(stands)
         for _ in range(5): survives &= _flags(model, x, y, PGD(eps, steps=0))
     lost = (stands & ~survives).float().mean().item()
-    return f'{lost:.1%} fall to noise and not to PGD-20; noise leaves {survives.float().mean():.1%}, PGD-20 {stands.float().mean():.1%}', lost > _slack(len(x))
+    return (f'{lost:.1%} fall to noise and not to PGD-20; noise leaves {survives.float().mean():.1%}, PGD-20 '
+            f'{stands.float().mean():.1%}', lost > _slack(len(x)))
 
-@symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report no number of a gradient attack for this network.', 3*(50+50) + 500)
+@symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report '
+                               'no number of a gradient attack for this network.', 3*(50+50) + 500)
 def _no_gradient_needed(model, x, y, eps):
     with seeded(0, x.device):
         stands = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
         stands &= _flags(model, x, y, PGD(eps, 50, step_size=eps/8, objective='cw'))
         left = stands.clone()
-        if stands.any(): left[stands] = _flags(model, x[stands], y[stands], AutoAttack(eps, version='square', queries=500))
+        if stands.any():
+            left[stands] = _flags(model, x[stands], y[stands], AutoAttack(eps, version='square', queries=500))
     lost = (stands & ~left).float().mean().item()
     return f'Square breaks {lost:.1%} that PGD-50 leaves standing', lost > .02 + _slack(len(x))
 
@@ -84,7 +91,8 @@ def _gradients(model, x, y):
     def grad(x, y):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(F.cross_entropy(check_logits(model(x)), y, reduction='sum'), x)[0]
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model): return _in_batches(grad, x.clone(), y.clone()) # copies are no inference tensors
+    # copies are no inference tensors
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model): return _in_batches(grad, x.clone(), y.clone())
 
 @symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. '
          'Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.', 3)
@@ -92,10 +100,12 @@ def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{share:.1%} of the images', share > .05
 
-@symptom('along the gradient', 'A step along the gradient raises the loss no more than a step anywhere: the gradient is noise, and so is what is measured with it.', 9)
+@symptom('along the gradient', 'A step along the gradient raises the loss no more than a step anywhere: the gradient '
+                               'is noise, and so is what is measured with it.', 9)
 def _along_the_gradient(model, x, y, eps):
     with torch.no_grad(), frozen(model), seeded(0, x.device):
-        loss = lambda x: _in_batches(lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y, reduction='none'), x, y)
+        loss = lambda x: _in_batches(lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y,
+                                                                  reduction='none'), x, y)
         up = loss(x + eps*_gradients(model, x, y).sign())
         rand = torch.stack([loss(x + eps*torch.randn_like(x).sign()) for _ in range(5)]).amax(0)
     share = (up > rand).float().mean().item()
@@ -118,12 +128,15 @@ class MaskingReport:
 
     def to_df(self):
         "One row per symptom"
-        return pd.DataFrame([dict(s._asdict(), advice=s.advice if s.suspicious else '') for s in self.symptoms]).set_index('name')
+        return pd.DataFrame([dict(s._asdict(), advice=s.advice if s.suspicious else '')
+                             for s in self.symptoms]).set_index('name')
 
     def __repr__(self):
-        lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}" + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
+        lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}"
+                 + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
         images = counted(self.n, 'image') if self.sample is None else f'{self.n} rightly classified of {self.sample}'
-        return '\n'.join([*lines, f"{images}; eps {self.eps*255:.4g}/255: {'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
+        return '\n'.join([*lines, f"{images}; eps {self.eps*255:.4g}/255: "
+                                  f"{'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
 
 def check_masking(
     model, # maps pixel space to logits
@@ -131,7 +144,8 @@ def check_masking(
     y, # class indices `(n,)`
     eps=8/255, # radius of the attacks, L∞
     bs=200, # images at a time
-    progress=None, # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
+    # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
+    progress=None,
     sample=None, # `Sample` that the report names
 )->MaskingReport:
     "Look for masked gradients on the images among `x` that `model` classifies rightly"
@@ -140,12 +154,16 @@ def check_masking(
     check_targ(y, name='y')
     x,y = beside(model, x, hard_labels(y))
     if len(x) != len(y): raise ValueError(f"`y` has {len(y)} labels for {len(x)} images")
-    with torch.no_grad(), frozen(model): right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
-    if right.sum() < 10: raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} rightly, and at least 10 are needed to look at: take more images (`n`), or train it further")
+    with torch.no_grad(), frozen(model):
+        right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
+    if right.sum() < 10:
+        raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} rightly, and at least 10 "
+                         "are needed to look at: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
     try:
-        with showing(progress) as progress: return MaskingReport(_look_for_all(model, x, y, eps, progress), len(x), eps, sample)
+        with showing(progress) as progress:
+            return MaskingReport(_look_for_all(model, x, y, eps, progress), len(x), eps, sample)
     finally: _bs.reset(token)
 
 def _look_for_all(model, x, y, eps, progress):

@@ -35,7 +35,8 @@ def _finite_logits(model, x):
     out = model(x)
     logits = check_logits(out)
     check_no_probs(out)
-    if not logits.isfinite().all(): raise NotFinite("`model` returned NaN or infinite logits: its accuracy would mean nothing")
+    if not logits.isfinite().all():
+        raise NotFinite("`model` returned NaN or infinite logits: its accuracy would mean nothing")
     return logits
 
 def robust_flags(
@@ -72,7 +73,8 @@ def _no_metric(f):
     @wraps(f)
     def _f(*args, **kwargs):
         if not args or not isinstance(args[0], torch.Tensor): return f(*args, **kwargs)
-        raise TypeError("`robust_accuracy` takes a model and images, no predictions: to follow it in training, use the metric, `metrics=[accuracy, RobustAccuracy()]`")
+        raise TypeError("`robust_accuracy` takes a model and images, no predictions: to follow it in training, use "
+                        "the metric, `metrics=[accuracy, RobustAccuracy()]`")
     return _f
 
 @_no_metric
@@ -88,7 +90,8 @@ def robust_accuracy(
     bs = whole_number('bs', bs, 1)
     if isinstance(model, Learner): model = pixel_model(model)
     attack = PGD(steps=20) if attack is None else check_attack(attack)
-    return sum(robust_flags(model, *beside(model, xb, yb), attack).sum().item() for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
+    return sum(robust_flags(model, *beside(model, xb, yb), attack).sum().item()
+               for xb,yb in zip(x.split(bs), targ.split(bs)))/len(x)
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #4e8bbf09
 def wilson(
@@ -124,7 +127,8 @@ class Robustness:
     def to_dict(self):
         "The whole card: results with their intervals, settings, versions"
         return dict(n=self.n, sample=self.sample.to_dict(), eps=self.eps, norm=self.norm, seed=self.seed,
-            results={k: dict(accuracy=v, interval95=wilson(v, self.n), attack=self.attacks[k], seconds=round(self.seconds[k], 2))
+            results={k: dict(accuracy=v, interval95=wilson(v, self.n), attack=self.attacks[k],
+                             seconds=round(self.seconds[k], 2))
                      for k,v in self.results.items()}, versions=versions('pyautoattack'))
 
     def to_json(self,
@@ -141,17 +145,21 @@ class Robustness:
     )->pd.DataFrame:
         "Accuracies side by side, a row per model; only what was measured alike can be compared"
         results = results if isinstance(results, dict) else dict(enumerate(results, 1))
-        settings = {name: dict(n=r.n, sample=str(r.sample), images=r.sample.digest, eps=r.eps, norm=r.norm) for name,r in results.items()}
+        settings = {name: dict(n=r.n, sample=str(r.sample), images=r.sample.digest, eps=r.eps, norm=r.norm)
+                    for name,r in results.items()}
         if not settings: raise ValueError("`results` is empty: there is nothing to compare")
         first = next(iter(settings))
         for name,s in settings.items():
             other = {k: v for k,v in s.items() if v != settings[first][k]}
-            if other: raise ValueError(f"`results`: {name!r} was measured with {other}, but {first!r} with {({k: settings[first][k] for k in other})}: measure them alike")
+            if other:
+                raise ValueError(f"`results`: {name!r} was measured with {other}, but {first!r} with "
+                                 f"{({k: settings[first][k] for k in other})}: measure them alike")
         return pd.DataFrame({name: r.results for name,r in results.items()}).T.rename_axis('model')
 
     @property
     def _caption(self):
-        unusual = [f'; {name} {p}' for name,parts in self.attacks.items() for p in parts if p.startswith(('without','transfer'))]
+        unusual = [f'; {name} {p}' for name,parts in self.attacks.items() for p in parts
+                   if p.startswith(('without','transfer'))]
         return f"{self.sample}; {self.norm} eps {self.eps*255:.4g}/255, attack seed {self.seed}{''.join(unusual)}"
     def _shown(self):
         df = self.to_df()
@@ -172,15 +180,19 @@ def make_attack(
     fast=False, # AutoAttack and its parts on a faster model, confirmed on the plain one
 ):
     "The `Attack` that tables call `name`"
-    if not isinstance(name, str): raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and `robust_accuracy` take attacks themselves")
+    if not isinstance(name, str):
+        raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and "
+                         "`robust_accuracy` take attacks themselves")
     eps = check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
     if name == 'cw': return PGD(eps, steps=30, norm=norm, objective='cw')
-    if name == 'fgsm': return FGSM(eps) if norm == 'Linf' else PGD(eps, steps=1, step_size=eps, norm=norm, random_start=False)
+    if name == 'fgsm':
+        return FGSM(eps) if norm == 'Linf' else PGD(eps, steps=1, step_size=eps, norm=norm, random_start=False)
     m = re.fullmatch(r'pgd(\d+)(?:x(\d+))?', name)
     if m: return PGD(eps, steps=int(m[1]), norm=norm, restarts=int(m[2] or 1))
-    raise ValueError(f"unknown attack {name!r} in `attacks`: use 'clean', 'fgsm', 'pgd<steps>', 'pgd<steps>x<restarts>', 'cw', 'apgd', 'square' or 'autoattack'")
+    raise ValueError(f"unknown attack {name!r} in `attacks`: use 'clean', 'fgsm', 'pgd<steps>', "
+                     "'pgd<steps>x<restarts>', 'cw', 'apgd', 'square' or 'autoattack'")
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #04309dd8
 def _out_of_memory(e):
@@ -188,11 +200,13 @@ def _out_of_memory(e):
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(s in str(e) for s in told)
 
 def _identity(model):
-    "A digest of all that makes the answers of `model`: weights, buffers that are not saved with them (`mean`, `std`), and the β of ensembles"
+    """A digest of all that makes the answers of `model`: weights, buffers that are not saved with them (`mean`,
+    `std`), and the β of ensembles"""
     saved = model.state_dict()
     buffers = [b for k,b in model.named_buffers() if k not in saved]
     extra = [re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in saved.items() if not isinstance(v, torch.Tensor)]
-    betas = [torch.tensor(m.betas, dtype=torch.float32) for m in model.modules() if isinstance(m, Teacher) and len(m.members) > 1]
+    betas = [torch.tensor(m.betas, dtype=torch.float32) for m in model.modules() if isinstance(m, Teacher)
+             and len(m.members) > 1]
     return digest([*tensors_in(saved), *buffers, *(torch.tensor(list(s.encode())) for s in extra), *betas])
 
 @contextmanager
@@ -215,41 +229,49 @@ class _Run:
         with torch.no_grad(), frozen(model): n_out = check_logits(model(x[:1].to(self.device))).shape[1]
         for a in attacks.values(): a.check(x) # before the first of them has run
         self.parts = {name: a.parts(model, n_out) for name,a in attacks.items()}
-        self.composed = {name: a.composition(model, n_out) if hasattr(a, 'composition') else [repr(a)] for name,a in attacks.items()}
+        self.composed = {name: a.composition(model, n_out) if hasattr(a, 'composition') else [repr(a)]
+                         for name,a in attacks.items()}
         self.new = dict(part=0, next=0, bs=bs, seconds=0., stands=[1]*len(x))
         self.seen = None,0,0,0 # part of an attack; how many images went through it, how many stand, passes of all
         self.at,self.path = {}, None if path is None else Path(path)
         # all that a file's owner must have in common with this run
-        self.id = {} if path is None else dict(settings, attacks=self.composed, seed=seed, bs=bs, weights=_identity(model), images=digest([x, y]))
-        if self.path is not None: self._load() if self.path.exists() else self._save() # where it cannot be written, better now
+        self.id = {} if path is None else dict(settings, attacks=self.composed, seed=seed, bs=bs,
+                                               weights=_identity(model), images=digest([x, y]))
+        # where it cannot be written, better now
+        if self.path is not None: self._load() if self.path.exists() else self._save()
 
     def _load(self):
         try:
             saved = read_json(self.path, 2**26)
             run,found = dict(saved['run']),dict(saved['attacks'])
             if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
-        except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
             diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())
-            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, or delete it")
+            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, or delete "
+                             "it")
         self.at = {k: dict(v, stands=[int(c) for c in v['stands']]) for k,v in found.items()}
 
     def _is_progress(self, v):
         "Can `v` be how far an attack on these images has come?"
         whole = all(type(v[k]) is int for k in ('part','next','bs')) and type(v['seconds']) is float
-        return (whole and set(v) == set(self.new) and v['part'] >= 0 and 0 <= v['next'] <= len(self.x) and v['bs'] > 0 and v['seconds'] >= 0
+        return (whole and set(v) == set(self.new) and v['part'] >= 0 and 0 <= v['next'] <= len(self.x) and v['bs'] > 0
+                and v['seconds'] >= 0
                 and len(v['stands']) == len(self.x) and set(v['stands']) <= set('01'))
 
     def _save(self):
         if self.path is None: return
-        text = json.dumps(dict(run=self.id, attacks={k: dict(v, stands=''.join(map(str, v['stands']))) for k,v in self.at.items()}))
+        text = json.dumps(dict(run=self.id, attacks={k: dict(v, stands=''.join(map(str, v['stands'])))
+                                                     for k,v in self.at.items()}))
         try: write_atomic(self.path, text)
         except OSError as e: raise OSError(f"`state_path`: {e}: go on from it when there is room") from e
 
     def run(self, name):
         "All parts of the attack `name`"
-        at = self.at.setdefault(name, dict(self.new, stands=list(self.at['clean']['stands'] if 'clean' in self.at else self.new['stands'])))
+        at = self.at.setdefault(name, dict(self.new, stands=list(self.at['clean']['stands'] if 'clean' in self.at
+                                                                 else self.new['stands'])))
         while at['part'] < len(self.parts[name]):
             todo = [i for i in range(at['next'], len(self.x)) if at['stands'][i]][:at['bs']]
             if todo: self._batch(name, at, self.parts[name][at['part']], todo)
@@ -264,7 +286,8 @@ class _Run:
         start,too_many,done = time.time(), False, self.progress and self.progress.done
         try:
             with seeded(self.seed + todo[0], self.device), counting(self.progress):
-                flags = robust_flags(self.model, self.x[todo].to(self.device), self.y[todo].to(self.device), part).tolist()
+                flags = robust_flags(self.model, self.x[todo].to(self.device), self.y[todo].to(self.device),
+                                     part).tolist()
         except (RuntimeError, MemoryError) as e:
             if not _out_of_memory(e) or len(todo) == 1: raise
             too_many = True # the traceback holds the tensors: out of here before going on
@@ -289,7 +312,8 @@ class _Run:
         return unknown or (len(self.parts) > 1 and not begun('clean'))
 
     def _passes(self, name, at, n, at_most):
-        "Forward passes of an image that stands in a batch of `n`, and of all images after it: expected, or an upper bound"
+        """Forward passes of an image that stands in a batch of `n`, and of all images after it: expected, or an
+        upper bound"""
         # a look before and one after each attack; a search asks a few times more than it has steps
         costs = {k: [1.02*part.cost + 2 for part in parts] for k,parts in self.parts.items()}
         cost,*later = costs[name][at['part']:] or [0.]
@@ -322,7 +346,8 @@ def measure_robustness(
     bs=250, # images at a time
     logits:bool=True, # does the model return logits? False: probabilities, whose logarithm is attacked
     fast:bool=False, # AutoAttack on a faster model; what it finds is confirmed on the plain one
-    progress=None, # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
+    # True: a bar; or a function of the share of the work done, in [0, 1], and a text, the time left first
+    progress=None,
     sample:Sample=None, # what the card says of the images; None: that these are all there are
 )->Robustness:
     "Accuracy clean and under `attacks`, in eval mode and float32, on the model's device"
@@ -330,7 +355,8 @@ def measure_robustness(
     bs,eps,seed = whole_number('bs', bs, 1),check_eps(eps, norm),whole_number('seed', seed)
     attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
-    made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]} # whoever is wrong already needs no attack
+    # whoever is wrong already needs no attack
+    made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]}
     _check_data(x, y)
     if sample is None: sample = Sample(len(x), len(x), digest=images_digest(x, y))
     settings = dict(sample=str(sample), eps=eps, norm=norm) | ({} if logits else dict(logits=False))
@@ -430,13 +456,15 @@ def check(self:Teacher,
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #88539edb
 def _validation_batches(dls, n):
-    "Up to `n` validation images in pixel space and their classes, batch by batch, from all over a set that may be ordered by class"
+    """Up to `n` validation images in pixel space and their classes, batch by batch, from all over a set that may be
+    ordered by class"""
     dl = undistributed(dls.valid)
     try: total = len(dl.dataset)
     except (TypeError, AttributeError): total = None # a stream, or a foreign loader
     if hasattr(dl, 'new'): # not a loader of PyTorch's own
         sample = None if total is None else sorted(random.Random(0).sample(range(total), min(n, total)))
-        dl = dl.new(shuffle=False, drop_last=False, num_workers=0, **({} if sample is None else dict(get_idxs=lambda: sample)))
+        dl = dl.new(shuffle=False, drop_last=False, num_workers=0,
+                    **({} if sample is None else dict(get_idxs=lambda: sample)))
     pm,seen = PixelModel(torch.nn.Identity(), *pixel_stats(dls)),0
     for batch in dl:
         if len(batch) != 2 or not all(map(torch.is_tensor, batch)) or seen >= n: return
@@ -453,7 +481,8 @@ def _unseen_draws():
         finally: random.setstate(states[0]); np.random.set_state(states[1])
 
 def _answers(teacher, dls, n):
-    "Right classes of the sampled images, the teacher's, and, where the DataLoaders normalise and it does not, its own on normalised images"
+    """Right classes of the sampled images, the teacher's, and, where the DataLoaders normalise and it does not, its
+    own on normalised images"""
     mean,std = pixel_stats(dls)
     bare = mean is not None and all(m.mean is None for m in teacher.modules() if isinstance(m, PixelModel))
     outside,device,found = PixelModel(torch.nn.Identity(), mean, std), model_device(teacher), []
@@ -471,22 +500,29 @@ def warn_of_chance(
     n=200, # validation images, at most
     least=50, # images below which nothing is sure, and nothing is said
 ):
-    "Warn where `teacher` is no better than guessing on validation images of `dls`, or much better behind the `Normalize` of `dls`"
+    """Warn where `teacher` is no better than guessing on validation images of `dls`, or much better behind the
+    `Normalize` of `dls`"""
     targ,*preds = _answers(teacher, dls, n)
     n = len(targ)
     if n < least or targ.unique().numel() < 2: return
     rights = [(p == targ).sum().item() for p in preds]
     shares = lambda v: torch.bincount(v.long(), minlength=int(max(p.max() for p in (targ, *preds)))+1)/n
-    guessed = (shares(preds[0])*shares(targ)).sum().item() # what such answers get right where they tell nothing about the image
+    # what such answers get right where they tell nothing about the image
+    guessed = (shares(preds[0])*shares(targ)).sum().item()
     acc,(low,high) = rights[0]/n,wilson(rights[0]/n, n)
-    at_chance = low <= guessed and acc - guessed < .5*(1 - guessed) # nearly all of one class: a good teacher cannot do better
+    # nearly all of one class: a good teacher cannot do better
+    at_chance = low <= guessed and acc - guessed < .5*(1 - guessed)
     better = len(rights) > 1 and wilson(rights[1]/n, n)[0] > high
     if not (at_chance or better): return
     says = f"`teacher` classifies {_percent(rights[0], n)} validation images rightly"
     if at_chance: says += f", which is no better than guessing ({guessed:.0%})"
-    if better: says += (f"; behind the DataLoaders' Normalize it would be {_percent(rights[1], n)}. `learn.model` alone has lost the Normalize "
+    if better:
+        says += (f"; behind the DataLoaders' Normalize it would be {_percent(rights[1], n)}. `learn.model` alone has "
+                 "lost the Normalize "
                         "of its Learner: give the Learner itself, or `Teacher(net, mean=…, std=…)`")
-    else: says += (". Look at its weights, the order of its classes and its normalisation: `learn.model` alone has lost the Normalize of its "
+    else:
+        says += (". Look at its weights, the order of its classes and its normalisation: `learn.model` alone has lost "
+                 "the Normalize of its "
                    "Learner, so give the Learner itself, or `mean` and `std`")
     warnings.warn(says)
 

@@ -21,7 +21,8 @@ _kinds = dict(clean='clean images', adv='adversarial images')
 
 def _array(name, v, ndim, dtype):
     try: v = np.asarray(v, dtype)
-    except (TypeError, ValueError) as e: raise ValueError(f"`{name}` must be an array of numbers, got {type(v).__name__}") from e
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"`{name}` must be an array of numbers, got {type(v).__name__}") from e
     if v.ndim != ndim: raise ValueError(f"`{name}` must have {ndim} dimensions, got shape {v.shape}")
     if not np.isfinite(v).all(): raise ValueError(f"`{name}` holds NaN or infinite numbers")
     return v
@@ -29,13 +30,16 @@ def _array(name, v, ndim, dtype):
 def _probs(name, v):
     "`v` as float32 probabilities `(K, n)`"
     v = _array(name, v, 2, np.float32)
-    if not v.size: raise ValueError(f"`{name}` holds nothing: {counted(v.shape[0], 'epoch')} of {counted(v.shape[1], 'image')}")
-    if v.min() < 0 or v.max() > 1: raise ValueError(f"`{name}` must be probabilities in [0, 1], but they span [{v.min():.3g}, {v.max():.3g}]")
+    if not v.size:
+        raise ValueError(f"`{name}` holds nothing: {counted(v.shape[0], 'epoch')} of {counted(v.shape[1], 'image')}")
+    if v.min() < 0 or v.max() > 1:
+        raise ValueError(f"`{name}` must be probabilities in [0, 1], but they span [{v.min():.3g}, {v.max():.3g}]")
     return v
 
 @dataclass(eq=False, repr=False)
 class Trajectory:
-    "Probability of the right class of `n` images after each of `K` epochs, clean and under attack, and the mean entropy of the outputs"
+    """Probability of the right class of `n` images after each of `K` epochs, clean and under attack, and the mean
+    entropy of the outputs"""
     clean:np.ndarray # probabilities of the right class on the images as they are, `(K, n)`
     adv:np.ndarray=None # the same under attack; None: not recorded
     entropy:np.ndarray=None # mean entropy of the outputs on the images as they are, in nats, `(K,)`
@@ -49,7 +53,8 @@ class Trajectory:
             if getattr(self, k) is not None: setattr(self, k, _array(k, getattr(self, k), 1, np.float64))
         for k in ('adv','entropy','entropy_adv'):
             v = getattr(self, k)
-            if v is not None and v.shape != self.clean.shape[:v.ndim]: raise ValueError(f"`{k}` has shape {v.shape}, but `clean` {self.clean.shape}")
+            if v is not None and v.shape != self.clean.shape[:v.ndim]:
+                raise ValueError(f"`{k}` has shape {v.shape}, but `clean` {self.clean.shape}")
 
     @property
     def epochs(self):
@@ -65,7 +70,9 @@ class Trajectory:
     ):
         "The `clean` or the `adv` probabilities `(K, n)`"
         if kind not in _kinds: raise ValueError(f"`kind` must be one of {list(_kinds)}, got {kind!r}")
-        if getattr(self, kind) is None: raise ValueError("`kind` is 'adv', but the trajectory was recorded without an attack: give `RecordTrajectory` one")
+        if getattr(self, kind) is None:
+            raise ValueError("`kind` is 'adv', but the trajectory was recorded without an attack: give "
+                             "`RecordTrajectory` one")
         return getattr(self, kind)
 
     def until(self,
@@ -73,7 +80,8 @@ class Trajectory:
     ):
         "The first epochs, up to and with `epoch`: the trajectory of a network that is stopped there"
         if not 1 <= epoch <= self.epochs: raise ValueError(f"`epoch` must be from 1 to {self.epochs}, got {epoch}")
-        first = {k: getattr(self, k)[:epoch] for k in ('clean','adv','entropy','entropy_adv') if getattr(self, k) is not None}
+        first = {k: getattr(self, k)[:epoch] for k in ('clean','adv','entropy','entropy_adv')
+                 if getattr(self, k) is not None}
         return replace(self, **first)
 
     def __repr__(self):
@@ -83,20 +91,26 @@ class Trajectory:
 # %% ../../nbs/evaluation/04_trajectories.ipynb #a5da7a1e
 def _read_card(folder):
     path = folder/'card.json'
-    if not path.is_file(): raise ValueError(f"`folder` {folder} has no `card.json`: it is not one that `RecordTrajectory` wrote")
+    if not path.is_file():
+        raise ValueError(f"`folder` {folder} has no `card.json`: it is not one that `RecordTrajectory` wrote")
     try:
         card = json.loads(path.read_text(encoding='utf8'))
         return dict(card, n=int(card['n']), attack=card['attack'], labels=card['labels'])
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): record anew") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): record anew") from e
 
 def _read_epoch(path, n, names):
     "The arrays `names` of one file, log-probabilities `(n,)` and mean entropies `()`"
     try:
         with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as f: found = {k: f[k] for k in names}
-    except Exception as e: raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): go on from an epoch before it, or record anew") from e
+    except Exception as e:
+        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): go on from an epoch before it, or "
+                         "record anew") from e
     for k,v in found.items():
         want = () if k.startswith('entropy') else (n,)
-        if v.shape != want or v.dtype.kind != 'f': raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` tells of {counted(n, 'image')}: it is of another training")
+        if v.shape != want or v.dtype.kind != 'f':
+            raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` tells of "
+                             f"{counted(n, 'image')}: it is of another training")
     return found
 
 def load_trajectory(
@@ -107,18 +121,21 @@ def load_trajectory(
     card = _read_card(folder)
     names = ['log_clean','entropy'] + (['log_adv','entropy_adv'] if card['attack'] is not None else [])
     epochs = sorted(int(p.stem[6:]) for p in folder.glob('epoch_*.npz') if p.stem[6:].isdigit())
-    if not epochs: raise ValueError(f"`folder` {folder} holds no epoch: the training was stopped in its first, or is still in it")
+    if not epochs:
+        raise ValueError(f"`folder` {folder} holds no epoch: the training was stopped in its first, or is still in it")
     lost = sorted({*range(1, epochs[-1]+1)} - {*epochs})
     if lost: raise ValueError(f"`folder` {folder} lacks epoch {lost[0]} of {epochs[-1]}")
     rows = [_read_epoch(folder/f'epoch_{k:04d}.npz', card['n'], names) for k in epochs]
-    log_p,entropy = ({k: np.stack([r[k] for r in rows]).astype(np.float64) for k in names if k.startswith(start)} for start in ('log','entropy'))
+    log_p,entropy = ({k: np.stack([r[k] for r in rows]).astype(np.float64) for k in names if k.startswith(start)}
+                     for start in ('log','entropy'))
     return Trajectory(card=card, **{k[4:]: np.exp(v) for k,v in log_p.items()}, **entropy)
 
 # %% ../../nbs/evaluation/04_trajectories.ipynb #fd220062
 def difficulty(
     p, # probabilities of the right class, `(K, n)`
 ):
-    "Eq. 8, the mean cross-entropy of each image over the epochs, in nats: `(n,)`; a probability below 1.2e-38, the smallest number in full float32, counts as that"
+    """Eq. 8, the mean cross-entropy of each image over the epochs, in nats: `(n,)`; a probability below 1.2e-38, the
+    smallest number in full float32, counts as that"""
     return -np.log(np.maximum(_probs('p', p), np.finfo(np.float32).tiny).astype(np.float64)).mean(0)
 
 # %% ../../nbs/evaluation/04_trajectories.ipynb #142e158c
@@ -126,9 +143,12 @@ def cosine(
     p_t, # the teacher's probabilities of the right class, `(K_t, n)`
     p_s, # the student's, `(K_s, n)`
 ):
-    "Cosine similarity in [0, 1] of the trajectories of each image over the epochs that both have: `(n,)`; 0 where one of them is 0 throughout"
+    """Cosine similarity in [0, 1] of the trajectories of each image over the epochs that both have: `(n,)`; 0 where
+    one of them is 0 throughout"""
     p_t,p_s = _probs('p_t', p_t).astype(np.float64),_probs('p_s', p_s).astype(np.float64)
-    if p_t.shape[1] != p_s.shape[1]: raise ValueError(f"`p_t` is of {counted(p_t.shape[1], 'image')}, but `p_s` of {p_s.shape[1]}: record both on the same ones")
+    if p_t.shape[1] != p_s.shape[1]:
+        raise ValueError(f"`p_t` is of {counted(p_t.shape[1], 'image')}, but `p_s` of {p_s.shape[1]}: record both on "
+                         "the same ones")
     K = min(len(p_t), len(p_s))
     p_t,p_s = (p/np.maximum(np.linalg.norm(p[:K], axis=0), np.finfo(float).tiny) for p in (p_t, p_s))
     return np.minimum((p_t[:K]*p_s[:K]).sum(0), 1)
@@ -138,7 +158,8 @@ def smooth(
     values, # `(n,)`
     width, # of the window, odd
 ):
-    "Moving average `(n,)` over the `width` values around each, over fewer near the ends, always as many to the left as to the right"
+    """Moving average `(n,)` over the `width` values around each, over fewer near the ends, always as many to the
+    left as to the right"""
     values = _array('values', values, 1, np.float64)
     if width < 1 or width % 2 != 1: raise ValueError(f"`width` must be odd and >= 1, got {width}")
     at,total = np.arange(len(values)),np.concatenate([[0.], values.cumsum()])
@@ -153,14 +174,19 @@ def _axes(ax, ncols=1):
 def _check_same(teacher, students):
     "Raise unless all were recorded on the same images"
     for name,s in students.items():
-        if s.n != teacher.n: raise ValueError(f"`{name}` is of {counted(s.n, 'image')}, but `teacher` of {teacher.n}: record both on the same ones")
+        if s.n != teacher.n:
+            raise ValueError(f"`{name}` is of {counted(s.n, 'image')}, but `teacher` of {teacher.n}: record both on "
+                             "the same ones")
         a,b = teacher.card.get('labels'),s.card.get('labels')
-        if None not in (a, b) and a != b: raise ValueError(f"`{name}` and `teacher` were recorded on images of other classes, or in another order: record both on the same ones")
+        if None not in (a, b) and a != b:
+            raise ValueError(f"`{name}` and `teacher` were recorded on images of other classes, or in another order: "
+                             "record both on the same ones")
 
 def _order(score, teacher):
     "Indices of the images from the easiest to the hardest, `(n,)`"
     score = difficulty(teacher.clean) if score is None else _array('score', score, 1, np.float64)
-    if len(score) != teacher.n: raise ValueError(f"`score` tells of {counted(len(score), 'image')}, but the trajectories are of {teacher.n}")
+    if len(score) != teacher.n:
+        raise ValueError(f"`score` tells of {counted(len(score), 'image')}, but the trajectories are of {teacher.n}")
     return score.argsort(kind='stable')
 
 def _percent(n): return (np.arange(n) + .5)*100/n
@@ -192,7 +218,8 @@ def plot_entropy(
         if values[name] is None: raise ValueError(f"`trajectories`: {name!r} has no entropy")
     ax = _axes(ax)
     for i,(name,v) in enumerate(values.items()):
-        ax.plot(np.arange(len(v))+1, v, color=colours[i % 6], marker=markers[i % 6], markersize=4, markevery=max(len(v)//10, 1), label=name)
+        ax.plot(np.arange(len(v))+1, v, color=colours[i % 6], marker=markers[i % 6], markersize=4,
+                markevery=max(len(v)//10, 1), label=name)
     ax.set(xlabel='epoch', ylabel=f'mean entropy on {_kinds[kind]}, nats', ylim=(0,None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=.3)
@@ -207,12 +234,14 @@ def plot_similarity(
     width=None, # of the smooth line, in images, odd; None means a tenth of them
     ax=None, # axes to draw into; None means new ones
 ):
-    "Draw the cosine similarity of both trajectories over the images in order of difficulty (Fig. 6 and 13), and return the axes"
+    """Draw the cosine similarity of both trajectories over the images in order of difficulty (Fig. 6 and 13), and
+    return the axes"""
     _check_same(teacher, dict(student=student))
     values = cosine(teacher.probs(kind), student.probs(kind))[_order(score, teacher)]
     smooth(values, _width(width, len(values))) # a wrong `width` leaves no empty figure behind
     ax = _axes(ax)
-    _by_difficulty(ax, values, width, ylabel=f'cosine similarity, {_kinds[kind]}', ylim=(min(.98*values.min(), .9), 1.005))
+    _by_difficulty(ax, values, width, ylabel=f'cosine similarity, {_kinds[kind]}',
+                   ylim=(min(.98*values.min(), .9), 1.005))
     return ax
 
 def plot_right_class(
@@ -223,22 +252,26 @@ def plot_right_class(
     width=None, # of the smooth lines, in images, odd; None means a tenth of them
     axs=None, # two axes to draw into; None means new ones
 ):
-    "Draw the teacher's probability of the right class, and what the student's is more, each after its last epoch (Fig. 7, 10, 14 and 15), and return both axes"
+    """Draw the teacher's probability of the right class, and what the student's is more, each after its last epoch
+    (Fig. 7, 10, 14 and 15), and return both axes"""
     _check_same(teacher, dict(student=student))
     order = _order(score, teacher)
     p_t,p_s = (t.probs(kind)[-1][order].astype(np.float64) for t in (teacher, student))
     smooth(p_t, _width(width, len(p_t)))
     axs = _axes(axs, 2)
-    _by_difficulty(axs[0], p_t, width, ylabel='$p_T$ of the right class', ylim=(-.02,1.02), title=f"teacher after {counted(teacher.epochs, 'epoch')}, {_kinds[kind]}")
+    _by_difficulty(axs[0], p_t, width, ylabel='$p_T$ of the right class', ylim=(-.02,1.02),
+                   title=f"teacher after {counted(teacher.epochs, 'epoch')}, {_kinds[kind]}")
     axs[1].axhline(0, color='black', lw=.8)
-    _by_difficulty(axs[1], p_s-p_t, width, ylabel='$p_S - p_T$ of the right class', title=f'student − teacher, {_kinds[kind]}')
+    _by_difficulty(axs[1], p_s-p_t, width, ylabel='$p_S - p_T$ of the right class',
+                   title=f'student − teacher, {_kinds[kind]}')
     return axs
 
 def _teachers(teacher, students):
     "The teacher of each student by label, in their order; raises unless all were recorded on the same images"
     if not students: raise ValueError("`students` is empty: there is nothing to draw")
     if not isinstance(teacher, dict): teacher = dict.fromkeys(students, teacher)
-    if set(teacher) != set(students): raise ValueError(f"`teacher` has the labels {list(teacher)}, but `students` {list(students)}")
+    if set(teacher) != set(students):
+        raise ValueError(f"`teacher` has the labels {list(teacher)}, but `students` {list(students)}")
     teachers = {label: teacher[label] for label in students}
     for others in (students, teachers): _check_same(next(iter(teachers.values())), others)
     return teachers
@@ -251,14 +284,17 @@ def plot_improvement(
     width=None, # of the lines, in images, odd; None means a tenth of them
     ax=None, # axes to draw into; None means new ones
 ):
-    "Draw smooth lines of what each student's probability of the right class is more than the teacher's, after the last epochs (Fig. 11, 12, 16 and 17), and return the axes"
+    """Draw smooth lines of what each student's probability of the right class is more than the teacher's, after the
+    last epochs (Fig. 11, 12, 16 and 17), and return the axes"""
     teachers = _teachers(teacher, students)
     order = _order(score, next(iter(teachers.values())))
     width = _width(width, len(order))
-    lines = {label: smooth((s.probs(kind)[-1].astype(np.float64) - teachers[label].probs(kind)[-1])[order], width) for label,s in students.items()}
+    lines = {label: smooth((s.probs(kind)[-1].astype(np.float64) - teachers[label].probs(kind)[-1])[order], width)
+             for label,s in students.items()}
     ax = _axes(ax)
     ax.axhline(0, color='black', lw=.8)
-    for i,(label,v) in enumerate(lines.items()): ax.plot(_percent(len(v)), v, color=colours[i % 6], ls=['-','--',':'][i//6 % 3], label=label)
+    for i,(label,v) in enumerate(lines.items()):
+        ax.plot(_percent(len(v)), v, color=colours[i % 6], ls=['-','--',':'][i//6 % 3], label=label)
     _label(ax, ylabel='$p_S - p_T$ of the right class', title=f'student − teacher, {_kinds[kind]}')
     ax.get_legend().set_title(f'mean of {width} images')
     return ax
@@ -273,15 +309,20 @@ def easiest_hardest(
 ):
     "The indices of the `n` easiest images, the easiest first, and of the `n` hardest, the hardest first: `(n,)` both"
     y,score = np.asarray(y),_array('score', score, 1, np.float64)
-    if not len(x) == len(y) == len(score): raise ValueError(f"`x`, `y` and `score` must tell of the same images, but there are {len(x)}, {len(y)} and {len(score)}")
+    if not len(x) == len(y) == len(score):
+        raise ValueError(f"`x`, `y` and `score` must tell of the same images, but there are {len(x)}, {len(y)} and "
+                         f"{len(score)}")
     idx = np.arange(len(y)) if cls is None else np.flatnonzero(y == cls)
-    if not 1 <= n <= len(idx)//2: raise ValueError(f"`n` must be from 1 to {len(idx)//2}, half of the {len(idx)} images{'' if cls is None else f' of class {cls}'}, got {n}")
+    if not 1 <= n <= len(idx)//2:
+        raise ValueError(f"`n` must be from 1 to {len(idx)//2}, half of the {len(idx)} "
+                         f"images{'' if cls is None else f' of class {cls}'}, got {n}")
     idx = idx[score[idx].argsort(kind='stable')]
     return idx[:n], idx[::-1][:n]
 
 def _images(x):
     x = np.asarray(x, np.float64)
-    if x.ndim != 4 or x.shape[1] not in (1,3): raise ValueError(f"`x` must be images (m, c, h, w) of one or three channels, got shape {x.shape}")
+    if x.ndim != 4 or x.shape[1] not in (1,3):
+        raise ValueError(f"`x` must be images (m, c, h, w) of one or three channels, got shape {x.shape}")
     return x
 
 def _sheet(imgs, ncols):
@@ -302,10 +343,12 @@ def plot_easiest_hardest(
     ncols=8, # images in a row
     axs=None, # two axes to draw into; None means new ones
 ):
-    "Show the `n` easiest images, the easiest first, beside the `n` hardest, the hardest first (Fig. 8 and 9), and return both axes"
+    """Show the `n` easiest images, the easiest first, beside the `n` hardest, the hardest first (Fig. 8 and 9), and
+    return both axes"""
     found,x,score = easiest_hardest(x, y, score, n, cls),_images(x),np.asarray(score)
     if ncols < 1: raise ValueError(f"`ncols` must be >= 1, got {ncols}")
-    if axs is None: axs = plt.subplots(1, 2, figsize=(9, .6+4.3*-(-n//ncols)/ncols), layout=ConstrainedLayoutEngine(wspace=.05))[1]
+    if axs is None:
+        axs = plt.subplots(1, 2, figsize=(9, .6+4.3*-(-n//ncols)/ncols), layout=ConstrainedLayoutEngine(wspace=.05))[1]
     for ax,idx,which in zip(axs, found, ('easiest','hardest')):
         ax.imshow(_sheet(x[idx], min(ncols, n)).clip(0, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
         ax.set_title(f'{which} to learn, S {score[idx[0]]:.2g} to {score[idx[-1]]:.2g} nats')

@@ -50,7 +50,8 @@ def cell_dls(
 ):
     "The DataLoaders that a cell is trained on"
     dls = _all_images(c.data, path, c.size)
-    if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, n_watched)) # no more to look at after each epoch than to learn from
+    # no more to look at after each epoch than to learn from
+    if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, n_watched))
     if c.augment: dls = with_augmentation(dls, c.augment)
     if c.noise: dls = with_label_noise(dls, c.noise, c.seed)
     set_seed(1000*c.seed + c.member, reproducible=True) # from here on the members of an ensemble differ
@@ -65,10 +66,12 @@ def train_passes(
     n_train, # number of training images
     n_valid, # of images looked at after each epoch
 ):
-    "Forward passes of one image in training a cell: those of attacks, teachers and validation, and those of training steps"
+    """Forward passes of one image in training a cell: those of attacks, teachers and validation, and those of
+    training steps"""
     r = recipe_of(c)
     each = (r.attack.cost if r.attack else 0) + len(teachers_of(c))
-    return c.epochs*(n_train*each + n_valid + min(n_watched, n_valid)*PGD().cost), c.epochs*n_train*3*(2 if c.method in _twice else 1)
+    return c.epochs*(n_train*each + n_valid + min(n_watched, n_valid)*PGD()
+                     .cost), c.epochs*n_train*3*(2 if c.method in _twice else 1)
 
 def attack_passes(
     attacks, # pairs: name of an attack, number of images
@@ -96,7 +99,9 @@ def _speeds(c, path):
     with faster(c.compile, c.bf16): asked = _timed(lambda: attack(net.eval(), x, y), attack.cost*len(x), x.device)
     return asked, _timed(lambda: F.cross_entropy(net.train()(x), y).backward(), 3*len(x), x.device)
 
-def _alike(c): return Cell('at', c.data, c.size, c.n, arch=c.arch, width=c.width, compile=c.compile, bf16=c.bf16, schedule='onecycle') # what passes cost as much in
+def _alike(c):
+    return Cell('at', c.data, c.size, c.n, arch=c.arch, width=c.width, compile=c.compile, bf16=c.bf16,
+                schedule='onecycle') # what passes cost as much in
 
 def seconds(
     c, # `Cell`

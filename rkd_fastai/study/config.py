@@ -65,8 +65,9 @@ class Cell:
     @property
     def id(self):
         "Name of the cell's folder: what it is, and a digest of the settings that `settings_of` lists"
-        told = [self.method, *([f'{self.teacher}@{self.teacher_epoch}'] if self.teacher else []), *([f'a{self.alpha:g}'] if self.alpha is not None else []), f's{self.seed}']
-        return f"{re.sub('[^a-z0-9.@+_-]', '', '_'.join(told).replace(', ', '+'))}_{short_hash(json.dumps(settings_of(self), sort_keys=True))}"
+        told = [self.method, *([f'{self.teacher}@{self.teacher_epoch}'] if self.teacher else []),
+                *([f'a{self.alpha:g}'] if self.alpha is not None else []), f's{self.seed}']
+        return (f"{re.sub('[^a-z0-9.@+_-]', '', '_'.join(told).replace(', ', '+'))}_{short_hash(json.dumps(settings_of(self), sort_keys=True))}")
 
 def short_hash(
     text, # any text
@@ -74,12 +75,16 @@ def short_hash(
     "A digest of `text`"
     return hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
 
-# What a cell is called and what is written of it depend on this table alone. A key or a value in it never changes, also where the
-# name or the default of the field does: a finished cell would no longer be found. A new setting gets a line with the value that
+# What a cell is called and what is written of it depend on this table alone. A key or a value in it never changes, also
+# where the
+# name or the default of the field does: a finished cell would no longer be found. A new setting gets a line with the
+# value that
 # stands for what was done before it was there.
 _unchanged = dict(
-    data='fashion_sample', size=None, n=None, noise=0., augment=None, seed=0, arch='cifar_resnet18', width=1/8, eps=8/255, epochs=40,
-    lr=None, bs=None, schedule=None, attack=None, teacher=None, teacher_epochs=None, teacher_epoch=None, teacher_arch=None,
+    data='fashion_sample', size=None, n=None, noise=0., augment=None, seed=0, arch='cifar_resnet18', width=1/8,
+    eps=8/255, epochs=40,
+    lr=None, bs=None, schedule=None, attack=None, teacher=None, teacher_epochs=None, teacher_epoch=None,
+    teacher_arch=None,
     teacher_width=None, beta=None, alpha=None, lam=None, T=None, compile=False, bf16=False, member=0)
 
 def settings_of(
@@ -99,7 +104,8 @@ def cell_from(
 _kinds = {f.name: f.type for f in fields(Cell)}
 _teacher_settings = {'teacher','teacher_epochs','teacher_epoch','teacher_arch','teacher_width','beta'}
 _of_training = {'epochs','lr','bs','compile','bf16'}
-_schedules = dict(onecycle=(OneCycle(), .21), exp=(ExpDecay(.9), .1), steps=(Steps((50,75), 100), .1)) # and the learning rates that go with them
+# and the learning rates that go with them
+_schedules = dict(onecycle=(OneCycle(), .21), exp=(ExpDecay(.9), .1), steps=(Steps((50,75), 100), .1))
 
 def _known(name, value, values):
     if value not in values: raise ValueError(f"unknown {name} {value!r}: {did_you_mean(value, values)}")
@@ -127,9 +133,11 @@ def _with_new_names(settings):
     out = {}
     for k,v in settings.items():
         name = _new_name('the setting', k, _renamed[k]) if k in _renamed else k
-        if name in out or name != k and name in settings: raise ValueError(f"`{k}` and `{name}` are the same setting: leave `{k}` out")
+        if name in out or name != k and name in settings:
+            raise ValueError(f"`{k}` and `{name}` are the same setting: leave `{k}` out")
         values = _renamed_values.get(name, {})
-        def value(o): return _new_name(f'the value of `{name}`', o, values[o]) if isinstance(o, str) and o in values else o
+        def value(o):
+            return _new_name(f'the value of `{name}`', o, values[o]) if isinstance(o, str) and o in values else o
         out[name] = [value(o) for o in v] if isinstance(v, list) else value(v)
     return out
 
@@ -150,7 +158,8 @@ def members(
     out = []
     for part in teacher.split(','):
         m = re.fullmatch(r'\s*(?:(\d+)\s+)?(\S+)\s*', part)
-        if not m or m[1] and not int(m[1]): raise ValueError(f"`teacher` {teacher!r}: name kinds with their numbers, such as 'at' or '2 st, 2 at'")
+        if not m or m[1] and not int(m[1]):
+            raise ValueError(f"`teacher` {teacher!r}: name kinds with their numbers, such as 'at' or '2 st, 2 at'")
         _known('kind of `teacher`', m[2], teacher_kinds)
         out += [m[2]]*int(m[1] or 1)
     return out
@@ -168,7 +177,9 @@ def betas(
     if beta is None: return None
     kinds = members(teacher)
     last = [k == kinds[-1] for k in kinds]
-    if all(last): raise ValueError(f"`beta` weighs the last of several kinds, but `teacher` is {teacher!r}: name two, such as '2 st, 2 at', or leave `beta` out")
+    if all(last):
+        raise ValueError(f"`beta` weighs the last of several kinds, but `teacher` is {teacher!r}: name two, such as "
+                         "'2 st, 2 at', or leave `beta` out")
     return [beta/sum(last) if l else (1-beta)/(len(last)-sum(last)) for l in last]
 
 # %% ../../nbs/study/00_config.ipynb #4d6bcb3e
@@ -185,7 +196,9 @@ def _check(c):
     if c.schedule is not None: _known('`schedule`', c.schedule, _schedules)
     if c.attack is not None: training_attack(c.attack, c.eps)
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
-    if c.teacher_epoch is not None and c.teacher_epoch > c.teacher_epochs: raise ValueError(f"`teacher_epoch` {c.teacher_epoch} is beyond the teacher's training of {counted(c.teacher_epochs, 'epoch')}: raise `teacher_epochs` or lower `teacher_epoch`")
+    if c.teacher_epoch is not None and c.teacher_epoch > c.teacher_epochs:
+        raise ValueError(f"`teacher_epoch` {c.teacher_epoch} is beyond the teacher's training of "
+                         f"{counted(c.teacher_epochs, 'epoch')}: raise `teacher_epochs` or lower `teacher_epoch`")
 
 def training_attack(
     name, # 'ffgsm', 'fgsm', 'pgd10', …
@@ -202,8 +215,10 @@ def _complete(c):
     if c.arch != 'cifar_resnet18': c = replace(c, width=1.) # the name of another network says how wide it is
     if c.attack == 'pgd7': c = replace(c, attack=None)
     if c.has_teacher:
-        c = replace(c, teacher=_said(members(default('teacher', 'at'))), teacher_epochs=default('teacher_epochs', 40), teacher_arch=default('teacher_arch', c.arch))
-        c = replace(c, teacher_epoch=default('teacher_epoch', c.teacher_epochs), teacher_width=default('teacher_width', c.width) if c.teacher_arch == 'cifar_resnet18' else 1.)
+        c = replace(c, teacher=_said(members(default('teacher', 'at'))), teacher_epochs=default('teacher_epochs', 40),
+                    teacher_arch=default('teacher_arch', c.arch))
+        c = replace(c, teacher_epoch=default('teacher_epoch', c.teacher_epochs),
+                    teacher_width=default('teacher_width', c.width) if c.teacher_arch == 'cifar_resnet18' else 1.)
     if c.distils:
         own = {k: p.default for k,p in signature(method_class(c.method)).parameters.items()}
         c = replace(c, **{k: default(k, own[k]) for k in ('alpha','lam','T') if k in own})
@@ -228,7 +243,8 @@ def teachers_of(
     "The cells of the teachers that `c` needs, one by one"
     if not c.has_teacher: return []
     kinds = members(c.teacher)
-    return [Cell(kind, c.data, c.size, c.n, c.noise, c.augment, c.seed, c.teacher_arch, c.teacher_width, c.eps, c.teacher_epochs, compile=c.compile, bf16=c.bf16,
+    return [Cell(kind, c.data, c.size, c.n, c.noise, c.augment, c.seed, c.teacher_arch, c.teacher_width, c.eps,
+                 c.teacher_epochs, compile=c.compile, bf16=c.bf16,
                  schedule='teacher', member=kinds[:i].count(kind)) for i,kind in enumerate(kinds)]
 
 def recipe_of(
@@ -259,7 +275,8 @@ def _read_measure(told):
         if not isinstance(m[k], bool): raise ValueError(f"`{k}` of [measure] is true or false, got {m[k]!r}")
     for k in ('n','n_autoattack','seed','bs'):
         v,least = m[k],0 if k == 'seed' else 1
-        if (v is not None or k in ('seed','bs')) and (not isinstance(v, int) or isinstance(v, bool) or v < least): raise ValueError(f"`{k}` of [measure] is a whole number from {least} on, got {v!r}")
+        if (v is not None or k in ('seed','bs')) and (not isinstance(v, int) or isinstance(v, bool) or v < least):
+            raise ValueError(f"`{k}` of [measure] is a whole number from {least} on, got {v!r}")
     return m | dict(attacks=list(dict.fromkeys(['clean', *attacks])))
 
 def _tables(spec):
@@ -267,7 +284,8 @@ def _tables(spec):
     grids = spec.get('grid', [{}])
     if not isinstance(grids, list) or not grids or not all(isinstance(g, dict) for g in grids):
         raise ValueError(f"`grid` is a list of tables: write [[grid]], with two brackets, above each, got {grids!r}")
-    if not isinstance(spec.get('measure', {}), dict): raise ValueError(f"`measure` is a table: write [measure] above its settings, got {spec['measure']!r}")
+    if not isinstance(spec.get('measure', {}), dict):
+        raise ValueError(f"`measure` is a table: write [measure] above its settings, got {spec['measure']!r}")
     if not isinstance(spec.get('title', ''), str): raise ValueError(f"`title` is a text, got {spec['title']!r}")
     return grids
 

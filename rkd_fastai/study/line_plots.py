@@ -16,27 +16,34 @@ from ..style import colours, markers
 
 # %% ../../nbs/study/06_line_plots.ipynb #1d7e71f4
 axis_names = ('n','noise','eps','epochs','compute','width','teacher_width','teacher_epoch','alpha','lam','T','beta')
-_with = dict(epochs=['teacher_epochs','teacher_epoch'], compute=['epochs','teacher_epochs','teacher_epoch'], eps=['teacher_eps'], width=['teacher_width']) # what may go along
+_with = dict(epochs=['teacher_epochs','teacher_epoch'], compute=['epochs','teacher_epochs','teacher_epoch'],
+             eps=['teacher_eps'], width=['teacher_width']) # what may go along
 
 def axis_lines(
     df, # rows of one task, but for `x`
     x, # a setting that is a number, such as 'n' or 'eps', or 'compute'
     robust=None, # attack; None means `strongest(df)`
 ):
-    "Per method, teacher and epoch the networks that were trained alike at the most values of `x`, as a list of rows of `over_seeds`; all of `over_seeds`; and the attack"
+    """Per method, teacher and epoch the networks that were trained alike at the most values of `x`, as a list of
+    rows of `over_seeds`; all of `over_seeds`; and the attack"""
     if x not in axis_names: raise ValueError(f"`x` must be one of {list(axis_names)}, got {x!r}")
     cells,robust = cells_of(one_task(rows(df), free=[x]), robust)
     fixed = [c for c in settings if c not in (x, *_with.get(x, []))]
     lines = []
-    for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(['method','teacher','which'], dropna=False, sort=False):
-        alike = [o.sort_values([x, robust]).drop_duplicates(x, keep='last') for _,o in g.groupby(fixed, dropna=False, sort=False)]
+    for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(['method','teacher','which'],
+                                                                                dropna=False, sort=False):
+        alike = [o.sort_values([x, robust]).drop_duplicates(x, keep='last')
+                 for _,o in g.groupby(fixed, dropna=False, sort=False)]
         most = max(alike, key=lambda o: (len(o), o[robust].mean()))
         if len(most) > 1: lines.append(most)
-    if not any(o['method'].iloc[0] in methods for o in lines): raise NotEnough(f"has no students that differ in `{x}` and are otherwise trained alike")
+    if not any(o['method'].iloc[0] in methods for o in lines):
+        raise NotEnough(f"has no students that differ in `{x}` and are otherwise trained alike")
     return lines, cells, robust
 
-_axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epoch the teacher was stopped after', lam='weight λ', T='temperature T',
-                   beta='weight β of the last kind of teacher', n='number of training images', noise='share of wrong labels')
+_axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epoch the teacher was stopped after',
+                   lam='weight λ', T='temperature T',
+                   beta='weight β of the last kind of teacher', n='number of training images',
+                   noise='share of wrong labels')
 
 def axis_text(x):
     "What a setting is, in words"
@@ -56,17 +63,22 @@ def axis_table(
 ):
     "Accuracies along one axis, of students and baseline"
     lines,_,robust = axis_lines(df, x, robust)
-    shown = [{'Network': line_name(o), head(x): said(x, r[x]), 'Clean': accuracy(r, 'clean'), head(robust): accuracy(r, robust)} |
-             {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–', 'Epochs in all': said('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
-    what = f"Networks trained alike but for the {axis_text(x)}; of several settings the one with the most values, then the most robust."
-    if rows(df)[x].isna().any(): what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
+    shown = [{'Network': line_name(o), head(x): said(x, r[x]), 'Clean': accuracy(r, 'clean'),
+              head(robust): accuracy(r, robust)} |
+             {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–',
+              'Epochs in all': said('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
+    what = (f"Networks trained alike but for the {axis_text(x)}; of several settings the one with the most values, "
+            "then the most robust.")
+    if rows(df)[x].isna().any():
+        what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
     return make_table(shown, one_task(rows(df), free=[x]), what, robust)
 
 # %% ../../nbs/study/06_line_plots.ipynb #bf043297
 def _draw_line(ax, o, x, c, at, **style):
     "Accuracy `c` of the rows `o` over `x`, with error bars"
     std = 100*o[f'{c}_std']
-    ax.errorbar([at[v] for v in o[x]], 100*o[c], None if std.isna().all() else std, elinewidth=.9, ms=4.5, lw=1.4, **style)
+    ax.errorbar([at[v] for v in o[x]], 100*o[c], None if std.isna().all() else std, elinewidth=.9, ms=4.5, lw=1.4,
+                **style)
 
 def _line_styles(lines):
     "How each line is drawn: baselines red and dashed, students in colours of their own"
@@ -81,7 +93,8 @@ def _flat(ax, base, c, label=True):
     "The first of `base` as a level line, where it has no value on the axis"
     for _,b in base[:1].iterrows():
         ax.axhline(100*b[c], color=red, lw=1.2, ls='--', label=alone(b) if label else None)
-        if pd.notna(b[f'{c}_std']): ax.axhspan(100*(b[c]-b[f'{c}_std']), 100*(b[c]+b[f'{c}_std']), color=red, alpha=.15, lw=0)
+        if pd.notna(b[f'{c}_std']):
+            ax.axhspan(100*(b[c]-b[f'{c}_std']), 100*(b[c]+b[f'{c}_std']), color=red, alpha=.15, lw=0)
 
 def _ticks(values):
     "Value on an axis: where it lies; numbers that multiply are set evenly"
@@ -106,7 +119,8 @@ def plot_axis(
     for ax,c in zip(axs[0], ('clean', robust)):
         for o,style in zip(lines, _line_styles(lines)): _draw_line(ax, o, x, c, at, label=line_name(o), **style)
         _flat(ax, level, c)
-        ax.set(xlabel=axis_text(x), ylabel=accuracy_label(c), xticks=list(at.values()), xticklabels=[said(x, v) for v in at])
+        ax.set(xlabel=axis_text(x), ylabel=accuracy_label(c), xticks=list(at.values()),
+               xticklabels=[said(x, v) for v in at])
     legend_below(fig, axs[0,0].get_legend_handles_labels()[0], ncols=2)
     fig.set_label(_axis_words(lines, x, robust))
     return fig
@@ -114,7 +128,8 @@ def plot_axis(
 def _axis_words(lines, x, robust):
     ends = lambda o, c: f"{points(o[c].iloc[0])} to {points(o[c].iloc[-1])} %"
     each = [f"{line_name(o)}: {ends(o, 'clean')} clean, {ends(o, robust)} {head(robust)}" for o in lines]
-    return f"Accuracy along the {axis_text(x)}, from {said(x, lines[0][x].iloc[0])} to {said(x, lines[0][x].iloc[-1])}. {'; '.join(each)}."
+    return (f"Accuracy along the {axis_text(x)}, from {said(x, lines[0][x].iloc[0])} to "
+            f"{said(x, lines[0][x].iloc[-1])}. {'; '.join(each)}.")
 
 # %% ../../nbs/study/06_line_plots.ipynb #859d0ad5
 def beta_table(
@@ -128,7 +143,8 @@ def _mixed(df):
     "`df` with no students but those of several kinds of teachers"
     df = rows(df)
     mixed = df['teacher'].fillna('').astype(str).str.contains(',')
-    if not (mixed & df['method'].isin(methods)).any(): raise NotEnough("has no students of mixed ensembles, such as '2 st, 2 at'")
+    if not (mixed & df['method'].isin(methods)).any():
+        raise NotEnough("has no students of mixed ensembles, such as '2 st, 2 at'")
     return df[mixed | ~df['method'].isin(methods)]
 
 @looks
@@ -137,13 +153,15 @@ def plot_beta(
     robust=None, # attack; None means `strongest(df)`
     baseline=None, # method of the baseline; None means 'at', or the only one
 ):
-    "The paper's Figure 3: accuracies by the weight β of the last kind of teacher, and the path it takes through the plane of both"
+    """The paper's Figure 3: accuracies by the weight β of the last kind of teacher, and the path it takes through
+    the plane of both"""
     lines,cells,robust = axis_lines(_mixed(df), 'beta', robust)
     lines = [o for o in lines if o['method'].iloc[0] in methods]
     base = base_near(cells, pd.concat(lines), robust, baseline)
     fig,axs = panels(1, 3, 2.6, 2.5)
     for ax,c in zip(axs[0], ('clean', robust)):
-        for o,style in zip(lines, _line_styles(lines)): _draw_line(ax, o, 'beta', c, {v: v for v in o['beta']}, label=line_name(o), **style)
+        for o,style in zip(lines, _line_styles(lines)):
+            _draw_line(ax, o, 'beta', c, {v: v for v in o['beta']}, label=line_name(o), **style)
         _flat(ax, base, c, label=False) # its star is in the legend
         ax.set(xlabel=f"β, weight of {kind_name(lines[0]['teacher'].iloc[0].split(',')[-1])}", ylabel=accuracy_label(c))
     _draw_path(axs[0,2], lines, base, robust)
@@ -159,13 +177,15 @@ def _draw_path(ax, lines, base, robust):
         ax.plot(100*o['clean'], 100*o[robust], lw=1.2, ms=4.5, **style)
         error_bars(ax, o, robust, ls='', ecolor=style['color'], elinewidth=.7, alpha=.5)
         for _,r in o.iterrows():
-            ax.annotate(f"{r['beta']:g}", (100*r['clean'], 100*r[robust]), xytext=(4, 3), textcoords='offset points', fontsize=7.5)
+            ax.annotate(f"{r['beta']:g}", (100*r['clean'], 100*r[robust]), xytext=(4, 3), textcoords='offset points',
+                        fontsize=7.5)
     for i in range(len(base)): error_bars(ax, base[i:i+1], robust, **stars(i))
     ax.set(xlabel='clean accuracy, %', ylabel=f'{head(robust)} accuracy, %', title='numbers: β')
 
 # %% ../../nbs/study/06_line_plots.ipynb #fb380abf
 def capacities(df, robust, baseline, within):
-    "One row per width: `clean_gain` of RKD-Acc. and `robust_gain` of RKD-Rob. over the baseline, with `_std` and what they are reached `_by`; and the attack"
+    """One row per width: `clean_gain` of RKD-Acc. and `robust_gain` of RKD-Rob. over the baseline, with `_std` and
+    what they are reached `_by`; and the attack"""
     picks,robust = picks_of(own_students(df), robust, baseline, within)
     found = []
     for s,b,chosen in picks:
@@ -176,7 +196,8 @@ def capacities(df, robust, baseline, within):
     columns = ['width', *[f'{n}_{w}' for n in ('clean','robust') for w in ('gain','gain_std','by')]]
     found = pd.DataFrame(found).reindex(columns=columns).dropna(subset='width').sort_values('width')
     if found['width'].nunique() < 2: raise NotEnough("has students and a baseline at fewer than two widths")
-    if found['width'].duplicated().any(): raise NotEnough("has several tasks with the same `width`", ": choose one, or take `main(df, free=['width'])`")
+    if found['width'].duplicated().any():
+        raise NotEnough("has several tasks with the same `width`", ": choose one, or take `main(df, free=['width'])`")
     return found, robust
 
 # %% ../../nbs/study/06_line_plots.ipynb #a1d6f7d0
@@ -188,11 +209,15 @@ def capacity_table(
 ):
     "What the best students gain, by the network's width"
     found,robust = capacities(df, robust, baseline, within)
-    gain_of = lambda r, n: points(r[f'{n}_gain'], r[f'{n}_gain_std'], '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
+    gain_of = lambda r, n: points(r[f'{n}_gain'], r[f'{n}_gain_std'],
+                                  '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
     left = unpaired(own_students(df), robust, baseline)
-    lines = [{'Layer size': said('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'), 'RKD-Acc. by': r['clean_by'],
-              f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']} for _,r in found.iterrows()]
-    return make_table(lines, df, f'What the students of `select` gain over the baseline, by the width of the network, in points; ± is the root of both variances.{left}', robust, spread=True)
+    lines = [{'Layer size': said('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'),
+              'RKD-Acc. by': r['clean_by'],
+              f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
+             for _,r in found.iterrows()]
+    return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '
+                                 f'in points; ± is the root of both variances.{left}', robust, spread=True)
 
 @looks
 def plot_capacity(
@@ -211,8 +236,11 @@ def plot_capacity(
         x = np.arange(len(found)) + (-.09,.09)[i]
         ax.errorbar(x, y, std, ls='', marker=markers[i], ms=6, color=colours[i], elinewidth=1.2, label=label)
         for at,v in zip(x, y):
-            if not np.isnan(v): ax.annotate(points(v/100, sign='+'), (at, v), xytext=((-6,6)[i], 0), textcoords='offset points', ha=('right','left')[i], va='center', fontsize=8)
-    ax.set(xticks=range(len(found)), xticklabels=[fraction(w) for w in found['width']], xlim=(-.6, len(found)-.4), xlabel='layer size', ylabel='gain over the baseline, points')
+            if not np.isnan(v):
+                ax.annotate(points(v/100, sign='+'), (at, v), xytext=((-6,6)[i], 0), textcoords='offset points',
+                            ha=('right','left')[i], va='center', fontsize=8)
+    ax.set(xticks=range(len(found)), xticklabels=[fraction(w) for w in found['width']], xlim=(-.6, len(found)-.4),
+           xlabel='layer size', ylabel='gain over the baseline, points')
     legend_below(fig, ax.get_legend_handles_labels()[0], ncols=2)
     fig.set_label(_capacity_words(found, robust))
     return fig

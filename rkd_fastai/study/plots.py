@@ -18,13 +18,15 @@ from ..style import colours, markers
 from ..text import counted
 
 # %% ../../nbs/study/05_plots.ipynb #52562050
-_look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'axes.axisbelow': True,
+_look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
+         'grid.alpha': .25, 'axes.axisbelow': True,
          'legend.frameon': False, 'errorbar.capsize': 0, 'figure.constrained_layout.use': True}
 red = '#E8542F' # of baselines
 
 def stars(i):
     "How the baselines are drawn: that which is compared with is full, others are hollow"
-    return dict(marker='*', ms=13, ls='', zorder=6, mew=.9, color=red) | (dict(mfc=plt.rcParams['axes.facecolor'], mec=red) if i else dict(mec=plt.rcParams['text.color']))
+    return (dict(marker='*', ms=13, ls='', zorder=6, mew=.9, color=red)
+            | (dict(mfc=plt.rcParams['axes.facecolor'], mec=red) if i else dict(mec=plt.rcParams['text.color'])))
 
 def looks(f):
     "`f`, which draws a figure, in the style of all of them; where it fails none is left open"
@@ -65,8 +67,10 @@ def front_table(
     shown = ['method','teacher','alpha','teacher_epoch', *told_apart(s)]
     lines = [{head(c): said(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
              {'Epochs in all': said('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
-    what = (f"The table holds those of {counted(len(s), 'student')} that no other one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
-            "front of all networks in that panel, the baseline's too; through the star that students are compared with run dotted lines. ES: epoch the teacher was stopped after.")
+    what = (f"The table holds those of {counted(len(s), 'student')} that no other "
+            f"one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
+            "front of all networks in that panel, the baseline's too; through the star that students are compared "
+            "with run dotted lines. ES: epoch the teacher was stopped after.")
     return make_table(lines, df, what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #2221d2e4
@@ -94,7 +98,8 @@ def _staircase(ax, found, robust):
     front = pareto(found, robust=robust)
     x,y = 100*front['clean'].to_numpy(), 100*front[robust].to_numpy()
     limits = dict(xlim=ax.get_xlim(), ylim=ax.get_ylim())
-    ax.plot([limits['xlim'][0], *x, x[-1]], [y[0], *y, limits['ylim'][0]], drawstyle='steps-pre', color=plt.rcParams['text.color'], lw=.9, alpha=.55, zorder=1)
+    ax.plot([limits['xlim'][0], *x, x[-1]], [y[0], *y, limits['ylim'][0]], drawstyle='steps-pre',
+            color=plt.rcParams['text.color'], lw=.9, alpha=.55, zorder=1)
     ax.set(**limits)
 
 def _plane(ax, s, base, robust, styles, sizes):
@@ -104,10 +109,12 @@ def _plane(ax, s, base, robust, styles, sizes):
     for m in dict.fromkeys(shapes):
         at = shapes == m
         c = [k for k,here in zip(shades, at) if here]
-        ax.scatter(100*s['clean'][at], 100*s[robust][at], sizes[at], c, marker=m, edgecolors=plt.rcParams['text.color'], linewidths=.4, zorder=3)
+        ax.scatter(100*s['clean'][at], 100*s[robust][at], sizes[at], c, marker=m,
+                   edgecolors=plt.rcParams['text.color'], linewidths=.4, zorder=3)
     for i in range(len(base)): error_bars(ax, base[i:i+1], robust, **stars(i))
     for _,b in base[:1].iterrows():
-        for line,v in ((ax.axvline, b['clean']), (ax.axhline, b[robust])): line(100*v, color=red, lw=.7, ls=':', alpha=.8, zorder=1)
+        for line,v in ((ax.axvline, b['clean']), (ax.axhline, b[robust])):
+            line(100*v, color=red, lw=.7, ls=':', alpha=.8, zorder=1)
 
 def alone(b):
     "The name of a baseline"
@@ -122,13 +129,15 @@ def _dot_legend(styles, sizes, numbers, color, size, base):
     line = lambda label, **kw: Line2D([], [], ls='', mec=plt.rcParams['text.color'], mew=.4, label=label, **kw)
     name = lambda c, v: {'teacher_epoch': 'ES ', 'alpha': 'α = '}.get(c, '') + said(c, v)
     thin = lambda d: dict(list(d.items())[::max(1, -(-len(d)//6))]) # six at most
-    handles = [line(name(color, v), marker=m, color=k, ms=6.5) for v,(k,m) in (thin(styles) if numbers else styles).items()]
+    handles = [line(name(color, v), marker=m, color=k, ms=6.5)
+               for v,(k,m) in (thin(styles) if numbers else styles).items()]
     handles += [line(name(size, v), marker='o', color='none', ms=a**.5) for v,a in thin(sizes).items()]
     return handles + star_legend(base)
 
 # %% ../../nbs/study/05_plots.ipynb #5e6c54c9
 def base_near(cells, s, robust, baseline=None):
-    "The baselines nearest in compute to the longest of students `s`, the one to compare with first; none where there is none"
+    """The baselines nearest in compute to the longest of students `s`, the one to compare with first; none where
+    there is none"""
     try: return nearest(baseline_of(cells, baseline), s['compute'].max(), robust)
     except NotEnough: return cells[:0]
 
@@ -143,10 +152,13 @@ def plot_pareto(
     color='teacher_epoch', # 'teacher_epoch', 'alpha', 'method' or 'teacher'
     robust=None, # attack; None means `strongest(df)`
     baseline=None, # method of the baseline; None means 'at', or the only one
-    below=.1, # students further than this below the baseline in either accuracy are left out, unless all are; None means none is
+    # students further than this below the baseline in either accuracy are left out, unless all are; None means none is
+    below=.1,
 ):
-    "The paper's Figure 1, or with `color='teacher'` Figure 2: robust over clean accuracy in panels by method and teacher, with baseline and Pareto front"
-    if color not in ('teacher_epoch','alpha','method','teacher'): raise ValueError(f"`color` must be 'teacher_epoch', 'alpha', 'method' or 'teacher', got {color!r}")
+    """The paper's Figure 1, or with `color='teacher'` Figure 2: robust over clean accuracy in panels by method and
+    teacher, with baseline and Pareto front"""
+    if color not in ('teacher_epoch','alpha','method','teacher'):
+        raise ValueError(f"`color` must be 'teacher_epoch', 'alpha', 'method' or 'teacher', got {color!r}")
     cells,robust = cells_of(one_task(rows(df)), robust)
     s = students_of(cells)
     if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
@@ -165,40 +177,49 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
     size = {'teacher_epoch': 'alpha', 'alpha': 'teacher_epoch'}.get(color)
     size = size if size and s[size].nunique() > 1 else None
     styles,sizes = _styles(s[near], color),_sizes(s[near], size) if size else {}
-    looks_of = lambda o: ([styles.get(v, (plt.rcParams['axes.facecolor'], 'o')) for v in o[color]], np.array([sizes.get(v, 45) for v in o[size or color]]))
-    panels = [(ax, (s['teacher'].eq(t) | (t is None)) & (s['method'].eq(m) | (m is None)), t, m) for line,t in zip(axs, down) for ax,m in zip(line, across)]
+    looks_of = lambda o: ([styles.get(v, (plt.rcParams['axes.facecolor'], 'o')) for v in o[color]],
+                          np.array([sizes.get(v, 45) for v in o[size or color]]))
+    panels = [(ax, (s['teacher'].eq(t) | (t is None)) & (s['method'].eq(m) | (m is None)), t, m)
+              for line,t in zip(axs, down) for ax,m in zip(line, across)]
     for ax,mine,t,m in panels:
         _plane(ax, s[mine & near], base, robust, *looks_of(s[mine & near]))
         ax.set_title(', '.join([*([said('method', m)] if m else []), *([f'{kind_name(t)} teacher'] if t else [])]))
-        if gone := (mine & ~near).sum(): ax.text(.03, .03, f'{gone} far below', transform=ax.transAxes, fontsize=7.5, alpha=.8)
+        if gone := (mine & ~near).sum():
+            ax.text(.03, .03, f'{gone} far below', transform=ax.transAxes, fontsize=7.5, alpha=.8)
         if not (mine & near).any() and not gone: ax.text(.5, .5, 'none', transform=ax.transAxes, ha='center')
     for ax,mine,_,_ in panels: _staircase(ax, pd.concat([s[mine & near], base]), robust)
     for ax in axs[-1]: ax.set_xlabel('clean accuracy, %')
     for ax in axs[:,0]: ax.set_ylabel(f'{head(robust)} accuracy, %')
-    legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base), ncols=4 if len(across) > 1 else 2)
+    legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base),
+                 ncols=4 if len(across) > 1 else 2)
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{points(s[c].max())} %"
     by = dict(teacher_epoch='the epoch the teacher was stopped after', alpha='α').get(color, color)
-    words = f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured by {by}. "
+    words = (f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured "
+             f"by {by}. ")
     words += f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under {head(robust)}"
-    return words + (f"; the baseline {points(base['clean'].iloc[0])} % and {points(base[robust].iloc[0])} %." if len(base) else '.')
+    return words + (f"; the baseline {points(base['clean'].iloc[0])} % and {points(base[robust].iloc[0])} %."
+                    if len(base) else '.')
 
 # %% ../../nbs/study/05_plots.ipynb #dddcc4c6
 def maps(
     df, # rows of one task
     value, # 'clean', 'robust' (the strongest attack) or the name of an attack
 ):
-    "`(method, teacher): students` for all with two values of α or of the stopping epoch, one student for each; all cells; the attack; and the column that `value` is"
+    """`(method, teacher): students` for all with two values of α or of the stopping epoch, one student for each; all
+    cells; the attack; and the column that `value` is"""
     df = one_task(rows(df))
     if value not in ('clean','robust'): check_column(df, value, 'value')
     cells,robust = cells_of(df, None if value in ('clean','robust') else value)
     s = students_of(cells).dropna(subset=['alpha','teacher_epoch'])
-    grids = {k: g for k,g in s.groupby(['method','teacher'], sort=False) if max(g['alpha'].nunique(), g['teacher_epoch'].nunique()) > 1}
+    grids = {k: g for k,g in s.groupby(['method','teacher'], sort=False)
+             if max(g['alpha'].nunique(), g['teacher_epoch'].nunique()) > 1}
     if not grids: raise NotEnough("has no method with two values of α or of the teacher’s stopping epoch")
     for (m,t),g in grids.items():
         if g.duplicated(['alpha','teacher_epoch']).any():
-            raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` and `teacher_epoch`, "
+            raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` "
+                            "and `teacher_epoch`, "
                             f"which differ in {varying(g, [c for c in settings if c not in ('alpha','teacher_epoch')])}", ': choose one, or take `main(df)`')
     return grids, cells, robust, robust if value == 'robust' else value
 
@@ -212,9 +233,11 @@ def map_table(
     base = base_near(cells, pd.concat(grids.values()), robust)
     stops = sorted({v for g in grids.values() for v in g['teacher_epoch']})
     empty = {f'ES {v:g}': '–' for v in stops}
-    lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
+    lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty
+             | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
-    what = (f"{head(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after (across). "
+    what = (f"{head(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after "
+            "(across). "
             f"In a figure {'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'}; the best cell of each panel is framed.")
     return make_table(lines, one_task(rows(df)), what, robust)
 
@@ -234,9 +257,12 @@ def _draw_map(ax, g, c, alphas, stops, cmap, norm):
         if np.isnan(v): continue
         light = np.dot(im.cmap(im.norm(100*v))[:3], [.299,.587,.114]) > .55
         best = v == np.nanmax(grid)
-        ax.text(j, i, points(v), ha='center', va='center', color='black' if light else 'white', fontsize=8, weight='bold' if best else None)
-        if best: ax.add_patch(plt.Rectangle((j-.47, i-.45), .94, .9, fill=False, lw=1.6, ec='black' if light else 'white'))
-    ax.set(xticks=range(len(stops)), yticks=range(len(alphas)), xticklabels=[f'{v:g}' for v in stops], yticklabels=[f'{v:g}' for v in alphas])
+        ax.text(j, i, points(v), ha='center', va='center', color='black' if light else 'white', fontsize=8,
+                weight='bold' if best else None)
+        if best:
+            ax.add_patch(plt.Rectangle((j-.47, i-.45), .94, .9, fill=False, lw=1.6, ec='black' if light else 'white'))
+    ax.set(xticks=range(len(stops)), yticks=range(len(alphas)), xticklabels=[f'{v:g}' for v in stops],
+           yticklabels=[f'{v:g}' for v in alphas])
     return im
 
 @looks
@@ -248,7 +274,8 @@ def plot_map(
     "One accuracy over α and the teacher's stopping epoch, in panels by method and teacher"
     grids,cells,robust,c = maps(df, value)
     s = pd.concat(grids.values())
-    base,alphas,stops = base_near(cells, s, robust, baseline),sorted(s['alpha'].unique()),sorted(s['teacher_epoch'].unique())
+    base,alphas,stops = base_near(cells, s, robust, baseline),sorted(s['alpha'].unique()),sorted(s['teacher_epoch']
+                                                                                                 .unique())
     down,across = list(dict.fromkeys(t for _,t in grids)),[m for m in methods if any(m == k for k,_ in grids)]
     fig,axs = panels(len(down), len(across), .5*len(stops)+.6, .33*len(alphas)+.5, sharex=True, sharey=True)
     cmap,norm = _map_colours(s[c], base, c)
@@ -266,6 +293,7 @@ def plot_map(
 
 def _map_words(s, c, base):
     top = s.loc[s[c].idxmax()]
-    who = f"{said('method', top['method'])} with {kind_name(top['teacher'])} teacher, {hyper(top, s.assign(teacher=''))}"
+    who = (f"{said('method', top['method'])} with {kind_name(top['teacher'])} teacher, "
+           f"{hyper(top, s.assign(teacher=''))}")
     words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is {points(top[c])} %, by {who}"
     return words + (f"; white is the baseline’s {points(base.iloc[0][c])} %." if len(base) else '.')

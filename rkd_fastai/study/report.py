@@ -29,7 +29,8 @@ def _singles(df):
 def _kinds(df):
     "`_singles(df)`, if they are by several kinds of teachers"
     df = _singles(df)
-    if df.loc[df['method'].isin(methods), 'teacher'].nunique() < 2: raise NotEnough("has students of fewer than two kinds of single teachers")
+    if df.loc[df['method'].isin(methods), 'teacher'].nunique() < 2:
+        raise NotEnough("has students of fewer than two kinds of single teachers")
     return df
 
 def _grid(df):
@@ -53,14 +54,17 @@ _views = dict(
     selected=_view('The best students', partial(main, free=['width']), table2),
     gain=_view('Gain at equal compute', rows, gain),
     trade_off=_view('Early stopping and label mixing', _grid, front_table, partial(plot_pareto, color='teacher_epoch')),
-    map_clean=_view('Clean accuracy over α and stopping epoch', _grid, partial(map_table, value='clean'), partial(plot_map, value='clean')),
+    map_clean=_view('Clean accuracy over α and stopping epoch', _grid, partial(map_table, value='clean'),
+                    partial(plot_map, value='clean')),
     map_robust=_view('Robust accuracy over α and stopping epoch', _grid, map_table, plot_map),
-    teachers=_view('Trade-offs by kind of teacher', _kinds, partial(front_table, by='teacher'), partial(plot_pareto, color='teacher')),
+    teachers=_view('Trade-offs by kind of teacher', _kinds, partial(front_table, by='teacher'),
+                   partial(plot_pareto, color='teacher')),
     teacher_kinds=_view('One student per kind of teacher', main, table3),
     ensembles=_view('One teacher against several', main, table5),
     mixture=_view('Mixed ensembles', main, beta_table, plot_beta),
     capacity=_view('Gain by the width of the network', partial(main, free=['width']), capacity_table, plot_capacity),
-    images=_axis('Number of training images', 'n'), noise=_axis('Wrong labels', 'noise'), radius=_axis('Radius', 'eps'), epochs=_axis('Length of training', 'epochs'),
+    images=_axis('Number of training images', 'n'), noise=_axis('Wrong labels', 'noise'),
+    radius=_axis('Radius', 'eps'), epochs=_axis('Length of training', 'epochs'),
     baselines=_view('Trained without a teacher', rows, baselines), measured=_view('Teachers themselves', rows, table12))
 
 def _look(df):
@@ -78,7 +82,8 @@ def views(
     return _look(rows(df))[0]
 
 # %% ../../nbs/study/07_report.ipynb #7fc2a4c4
-_dark = {'figure.facecolor': '#14181f', 'axes.facecolor': '#14181f', 'savefig.facecolor': '#14181f', 'text.color': '#e6e9ef', 'axes.labelcolor': '#e6e9ef',
+_dark = {'figure.facecolor': '#14181f', 'axes.facecolor': '#14181f', 'savefig.facecolor': '#14181f',
+         'text.color': '#e6e9ef', 'axes.labelcolor': '#e6e9ef',
          'axes.edgecolor': '#8b94a3', 'xtick.color': '#c9cfd9', 'ytick.color': '#c9cfd9', 'grid.color': '#8b94a3'}
 
 _css = '''
@@ -125,29 +130,37 @@ def _image(view, light, dark):
 
 def _html_table(view, table):
     "A table in HTML"
-    sides = ['number' if is_number(table[c]) else 'wide' if table[c].astype(str).str.len().max() > 40 else '' for c in table]
-    cell = lambda tag, v, side: f'<{tag}{" scope=col" if tag == "th" else ""}{f" class={side}" if side else ""}>{html.escape(str(v))}</{tag}>'
+    sides = ['number' if is_number(table[c]) else 'wide' if table[c].astype(str).str.len().max() > 40 else ''
+             for c in table]
+    cell = (lambda tag, v,
+            side: f'<{tag}{" scope=col" if tag == "th" else ""}{f" class={side}" if side else ""}>{html.escape(str(v))}</{tag}>')
     line = lambda tag, values: f"<tr>{''.join(cell(tag, v, s) for v,s in zip(values, sides))}</tr>"
     body = ''.join(line('td', r) for r in table.itertuples(index=False))
-    return (f'<div class="scroll" tabindex="0" role="group" aria-label="Table: {html.escape(view.title)}"><table><thead>{line("th", table)}</thead><tbody>{body}</tbody></table></div>')
+    return ('<div class="scroll" tabindex="0" role="group" aria-label="Table: '
+            f'{html.escape(view.title)}"><table><thead>{line("th", table)}</thead><tbody>{body}</tbody></table></div>')
 
 def _section(name, view, pictures):
     "A view in HTML; a long table, or that of a figure, is folded"
     t = view.table
     table,n = _html_table(view, t),len(t)
-    if pictures or n > 24: table = f"<details><summary>{'The numbers' if pictures else f'All {n} rows'}</summary>{table}</details>"
+    if pictures or n > 24:
+        table = f"<details><summary>{'The numbers' if pictures else f'All {n} rows'}</summary>{table}</details>"
     verdict = ''.join(f'<p class="verdict">{html.escape(v)}</p>' for v in t.attrs.get('verdict', '').splitlines())
     return (f'<section id="{name}"><h2>{html.escape(view.title)}</h2>{verdict}{_image(view, *pictures) if pictures else ""}{table}'
             f'<p class="caption">{html.escape(t.attrs["caption"])}</p></section>')
 
 def _page(title, notes, found, missing, pictures):
     "The whole page"
-    text,links = html.escape(title),''.join(f'<li><a href="#{k}">{html.escape(v.title)}</a></li>' for k,v in found.items())
+    text,links = html.escape(title),''.join(f'<li><a href="#{k}">{html.escape(v.title)}</a></li>'
+                                            for k,v in found.items())
     about = ''.join(f'<p>{html.escape(p)}</p>' for p in notes.split('\n\n') if p.strip())
     left = ''.join(f'<li>{html.escape(k)}: {html.escape(why)}</li>' for k,why in missing.items())
-    left = f'<section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not there.</p><ul class="left">{left}</ul></section>' if left else ''
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{text}</title>'
-            f'<style>{_css}</style></head>\n<body><main><h1>{text}</h1>{about}<nav aria-label="Contents"><ul>{links}</ul></nav>\n'
+    left = ('<section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not '
+            f'there.</p><ul class="left">{left}</ul></section>' if left else '')
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><title>{text}</title>'
+            f'<style>{_css}</style></head>\n<body><main><h1>{text}</h1>{about}<nav '
+            f'aria-label="Contents"><ul>{links}</ul></nav>\n'
             + '\n'.join(_section(k, v, pictures.get(k)) for k,v in found.items()) + f'\n{left}</main></body></html>\n')
 
 # %% ../../nbs/study/07_report.ipynb #a3b0d8df
@@ -160,13 +173,17 @@ def write_report(
     title, # of the page
     notes='', # paragraphs below it, with empty lines between
 )->Path:
-    "Write each view as .md, .csv and .png, the means over seeds as means.csv, and all of them as index.html, whose path is returned"
-    if not isinstance(title, str) or not title.strip(): raise ValueError(f"`title` must be the page's title, a text, got {title!r}")
+    """Write each view as .md, .csv and .png, the means over seeds as means.csv, and all of them as index.html, whose
+    path is returned"""
+    if not isinstance(title, str) or not title.strip():
+        raise ValueError(f"`title` must be the page's title, a text, got {title!r}")
     folder,df = Path(folder),rows(df)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"`folder` is a file: {folder}")
     found,missing = _look(df)
-    if not found: raise NotEnough(f"is not enough for any table or figure: {'; '.join(dict.fromkeys(missing.values()))}")
-    pictures = {k: [_png(v.plot, dark) for dark in (False, True)] for k,v in found.items() if v.plot} # all is made before anything is written
+    if not found:
+        raise NotEnough(f"is not enough for any table or figure: {'; '.join(dict.fromkeys(missing.values()))}")
+    # all is made before anything is written
+    pictures = {k: [_png(v.plot, dark) for dark in (False, True)] for k,v in found.items() if v.plot}
     page = _page(title, notes, found, missing, pictures)
     for k,v in found.items():
         write_atomic(folder/f'{k}.md', as_markdown(v.table))

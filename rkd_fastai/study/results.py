@@ -18,7 +18,8 @@ from ..text import counted
 class NotEnough(ValueError):
     "The rows do not hold what a table or figure is about"
     def __init__(self,
-        reason, # how the rows fall short; it follows "`df` ", and for a reader of tables, who knows of no `df`, "the study "
+        # how the rows fall short; it follows "`df` ", and for a reader of tables, who knows of no `df`, "the study "
+        reason,
         way_out='', # what a caller can do, behind `reason`
     ):
         super().__init__(f'`df` {reason}{way_out}')
@@ -26,8 +27,10 @@ class NotEnough(ValueError):
 
 methods = dict(akd='AKD⁺', rslad='RSLAD⁺', ard='ARD⁺', ckd='CKD') # of students
 task = ['data','size','augment','eps','n','noise','arch','width'] # only networks for the same one can be compared
-extras = ['lam','T','epochs','lr','bs','schedule','attack','teacher_epochs','teacher_arch'] # what else may differ between students that tables compare
-settings = [*task, *extras, 'method','teacher','members','teacher_width','teacher_eps','teacher_epoch','alpha','beta','which','compile','bf16']
+# what else may differ between students that tables compare
+extras = ['lam','T','epochs','lr','bs','schedule','attack','teacher_epochs','teacher_arch']
+settings = [*task, *extras,
+            'method','teacher','members','teacher_width','teacher_eps','teacher_epoch','alpha','beta','which','compile','bf16']
 _texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','which','diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')
@@ -43,13 +46,20 @@ def _numbers(column, name):
 
 def _check_rows(df):
     "Raise unless `df` can be a table's source"
-    if not isinstance(df, pd.DataFrame): raise ValueError(f"`df` must be a DataFrame with a row per measured model, got {type(df).__name__}")
+    if not isinstance(df, pd.DataFrame):
+        raise ValueError(f"`df` must be a DataFrame with a row per measured model, got {type(df).__name__}")
     for c in ('method','clean'):
-        if c not in df: raise ValueError(f"`df` has no column {c!r}, it has {list(df.columns)}: there must be a row per measured model")
+        if c not in df:
+            raise ValueError(f"`df` has no column {c!r}, it has {list(df.columns)}: there must be a row per measured "
+                             "model")
     for c in measures(df):
         v = _numbers(df[c], c).dropna()
-        if not v.between(0, 1).all(): raise ValueError(f"`df`: {c!r} must hold fractions in [0, 1], got {v[~v.between(0, 1)].iloc[0]:g}: divide percentages by 100")
-    if df['method'].isna().any(): raise ValueError(f"`df`: 'method' is empty in {counted(df['method'].isna().sum(), 'row')}: say how each model was trained")
+        if not v.between(0, 1).all():
+            raise ValueError(f"`df`: {c!r} must hold fractions in [0, 1], got {v[~v.between(0, 1)].iloc[0]:g}: divide "
+                             "percentages by 100")
+    if df['method'].isna().any():
+        raise ValueError(f"`df`: 'method' is empty in {counted(df['method'].isna().sum(), 'row')}: say how each model "
+                         "was trained")
 
 def rows(
     df, # a row per measured network, as `read_rows` gives them, or your own with `method`, `clean` and an attack
@@ -65,7 +75,9 @@ def rows(
     df['which'] = df['which'].fillna('last')
     df['members'] = df['members'].fillna(df['teacher'].map(_members).astype(float))
     df['teacher_epoch'] = df['teacher_epoch'].fillna(df['teacher_epochs'])
-    return df.assign(compute=df['compute'].fillna(df['epochs'] + (df['members']*df['teacher_epoch']).where(df['teacher'].notna(), 0)))
+    return df.assign(compute=df['compute'].fillna(df['epochs']
+                                                  + (df['members']*df['teacher_epoch'])
+                                                  .where(df['teacher'].notna(), 0)))
 
 def measured(
     df, # from `read_rows`
@@ -85,7 +97,8 @@ def measures(
     df, # a row per measured network, see `rows`
 ):
     "The columns of `df` with accuracies: 'clean', then attacks, the strongest first"
-    return ['clean', *sorted([c for c in df.columns if isinstance(c, str) and _attack.fullmatch(c) and df[c].notna().any()], key=_strength)]
+    return ['clean', *sorted([c for c in df.columns if isinstance(c, str) and _attack.fullmatch(c)
+                              and df[c].notna().any()], key=_strength)]
 
 def strongest(
     df, # a row per measured network, see `rows`
@@ -109,14 +122,18 @@ def check_column(df, name, arg):
 def over_seeds(
     df, # a row per measured network, see `rows`
 ):
-    "One row per setting in `df`: of each accuracy mean, standard deviation (`clean_std`), number (`clean_seeds`) and fewest images (`n_clean`); `seeds` and `compute`"
+    """One row per setting in `df`: of each accuracy mean, standard deviation (`clean_std`), number (`clean_seeds`)
+    and fewest images (`n_clean`); `seeds` and `compute`"""
     df = measured(df)
     twice = df[df['seed'].notna() & df.duplicated([*settings, 'seed'])]
-    if len(twice): raise ValueError(f"`df` has seed {twice.iloc[0]['seed']:g} twice for {_said_settings(twice.iloc[0])}: keep one row of each")
+    if len(twice):
+        raise ValueError(f"`df` has seed {twice.iloc[0]['seed']:g} twice for {_said_settings(twice.iloc[0])}: keep "
+                         "one row of each")
     names = measures(df)
     made = {k: v for c in names for k,v in {c: (c,'mean'), f'{c}_std': (c,'std'), f'{c}_seeds': (c,'count')}.items()}
     made |= {f'n_{c}': (f'n_{c}','min') for c in names if f'n_{c}' in df}
-    return df.groupby(settings, dropna=False, sort=False).agg(seeds=('clean','count'), compute=('compute','mean'), **made).reset_index()
+    return df.groupby(settings, dropna=False, sort=False).agg(seeds=('clean','count'), compute=('compute','mean'),
+                                                              **made).reset_index()
 
 def _said_settings(row): return ', '.join(f'{c}={row[c]}' for c in settings if pd.notna(row[c]))
 
@@ -146,13 +163,17 @@ def pareto(
     df = df.dropna(subset=[clean, robust])
     best = df.groupby(clean)[robust].max().sort_index(ascending=False)
     above = best.cummax().shift(fill_value=-np.inf) # the best of those with a higher `clean`
-    return df[(df[robust] == df[clean].map(best)) & (df[robust] > df[clean].map(above))].sort_values(clean, kind='stable')
+    return df[(df[robust] == df[clean].map(best)) & (df[robust] > df[clean]
+                                                     .map(above))].sort_values(clean, kind='stable')
 
 # %% ../../nbs/study/03_results.ipynb #49a2abe9
 _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES', **{'at+': 'AT⁺'})
-_heads = dict(data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε', arch='Network', width='Layer size',
-              method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ', beta='β', epochs='Epochs', compute='Epochs in all', members='Models',
-              schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled', bf16='bfloat16',
+_heads = dict(data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels',
+              eps='ε', arch='Network', width='Layer size',
+              method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ', beta='β', epochs='Epochs',
+              compute='Epochs in all', members='Models',
+              schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled',
+              bf16='bfloat16',
               teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
               which='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
 
@@ -190,7 +211,8 @@ def said(c, v):
 def points(mean, std=np.nan, sign=''):
     "Fractions as points: '48.1 ± 0.3'; without a `std`, '48.1'"
     if pd.isna(mean): return '–'
-    tenths = Decimal(f'{100*mean:.6f}').quantize(Decimal('.1'), ROUND_HALF_UP) # Python and NumPy round halves differently, and 81.35 is one of them
+    # Python and NumPy round halves differently, and 81.35 is one of them
+    tenths = Decimal(f'{100*mean:.6f}').quantize(Decimal('.1'), ROUND_HALF_UP)
     text = f'{tenths + 0:{sign}.1f}'.replace('-', '−')
     return text if pd.isna(std) else f'{text} ± {100*std:.1f}'
 
@@ -223,12 +245,14 @@ def _drawn(df, c):
 def _seeds(df, spread):
     least,most = (f(df.groupby(settings, dropna=False).size()) for f in (min, max))
     if most == 1: return 'one seed' + ('' if spread else ', so there is no ±')
-    return f"{least if least == most else f'{least} to {most}'} seeds" + ('' if spread else '; ± is the standard deviation over them')
+    return (f"{least if least == most else f'{least} to {most}'} seeds"
+            + ('' if spread else '; ± is the standard deviation over them'))
 
 def _left_out(df, robust):
     "A sentence for each reason to leave rows out"
     ran,has = df['diverged'].isna(), df['clean'].notna()
-    reasons = (~ran, 'diverged training is', 'diverged trainings are'), (ran & ~has, 'row without accuracies is', 'rows without accuracies are'), \
+    reasons = (~ran, 'diverged training is', 'diverged trainings are'), (ran & ~has, 'row without accuracies is',
+                                                                         'rows without accuracies are'), \
               (ran & has & df[robust].isna(), f'row without {head(robust)} is', f'rows without {head(robust)} are')
     return [f'{counted(k, one, many)} left out.' for out,one,many in reasons if (k := out.sum())]
 
@@ -242,10 +266,13 @@ def caption(
     df = rows(df)
     kept = measured(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := span(kept, c)) else ''
-    facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'), fact('n', '{} training images'),
-             fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'), fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept, spread)]
+    facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'),
+             fact('n', '{} training images'),
+             fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
+             fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept, spread)]
     facts = '; '.join(f for f in facts if f)
-    return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.', *_left_out(df, robust)])
+    return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.',
+                     *_left_out(df, robust)])
 
 def make_table(lines, df, what, robust, spread=False, **attrs):
     "DataFrame of the dicts `lines`, with its `caption`"
@@ -287,8 +314,10 @@ def wider(df):
     return (df['teacher_width']/df['width']).fillna(1.)
 
 def _usual(s, columns):
-    "The most frequent key of `s`; of equally frequent ones that of the widest network, the most images and the fewest wrong labels"
-    order = s.assign(n=s['n'].fillna(np.inf)).sort_values(['width','n','noise'], ascending=[False,False,True], kind='stable').index # no `n`: all images
+    """The most frequent key of `s`; of equally frequent ones that of the widest network, the most images and the
+    fewest wrong labels"""
+    order = s.assign(n=s['n'].fillna(np.inf)).sort_values(['width','n','noise'], ascending=[False,False,True],
+                                                          kind='stable').index # no `n`: all images
     key = key_of(s.loc[order], columns)
     return key.groupby(key, sort=False).size().idxmax()
 
@@ -297,12 +326,14 @@ def main(
     df, # rows of several tasks
     free=(), # settings that may differ
 ):
-    "The rows of the task that most students in `df` are for, trained as most of them are by each method; teachers that were only measured stay"
+    """The rows of the task that most students in `df` are for, trained as most of them are by each method; teachers
+    that were only measured stay"""
     df = rows(df)
     columns = [c for c in task if c not in free]
     df = df[(key_of(df, columns) == _usual(students_of(measured(df)), columns)) | (df['method'] == 'teacher')]
     how = [c for c in (*extras, 'wider') if c not in free]
-    odd = [s.index[(key_of(s, how) != _usual(s, how)).to_numpy()] for _,s in df.assign(wider=wider(df))[df['method'].isin(methods)].groupby('method')]
+    odd = [s.index[(key_of(s, how) != _usual(s, how)).to_numpy()]
+           for _,s in df.assign(wider=wider(df))[df['method'].isin(methods)].groupby('method')]
     return df.drop([i for o in odd for i in o])
 
 # %% ../../nbs/study/03_results.ipynb #baa51ee4
@@ -310,5 +341,6 @@ def one_task(cells, free=()):
     "`cells` for the one task of its students, but for settings that are `free`"
     columns = [c for c in task if c not in free]
     s = students_of(cells)
-    for c in varying(s, columns): raise ValueError(f"`df` has students with different `{c}`: {span(s, c)}. Choose one, or take `main(df)`")
+    for c in varying(s, columns):
+        raise ValueError(f"`df` has students with different `{c}`: {span(s, c)}. Choose one, or take `main(df)`")
     return cells[(key_of(cells, columns) == key_of(s, columns).iloc[0]) | (cells['method'] == 'teacher')]

@@ -39,7 +39,8 @@ from ..text import counted
 
 # %% ../../nbs/study/01_run.ipynb #b9a5d2f4
 _packaged = dict(digits=digits_dls, fashion_sample=fashion_sample_dls)
-_published = dict(fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls, cifar100=cifar100_dls, tiny_imagenet=tiny_imagenet_dls)
+_published = dict(fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls, cifar100=cifar100_dls,
+                  tiny_imagenet=tiny_imagenet_dls)
 
 data_names = [*_packaged, *_published]
 folder_size = 64 # side that a folder's images are cropped to where none is named
@@ -50,38 +51,53 @@ def _split_folders(folder):
     both = [folder/d for d in ('valid','val') if (folder/d).is_dir()]
     if not (folder/'train').is_dir():
         odd = [d.name for d in (*both, folder/'test') if d.is_dir() and has_classes(d)]
-        if odd: raise ValueError(f"`data`: {folder} has a folder `{odd[0]}` of classes, but no `train`: put the training images there")
+        if odd:
+            raise ValueError(f"`data`: {folder} has a folder `{odd[0]}` of classes, but no `train`: put the training "
+                             "images there")
         return dict(train=folder)
     if len(both) > 1: raise ValueError(f"`data`: {folder} has both `valid` and `val`: keep the one to validate on")
-    found = dict(train=folder/'train') | {'valid': d for d in both} | ({'test': folder/'test'} if (folder/'test').is_dir() else {})
+    found = (dict(train=folder/'train') | {'valid': d for d in both}
+             | ({'test': folder/'test'} if (folder/'test').is_dir() else {}))
     if 'test' in found and not has_classes(found['test']):
-        warnings.warn(f"{found.pop('test')} has no sub-folder for each class: its images have no labels, and nothing is measured on them")
+        warnings.warn(f"{found.pop('test')} has no sub-folder for each class: its images have no labels, and nothing "
+                      "is measured on them")
     return found
 
 def _labelled_files(folder, classes=None):
     "The images in `folder`, sorted, and the class of each, which is the folder that it lies in"
     files = sorted(get_image_files(folder))
-    if not files: raise ValueError(f"`data`: no images in {folder}, which should have a sub-folder of them for each class")
+    if not files:
+        raise ValueError(f"`data`: no images in {folder}, which should have a sub-folder of them for each class")
     odd = next((f for f in files if f.parent == folder), None)
-    if odd: raise ValueError(f"`data`: {odd} lies in no sub-folder, so that its class is not known: move it into that of its class")
+    if odd:
+        raise ValueError(f"`data`: {odd} lies in no sub-folder, so that its class is not known: move it into that of "
+                         "its class")
     labels = [parent_label(f) for f in files]
-    if classes is not None and (new := sorted({*labels} - {*classes})): raise ValueError(f"`data`: {folder} has the class {new[0]!r}, which the training images lack: they have {classes}")
+    if classes is not None and (new := sorted({*labels} - {*classes})):
+        raise ValueError(f"`data`: {folder} has the class {new[0]!r}, which the training images lack: they have "
+                         f"{classes}")
     return files,labels
 
 def folder_dls(
-    folder, # has a sub-folder for each class; or `train`, and `valid` (or `val`) or `test` or both, which have such sub-folders
+    # has a sub-folder for each class; or `train`, and `valid` (or `val`) or `test` or both, which have such sub-folders
+    folder,
     bs=125, # images in a batch
     size=folder_size, # side of the images, which are cropped to it
 )->DataLoaders: # of `train` and of what is validated on, and of `test` where there is such a folder
-    "The DataLoaders of a folder of images. Where no images are there to validate on, a fifth of the training images is held out, stratified by class"
+    """The DataLoaders of a folder of images. Where no images are there to validate on, a fifth of the training
+    images is held out, stratified by class"""
     parts = {}
-    for split,d in _split_folders(Path(folder)).items(): parts[split] = _labelled_files(d, sorted({*parts['train'][1]}) if parts else None)
+    for split,d in _split_folders(Path(folder)).items():
+        parts[split] = _labelled_files(d, sorted({*parts['train'][1]}) if parts else None)
     files,labels = parts['train']
     classes = sorted({*labels})
-    if len(classes) < 2: raise ValueError(f"`data`: {folder} has one class, {classes[0]!r}, and nothing to tell it from: it should have a sub-folder of images for each class")
+    if len(classes) < 2:
+        raise ValueError(f"`data`: {folder} has one class, {classes[0]!r}, and nothing to tell it from: it should "
+                         "have a sub-folder of images for each class")
     if 'valid' not in parts:
         held = {*sample_positions(labels, max(round(.2*len(files)), 1), seed=42).tolist()}
-        parts['train'],parts['valid'] = ([[f for i,f in enumerate(files) if (i in held) == is_held]] for is_held in (False, True))
+        parts['train'],parts['valid'] = ([[f for i,f in enumerate(files) if (i in held) == is_held]]
+                                         for is_held in (False, True))
     splits = [parts[k][0] for k in ('train','valid','test') if k in parts]
     ends = [0, *accumulate(map(len, splits))]
     block = DataBlock((ImageBlock(FileImage), CategoryBlock(vocab=classes)), get_y=parent_label, item_tfms=Resize(size),
@@ -96,10 +112,12 @@ def make_dls(
 ):
     "The DataLoaders called `data`, or those of a folder of images, see `folder_dls`"
     sized = {} if size is None else dict(size=size)
-    if sized and data in data_names and not data.startswith('fashion'): raise ValueError(f"`size` {size}: the images of {data} have one size, leave it out")
+    if sized and data in data_names and not data.startswith('fashion'):
+        raise ValueError(f"`size` {size}: the images of {data} have one size, leave it out")
     if data in _packaged: return _packaged[data](bs=bs, device_resident=True, **sized)
     if data in _published: return _published[data](path, bs=bs, device_resident=True, **sized)
-    if not Path(data).is_dir(): raise ValueError(f"`data` must be a folder of images or one of {data_names}, got {data!r}")
+    if not Path(data).is_dir():
+        raise ValueError(f"`data` must be a folder of images or one of {data_names}, got {data!r}")
     return folder_dls(data, bs, size or folder_size)
 
 def make_net(
@@ -110,10 +128,14 @@ def make_net(
 ):
     "'cifar_resnet18' of any width, 'wrn-28-10' and its like, or the network timm knows by the name `arch`"
     if arch in ('cifar_resnet18', 'resnet18'): return cifar_resnet18(n_out, width, n_in)
-    if wrn := re.fullmatch(r'wrn-(\d{1,3})-(\d{1,3})', arch): return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
+    if wrn := re.fullmatch(r'wrn-(\d{1,3})-(\d{1,3})', arch):
+        return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
     try: import timm
-    except ImportError: raise ValueError(f"`arch` {arch!r} is not cifar_resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip install timm`")
-    if not timm.is_model(arch): raise ValueError(f"`arch` {arch!r} is not cifar_resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
+    except ImportError:
+        raise ValueError(f"`arch` {arch!r} is not cifar_resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip "
+                         "install timm`")
+    if not timm.is_model(arch):
+        raise ValueError(f"`arch` {arch!r} is not cifar_resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
 
 def batch_size(
@@ -121,8 +143,10 @@ def batch_size(
     n, # number of training images
     bs=None, # what was asked for; None: nothing
 ):
-    "`bs`, or the recipe's batch size where at least eight of them fill an epoch of `n` images, or one that makes at least four batches"
-    if bs is not None and not 0 < bs <= n: raise ValueError(f"`bs` must be from 1 to {n}, the number of training images, got {bs}")
+    """`bs`, or the recipe's batch size where at least eight of them fill an epoch of `n` images, or one that makes
+    at least four batches"""
+    if bs is not None and not 0 < bs <= n:
+        raise ValueError(f"`bs` must be from 1 to {n}, the number of training images, got {bs}")
     return bs or (recipe.bs if 8*recipe.bs <= n else min(125, max(n//4, 1)))
 
 # %% ../../nbs/study/01_run.ipynb #e9e30f4c
@@ -141,7 +165,8 @@ def save_run(
 def _read_from(card_path):
     "Within it whatever is wrong is the fault of a run's card"
     try: yield
-    except (ValueError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"`{card_path}` does not describe a run: {e}") from e
 
 def _described(card_path, path):
     "Card and network of the checkpoint `path`: no larger a one than the checkpoint is"
@@ -153,7 +178,8 @@ def _described(card_path, path):
 
 def _network(card, told, path, sizes):
     "The network that the card tells of, where the checkpoint has tensors of these `sizes`"
-    if not {card['n_in'], card['n_out']} <= sizes: raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
+    if not {card['n_in'], card['n_out']} <= sizes:
+        raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
     if told[0] in ('cifar_resnet18', 'resnet18') or str(told[0]).startswith('wrn-'): # timm's are of one size
         with torch.device('meta'): fitting_state(path, make_net(*told))
     return make_net(*told)
@@ -164,10 +190,13 @@ def _found(path):
     if not path.exists(): raise MissingFile(f"no run and no checkpoint at `{path}`")
     if path.is_dir():
         if saved := [] if (path/'model.pth').exists() else [*saved_epochs(path).values()]:
-            raise MissingFile(f"`{path}` holds a run that was cut off: add `--resume` to its command to go on with it, or name a checkpoint in it, such as `{saved[-1]}`")
+            raise MissingFile(f"`{path}` holds a run that was cut off: add `--resume` to its command to go on with "
+                              f"it, or name a checkpoint in it, such as `{saved[-1]}`")
         path = path/'model.pth'
     card_path = path.parent/'card.json'
-    if not card_path.is_file(): raise MissingFile(f"no card.json beside `{path}`: name a folder that `rkd train` or `rkd distill` made, or a checkpoint in it")
+    if not card_path.is_file():
+        raise MissingFile(f"no card.json beside `{path}`: name a folder that `rkd train` or `rkd distill` made, or a "
+                          "checkpoint in it")
     return path, *_described(card_path, path)
 
 def load_run(
@@ -180,7 +209,8 @@ def load_run(
 def load_network(
     path, # what `rkd train` or `rkd distill` wrote, or a `.pth` in it
 ):
-    "`(network, card)`, as `load_run`, for a Learner that predicts, exports or trains on; it takes pixels, so its DataLoaders have no `Normalize`"
+    """`(network, card)`, as `load_run`, for a Learner that predicts, exports or trains on; it takes pixels, so its
+    DataLoaders have no `Normalize`"""
     path,card,net = _found(path)
     net.load_state_dict(fitting_state(path, net), strict=False) # only BatchNorm's step counters may be missing
     return net, card
@@ -192,7 +222,9 @@ def check_vocab(
 ):
     "Raise unless a run's classes are those of `dls`, in the same order"
     vocab = [str(o) for o in dls.vocab]
-    if card.get('vocab', vocab) != vocab: raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, the data have {vocab}")
+    if card.get('vocab', vocab) != vocab:
+        raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, the data have "
+                         f"{vocab}")
 
 def held_out_digest(
     dls, # DataLoaders
@@ -209,8 +241,10 @@ def describe_run(
     told, # dict of what else the card is to say; `arch` and `width` are needed to build the network again
 )->dict:
     "A run's card: what was told, and what that came to"
-    return told | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab], bs=dls.train.bs,
-                       images={k: len(dl.dataset) for k,dl in zip(('train','valid','test'), dls.loaders)}, held_out=held_out_digest(dls),
+    return told | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
+                       bs=dls.train.bs,
+                       images={k: len(dl.dataset) for k,dl in zip(('train','valid','test'), dls.loaders)},
+                       held_out=held_out_digest(dls),
                        source=recipe.source, method=recipe.method, **recipe.settings, attack=repr(recipe.attack))
 
 n_watched = 200 # validation images, a sample stratified by class, that are attacked after each epoch
@@ -229,10 +263,14 @@ def fit_run(
 ):
     "The Learner, trained by `recipe` and saved in `out`"
     for half in out.glob('.*.tmp'): half.unlink() # being written when the run was killed
-    epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}, overwrite=overwrite)]
+    epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k]
+                                                             for k in ('source','data','n','width','eps','seed')},
+                                                 overwrite=overwrite)]
     learn = recipe.learner(dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
-        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite('lower the learning rate (`lr`)'), *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
-    if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2)) # the checkpoints of a run that is cut off need it too
+        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite('lower the learning rate (`lr`)'),
+             *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
+    # the checkpoints of a run that is cut off need it too
+    if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2))
     with one_line(learn, label):
         try: recipe.fit(learn, card['epochs'], card['lr'])
         finally:
@@ -248,12 +286,15 @@ def train_seconds(
     "About how long the epochs in its `history.csv` took, 0 without any: fastai writes whole seconds, cut off"
     path = Path(folder)/'history.csv'
     if not path.is_file() or not path.stat().st_size: return 0. # fastai writes its first line after the first epoch
-    times = [t for t in pd.read_csv(path).get('time', pd.Series()).dropna() if re.fullmatch(r'\d+(:\d+)+', str(t))] # a line may have been cut off
+    # a line may have been cut off
+    times = [t for t in pd.read_csv(path).get('time', pd.Series()).dropna() if re.fullmatch(r'\d+(:\d+)+', str(t))]
     return sum(.5 + reduce(lambda total,part: 60*total + int(part), t.split(':'), 0) for t in times)
 
 def machine()->str:
     "What trains here: the GPU, or processor and number of cores"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    try: name = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
+    try:
+        name = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
+                    if l.startswith('model name'))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
     return f"{name}, {counted(os.cpu_count(), 'core')}"

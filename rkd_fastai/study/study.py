@@ -51,7 +51,8 @@ def _read_results(path):
     res = _read_json(path)
     try:
         found = [v for which in ('last','best') for v in res.get(which, {}).values()]
-        whole = cell_from(res['cell']).id == path.parent.name and all(type(v['accuracy']) is float and type(v['n']) is int and len(v['asked']) == 2 for v in found)
+        whole = (cell_from(res['cell']).id == path.parent.name
+                 and all(type(v['accuracy']) is float and type(v['n']) is int and len(v['asked']) == 2 for v in found))
     except (KeyError, TypeError, ValueError, AttributeError): whole = False
     return res if whole else {}
 
@@ -60,12 +61,15 @@ def _check_version(folder):
     "Raise where `folder` is a study of another version of this package"
     made_by = _read_json(Path(folder)/'study.json').get('rkd_fastai', rkd_fastai.__version__)
     if made_by != rkd_fastai.__version__:
-        raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with that version, or name another folder")
+        raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with "
+                         "that version, or name another folder")
 
 class Study:
     "A grid of trainings in a folder"
     def __init__(self,
-        spec, # path of a TOML file, or the dict it holds; a folder of images in `data` is taken from the file's folder, of a dict from the current one
+        # path of a TOML file, or the dict it holds; a folder of images in `data` is taken from the file's folder, of a
+        # dict from the current one
+        spec,
         out=None, # folder; None: the file's name in `studies`
         path=None, # folder of a published data set; None: it is found or downloaded
     ):
@@ -75,7 +79,9 @@ class Study:
         self.out,self.path = Path(out or Path('studies')/Path(spec).stem), path
         _check_version(self.out)
 
-    def __repr__(self): return f"Study of {counted(len(self.cells), 'cell')} and {counted(len(self.teachers), 'teacher')} in {self.out}, {counted(sum(map(self.is_done, self.cells)), 'cell')} done"
+    def __repr__(self):
+        return (f"Study of {counted(len(self.cells), 'cell')} and {counted(len(self.teachers), 'teacher')} in "
+                f"{self.out}, {counted(sum(map(self.is_done, self.cells)), 'cell')} done")
 
     @cached_property
     def teachers(self):
@@ -94,13 +100,15 @@ class Study:
     def with_images(self,
         c, # `Cell`
     ):
-        "The cell with the folder of images that its `data` names; the cell itself, and so its id, keep what the file says"
+        """The cell with the folder of images that its `data` names; the cell itself, and so its id, keep what the
+        file says"""
         if c.data in data_names: return c
         base = Path() if isinstance(self.spec, dict) else Path(self.spec).parent
         folder = (base/Path(c.data).expanduser()).resolve()
         if not folder.is_dir():
             told = 'the study' if isinstance(self.spec, dict) else self.spec
-            raise ValueError(f"`data` of {told} is {c.data!r}, but there is no folder {folder}: name a folder of images, from the study's own, or one of {data_names}")
+            raise ValueError(f"`data` of {told} is {c.data!r}, but there is no folder {folder}: name a folder of "
+                             f"images, from the study's own, or one of {data_names}")
         return replace(c, data=str(folder))
 
     def results(self,
@@ -125,11 +133,13 @@ def _lacking(self:Study, c):
     for which in ['last', 'best'] if self.measure['best'] and not c.has_teacher else ['last']:
         for a in self.measure['attacks']:
             n,done = _n(self.measure, a), res.get(which, {}).get(a)
-            if not done or done['asked'] != [n, self.measure['seed']] or done.get('fast', True) != self._fast(a): out.setdefault((which, n), []).append(a)
+            if not done or done['asked'] != [n, self.measure['seed']] or done.get('fast', True) != self._fast(a):
+                out.setdefault((which, n), []).append(a)
     return out
 
 @patch
-def _fast(self:Study, attack): return self.measure['fast'] or attack not in ('autoattack','apgd','square') # other attacks have no other way
+# other attacks have no other way
+def _fast(self:Study, attack): return self.measure['fast'] or attack not in ('autoattack','apgd','square')
 
 @patch
 def _model(self:Study, c, which='last'):
@@ -152,34 +162,44 @@ def _measure_cell(self:Study, c, label):
         state = folder/f"state_{short_hash(json.dumps([which, n, attacks, self.measure]))}.json"
         line = Line(label)
         x,y,sample = eval_images(found, self.path, n, seed)
-        r = measure_robustness(self._model(c, which).to(default_device()), x, y, attacks, c.eps, seed=seed, state_path=state,
+        r = measure_robustness(self._model(c, which).to(default_device()), x, y, attacks, c.eps, seed=seed,
+                               state_path=state,
                                bs=self.measure['bs'], fast=self.measure['fast'], progress=line.progress, sample=sample)
-        line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items()) + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
+        line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items())
+                    + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
         res = self.results(c)
-        res.setdefault(which, {}).update({k: v | dict(asked=[n, seed], fast=self._fast(k), n=r.n, sample=sample.to_dict()) for k,v in r.to_dict()['results'].items()})
+        res.setdefault(which, {}).update({k: v | dict(asked=[n, seed], fast=self._fast(k), n=r.n,
+                                                      sample=sample.to_dict())
+                                          for k,v in r.to_dict()['results'].items()})
         if which == 'best': res['best_epoch'] = best_epoch(folder)
         self._write(c, res)
         state.unlink(missing_ok=True)
 
 @patch
-def _write(self:Study, c, res): write_atomic(self.folder(c)/'results.json', json.dumps(dict(cell=settings_of(c)) | res, indent=2))
+def _write(self:Study, c, res):
+    write_atomic(self.folder(c)/'results.json', json.dumps(dict(cell=settings_of(c)) | res, indent=2))
 
 # %% ../../nbs/study/08_study.ipynb #a8cd4ff3
 @patch
 def _train(self:Study, c, label):
     "Train a cell, or a teacher, unless that is done"
     out,recipe,found = self.folder(c),recipe_of(c),self.with_images(c)
-    dls,told = cell_dls(found, self.path),{k: getattr(found, k) for k in ('data','size','n','arch','width','eps','seed','epochs')}
+    dls,told = cell_dls(found, self.path),{k: getattr(found, k)
+                                           for k in ('data','size','n','arch','width','eps','seed','epochs')}
     card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=settings_of(c)))
-    keep = math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1 if self.measure['best'] and not c.distils else None
+    keep = (math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1
+            if self.measure['best'] and not c.distils else None)
     kwargs = dict(teacher=self._teacher(c)) if c.distils else {}
-    fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs) # the folder is the cell's alone
+    # the folder is the cell's alone
+    fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs)
 
 @patch
 def _has(self:Study, c):
     "Is a cell, or a teacher, trained, with all checkpoints that are asked for?"
     folder = self.folder(c)
-    if self.measure['best'] and not c.has_teacher and c not in self.teachers and not ('best_epoch' in self.results(c) or len(list(folder.glob('epoch_*.json'))) == c.epochs): return False
+    if (self.measure['best'] and not c.has_teacher and c not in self.teachers
+        and not ('best_epoch' in self.results(c) or len(list(folder.glob('epoch_*.json'))) == c.epochs)):
+        return False
     return (folder/'model.pth').exists() and all((folder/f'epoch_{n}.pth').exists() for n in self.teachers.get(c, []))
 
 @patch
@@ -195,8 +215,11 @@ def _make(self:Study, c, label):
                 if gone: self._write(c, dict(diverged=f'its teacher {t.id}: {gone}')); return True
             if c.method != 'teacher':
                 try:
-                    while not self._has(c): self._train(c, label) # once more where a training went on that had been begun for fewer checkpoints
-                except FloatingPointError as e: self._write(c, dict(diverged=reason(e))); (self.folder(c)/'resume.pth').unlink(missing_ok=True)
+                    # once more where a training went on that had been begun for fewer checkpoints
+                    while not self._has(c): self._train(c, label)
+                except FloatingPointError as e:
+                    self._write(c, dict(diverged=reason(e)))
+                    (self.folder(c)/'resume.pth').unlink(missing_ok=True)
     return True
 
 @patch
@@ -220,7 +243,8 @@ def _finish(self:Study, c, label):
 def work(self:Study,
     cells=None, # which; None: all
 ):
-    "Seconds that each cell is reckoned to take on this machine, its teachers counted with the first that needs them; {cell: seconds}"
+    """Seconds that each cell is reckoned to take on this machine, its teachers counted with the first that needs
+    them; {cell: seconds}"""
     out,seen = {},set()
     for c in self.cells if cells is None else cells:
         if self.is_done(c): continue
@@ -228,7 +252,8 @@ def work(self:Study,
         seen.update(first)
         asked = [(a, n) for (_,n),attacks in self._lacking(c).items() for a in attacks]
         train = c.method != 'teacher' and not self._has(c)
-        out[c] = sum(seconds(self.with_images(t), self.path) for t in first) + seconds(self.with_images(c), self.path, train, asked, self.measure['fast'])
+        out[c] = (sum(seconds(self.with_images(t), self.path) for t in first)
+                  + seconds(self.with_images(c), self.path, train, asked, self.measure['fast']))
     return out
 
 # %% ../../nbs/study/08_study.ipynb #68d38bcd
@@ -241,25 +266,32 @@ def _row(c, res, which):
     "A cell's settings and accuracies, as tables want them"
     r = res.get(which, {})
     n = len(teachers_of(c))
-    d = dict(id=c.id, clean=None) | asdict(c) | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'), compute=(c.epochs or 0) + n*(c.teacher_epoch or 0))
+    d = (dict(id=c.id, clean=None) | asdict(c)
+         | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'),
+                compute=(c.epochs or 0) + n*(c.teacher_epoch or 0)))
     samples = {k: v.get('sample', {}) for k,v in r.items()}
     splits = {s.get('split') for s in samples.values()} - {None}
-    return (d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()} | {f'drawn_{k}': s.get('drawn') for k,s in samples.items()}
+    return (d | {k: v['accuracy'] for k,v in r.items()} | {f'n_{k}': v['n'] for k,v in r.items()}
+            | {f'drawn_{k}': s.get('drawn') for k,s in samples.items()}
             | dict(split=splits.pop() if len(splits) == 1 else None))
 
 def read_rows(
     folder, # of a study
 )->pd.DataFrame:
-    "A row per network that has been measured there, or has diverged: settings, accuracies as fractions, and `compute`, the epochs of teachers and student together"
-    if not (Path(folder)/'study.json').is_file(): raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
+    """A row per network that has been measured there, or has diverged: settings, accuracies as fractions, and
+    `compute`, the epochs of teachers and student together"""
+    if not (Path(folder)/'study.json').is_file():
+        raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
     found = [res for f in sorted(Path(folder).glob('cells/*/results.json')) if (res := _read_results(f))]
-    return pd.DataFrame([_row(cell_from(res['cell']), res, which) for res in found for which in ('last','best') if which in res or (which == 'last' and res.get('diverged'))])
+    return pd.DataFrame([_row(cell_from(res['cell']), res, which) for res in found for which in ('last','best')
+                         if which in res or (which == 'last' and res.get('diverged'))])
 
 @patch
 def to_df(self:Study):
     "The rows of this study's cells, in their order, see `read_rows`"
     rows,order = read_rows(self.out),{c.id: i for i,c in enumerate(self.cells)}
-    return rows[rows.id.isin(order)].sort_values('id', key=lambda ids: ids.map(order), kind='stable').reset_index(drop=True) if len(rows) else rows
+    return rows[rows.id.isin(order)].sort_values('id', key=lambda ids: ids.map(order),
+                                                 kind='stable').reset_index(drop=True) if len(rows) else rows
 
 def _said(c, varied):
     "A cell in a few words: its method, and what differs within the study"
@@ -269,7 +301,8 @@ def _said(c, varied):
 @patch
 def varied(self:Study):
     "The settings in which the cells differ, without those that every name says"
-    many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','teacher_epoch') and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
+    many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','teacher_epoch')
+            and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
     return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width) for c in self.cells)]
 
 def _state(study, c):
@@ -283,7 +316,8 @@ def plan(self:Study)->pd.DataFrame:
     "What `run` would do, and about how long it would take one process here: a row per cell"
     work = self.work()
     varied = self.varied()
-    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state=_state(self, c), seconds=math.ceil(work.get(c, 0))) for c in self.cells]
+    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state=_state(self, c),
+                 seconds=math.ceil(work.get(c, 0))) for c in self.cells]
     return pd.DataFrame(rows)
 
 def plan_text(
@@ -293,25 +327,32 @@ def plan_text(
     cells,times = plan['cell'],plan['seconds'].map(clock)
     wide,late = cells.str.len().max(),times.str.len().max()
     left = int(plan['seconds'].sum())
-    return '\n'.join([f'{c:<{wide}}  {t:>{late}}{f"  {s}" if s else ""}' for c,t,s in zip(cells, times, plan['state'])] +
-                     [counted(len(plan), 'cell') + (f', about {clock(left)} for one process here, teachers included' if left else ', nothing left to do')])
+    return '\n'.join([f'{c:<{wide}}  {t:>{late}}{f"  {s}" if s else ""}'
+                      for c,t,s in zip(cells, times, plan['state'])] +
+                     [counted(len(plan), 'cell') + (f', about {clock(left)} for one process here, teachers included'
+                                                    if left else ', nothing left to do')])
 
 # %% ../../nbs/study/08_study.ipynb #f5b827b4
 def _part(cells, part):
     "Every n-th cell from the i-th, of 'i/n'"
     if part is None: return cells
     m = re.fullmatch(r'(\d+)/(\d+)', part)
-    if not m or not 1 <= int(m[1]) <= int(m[2]): raise ValueError(f"`cell` {part!r}: the first of eight parts is '1/8', the last '8/8'")
+    if not m or not 1 <= int(m[1]) <= int(m[2]):
+        raise ValueError(f"`cell` {part!r}: the first of eight parts is '1/8', the last '8/8'")
     return cells[int(m[1])-1::int(m[2])]
 
 @contextmanager
 def _company(study, n, cell):
-    "Within it `n`-1 further processes work on the study's cells, and all share the processor's cores; what they print is in `process_k.log`"
+    """Within it `n`-1 further processes work on the study's cells, and all share the processor's cores; what they
+    print is in `process_k.log`"""
     threads,before = max((os.cpu_count() or 1)//n, 1),torch.get_num_threads()
-    code = 'import json,sys; from rkd_fastai.study import Study; spec,out,path,cell = json.loads(sys.argv[1]); Study(spec, out, path).run(cell)'
-    told,env = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell]),os.environ | dict(OMP_NUM_THREADS=str(threads))
+    code = ('import json,sys; from rkd_fastai.study import Study; spec,out,path,cell = json.loads(sys.argv[1]); '
+            'Study(spec, out, path).run(cell)')
+    told,env = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell]),os.environ | dict(
+        OMP_NUM_THREADS=str(threads))
     logs = [open(study.out/f'process_{k}.log', 'w') for k in range(2, n+1)]
-    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, told], stdout=f, stderr=f, env=env) for f in logs]
+    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, told], stdout=f, stderr=f, env=env)
+              for f in logs]
     if n > 1: torch.set_num_threads(threads)
     try: yield
     finally:
@@ -323,16 +364,21 @@ def _company(study, n, cell):
 @patch
 def run(self:Study,
     cell=None, # 'i/n': every n-th cell from the i-th, for job arrays; None: all
-    processes:int=1, # so many at a time on this machine, which share its cores; on a CPU small networks want as many as there are cores
+    # so many at a time on this machine, which share its cores; on a CPU small networks want as many as there are cores
+    processes:int=1,
     wait=5., # seconds between looks at cells that other processes are at
 )->pd.DataFrame:
     "Train and measure what is not done yet, and return the rows of all that is"
     if processes < 1: raise ValueError(f"`processes` must be >= 1, got {processes}")
     todo = _part(self.cells, cell)
-    for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}: cell_dls(self.with_images(c), self.path) # what cannot be loaded is said before anything is trained
+    for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}:
+        cell_dls(self.with_images(c), self.path) # what cannot be loaded is said before anything is trained
     others = _read_json(self.out/'study.json').get('no_test_split', []) # of a study that shares the folder
-    write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, machine=machine(),
-                                                         no_test_split=sorted({*others, *(c.data for c in self.cells if not has_test_split(self.with_images(c), self.path))}))))
+    write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__,
+                                                        torch=torch.__version__, machine=machine(),
+                                                         no_test_split=sorted({*others,
+                                                                               *(c.data for c in self.cells
+                                                                                 if not has_test_split(self.with_images(c), self.path))}))))
     table = _Table(self, todo)
     with _company(self, processes, cell):
         while todo:
@@ -362,7 +408,8 @@ class _Table:
         res,had = self.study.results(c),self.work.pop(c, 0)
         spent,left = time.time()-self.start,sum(self.work.values())
         left = f', about {clock(spent*left/(self.all-left))} left' if had and left else ''
-        found = 'diverged: ' + res['diverged'] if res.get('diverged') else '  '.join(f"{k} {v['accuracy']:.1%}" for k,v in res.get('last', {}).items())
+        found = ('diverged: ' + res['diverged'] if res.get('diverged')
+                 else '  '.join(f"{k} {v['accuracy']:.1%}" for k,v in res.get('last', {}).items()))
         say(f'{self.n:>4}/{len(self.cells)}  {_said(c, self.varied):<{self.wide}}  {found}  ({clock(spent)}{left})')
 
 # %% ../../nbs/study/08_study.ipynb #a132d7c2
@@ -378,10 +425,12 @@ def pareto_text(
     cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,wide),(y,high)))
     grid = [[' ']*wide for _ in range(high)]
     own = ~df['method'].isin(list(distil_methods))
-    for i in [*df.index[~df.index.isin(front)], *front, *df.index[own]]: grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
+    for i in [*df.index[~df.index.isin(front)], *front, *df.index[own]]:
+        grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
     side = [f'{points(y.max()):>5} ┤', *['      │']*(high-2), f'{points(y.min()):>5} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
-    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*wide, f"       {points(x.min()):<4}{'clean, %':^{wide-8}}{points(x.max()):>4}",
+    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*wide,
+                      f"       {points(x.min()):<4}{'clean, %':^{wide-8}}{points(x.max()):>4}",
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
 def hours(
@@ -390,14 +439,17 @@ def hours(
     "A sentence on what all that is there took"
     folder = Path(folder)
     train = sum(train_seconds(f.parent) for f in folder.glob('*/*/history.csv'))
-    found = [v for f in folder.glob('cells/*/results.json') for which in ('last','best') for v in _read_results(f).get(which, {}).values()]
-    return f"Training took {train/3600:.2f} hours, attacking {sum(v.get('seconds', 0) for v in found)/3600:.2f}, the times of all processes added up."
+    found = [v for f in folder.glob('cells/*/results.json') for which in ('last','best')
+             for v in _read_results(f).get(which, {}).values()]
+    return (f"Training took {train/3600:.2f} hours, attacking {sum(v.get('seconds', 0) for v in found)/3600:.2f}, the "
+            "times of all processes added up.")
 
 def _no_students(df):
     "Why there is nothing to compare, or an empty text"
     s = df[df['method'].isin(list(distil_methods))]
     if len(s) and len(measured(s)): return ''
-    return f"No student is compared: {f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}."
+    return ("No student is compared: "
+            f"{f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}.")
 
 def study_report(
     folder, # of a study
@@ -405,10 +457,13 @@ def study_report(
     "Write tables, figures and a page of them to `report` in the study's folder; what a terminal is to show of them"
     _check_version(folder)
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
-    if not len(df) or not len(measured(df)): return f'nothing has been measured in {folder} yet' + (f'; trainings that diverged: {len(df)}' if len(df) else '')
+    if not len(df) or not len(measured(df)):
+        return (f'nothing has been measured in {folder} yet'
+                + (f'; trainings that diverged: {len(df)}' if len(df) else ''))
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
-        notes += f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on {n_watched} of the images that it is measured on. That flatters it."
+        notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on "
+                  f"{n_watched} of the images that it is measured on. That flatters it.")
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: the study {e.reason}'
     first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)

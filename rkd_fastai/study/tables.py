@@ -18,8 +18,12 @@ def baseline_of(cells, baseline=None):
     "Those of `cells` that were trained by `baseline`; None means 'at', or the only method there is without a teacher"
     own = cells[~cells['method'].isin([*methods, 'teacher'])]
     names = own['method'].unique().tolist()
-    if not names: raise NotEnough("has no baseline: rows of a network trained without a teacher, `method` 'at' or 'trades', for the same data, ε and width")
-    if baseline is None and 'at' not in names and len(names) > 1: raise NotEnough(f"has no network trained by 'at' to compare with, but some by {names}", f'. `baseline`: which of {names}?')
+    if not names:
+        raise NotEnough("has no baseline: rows of a network trained without a teacher, `method` 'at' or 'trades', for "
+                        "the same data, ε and width")
+    if baseline is None and 'at' not in names and len(names) > 1:
+        raise NotEnough(f"has no network trained by 'at' to compare with, but some by {names}",
+                        f'. `baseline`: which of {names}?')
     baseline = baseline or ('at' if 'at' in names else names[0])
     if baseline not in names: raise ValueError(f"`baseline`: `df` has no rows of {baseline!r}, only of {names}")
     return own[own['method'] == baseline]
@@ -43,7 +47,8 @@ def unpaired(df, robust, baseline):
     "A sentence on the students of `df` whose task has no baseline, or an empty one"
     cells,_ = cells_of(df, robust)
     k = (~key_of(students_of(cells), task).isin(key_of(baseline_of(cells, baseline), task))).sum()
-    return f" {counted(k, 'student has', 'students have')} no baseline of the same task here and {'is' if k == 1 else 'are'} left out." if k else ''
+    return (f" {counted(k, 'student has', 'students have')} no baseline of the same task here and "
+            f"{'is' if k == 1 else 'are'} left out." if k else '')
 
 def _best(s, by, then): return s.sort_values([by, then], ascending=False, kind='stable').iloc[0]
 
@@ -54,7 +59,8 @@ def compute_text(row, base):
     return f"{said('compute', a)}{' ‡' if a > 1.1*b + 1e-9 else ' †' if a < .9*b - 1e-9 else ''}"
 
 def spread(cell, c):
-    "What chance does to the accuracy `c`: its standard deviation over seeds; of one seed that over test images; NaN where their number is not known"
+    """What chance does to the accuracy `c`: its standard deviation over seeds; of one seed that over test images;
+    NaN where their number is not known"""
     if pd.notna(cell[f'{c}_std']): return cell[f'{c}_std']
     n = cell.get(f'n_{c}', np.nan)
     return (cell[c]*(1-cell[c])/n)**.5 if pd.notna(n) and n > 0 else np.nan
@@ -75,12 +81,15 @@ def hyper(row, among):
     return ', '.join(texts + ([kind_name(row['teacher'])] if among['teacher'].nunique() > 1 else []))
 
 def _choose(s, base, robust, within):
-    "The most accurate of students `s` that is at most `within` less robust than `base`, and the most robust that is at most `within` less accurate; None where there is none"
+    """The most accurate of students `s` that is at most `within` less robust than `base`, and the most robust that
+    is at most `within` less accurate; None where there is none"""
     held = lambda c: s[s[c] >= base[c] - within - 1e-9]
-    return [_best(ok, by, other) if len(ok := held(other)) else None for by,other in (('clean', robust), (robust, 'clean'))]
+    return [_best(ok, by, other) if len(ok := held(other)) else None
+            for by,other in (('clean', robust), (robust, 'clean'))]
 
 def picks_of(df, robust, baseline, within):
-    "`(students, baselines, [RKD-Acc., RKD-Rob.])` of each task; the first of the baselines is the one that is compared with"
+    """`(students, baselines, [RKD-Acc., RKD-Rob.])` of each task; the first of the baselines is the one that is
+    compared with"""
     check_fraction(within=within)
     cells,robust = cells_of(df, robust)
     pairs = [(s, nearest(b, s['compute'].max(), robust)) for s,b in pairs_of(cells, baseline)]
@@ -93,15 +102,18 @@ def _about(df, s, baselines):
 
 def _teacher_line(b, names, more, used):
     "The line of a baseline, in whose settings `more` baselines differ"
-    how = ', '.join([said('method', b['method']), *(f'{head(c).lower()} {said(c, b[c])}' for c in more), *used*['compared with']])
+    how = ', '.join([said('method', b['method']), *(f'{head(c).lower()} {said(c, b[c])}' for c in more),
+                     *used*['compared with']])
     return ({'Method': f"Only teacher, {b['which']} epoch"} | {head(c): accuracy(b, c) for c in names} |
             {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': said('compute', b['compute'])})
 
 def _student_line(label, row, base, names, among, none):
     "The line of a student, or of there being `none`"
-    if row is None: return {'Method': label} | {head(c): '–' for c in names} | {'Best loss': '–', 'Hyperparameters': none}
+    if row is None:
+        return {'Method': label} | {head(c): '–' for c in names} | {'Best loss': '–', 'Hyperparameters': none}
     return ({'Method': label} | {head(c): accuracy(row, c) for c in names} |
-            {'Best loss': said('method', row['method']), 'Hyperparameters': hyper(row, among), 'Epochs in all': compute_text(row, base)})
+            {'Best loss': said('method', row['method']), 'Hyperparameters': hyper(row, among),
+             'Epochs in all': compute_text(row, base)})
 
 # %% ../../nbs/study/04_tables.ipynb #e2bfee86
 def select(
@@ -118,10 +130,13 @@ def select(
     for s,bases,chosen in picks:
         of_task = [_teacher_line(b, names, told_apart(bases), used=not i) for i,(_,b) in enumerate(bases.iterrows())]
         for label,row,other in zip(('RKD-Acc.','RKD-Rob.'), chosen, (head(robust), 'clean')):
-            of_task.append(_student_line(label, row, bases.iloc[0], names, everyone, f'none: every student loses more than {100*within:g} points {other}'))
+            of_task.append(_student_line(label, row, bases.iloc[0], names, everyone,
+                                         f'none: every student loses more than {100*within:g} points {other}'))
         lines += [{head(c): said(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
-    among = f"; chosen by {head(robust)} and these very numbers among {counted(len(everyone), 'setting')}, which flatters them a little" if len(everyone) > 1 else ''
-    what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust than the baseline, RKD-Rob. the most robust one that is "
+    among = (f"; chosen by {head(robust)} and these very numbers among {counted(len(everyone), 'setting')}, which "
+             "flatters them a little" if len(everyone) > 1 else '')
+    what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust than the "
+            "baseline, RKD-Rob. the most robust one that is "
             f"at most {100*within:g} points less accurate{among}. "
             f"ES: epoch the teacher was stopped after. {_marks}{unpaired(df, robust, baseline)}")
     return make_table(lines, _about(df, everyone, picks[0][1]['method'].unique()), what, robust)
@@ -132,7 +147,8 @@ def own_students(
 ):
     "`df` with no students but those of one teacher of their own architecture, as wide as they are"
     df = rows(df)
-    own = (df['members'].fillna(1) == 1) & (wider(df) == 1) & (df['teacher_arch'].isna() | (df['teacher_arch'] == df['arch']))
+    own = (df['members'].fillna(1) == 1) & (wider(df) == 1) & (df['teacher_arch'].isna()
+                                                               | (df['teacher_arch'] == df['arch']))
     return df[own | ~df['method'].isin(methods)]
 
 def table2(
@@ -155,16 +171,21 @@ def gains(
     for s,bases in pairs_of(cells, baseline):
         for _,row in s.iterrows():
             b = nearest(bases, row['compute'], robust).iloc[0]
-            new = {f'{name}_{k}': v for name,c in (('clean','clean'),('robust',robust)) for k,v in gain_over(row, b, c).items()}
-            found.append(dict(row, **new, baseline=b['method'], baseline_compute=b['compute'], mark=compute_text(row, b), dear=row['compute'] > 1.1*b['compute'] + 1e-9))
+            new = {f'{name}_{k}': v for name,c in (('clean','clean'),('robust',robust))
+                   for k,v in gain_over(row, b, c).items()}
+            found.append(dict(row, **new, baseline=b['method'], baseline_compute=b['compute'],
+                              mark=compute_text(row, b), dear=row['compute'] > 1.1*b['compute'] + 1e-9))
     return pd.DataFrame(found), robust
 
 def _won(g, name): return np.sign(g[f'{name}_gain'])*(g[f'{name}_gain'].abs() > g[f'{name}_gain_std'] + 1e-9)
 
 def _result(c, r, dear):
-    if dear and max(c, r) > 0: return 'bought with more epochs' + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
+    if dear and max(c, r) > 0:
+        return 'bought with more epochs' + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
     if c > 0 and r > 0: return 'better in both'
-    if c > 0 or r > 0: return ('more accurate' if c > 0 else 'more robust') + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
+    if c > 0 or r > 0:
+        return (('more accurate' if c > 0 else 'more robust')
+                + (', less robust' if r < 0 else ', less accurate' if c < 0 else ''))
     return 'worse' if c < 0 or r < 0 else 'level'
 
 # %% ../../nbs/study/04_tables.ipynb #93ec142b
@@ -179,7 +200,8 @@ def _name(s, g):
     return ', '.join(map(text, varying(g, task))) or 'here'
 
 def _outcome(g, name, other, within, where):
-    "Whether a student of one task wins in `name` without losing `within` in `other`, at the baseline's compute or less; and a text"
+    """Whether a student of one task wins in `name` without losing `within` in `other`, at the baseline's compute or
+    less; and a text"""
     if g['dear'].all(): return False, f'{where} (all took more than 10 % more epochs)'
     held = g[~g['dear'] & (g[f'{other}_gain'] >= -within - 1e-9)]
     if not len(held): return False, f'{where} (none keeps the other accuracy to within {100*within:g} points)'
@@ -204,38 +226,51 @@ def gain(
     within=.02, # what the other accuracy may lose, for a win
     robust=None, # attack; None means `strongest(df)`
 ):
-    "Each student less the baseline nearest in compute, in points, the greatest robust gain first; `attrs['verdict']` says where distillation does not win"
+    """Each student less the baseline nearest in compute, in points, the greatest robust gain first;
+    `attrs['verdict']` says where distillation does not win"""
     check_fraction(within=within)
     g,robust = gains(df, baseline, robust)
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
     shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *told_apart(g)]
-    gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+') for name,label in (('clean','Clean'),('robust',head(robust)))}
-    lines = [{head(c): said(c, r[c]) for c in shown} | gain_text(r) | {'Epochs in all': r['mark'], 'Baseline’s': said('compute', r['baseline_compute']),
-             'Result': _result(c, rob, r['dear'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'), _won(g, 'robust'))]
-    what = ("Student less the baseline nearest in compute, of whose last and best epoch the more robust one is taken. Of a difference ± is the root of both variances; "
-            f"of a single seed it is chance among the test images. A gain within its ± is none. {_marks}{unpaired(df, robust, baseline)}")
-    return make_table(lines, _about(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True, verdict=_verdict(g, within))
+    gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
+                           for name,label in (('clean','Clean'),('robust',head(robust)))}
+    lines = [{head(c): said(c, r[c]) for c in shown} | gain_text(r)
+             | {'Epochs in all': r['mark'], 'Baseline’s': said('compute', r['baseline_compute']),
+             'Result': _result(c, rob, r['dear'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'),
+                                                                          _won(g, 'robust'))]
+    what = ("Student less the baseline nearest in compute, of whose last and best epoch the more robust one is taken. "
+            "Of a difference ± is the root of both variances; "
+            "of a single seed it is chance among the test images. A gain within its ± is none. "
+            f"{_marks}{unpaired(df, robust, baseline)}")
+    return make_table(lines, _about(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True,
+                      verdict=_verdict(g, within))
 
 # %% ../../nbs/study/04_tables.ipynb #76b4acb7
 def _floor(cells, robust, within, baseline):
-    "Robust accuracy that a student chosen for its clean one must have, and a sentence on the baseline; minus infinity without a baseline"
+    """Robust accuracy that a student chosen for its clean one must have, and a sentence on the baseline; minus
+    infinity without a baseline"""
     try: s,bases = pairs_of(cells, baseline)[0]
-    except NotEnough: return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
+    except NotEnough:
+        return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
-    return b[robust] - within, f"For comparison, {said('method', b['method'])} without a teacher ({b['which']} epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}."
+    return (b[robust] - within, f"For comparison, {said('method', b['method'])} without a teacher ({b['which']} "
+                                f"epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}.")
 
 def _for_kind(s, kind, robust, floor):
-    "The student of one kind of teacher that the paper would show, and a mark where it is not the most accurate one for want of robustness"
+    """The student of one kind of teacher that the paper would show, and a mark where it is not the most accurate one
+    for want of robustness"""
     if kind not in ('st','lat'): return _best(s, robust, 'clean'), ''
     held = s[s[robust] >= floor - 1e-9]
     return (_best(held, 'clean', robust), '') if len(held) else (_best(s, robust, 'clean'), ' §')
 
 def _rule(within):
-    return (f"α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy that costs at most {100*within:g} points "
+    return ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy that "
+            f"costs at most {100*within:g} points "
             "of the baseline’s robust one (§: none does, the most robust is shown).")
 
 def _teacher_eps(s, kind):
-    "The radius a teacher was trained with: if its rows do not say, 0 of ST, a quarter of the students' own of LAT, else theirs"
+    """The radius a teacher was trained with: if its rows do not say, 0 of ST, a quarter of the students' own of LAT,
+    else theirs"""
     own,eps = s['teacher_eps'].dropna(),s['eps'].iloc[0]
     return own.iloc[0] if len(own) else {'st': 0., 'lat': eps/4}.get(kind, eps)
 
@@ -253,12 +288,15 @@ def table3(
     floor,comparison = _floor(cells, robust, within, baseline)
     s = students_of(cells)
     s = s[(s['members'].fillna(1) == 1) & s['method'].isin(methods) & s['teacher'].notna()]
-    if s['teacher'].nunique() < 2: raise NotEnough(f"has students by {', '.join(methods)} of fewer than two kinds of single teachers: nothing to compare")
+    if s['teacher'].nunique() < 2:
+        raise NotEnough(f"has students by {', '.join(methods)} of fewer than two kinds of single teachers: nothing to "
+                        "compare")
     lines = []
     for kind,of_kind in sorted(s.groupby('teacher', sort=False), key=lambda o: _teacher_eps(o[1], o[0])):
         line = {'Teacher training': kind_name(kind), 'ε of the teacher': said('eps', _teacher_eps(of_kind, kind))}
         for m in methods:
-            if (s['method'] == m).any(): line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, said('method', m), s)
+            if (s['method'] == m).any():
+                line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, said('method', m), s)
         lines.append(line)
     return make_table(lines, df, f'One student per kind of teacher. {_rule(within)} {comparison}', robust)
 
@@ -295,14 +333,18 @@ def table5(
         if not len(one): continue
         one,many = _common(one, many)
         start = {'Method': said('method', m), 'Teacher training': kind_name(kind)}
-        lines.append(start | _chosen(one, kind, robust, floor, '1 model', s) | _chosen(many, kind, robust, floor, f'{k:g} models', s))
+        lines.append(start | _chosen(one, kind, robust, floor, '1 model', s)
+                     | _chosen(many, kind, robust, floor, f'{k:g} models', s))
     if not lines: raise NotEnough("has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
-    return make_table(lines, df, f'One teacher against an ensemble, out of the same α and ES where both were tried with them. {_rule(within)} {comparison}', robust)
+    return make_table(lines, df, 'One teacher against an ensemble, out of the same α and ES where both were tried '
+                                 f'with them. {_rule(within)} {comparison}', robust)
 
 def _as_they_are(df, shown, what, robust):
-    "A line for each of the networks `df`: its settings, those that the function `shown` names, and its accuracy by every attack"
+    """A line for each of the networks `df`: its settings, those that the function `shown` names, and its accuracy by
+    every attack"""
     cells,robust = cells_of(df, robust)
-    lines = [{head(c): said(c, r[c]) for c in shown(cells)} | {head(c): accuracy(r, c) for c in measures(cells)} for _,r in cells.iterrows()]
+    lines = [{head(c): said(c, r[c]) for c in shown(cells)} | {head(c): accuracy(r, c) for c in measures(cells)}
+             for _,r in cells.iterrows()]
     return make_table(lines, df, what, robust)
 
 def table12(
@@ -313,7 +355,8 @@ def table12(
     df = rows(df)
     df = df[df['method'] == 'teacher']
     if not len(df): raise NotEnough("has no teachers that were measured themselves: rows whose `method` is 'teacher'")
-    shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members', *varying(cells, ['teacher_epoch','beta'])]
+    shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members',
+                           *varying(cells, ['teacher_epoch','beta'])]
     return _as_they_are(df, shown, 'Teachers and ensembles themselves, before any distillation.', robust)
 
 def baselines(

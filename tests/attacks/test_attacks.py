@@ -36,7 +36,8 @@ def foolbox_pgd(model, norm, e, steps, step_size, random_start):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('theirs', [torchattacks_pgd, foolbox_pgd])
 @pytest.mark.parametrize('random_start', [True, False])
-@pytest.mark.parametrize('net,norm,e', [('plain_net', 'Linf', .1), ('plain_net', 'L2', .5), ('robust_net', 'Linf', .1), ('robust_net', 'L2', .5)])
+@pytest.mark.parametrize('net,norm,e', [('plain_net', 'Linf', .1), ('plain_net', 'L2', .5), ('robust_net', 'Linf', .1),
+                                        ('robust_net', 'L2', .5)])
 def test_pgd_is_as_strong_as_theirs(net, norm, e, random_start, theirs, test_images, request):
     model, (x, y) = request.getfixturevalue(net), test_images
     kw = dict(steps=20, step_size=e/4, random_start=random_start)
@@ -78,7 +79,8 @@ def test_autoattack_is_pyautoattack(norm, e, robust_net, test_images):
     x, y = (o[:60] for o in test_images)
     x_adv = AutoAttack(e, norm=norm, seed=5, bs=24)(robust_net, x, y) # several batches
     logging.getLogger('auto-attack').setLevel(logging.ERROR)
-    theirs, _ = Published(robust_net, norm=norm, eps=e, seed=5, version='standard').run_standard_evaluation(x, y, batch_size=24)
+    theirs, _ = Published(robust_net, norm=norm, eps=e, seed=5,
+                          version='standard').run_standard_evaluation(x, y, batch_size=24)
     flags = correct(robust_net, x_adv, y)
     assert torch.equal(flags, correct(robust_net, theirs, y))
     torch.testing.assert_close(x_adv, theirs, rtol=0, atol=0)
@@ -148,7 +150,8 @@ def test_eps_0_is_the_image(norm, e, tiny_net):
     torch.testing.assert_close(PGD(e, norm=norm)(tiny_net(), x, torch.arange(4)), x, rtol=0, atol=0)
 
 def test_steps_0_is_noise_in_the_ball():
-    "With no steps the random start is left: uniform under Linf; of random length under L2, where a start uniform in the volume lies on the sphere"
+    """With no steps the random start is left: uniform under Linf; of random length under L2, where a start uniform
+    in the volume lies on the sphere"""
     x, y = torch.full((4000, 1, 8, 8), .5), torch.zeros(4000).long()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     d = (PGD(.1, steps=0)(model, x, y) - x).flatten()
@@ -171,7 +174,8 @@ def test_soft_targ(robust_net, test_images):
     "One-hot labels are the classes; the KL objective climbs away from the soft labels themselves"
     x, y = (o[:64] for o in test_images)
     attack = PGD(eps, random_start=False)
-    torch.testing.assert_close(attack(robust_net, x, F.one_hot(y, 10).float()), attack(robust_net, x, y), rtol=0, atol=1e-6)
+    torch.testing.assert_close(attack(robust_net, x, F.one_hot(y, 10).float()), attack(robust_net, x, y), rtol=0,
+                               atol=1e-6)
     soft = robust_net(x).softmax(1).detach()
     kl = lambda x: F.kl_div(robust_net(x).log_softmax(1), soft, reduction='batchmean').item()
     with torch.no_grad(): assert kl(PGD(eps, objective='kl')(robust_net, x, soft)) > kl(x) + .1
@@ -193,7 +197,8 @@ def test_batch_of_none_and_of_one(attack, n, tiny_net):
 @pytest.mark.parametrize('layout', ['strided', 'channels_last', 'expanded'])
 def test_memory_layouts(attack, layout, tiny_net):
     model, y = tiny_net(n_in=3), torch.arange(8)
-    x = dict(strided=torch.rand(8, 3, 16, 16)[:,:,::2,1::2], channels_last=torch.rand(8, 3, 8, 8).contiguous(memory_format=torch.channels_last),
+    x = dict(strided=torch.rand(8, 3, 16, 16)[:,:,::2,1::2],
+             channels_last=torch.rand(8, 3, 8, 8).contiguous(memory_format=torch.channels_last),
              expanded=torch.rand(8, 1, 8, 8).expand(-1, 3, -1, -1))[layout]
     torch.manual_seed(0); got = attack(model, x, y)
     torch.manual_seed(0); want = attack(model, x.contiguous(), y)
@@ -213,7 +218,8 @@ def mixed_model(tiny_net):
     "A network with mixed training flags, a frozen layer and gradients in the others"
     model = tiny_net(dropout=.5)
     model(torch.rand(4, 1, 8, 8)).sum().backward()
-    model.train(); model[2].eval(); model[3].eval(); model[0].requires_grad_(False) # BatchNorm would learn from whatever passes
+    # BatchNorm would learn from whatever passes
+    model.train(); model[2].eval(); model[3].eval(); model[0].requires_grad_(False)
     return model
 
 @every_attack
@@ -239,7 +245,8 @@ class Trips(nn.Module):
         return self.model(x)
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize('attack,at', [(PGD(), 1), (PGD(), 4), (PGD(restarts=2), 8), (FGSM(), 1), (AutoAttack(), 1), (AutoAttack(), 9)], ids=repr)
+@pytest.mark.parametrize('attack,at', [(PGD(), 1), (PGD(), 4), (PGD(restarts=2), 8), (FGSM(), 1), (AutoAttack(), 1),
+                                       (AutoAttack(), 9)], ids=repr)
 @pytest.mark.filterwarnings('ignore')
 def test_nothing_of_the_model_changes_when_it_raises(attack, at, error, tiny_net, snapshot):
     import sys
@@ -255,7 +262,8 @@ def test_nothing_of_the_model_changes_when_it_raises(attack, at, error, tiny_net
         assert torch.equal(after, random_state)
 
 def test_attack_without_perturb(tiny_net):
-    with pytest.raises(NotImplementedError, match='Attack is .*define `perturb'): Attack()(tiny_net(), torch.rand(2, 1, 8, 8), torch.arange(2))
+    with pytest.raises(NotImplementedError, match='Attack is .*define `perturb'):
+        Attack()(tiny_net(), torch.rand(2, 1, 8, 8), torch.arange(2))
 
 def test_dropout_is_off_and_batchnorm_in_eval(tiny_net):
     "The model that the attack sees is in eval mode, whatever its flags"
@@ -340,11 +348,13 @@ def test_images_outside_0_1_under_autoattack(tiny_net):
 
 def test_what_is_no_image_batch(tiny_net):
     y = torch.arange(4)
-    with pytest.raises(TypeError, match='float'): PGD()(tiny_net(), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8), y)
+    with pytest.raises(TypeError, match='float'):
+        PGD()(tiny_net(), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8), y)
     with pytest.raises(ValueError, match='shape'): PGD()(tiny_net(), torch.rand(4, 8, 8), y)
     with pytest.raises(ValueError, match='targ'): PGD()(tiny_net(), torch.rand(4, 1, 8, 8), y[:3])
     for objective in ('ce','cw','kl'):
-        with pytest.raises(ValueError, match='`targ` holds classes 1 to 12'): PGD(objective=objective)(tiny_net(), torch.rand(2, 1, 8, 8), torch.tensor([1,12]))
+        with pytest.raises(ValueError, match='`targ` holds classes 1 to 12'):
+            PGD(objective=objective)(tiny_net(), torch.rand(2, 1, 8, 8), torch.tensor([1,12]))
 
 @pytest.mark.parametrize('cls', [PGD, FGSM, FFGSM, AutoAttack])
 @pytest.mark.parametrize('bad', [-.1, 8., 1.01, float('nan'), float('inf')])
@@ -352,7 +362,8 @@ def test_eps_that_is_no_radius(cls, bad):
     with pytest.raises(ValueError, match='`eps`'): cls(bad)
     with pytest.raises(ValueError, match='`eps`'): cls(eps=bad)
 
-@pytest.mark.parametrize('name,bad', [('step_size', .3), ('step_size', -.1), ('step_size', float('nan')), ('norm', 'L1'), ('norm', 'linf'), ('norm', 2),
+@pytest.mark.parametrize('name,bad', [('step_size', .3), ('step_size', -.1), ('step_size', float('nan')),
+                                      ('norm', 'L1'), ('norm', 'linf'), ('norm', 2),
                                       ('objective', 'dlr'), ('steps', -1), ('restarts', 0)])
 def test_settings_that_make_no_sense(name, bad):
     with pytest.raises(ValueError, match=f'`{name}`'): PGD(.1, **{name: bad})
@@ -377,11 +388,13 @@ def test_model_that_returns_no_logits(tiny_net):
 # --- settings ---
 
 def test_settings_are_attributes_and_repr_makes_the_attack_again():
-    for attack in (PGD(), PGD(.5, steps=3, step_size=.1, norm='L2', random_start=False, objective='kl'), PGD(restarts=2), FGSM(4/255),
+    for attack in (PGD(), PGD(.5, steps=3, step_size=.1, norm='L2', random_start=False, objective='kl'),
+                   PGD(restarts=2), FGSM(4/255),
                    FFGSM(), AutoAttack(), AutoAttack(.5, 'L2', 'rand', 3, 7)):
         again = eval(repr(attack))
         assert type(again) is type(attack)
-        for k,v in attack.settings.items(): assert getattr(again, k) == (pytest.approx(v) if isinstance(v, float) else v)
+        for k,v in attack.settings.items():
+            assert getattr(again, k) == (pytest.approx(v) if isinstance(v, float) else v)
 
 def test_default_settings():
     p = PGD()
@@ -400,7 +413,8 @@ def test_restarts_keep_the_worst(norm, e, robust_net, test_images):
     chosen = []
     with torch.no_grad():
         for i in range(len(x)):
-            losses = [float('inf') if robust_net(r[i:i+1]).argmax() != y[i] else F.cross_entropy(robust_net(r[i:i+1]), y[i:i+1]).item() for r in runs]
+            losses = [float('inf') if robust_net(r[i:i+1]).argmax() != y[i]
+                      else F.cross_entropy(robust_net(r[i:i+1]), y[i:i+1]).item() for r in runs]
             chosen.append(losses.index(max(losses)))
             torch.testing.assert_close(got[i], runs[chosen[-1]][i], rtol=0, atol=1e-6)
     assert set(chosen) == {0, 1, 2}
@@ -417,7 +431,8 @@ def test_losses_that_are_climbed():
     ce = lambda targ: torch.tensor([-(t*row.log_softmax(0)).sum().item() for row,t in zip(rows, targ.double())])
     torch.testing.assert_close(PGD().loss(logits, y), ce(F.one_hot(y, 7)))
     torch.testing.assert_close(PGD().loss(logits, soft), ce(soft))
-    torch.testing.assert_close(PGD(objective='kl').loss(logits, soft), ce(soft) + (soft.double()*soft.double().log()).sum(1).float())
+    torch.testing.assert_close(PGD(objective='kl').loss(logits, soft),
+                               ce(soft) + (soft.double()*soft.double().log()).sum(1).float())
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_rounding_leaves_what_needs_none(dtype):

@@ -1,4 +1,5 @@
-"AutoAttack and the number that comes of it: against `pyautoattack`, on a faster model, on ensembles, when memory or disk run out, and when killed."
+"""AutoAttack and the number that comes of it: against `pyautoattack`, on a faster model, on ensembles, when memory
+or disk run out, and when killed."""
 import copy, errno, json, logging, os, random, re, resource, subprocess, sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -38,7 +39,8 @@ def shorter(steps=5, queries=40):
         self.square.n_queries = queries
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Published, '__init__', init)
-        m.setattr(AutoAttack.__init__, '__defaults__', tuple(queries if v == 5000 else v for v in AutoAttack.__init__.__defaults__))
+        m.setattr(AutoAttack.__init__, '__defaults__', tuple(queries if v == 5000 else v
+                                                             for v in AutoAttack.__init__.__defaults__))
         yield
 
 @pytest.fixture
@@ -51,7 +53,8 @@ def short():
 def published_flags(net, x, y, eps, norm='Linf', seed=0, bs=250, version='standard'):
     from pyautoattack import AutoAttack as Published
     with torch.random.fork_rng():
-        x_adv, _ = Published(net, norm=norm, eps=eps, seed=seed, version=version).run_standard_evaluation(x, y, batch_size=bs)
+        x_adv, _ = Published(net, norm=norm, eps=eps, seed=seed,
+                             version=version).run_standard_evaluation(x, y, batch_size=bs)
     return right(net, x, y) & right(net, x_adv, y)
 
 @pytest.mark.parametrize('norm,eps,seed,n,bs', [('Linf', .15, 3, 110, 24), ('L2', .6, 1, 14, 5)])
@@ -63,7 +66,8 @@ def test_the_flags_of_the_package(norm, eps, seed, n, bs, robust_net, test_image
         want = published_flags(robust_net, x, y, eps, norm, seed, bs)
         x_adv = AutoAttack(eps, norm, seed=seed, bs=bs)(robust_net, x, y)
         r = measure_robustness(robust_net, x, y, 'autoattack', eps, norm, seed, bs=bs)
-    assert torch.equal(right(robust_net, x_adv, y) & right(robust_net, x, y), want) and torch.equal(r.flags['autoattack'], want)
+    assert (torch.equal(right(robust_net, x_adv, y) & right(robust_net, x, y), want)
+            and torch.equal(r.flags['autoattack'], want))
     assert 0 < want.sum() < right(robust_net, x, y).sum() and not want[3]
     if norm == 'Linf': assert want.sum() > 2*bs
     assert r.autoattack == want.sum().item()/n and list(r.flags) == ['autoattack']
@@ -73,7 +77,8 @@ def test_the_flags_of_the_package(norm, eps, seed, n, bs, robust_net, test_image
 def test_the_flags_of_the_package_in_full(which, eps, request, test_images):
     net, (x, y) = request.getfixturevalue(which), (o[:110] for o in test_images)
     want = published_flags(net, x, y, eps, bs=24)
-    assert torch.equal(measure_robustness(net, x, y, 'autoattack', eps, bs=24).flags['autoattack'], want) and 48 < want.sum() < 110
+    assert (torch.equal(measure_robustness(net, x, y, 'autoattack', eps, bs=24).flags['autoattack'], want)
+            and 48 < want.sum() < 110)
 
 @pytest.mark.parametrize('version', ['plus', 'rand'])
 def test_other_versions(version, robust_net, test_images):
@@ -98,7 +103,8 @@ def used(version, norm='Linf'):
     aa = Published(lambda x: x.flatten(1)[:,:10], norm=norm, eps=.1, seed=0, version=version)
     x = torch.rand(3, 1, 8, 8)
     y = x.flatten(1)[:,:10].argmax(1)
-    for o,name in ((aa.apgd, lambda o: f'apgd-{o.loss}'), (aa.apgd_targeted, lambda o: 'apgd-t'), (aa.fab, lambda o: 'fab-t' if o.targeted else 'fab'), (aa.square, lambda o: 'square')):
+    for o,name in ((aa.apgd, lambda o: f'apgd-{o.loss}'), (aa.apgd_targeted, lambda o: 'apgd-t'),
+                   (aa.fab, lambda o: 'fab-t' if o.targeted else 'fab'), (aa.square, lambda o: 'square')):
         o.perturb = lambda x, y, o=o, name=name: (note(name(o), o), x)[1]
     with torch.random.fork_rng(): aa.run_standard_evaluation(x, y)
     return said
@@ -109,24 +115,32 @@ def test_composition_is_what_the_package_runs(version, norm, robust_net):
     assert AutoAttack(norm=norm, version=version).composition(robust_net, 10) == used(version, norm)
 
 def test_composition_in_words(robust_net):
-    assert AutoAttack().composition(robust_net, 10) == ['apgd-ce: 100 steps, 1 restart(s)', 'apgd-t: 100 steps, 9 targets', 'fab-t: 100 steps, 9 targets', 'square: 5000 queries']
+    assert AutoAttack().composition(robust_net, 10) == ['apgd-ce: 100 steps, 1 restart(s)',
+                                                        'apgd-t: 100 steps, 9 targets', 'fab-t: 100 steps, 9 targets',
+                                                        'square: 5000 queries']
     assert AutoAttack(queries=70, fast=True).composition(robust_net, 10) == [
-        'apgd-ce: 100 steps, 1 restart(s), fast search', 'apgd-t: 100 steps, 9 targets, fast search', 'fab-t: 100 steps, 9 targets, fast search',
+        'apgd-ce: 100 steps, 1 restart(s), fast search', 'apgd-t: 100 steps, 9 targets, fast search',
+        'fab-t: 100 steps, 9 targets, fast search',
         'square: 70 queries, fast search', 'apgd-ce: 100 steps, 1 restart(s)']
 
 names = lambda parts: [p.name for p in parts]
 
 @pytest.mark.parametrize('n_out,version,want,without', [
-    (2, 'standard', 'apgd-ce fab-t square', 'apgd-t'), (3, 'standard', 'apgd-ce apgd-dlr fab-t square', 'apgd-t'), (4, 'standard', 'apgd-ce apgd-t fab-t square', ''),
-    (2, 'plus', 'apgd-ce fab square fab-t', 'apgd-dlr apgd-t'), (3, 'plus', 'apgd-ce apgd-dlr fab square fab-t', 'apgd-t'),
-    (4, 'plus', 'apgd-ce apgd-dlr fab square apgd-t fab-t', ''), (2, 'rand', 'apgd-ce', 'apgd-dlr'), (3, 'rand', 'apgd-ce apgd-dlr', ''), (10, 'rand', 'apgd-ce apgd-dlr', '')])
+    (2, 'standard', 'apgd-ce fab-t square', 'apgd-t'), (3, 'standard', 'apgd-ce apgd-dlr fab-t square', 'apgd-t'),
+    (4, 'standard', 'apgd-ce apgd-t fab-t square', ''),
+    (2, 'plus', 'apgd-ce fab square fab-t', 'apgd-dlr apgd-t'),
+    (3, 'plus', 'apgd-ce apgd-dlr fab square fab-t', 'apgd-t'),
+    (4, 'plus', 'apgd-ce apgd-dlr fab square apgd-t fab-t', ''), (2, 'rand', 'apgd-ce', 'apgd-dlr'),
+    (3, 'rand', 'apgd-ce apgd-dlr', ''), (10, 'rand', 'apgd-ce apgd-dlr', '')])
 def test_few_classes(n_out, version, want, without, tiny_net):
     net = tiny_net(n_out=n_out).eval()
     aa = AutoAttack(.3, version=version)
     parts, said = aa.parts(net, n_out), aa.composition(net, n_out)
     assert ' '.join(names(parts)) == want
     assert [s.split(':')[0] for s in said if not s.startswith('without')] == want.split()
-    assert [s for s in said if s.startswith('without')] == [f'without {p}: its loss needs {dict([("apgd-dlr", 3), ("apgd-t", 4)])[p]} classes' for p in without.split()]
+    assert [s for s in said if s.startswith('without')] == [f'without {p}: its loss needs '
+                                                            f'{dict([("apgd-dlr", 3), ("apgd-t", 4)])[p]} classes'
+                                                            for p in without.split()]
     for p in parts:
         if p.name.endswith('-t'): assert f'{min(9, n_out-1)} targets' in repr(p)
 
@@ -145,12 +159,15 @@ def test_single_parts(name, tiny_net, robust_net, test_images, short):
     part, = AutoAttack(version=name).parts(tiny_net(n_out=least), least)
     assert part.name == name and len(AutoAttack(version=name).composition(tiny_net(n_out=least), least)) == 1
     if least > 2:
-        with pytest.raises(ValueError, match=f'{name} is defined for {least} classes'): AutoAttack(version=name).parts(tiny_net(n_out=2), 2)
-    assert names(AutoAttack(version=name, fast=True).parts(robust_net, 10)) == [name] # nothing that would not be that part
+        with pytest.raises(ValueError, match=f'{name} is defined for {least} classes'):
+            AutoAttack(version=name).parts(tiny_net(n_out=2), 2)
+    # nothing that would not be that part
+    assert names(AutoAttack(version=name, fast=True).parts(robust_net, 10)) == [name]
     with pytest.raises(ValueError, match='two classes'): AutoAttack(version=name).parts(robust_net, 1)
     x, y = right_ones(robust_net, test_images, 20)
     for fast in (False, True):
-        flags = measure_robustness(robust_net, x, y, {'square': 'square', 'apgd-ce': 'apgd'}.get(name, 'autoattack'), .2, fast=fast).flags
+        flags = measure_robustness(robust_net, x, y, {'square': 'square', 'apgd-ce': 'apgd'}.get(name, 'autoattack'),
+                                   .2, fast=fast).flags
         assert sum(f.sum() for f in flags.values()) < 20
 
 
@@ -160,8 +177,10 @@ def test_numbers_of_the_search(robust_net):
         for p in AutoAttack(.1, version=version, seed=8, queries=7, fast=True).parts(robust_net, 10)[:-1]:
             o = p.published(robust_net, 'cpu')
             got = getattr(p.search(o), 'keywords', {})
-            want = {'apgd-ce': dict(loss='ce', restarts=restarts, steps=100, seed=8), 'apgd-dlr': dict(loss='dlr', restarts=restarts, steps=100, seed=8),
-                    'apgd-t': dict(targets=9, steps=100, seed=8), 'fab': {}, 'fab-t': dict(targets=9, steps=100), 'square': dict(queries=7, seed=8)}
+            want = {'apgd-ce': dict(loss='ce', restarts=restarts, steps=100, seed=8),
+                    'apgd-dlr': dict(loss='dlr', restarts=restarts, steps=100, seed=8),
+                    'apgd-t': dict(targets=9, steps=100, seed=8), 'fab': {}, 'fab-t': dict(targets=9, steps=100),
+                    'square': dict(queries=7, seed=8)}
             assert got == want[p.name] and o.n_restarts == (restarts if p.name in ('apgd-ce', 'apgd-dlr', 'fab') else 1)
 
 
@@ -170,10 +189,12 @@ def test_numbers_of_the_search(robust_net):
 @pytest.mark.parametrize('which,eps,n', [('robust_net', .15, 60), ('plain_net', .1, 60),
     *(pytest.param(w, e, 300, marks=pytest.mark.slow) for w,e in (('robust_net', .15), ('plain_net', .1)))])
 def test_fast_is_plain(which, eps, n, request, test_images):
-    "The same verdict on 999 of 1,000 images, but for a few that it finds and the package does not; none is called broken that stands on the plain model, and who stands met APGD on it"
+    """The same verdict on 999 of 1,000 images, but for a few that it finds and the package does not; none is called
+    broken that stands on the plain model, and who stands met APGD on it"""
     net, (x, y) = request.getfixturevalue(which), right_ones(request.getfixturevalue(which), test_images, n)
     n = len(x)
-    with shorter(20, 100) if n <= 60 else nullcontext(): # on many images only the whole search is sure of those that are close
+    # on many images only the whole search is sure of those that are close
+    with shorter(20, 100) if n <= 60 else nullcontext():
         fast = AutoAttack(eps, fast=True, bs=100)(net, x, y)
         flags = right(net, AutoAttack(eps, bs=100)(net, x, y), y)
         once_more = right(net, AutoAttack(eps, version='apgd-ce', bs=100)(net, x, y), y)
@@ -192,7 +213,8 @@ def wearing(model, forward):
     finally: vars(model).pop('forward', None)
 
 def wrong_model(monkeypatch, forward):
-    "What AutoAttack takes for a faster form of its model computes `forward(net, x)`; returns how often it was asked for"
+    """What AutoAttack takes for a faster form of its model computes `forward(net, x)`; returns how often it was
+    asked for"""
     asked = []
     def fake(model, x):
         asked.append(len(x))
@@ -200,7 +222,8 @@ def wrong_model(monkeypatch, forward):
     monkeypatch.setattr(attacks, 'folded', fake)
     return asked
 
-@pytest.mark.parametrize('forward', [lambda net, x: -net(x), lambda net, x: net(x.flip(3)), lambda net, x: net(x) + torch.randn(10)*9, lambda net, x: net(x)*float('nan')],
+@pytest.mark.parametrize('forward', [lambda net, x: -net(x), lambda net, x: net(x.flip(3)), lambda net,
+                                     x: net(x) + torch.randn(10)*9, lambda net, x: net(x)*float('nan')],
                          ids=['other signs', 'other image', 'other bias', 'NaN'])
 def test_what_falls_on_the_fast_model_alone_is_searched_for_again(forward, robust_net, test_images, monkeypatch, short):
     "The verdict is that of the plain model, however wrong the faster one is"
@@ -211,10 +234,12 @@ def test_what_falls_on_the_fast_model_alone_is_searched_for_again(forward, robus
     stands = right(robust_net, fast, y)
     assert asked and 0 < want.sum() < 30
     assert (stands & ~want).sum() <= 3 and torch.equal(fast[stands], x[stands])
-    assert torch.equal(measure_robustness(robust_net, x, y, 'autoattack', .1, bs=12, fast=True).flags['autoattack'], stands)
+    assert torch.equal(measure_robustness(robust_net, x, y, 'autoattack', .1, bs=12, fast=True).flags['autoattack'],
+                       stands)
 
 def test_all_that_falls_on_the_fast_model_is_searched_for_again(robust_net, test_images, monkeypatch, short):
-    "Where the faster model is wrong about everything, every part is done on the plain one, if with other random numbers"
+    """Where the faster model is wrong about everything, every part is done on the plain one, if with other random
+    numbers"""
     x, y = right_ones(robust_net, test_images, 30)
     want = right(robust_net, AutoAttack(.12, bs=12)(robust_net, x, y), y)
     wrong_model(monkeypatch, lambda net, x: -net(x))
@@ -259,18 +284,22 @@ def test_in_few_sizes(bs):
 def test_who_gets_a_transfer_part(robust_net, plain_net):
     two, single = Teacher([robust_net, plain_net]), Teacher(robust_net)
     last = lambda model, **kw: AutoAttack(**kw).parts(model, 10)[-1]
-    for model in (two, PixelModel(two), PixelModel(two, .1, .9), Teacher(two), Teacher([two, robust_net]), PixelModel(Teacher(Teacher(two)))):
+    for model in (two, PixelModel(two), PixelModel(two, .1, .9), Teacher(two), Teacher([two, robust_net]),
+                  PixelModel(Teacher(Teacher(two)))):
         assert isinstance(last(model), attacks._Transfer) and len(attacks._members(model)) == 2
-        assert AutoAttack().composition(model, 10)[-1].startswith('transfer: PGD(') and 'each of 2 members' in AutoAttack().composition(model, 10)[-1]
+        assert (AutoAttack().composition(model, 10)[-1].startswith('transfer: PGD(')
+                and 'each of 2 members' in AutoAttack().composition(model, 10)[-1])
         fast = AutoAttack(fast=True).parts(model, 10)
         assert isinstance(fast[-2], attacks._Transfer) and repr(fast[-1]) == 'apgd-ce: 100 steps, 1 restart(s)'
         assert names(AutoAttack(version='apgd-ce').parts(model, 10)) == ['apgd-ce']
     for model in (robust_net, single, PixelModel(single), Teacher(single), lambda x: x):
-        assert not attacks._members(model) and names(AutoAttack().parts(model, 10)) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+        assert not attacks._members(model) and names(AutoAttack().parts(model, 10)) == ['apgd-ce', 'apgd-t', 'fab-t',
+                                                                                        'square']
 
 def test_members_take_what_the_ensemble_takes(robust_net, plain_net):
     x = torch.rand(3, 1, 8, 8)
-    for net,member in zip((robust_net, plain_net), attacks._members(PixelModel(Teacher([robust_net, plain_net]), .2, .5))):
+    for net,member in zip((robust_net, plain_net), attacks._members(
+        PixelModel(Teacher([robust_net, plain_net]), .2, .5))):
         torch.testing.assert_close(member(x), net((x - .2)/.5))
 
 def test_an_ensemble_that_only_the_transfer_part_breaks(robust_net, plain_net, test_images, snapshot):
@@ -287,11 +316,13 @@ def test_an_ensemble_that_only_the_transfer_part_breaks(robust_net, plain_net, t
     got = right(model, x_adv, y)
     assert got.sum() < stands.sum() < n and not (got & ~stands).any(), 'the transfer part breaks more'
     assert torch.equal(r.flags['autoattack'], got) and 'transfer' in r.attacks['autoattack'][-1]
-    assert (x_adv - x).abs().max() <= .1 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1 and torch.equal(x_adv[got], x[got])
+    assert ((x_adv - x).abs().max() <= .1 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
+            and torch.equal(x_adv[got], x[got]))
     assert snapshot.same(before, snapshot.take(model)) and torch.equal(rng, torch.get_rng_state())
 
 def test_other_gpus_keep_their_random_numbers(robust_net, plain_net, monkeypatch, short):
-    "The package seeds all of them, whatever the images' device: all are put back. What is ours seeds none but the images' own"
+    """The package seeds all of them, whatever the images' device: all are put back. What is ours seeds none but the
+    images' own"""
     forked, seeds, fork = [], [], torch.random.fork_rng
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
     monkeypatch.setattr(torch.cuda, 'manual_seed_all', seeds.append)
@@ -314,7 +345,11 @@ class Small(nn.Module):
         if len(x) > self.most: raise self.error
         return self.net(x)
 
-too_much = [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"), MemoryError()]
+too_much = [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+            RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+            RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+            MemoryError()]
 
 @contextmanager
 def batches():
@@ -341,8 +376,10 @@ def test_out_of_memory(error, most, robust_net, test_images):
     halved = {39: [20], 5: [20, 10, 5], 1: [20, 10, 5, 2, 1]}[most]
     n = sum(map(int, want.flags['clean']))
     texts = [str(w.message) for w in said]
-    assert texts[:len(halved)] == [f'out of memory with {a} images at a time: going on with {b}' for a,b in zip([40, *halved], halved)]
-    assert sum(s for s,ok in sizes if ok) == 40 + n and max(s for s,ok in sizes if ok) <= most and len(texts) == sum(not ok for _,ok in sizes)
+    assert texts[:len(halved)] == [f'out of memory with {a} images at a time: going on with {b}'
+                                   for a,b in zip([40, *halved], halved)]
+    assert (sum(s for s,ok in sizes if ok) == 40 + n and max(s for s,ok in sizes if ok) <= most
+            and len(texts) == sum(not ok for _,ok in sizes))
 
 @pytest.mark.parametrize('error', too_much, ids=lambda e: type(e).__name__)
 def test_out_of_memory_with_a_single_image(error, robust_net, test_images, tmp_path):
@@ -355,14 +392,16 @@ def test_out_of_memory_with_a_single_image(error, robust_net, test_images, tmp_p
             net.most = 0
             return real(*args)
         m.setattr(evaluation, 'robust_flags', never)
-        with pytest.warns(UserWarning, match='going on with') as said: measure_robustness(net, x, y, 'fgsm', .1, state_path=state)
+        with pytest.warns(UserWarning, match='going on with') as said:
+            measure_robustness(net, x, y, 'fgsm', .1, state_path=state)
     assert e.value is error and [str(w.message)[-1] for w in said] == ['3', '1']
     net.most = 100
     assert measure_robustness(net, x, y, 'fgsm', .1, state_path=state).n == 6
 
 def test_other_errors_are_not_swallowed(robust_net, test_images):
     x, y = (o[:6] for o in test_images)
-    for error in (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), ValueError('no'), RuntimeError('CUDA error: an illegal memory access was encountered')):
+    for error in (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), ValueError('no'),
+                  RuntimeError('CUDA error: an illegal memory access was encountered')):
         with pytest.raises(type(error)) as e: measure_robustness(Small(robust_net, 3, error), x, y, 'fgsm', .1)
         assert e.value is error
 
@@ -386,7 +425,9 @@ def watched(run, die_at=None):
 def test_resume_in_any_batch(fast, robust_net, test_images, tmp_path):
     "Killed in any batch of any part, a run ends with the same flags, and no batch is done twice"
     x, y = (o[:25] for o in test_images)
-    def run(name): return lambda: measure_robustness(robust_net, x, y, ('autoattack', 'fgsm'), .12, seed=4, bs=10, state_path=tmp_path/name, fast=fast)
+    def run(name):
+        return lambda: measure_robustness(robust_net, x, y, ('autoattack', 'fgsm'), .12, seed=4, bs=10,
+                                          state_path=tmp_path/name, fast=fast)
     with shorter(3, 15):
         want, seeds = watched(run('whole'))
         assert len(seeds) >= 11 and len(set(seeds)) > 3 and 0 < want.autoattack < .9
@@ -394,13 +435,15 @@ def test_resume_in_any_batch(fast, robust_net, test_images, tmp_path):
             _, before = watched(run(f'{at}'), at)
             got, after = watched(run(f'{at}'))
             assert before + after == seeds and len(before) == at-1
-            assert all(torch.equal(got.flags[k], want.flags[k]) for k in want.flags) and list(got.flags) == ['autoattack', 'fgsm']
+            assert (all(torch.equal(got.flags[k], want.flags[k]) for k in want.flags)
+                    and list(got.flags) == ['autoattack', 'fgsm'])
 
 @pytest.mark.filterwarnings('ignore:out of memory')
 def test_resume_with_a_halved_batch(robust_net, test_images, tmp_path):
     x, y = (o[:25] for o in test_images)
     net = Small(robust_net, 8, too_much[0])
-    def run(name): return lambda: measure_robustness(net, x, y, 'autoattack', .12, seed=4, bs=20, state_path=tmp_path/name)
+    def run(name):
+        return lambda: measure_robustness(net, x, y, 'autoattack', .12, seed=4, bs=20, state_path=tmp_path/name)
     with shorter(3, 15):
         want, seeds = watched(run('whole'))
         for at in range(2, len(seeds)+1, 4):
@@ -417,7 +460,8 @@ def test_full_disk(how, at, robust_net, test_images, tmp_path):
     "One error that names the file; what it held before is whole, and goes on when there is room"
     x, y = (o[:25] for o in test_images)
     path, saves = tmp_path/'state.json', []
-    run = lambda path: measure_robustness(robust_net, x, y, ('clean', 'autoattack'), .12, seed=4, bs=10, state_path=path)
+    run = lambda path: measure_robustness(robust_net, x, y, ('clean', 'autoattack'), .12, seed=4, bs=10,
+                                          state_path=path)
     real = evaluation.write_atomic
     def full(path, text):
         saves.append(text)
@@ -451,20 +495,26 @@ def test_a_folder_that_cannot_be_written(where, robust_net, test_images, tmp_pat
     if where == 'read-only':
         folder.mkdir(); folder.chmod(0o500)
         if os.access(folder, os.W_OK): pytest.skip('whoever runs this may write anywhere')
-    with batches() as sizes, pytest.raises(OSError, match='state_path'): measure_robustness(robust_net, x, y, 'fgsm', .1, state_path=folder/'s.json')
+    with batches() as sizes, pytest.raises(OSError, match='state_path'):
+        measure_robustness(robust_net, x, y, 'fgsm', .1, state_path=folder/'s.json')
     assert not sizes
 
 
 # --- progress, flags, and what bad input gets ---
 
-@pytest.mark.parametrize('attacks', [('clean', 'pgd3', 'autoattack'), ('autoattack',), ('fgsm', 'cw', 'clean'), 'square'], ids=str)
+@pytest.mark.parametrize('attacks', [('clean', 'pgd3', 'autoattack'), ('autoattack',), ('fgsm', 'cw', 'clean'),
+                                     'square'], ids=str)
 @pytest.mark.parametrize('through', ['model', 'learner'])
 def test_progress(attacks, through, robust_net, test_images, make_learner, make_dls, tmp_path, short):
     told, note = [], lambda share, text: told.append((share, text))
-    if through == 'learner': r = make_learner(make_dls(n=64, n_valid=25), robust_net).robustness(attacks, .15, bs=7, progress=note)
-    else: r = measure_robustness(robust_net, *(o[:25] for o in test_images), attacks, .15, bs=7, progress=note, state_path=tmp_path/'s.json')
+    if through == 'learner':
+        r = make_learner(make_dls(n=64, n_valid=25), robust_net).robustness(attacks, .15, bs=7, progress=note)
+    else:
+        r = measure_robustness(robust_net, *(o[:25] for o in test_images), attacks, .15, bs=7, progress=note,
+                               state_path=tmp_path/'s.json')
     shares, texts = zip(*told)
-    assert shares[0] == 0 and shares[-1] == 1 and all(a <= b for a,b in zip(shares, shares[1:])) and len(set(shares)) > 4
+    assert (shares[0] == 0 and shares[-1] == 1 and all(a <= b for a,b in zip(shares, shares[1:]))
+            and len(set(shares)) > 4)
     known = [t.rpartition(' left, ')[2] for t in texts]
     order = list(dict.fromkeys(t.split(':')[0] for t in known))
     assert order == list(dict.fromkeys(['clean', *([attacks] if isinstance(attacks, str) else attacks)]))
@@ -499,7 +549,8 @@ def one_pass_a_second(robust_net, monkeypatch):
 
 @pytest.mark.parametrize('bs,fast', [(48, False), (48, True), (17, True)])
 def test_time_left_in_passes(bs, fast, one_pass_a_second, test_images):
-    "Until AutoAttack's first part has ended an upper bound, which says so; from then on within a factor of two; and it moves within a batch"
+    """Until AutoAttack's first part has ended an upper bound, which says so; from then on within a factor of two;
+    and it moves within a batch"""
     net, said, starts = one_pass_a_second, [], []
     class Noted(Progress):
         def expect(self, *args): starts.append(net.passes); super().expect(*args)
@@ -507,10 +558,13 @@ def test_time_left_in_passes(bs, fast, one_pass_a_second, test_images):
         r = measure_robustness(net, *(o[:48] for o in test_images), 'autoattack', .18, bs=bs, fast=fast,
                                progress=Noted(lambda share, text: said.append((net.passes, share, text))))
     whole, shares = net.passes, [share for _,share,_ in said]
-    assert 12 <= r.flags['autoattack'].sum() <= 20 and shares == sorted(shares) and shares[-1] == 1 and max(shares[:-1]) < 1
+    assert (12 <= r.flags['autoattack'].sum() <= 20 and shares == sorted(shares) and shares[-1] == 1
+            and max(shares[:-1]) < 1)
     first = r.n*(3*15 + 10)*1.1 # no more than that has been asked when the first part ends
-    known = [(passes, 'at most' in text.split(' left,')[0], seconds_left(text), whole - passes) for passes,_,text in said if seconds_left(text)]
-    bounds, estimates = ([(passes, left, true) for passes,at_most,left,true in known if at_most == yes] for yes in (True, False))
+    known = [(passes, 'at most' in text.split(' left,')[0], seconds_left(text), whole - passes)
+             for passes,_,text in said if seconds_left(text)]
+    bounds, estimates = ([(passes, left, true) for passes,at_most,left,true in known if at_most == yes]
+                         for yes in (True, False))
     assert max(passes for passes,*_ in bounds) <= min(passes for passes,*_ in estimates) < first
     assert all(left >= true for _,left,true in bounds)
     assert all(true/2 <= left <= 2*true for _,left,true in estimates if true > whole/50)
@@ -519,32 +573,38 @@ def test_time_left_in_passes(bs, fast, one_pass_a_second, test_images):
 
 @pytest.mark.parametrize('fast', [False, True])
 def test_counting_changes_nothing(fast, robust_net, test_images, short, monkeypatch):
-    "Not the flags, also where random numbers are drawn in between, and no module is asked otherwise: what is folded stays so"
+    """Not the flags, also where random numbers are drawn in between, and no module is asked otherwise: what is
+    folded stays so"""
     x, y = (o[:25] for o in test_images)
     norms, forward = [0], nn.BatchNorm2d.forward
     monkeypatch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: (norms.append(norms.pop() + 1), forward(self, x))[1])
     def found(progress):
         norms[:] = [0]
-        return measure_robustness(robust_net, x, y, ('pgd3', 'autoattack'), .2, fast=fast, progress=progress).flags, *norms
+        return measure_robustness(robust_net, x, y, ('pgd3', 'autoattack'), .2, fast=fast,
+                                  progress=progress).flags, *norms
     found(False)
     monkeypatch.setattr(Progress, 'every', 0)
     (want, n_plain), (got, n_counted) = found(False), found(lambda *_: torch.rand(3))
-    assert all(torch.equal(want[k], got[k]) for k in want) and 0 < want['autoattack'].sum() < 25 and n_plain == n_counted
+    assert (all(torch.equal(want[k], got[k]) for k in want) and 0 < want['autoattack'].sum() < 25
+            and n_plain == n_counted)
     assert not any(m._forward_hooks or 'forward' in vars(m) for m in robust_net.modules())
 
 def test_progress_of_what_is_gone_on_with(robust_net, test_images, tmp_path, short):
     x, y = (o[:25] for o in test_images)
     told = []
-    run = lambda: measure_robustness(robust_net, x, y, ('autoattack', 'pgd3'), .12, bs=8, state_path=tmp_path/'s.json', progress=lambda share, text: told.append(share))
+    run = lambda: measure_robustness(robust_net, x, y, ('autoattack', 'pgd3'), .12, bs=8, state_path=tmp_path/'s.json',
+                                     progress=lambda share, text: told.append(share))
     watched(run, 7); told.clear(); run()
     assert told[0] >= 0 and told[-1] == 1 and told == sorted(told)
 
 def test_flags(robust_net, test_images):
     x, y = (o[:30] for o in test_images)
     r = measure_robustness(robust_net, x, y, ('fgsm', 'clean'), .1, bs=7)
-    assert list(r.flags) == ['fgsm', 'clean'] and all(f.dtype == torch.bool and f.shape == (30,) and f.device.type == 'cpu' for f in r.flags.values())
+    assert (list(r.flags) == ['fgsm', 'clean']
+            and all(f.dtype == torch.bool and f.shape == (30,) and f.device.type == 'cpu' for f in r.flags.values()))
     assert torch.equal(r.flags['clean'], right(robust_net, x, y)) and not (r.flags['fgsm'] & ~r.flags['clean']).any()
-    assert torch.equal(r.flags['fgsm'], torch.cat([robust_flags(robust_net, a, b, FGSM(.1)) for a,b in zip(x.split(1), y.split(1))]))
+    assert torch.equal(r.flags['fgsm'], torch.cat([robust_flags(robust_net, a, b, FGSM(.1))
+                                                   for a,b in zip(x.split(1), y.split(1))]))
     assert r.results == {k: f.sum().item()/30 for k,f in r.flags.items()}
 
 def test_bad_input(robust_net, test_images, tmp_path):
@@ -552,9 +612,12 @@ def test_bad_input(robust_net, test_images, tmp_path):
     x, y = (o[:8].clone() for o in test_images)
     above, below, nan = x.clone(), x.clone(), x.clone()
     above[7,0,0,0], below[7,0,0,0], nan[7,0,0,0] = 1.01, -.01, float('nan')
-    for bad,kwargs,word in (((x, y), dict(attacks=()), '`attacks` is empty'), ((x[:0], y[:0]), {}, '`x` holds no images'), ((x, y[:5]), {}, '`targ` has 5 labels for 8'),
-                            ((above, y), {}, r'\[0, 1\]'), ((below, y), {}, r'\[0, 1\]'), ((nan, y), {}, 'NaN'), ((x, y), dict(bs=0), '`bs`'), ((x, y), dict(eps=8), '`eps`')):
-        with batches() as sizes, pytest.raises(ValueError, match=word): measure_robustness(robust_net, *bad, **dict(attacks='fgsm', state_path=tmp_path/'s.json') | kwargs)
+    for bad,kwargs,word in (((x, y), dict(attacks=()), '`attacks` is empty'),
+                            ((x[:0], y[:0]), {}, '`x` holds no images'), ((x, y[:5]), {}, '`targ` has 5 labels for 8'),
+                            ((above, y), {}, r'\[0, 1\]'), ((below, y), {}, r'\[0, 1\]'), ((nan, y), {}, 'NaN'),
+                            ((x, y), dict(bs=0), '`bs`'), ((x, y), dict(eps=8), '`eps`')):
+        with batches() as sizes, pytest.raises(ValueError, match=word):
+            measure_robustness(robust_net, *bad, **dict(attacks='fgsm', state_path=tmp_path/'s.json') | kwargs)
         assert not sizes and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('label', [10, -1, 255])
@@ -562,15 +625,18 @@ def test_labels_out_of_range(label, robust_net, test_images):
     "Also where only the last of several batches holds one, and before any attack"
     x, y = (o[:8].clone() for o in test_images)
     y[7] = label
-    with batches() as sizes, pytest.raises(ValueError, match='`targ` holds classes'): measure_robustness(robust_net, x, y, 'autoattack', .1, bs=3)
+    with batches() as sizes, pytest.raises(ValueError, match='`targ` holds classes'):
+        measure_robustness(robust_net, x, y, 'autoattack', .1, bs=3)
     assert [ok for _,ok in sizes] == [True, True, False]
 
 @pytest.mark.parametrize('what', [float('nan'), float('inf')])
 def test_logits_that_are_none_for_some_images(what, robust_net, test_images):
     x, y = (o[:8].clone() for o in test_images)
     class Some(nn.Module):
-        def forward(self, z): return torch.where((z == x[7]).flatten(1).all(1)[:,None], torch.tensor(what), robust_net(z))
-    with batches() as sizes, pytest.raises(ValueError, match='NaN or infinite'): measure_robustness(Some(), x, y, 'fgsm', .1, bs=3)
+        def forward(self, z):
+            return torch.where((z == x[7]).flatten(1).all(1)[:,None], torch.tensor(what), robust_net(z))
+    with batches() as sizes, pytest.raises(ValueError, match='NaN or infinite'):
+        measure_robustness(Some(), x, y, 'fgsm', .1, bs=3)
     assert [ok for _,ok in sizes] == [True, True, False], 'the clean pass finds it'
 
 
@@ -610,22 +676,28 @@ def test_sigkill(robust_net, test_images, tmp_path):
     (tmp_path/'script.py').write_text(script)
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     def start(how, name, *args):
-        subprocess.run([sys.executable, str(tmp_path/'script.py'), how, str(tmp_path/'data.pt'), str(tmp_path/f'{name}.json'), str(tmp_path/f'{name}.pt'), *args], env=env, check=True, timeout=280)
+        subprocess.run([sys.executable, str(tmp_path/'script.py'), how, str(tmp_path/'data.pt'),
+                        str(tmp_path/f'{name}.json'), str(tmp_path/f'{name}.pt'), *args], env=env, check=True,
+                       timeout=280)
     start('kills', 'killed', str(random.randrange(1000)))
     before = json.loads((tmp_path/'killed.json').read_text())
     start('measure', 'killed'); start('measure', 'whole')
     killed, whole = (torch.load(tmp_path/f'{k}.pt') for k in ('killed', 'whole'))
     assert all(torch.equal(killed[k], whole[k]) for k in whole) and 0 < whole['autoattack'].sum() < len(x)
-    assert before['run'] == json.loads((tmp_path/'killed.json').read_text())['run'] and before['attacks'] != json.loads((tmp_path/'whole.json').read_text())['attacks']
+    assert (before['run'] == json.loads((tmp_path/'killed.json').read_text())['run']
+            and before['attacks'] != json.loads((tmp_path/'whole.json').read_text())['attacks'])
 
 @pytest.mark.parametrize('form', ['channels_last', 'transposed', 'soft'])
 def test_images_and_labels_in_other_forms(form, robust_net, test_images):
     "Views are no trouble, and soft labels count as their largest class, as in every attack"
     x, y = (o[:6] for o in test_images)
-    other = dict(channels_last=(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), y), transposed=(x.transpose(2, 3).contiguous().transpose(2, 3), y), soft=(x, torch.nn.functional.one_hot(y, 10).float()))[form]
+    other = dict(channels_last=(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), y),
+                 transposed=(x.transpose(2, 3).contiguous().transpose(2, 3), y),
+                 soft=(x, torch.nn.functional.one_hot(y, 10).float()))[form]
     net = (lambda o: robust_net(o.mean(1, keepdim=True))) if form == 'channels_last' else robust_net
     plain = (other[0].contiguous(), y)
-    for version in ('apgd-ce', 'apgd-t'): assert torch.equal(AutoAttack(.15, version=version)(net, *other), AutoAttack(.15, version=version)(net, *plain))
+    for version in ('apgd-ce', 'apgd-t'):
+        assert torch.equal(AutoAttack(.15, version=version)(net, *other), AutoAttack(.15, version=version)(net, *plain))
 
 def test_labels_beyond_the_classes(robust_net, test_images):
     x, y = (o[:6] for o in test_images)
@@ -637,7 +709,8 @@ def test_square_in_l2_on_a_faster_model(robust_net, test_images, monkeypatch):
     "The package's own search, which keeps float32 buffers, also where Square's network computes in bfloat16"
     monkeypatch.setattr(attacks, 'has_bf16', lambda device: True)
     x, y = (t[:24] for t in test_images)
-    slow, fast = (robust_accuracy(robust_net, x, y, AutoAttack(.5, 'L2', version='square', queries=100, fast=f)) for f in (False, True))
+    slow, fast = (robust_accuracy(robust_net, x, y, AutoAttack(.5, 'L2', version='square', queries=100, fast=f))
+                  for f in (False, True))
     assert abs(slow - fast) <= 1/24 + 1e-6 and slow < 1
 
 @pytest.mark.parametrize('norm', ['Linf', 'L2'])
@@ -651,7 +724,8 @@ def test_soft_labels(name, tiny_net):
     "Stand for the class they name, as in every other attack"
     net, x = tiny_net(n_out=4).eval(), torch.rand(6, 1, 8, 8)
     hard = net(x).argmax(1)
-    one, other = (measure_robustness(net, x, y, [name], eps=.05, fast=True).to_df().accuracy[name] for y in (hard, torch.eye(4)[hard]))
+    one, other = (measure_robustness(net, x, y, [name], eps=.05, fast=True).to_df().accuracy[name]
+                  for y in (hard, torch.eye(4)[hard]))
     assert one == other
 
 def test_a_network_with_members_that_is_no_ensemble(tiny_net):
@@ -680,14 +754,16 @@ class OwnTensors(nn.Module):
 def test_other_defaults_of_pytorch(dtype, device, fast, robust_net, test_images, other_defaults):
     "The same x′ to the bit; and the network still sees the user's defaults"
     x, y = test_images[0][:20], test_images[1][:20]
-    attacks = [AutoAttack(.1, version=v, queries=20, fast=fast) for v in ('apgd-ce', 'fab-t', 'square', 'apgd-dlr')] + [PGD(.1, restarts=2, steps=2)]*fast
+    attacks = ([AutoAttack(.1, version=v, queries=20, fast=fast) for v in ('apgd-ce', 'fab-t', 'square', 'apgd-dlr')]
+               + [PGD(.1, restarts=2, steps=2)]*fast)
     def run():
         torch.manual_seed(0)
         return [a(net, x, y) for a in attacks]
     net = OwnTensors(robust_net)
     want = run()
     net.seen.clear(); other_defaults(dtype, device)
-    assert all(torch.equal(a, b) for a,b in zip(run(), want)) and net.seen == {dtype} and torch.get_default_dtype() == dtype
+    assert (all(torch.equal(a, b) for a,b in zip(run(), want)) and net.seen == {dtype}
+            and torch.get_default_dtype() == dtype)
 
 def test_square_in_l2_on_low_images(monkeypatch):
     "It starts from squares of a fifth of the height: said before anything has run; narrow images are no matter"
@@ -697,7 +773,8 @@ def test_square_in_l2_on_low_images(monkeypatch):
     for make in (lambda v: AutoAttack(.5, 'L2', v), lambda v: AutoAttack(.5, 'L2', v, fast=True)):
         for v in ('square', 'standard', 'plus'):
             with pytest.raises(ValueError, match='Square in L2.*5 pixels high.*4×30'): make(v)(net(4, 30), x, y)
-    with pytest.raises(ValueError, match='Square in L2'): evaluation.measure_robustness(net(4, 30), x, y, ('pgd2', 'autoattack'), .5, 'L2')
+    with pytest.raises(ValueError, match='Square in L2'):
+        evaluation.measure_robustness(net(4, 30), x, y, ('pgd2', 'autoattack'), .5, 'L2')
     monkeypatch.undo()
     for norm,h,w in (('Linf',4,30), ('L2',5,1), ('L2',30,4)):
         model, x = net(h, w), torch.rand(4,1,h,w)

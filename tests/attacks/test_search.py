@@ -1,4 +1,5 @@
-"APGD, FAB and Square against `pyautoattack`: the same steps from the same random numbers, call by call, and the same images that fall."
+"""APGD, FAB and Square against `pyautoattack`: the same steps from the same random numbers, call by call, and the
+same images that fall."""
 import copy, logging, math
 
 import pytest, torch, torch.nn as nn
@@ -24,10 +25,13 @@ class Recorder:
 
 def package(cls, net, x, y, eps, **kwargs):
     "What the package returns"
-    with torch.random.fork_rng(): return cls(net, norm='Linf', eps=eps, device='cpu', **kwargs).perturb(x.clone(), y).detach()
+    with torch.random.fork_rng():
+        return cls(net, norm='Linf', eps=eps, device='cpu', **kwargs).perturb(x.clone(), y).detach()
 
 def package_apgd(net, x, y, eps, loss='ce', targets=0, restarts=1, steps=100, seed=0):
-    if targets: return package(APGDAttack_targeted, net, x, y, eps, n_target_classes=targets, n_iter=steps, seed=seed, logger=quiet)
+    if targets:
+        return package(APGDAttack_targeted, net, x, y, eps, n_target_classes=targets, n_iter=steps, seed=seed,
+                       logger=quiet)
     return package(APGDAttack, net, x, y, eps, loss=loss, n_restarts=restarts, n_iter=steps, seed=seed, logger=quiet)
 def package_fab(net, x, y, eps, targets=9, steps=100):
     return package(FABAttack_PT, net, x, y, eps, targeted=True, n_target_classes=targets, n_iter=steps)
@@ -55,7 +59,8 @@ def distance(a, b): return (a - b).flatten(1).abs().amax(1)
 
 # --- the same steps ---
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(loss='ce', restarts=3, seed=7), dict(loss='dlr', restarts=2), dict(targets=3, seed=2), dict(targets=9, steps=20),
+@pytest.mark.parametrize('kwargs', [dict(), dict(loss='ce', restarts=3, seed=7), dict(loss='dlr', restarts=2),
+                                    dict(targets=3, seed=2), dict(targets=9, steps=20),
                                     dict(steps=1), dict(steps=7), dict(steps=50, loss='dlr')], ids=str)
 def test_apgd_takes_the_steps_of_the_package(kwargs, robust_net, test_images):
     "On images that stand, the model is asked about the same images in the same order; the package predicts `x` first"
@@ -65,11 +70,14 @@ def test_apgd_takes_the_steps_of_the_package(kwargs, robust_net, test_images):
     assert torch.equal(got, x) and torch.equal(want, x), 'all stand'
     runs, each = (kwargs['targets'], 1) if 'targets' in kwargs else (kwargs.get('restarts', 1), 0)
     assert len(mine.seen) == len(their.seen) - 1 == runs*(kwargs.get('steps', 100) + 1 + each)
-    for i,(a,b) in enumerate(zip(mine.seen, their.seen[1:])): torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=lambda m: f'call {i}: {m}')
-    assert distance(mine.seen[-1], x).max() > .04 and len({round(s.double().sum().item(), 6) for s in mine.seen}) > kwargs.get('steps', 100)//2
+    for i,(a,b) in enumerate(zip(mine.seen, their.seen[1:])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=lambda m: f'call {i}: {m}')
+    assert (distance(mine.seen[-1], x).max() > .04
+            and len({round(s.double().sum().item(), 6) for s in mine.seen}) > kwargs.get('steps', 100)//2)
 
 class Course:
-    "A model whose margins over the wrong class are `margins`, call by call, wherever it is asked; its gradient points to `middle`, but for the first column"
+    """A model whose margins over the wrong class are `margins`, call by call, wherever it is asked; its gradient
+    points to `middle`, but for the first column"""
     def __init__(self, margins, middle): self.margins,self.middle = iter(margins),middle
     def __call__(self, x):
         off = (x - self.middle)[...,1:].square().flatten(1).sum(1)
@@ -77,19 +85,22 @@ class Course:
 
 @pytest.mark.parametrize('seed', range(3))
 def test_apgd_looks_back_as_the_package_does(seed):
-    "Losses that rise, fall, stay, and fall at once to rise ever after: where to halve the step and go back is a matter of them alone"
+    """Losses that rise, fall, stay, and fall at once to rise ever after: where to halve the step and go back is a
+    matter of them alone"""
     torch.manual_seed(seed)
     n,steps = 12,100
     x, y, middle = torch.rand(n, 1, 2, 2)*.5 + .25, torch.zeros(n).long(), torch.rand(n, 1, 2, 2)
     margins = 2 + (torch.randn(steps+1, n)*torch.linspace(.01, .3, n)).cumsum(0).clamp(-1, 1)
-    margins[0,:3],margins[1:,:3] = .5, 3 - .01*torch.arange(steps)[:,None] # never as good as the start, and better with each step
+    # never as good as the start, and better with each step
+    margins[0,:3],margins[1:,:3] = .5, 3 - .01*torch.arange(steps)[:,None]
     margins[:,3] = 2
     margins[:,4] = 3 - .01*torch.arange(steps+1)
     margins[43:51:2,4] += .015 # 12 rises in the third period, which has 16 steps: exactly three quarters
     mine,their = Recorder(Course(margins, middle)), Recorder(Course(torch.cat([margins[:1], margins]), middle))
     apgd(mine, x, y, .1, steps=steps), package_apgd(their, x, y, .1, steps=steps)
     assert len(mine.seen) == len(their.seen) - 1 == steps + 1
-    for i,(a,b) in enumerate(zip(mine.seen, their.seen[1:])): torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m: f'call {i}: {m}')
+    for i,(a,b) in enumerate(zip(mine.seen, their.seen[1:])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m: f'call {i}: {m}')
 
 def in_float64(m):
     "Within the monkeypatch context `m` the package computes in float64, where it would in float32"
@@ -109,12 +120,14 @@ def test_fab_takes_the_steps_of_the_package(which, request, test_images, double)
     net = copy.deepcopy(request.getfixturevalue(which)).double()
     x, y = surest(net, tuple(o.double() if o.is_floating_point() else o for o in test_images), 16)
     mine, their, steps, targets = Recorder(net), Recorder(net), 6, 4
-    got, want = fab(mine, x, y, .02, targets=targets, steps=steps), package_fab(their, x, y, .02, targets=targets, steps=steps)
+    got, want = fab(mine, x, y, .02, targets=targets, steps=steps), package_fab(their, x, y, .02, targets=targets,
+                                                                                steps=steps)
     assert torch.equal(got, x) and torch.equal(want, x)
     assert len(mine.seen) == targets*(1 + 2*steps) and len(their.seen) == 1 + targets*(3 + 2*steps)
     for t in range(targets):
         a, b = mine.seen[t*(1+2*steps):][1:1+8], their.seen[1+t*(3+2*steps):][2:2+8]
-        for i,(p,q) in enumerate(zip(a, b)): torch.testing.assert_close(p, q, rtol=0, atol=1e-4, msg=lambda m: f'target {t}, call {i}: {m}')
+        for i,(p,q) in enumerate(zip(a, b)):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-4, msg=lambda m: f'target {t}, call {i}: {m}')
         assert torch.equal(a[0], x) and distance(a[1], x).max() > .1
     ends = [mine.seen[t*(1+2*steps)+8] for t in range(targets)]
     assert all(distance(p, q).max() > .05 for p,q in zip(ends, ends[1:])), 'one target is not another'
@@ -127,7 +140,8 @@ def test_fab_in_float32(robust_net, test_images):
     for a,b in zip(mine.seen[1:], their.seen[3:7]): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 def replay(calls, logits, y):
-    "What the package asked about after its first call, without images that are what they were, and how many such there were"
+    """What the package asked about after its first call, without images that are what they were, and how many such
+    there were"""
     u = torch.arange(len(y))
     def margin(out):
         wrong = out.clone(); wrong[u,y] = -torch.inf
@@ -142,14 +156,18 @@ def replay(calls, logits, y):
         best, lowest = torch.where(better.view(-1,1,1,1), new, best), torch.where(better, m, lowest)
     return asked, same
 
-@pytest.mark.parametrize('which,seed,plateaus', [('robust_net', 0, False), ('plain_net', 3, False), ('robust_net', 1, True)])
+@pytest.mark.parametrize('which,seed,plateaus', [('robust_net', 0, False), ('plain_net', 3, False),
+                                                 ('robust_net', 1, True)])
 def test_square_takes_the_steps_of_the_package(which, seed, plateaus, request, test_images):
-    "On images that stand, all that is left out are questions about images that did not change; what is no better is not taken, on `plateaus` of a rounded margin either"
+    """On images that stand, all that is left out are questions about images that did not change; what is no better
+    is not taken, on `plateaus` of a rounded margin either"""
     net64 = copy.deepcopy(request.getfixturevalue(which)).double()
-    net = lambda x: net64(x.double()).round() if plateaus else net64(x.double()) # a comparison of two margins must not hang on the size of a batch
+    # a comparison of two margins must not hang on the size of a batch
+    net = lambda x: net64(x.double()).round() if plateaus else net64(x.double())
     x, y = surest(net, test_images, 8)
     mine, their, queries = Recorder(net), Recorder(net), 700
-    got, want = square(mine, x, y, .05, queries=queries, seed=seed), package_square(their, x, y, .05, queries=queries, seed=seed)
+    got, want = square(mine, x, y, .05, queries=queries, seed=seed), package_square(their, x, y, .05, queries=queries,
+                                                                                    seed=seed)
     assert torch.equal(got, x) and torch.equal(want, x), 'all stand'
     assert len(their.seen) == 1 + (1 + queries) + 1
     asked, same = replay(their.seen[1:-1], their.out[1:-1], y)
@@ -159,7 +177,8 @@ def test_square_takes_the_steps_of_the_package(which, seed, plateaus, request, t
 
 def test_square_counts_a_tie_as_fallen():
     x, y = torch.full((2, 1, 4, 4), .5), torch.ones(2).long()
-    tie = lambda o: torch.stack([torch.zeros(len(o)), (o == .5).flatten(1).all(1).float()], 1) # but at `x`, where class 1 wins
+    # but at `x`, where class 1 wins
+    tie = lambda o: torch.stack([torch.zeros(len(o)), (o == .5).flatten(1).all(1).float()], 1)
     got, want = square(tie, x, y, .1, queries=3), package_square(tie, x, y, .1, queries=3)
     assert torch.equal(got, want) and (got != x).all()
 
@@ -192,8 +211,10 @@ def test_sides_of_the_squares():
 # --- the same images fall ---
 
 searches = dict(
-    ce=(apgd, package_apgd, dict(loss='ce', steps=40)), restarts=(apgd, package_apgd, dict(loss='ce', steps=20, restarts=3, seed=4)),
-    dlr=(apgd, package_apgd, dict(loss='dlr', steps=40)), targets=(apgd, package_apgd, dict(targets=9, steps=15, seed=1)),
+    ce=(apgd, package_apgd, dict(loss='ce', steps=40)), restarts=(apgd, package_apgd,
+                                                                  dict(loss='ce', steps=20, restarts=3, seed=4)),
+    dlr=(apgd, package_apgd, dict(loss='dlr', steps=40)), targets=(apgd, package_apgd,
+                                                                   dict(targets=9, steps=15, seed=1)),
     fab=(fab, package_fab, dict(targets=9, steps=15)), square=(square, package_square, dict(queries=300, seed=2)))
 every_search = pytest.mark.parametrize('name', searches)
 
@@ -222,7 +243,8 @@ def test_dlr(n_out):
     got = search._dlr(z, y, None)
     for row,c,v in zip(z.tolist(), y.tolist(), got.tolist()):
         pi = sorted(row, reverse=True)
-        assert v == pytest.approx(-(row[c] - max(o for k,o in enumerate(row) if k != c))/(pi[0] - pi[2] + 1e-12), abs=1e-9)
+        assert v == pytest.approx(-(row[c] - max(o for k,o in enumerate(row) if k != c))/(pi[0] - pi[2] + 1e-12),
+                                  abs=1e-9)
     if n_out < 4: return
     for target in range(n_out):
         got = search._dlr_targeted(z, y, torch.full((50,), target))
@@ -241,7 +263,8 @@ def test_targets_in_turn():
     z[:15].scatter_(1, y[:15,None], 9.)
     for rank in range(2, 7):
         got = search.ranked_class(lambda x: z, torch.zeros(30, 1, 1, 1), y, rank)
-        want = [sorted((c for c in range(6) if c != l), key=lambda c: -row[c])[rank-2] for row,l in zip(z.tolist(), y.tolist())]
+        want = [sorted((c for c in range(6) if c != l), key=lambda c: -row[c])[rank-2]
+                for row,l in zip(z.tolist(), y.tolist())]
         assert got.tolist() == want
 
 
@@ -288,7 +311,8 @@ def test_onto_plane_needs_few_steps():
     t, w = torch.cat([torch.linspace(0, 1, 3072)[None], torch.logspace(-6, 0, 3072)[None]]), torch.ones(2, 3072)
     for share in (.01, .5, .9, .999, .99999):
         b = (w*t).sum(1)*(1-share)
-        torch.testing.assert_close(search._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=0, atol=2e-3 if share > .999 else 1e-4)
+        torch.testing.assert_close(search._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=0,
+                                   atol=2e-3 if share > .999 else 1e-4)
 
 def test_onto_plane_of_small_distances():
     "It looks no less closely where the plane is near and the border nearer"
@@ -310,14 +334,17 @@ def flat(n_in=3, n_out=10, seed=0):
     "A network for images of any size"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(n_in, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, n_out)).eval()
+        return nn.Sequential(nn.Conv2d(n_in, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+                             nn.Flatten(), nn.Linear(32, n_out)).eval()
 
-quick = dict(ce=(apgd, dict(steps=8)), dlr=(apgd, dict(loss='dlr', steps=8, restarts=2)), targets=(apgd, dict(targets=2, steps=8)), fab=(fab, dict(targets=2, steps=8)),
+quick = dict(ce=(apgd, dict(steps=8)), dlr=(apgd, dict(loss='dlr', steps=8, restarts=2)),
+             targets=(apgd, dict(targets=2, steps=8)), fab=(fab, dict(targets=2, steps=8)),
              square=(square, dict(queries=60)))
 every_quick = pytest.mark.parametrize('name', quick)
 
 @every_quick
-@pytest.mark.parametrize('shape,n_out', [((5,3,8,8), 10), ((1,3,8,8), 10), ((5,1,6,11), 10), ((4,3,13,5), 10), ((6,1,8,8), 3), ((6,1,8,8), 2), ((3,2,1,1), 4)], ids=str)
+@pytest.mark.parametrize('shape,n_out', [((5,3,8,8), 10), ((1,3,8,8), 10), ((5,1,6,11), 10), ((4,3,13,5), 10),
+                                         ((6,1,8,8), 3), ((6,1,8,8), 2), ((3,2,1,1), 4)], ids=str)
 @pytest.mark.parametrize('eps', [0., 1e-4, .1, 1.])
 def test_any_images(name, shape, n_out, eps, snapshot):
     f, kwargs = quick[name]
@@ -327,8 +354,10 @@ def test_any_images(name, shape, n_out, eps, snapshot):
     y = net(x).argmax(1)
     before, x0, y0, rng = snapshot.take(net), x.clone(), y.clone(), torch.get_rng_state()
     x_adv = f(net, x, y, eps, **kwargs)
-    assert torch.equal(rng, torch.get_rng_state()) and snapshot.same(before, snapshot.take(net)) and torch.equal(x, x0) and torch.equal(y, y0)
-    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and x_adv.data_ptr() != x.data_ptr()
+    assert (torch.equal(rng, torch.get_rng_state()) and snapshot.same(before, snapshot.take(net))
+            and torch.equal(x, x0) and torch.equal(y, y0))
+    assert (x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
+            and x_adv.data_ptr() != x.data_ptr())
     assert 0 <= x_adv.min() and x_adv.max() <= 1 and distance(x_adv, x).max() <= eps + 1e-6
     stands = right(net, x_adv, y)
     assert torch.equal(x_adv[stands], x[stands]) and (distance(x_adv, x)[~stands] > 0).all()
@@ -389,11 +418,13 @@ def test_restarts_differ(robust_net, test_images):
 @every_quick
 def test_what_is_no_logits(name):
     f, kwargs = quick[name]
-    with pytest.raises(TypeError, match='logits'): f(nn.Identity(), torch.rand(2, 1, 8, 8), torch.arange(2), .1, **kwargs)
+    with pytest.raises(TypeError, match='logits'):
+        f(nn.Identity(), torch.rand(2, 1, 8, 8), torch.arange(2), .1, **kwargs)
 
 def test_arguments_that_fit_no_network():
     net, x, y = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), torch.rand(2, 1, 8, 8), torch.arange(2)
-    for f,kw,says in ((apgd, dict(loss='cw'), "`loss` must be 'ce' or 'dlr', got 'cw'"), (apgd, dict(targets=2), 'needs 4 classes'), (fab, {}, '`targets` may be 2 at most')):
+    for f,kw,says in ((apgd, dict(loss='cw'), "`loss` must be 'ce' or 'dlr', got 'cw'"),
+                      (apgd, dict(targets=2), 'needs 4 classes'), (fab, {}, '`targets` may be 2 at most')):
         with pytest.raises(ValueError, match=says): f(net, x, y, .1, **kw)
     net[1] = nn.Linear(64, 2)
     with pytest.raises(ValueError, match='needs 3 classes'): apgd(net, x, y, .1, loss='dlr')

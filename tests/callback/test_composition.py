@@ -1,11 +1,14 @@
-"The training methods beside the rest of fastai: callbacks that step, log, save and stop; inference, export and reproducibility."
+"""The training methods beside the rest of fastai: callbacks that step, log, save and stop; inference, export and
+reproducibility."""
 import copy, random, subprocess, sys, types
 from ast import literal_eval
 from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn as nn, torch.nn.functional as F
-from fastai.vision.all import (SGD, AdaptiveAvgPool, BnFreeze, Callback, ClassificationInterpretation, CSVLogger, EarlyStoppingCallback,
-                               GradientAccumulation, GradientClip, ImageDataLoaders, L, PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback,
+from fastai.vision.all import (SGD, AdaptiveAvgPool, BnFreeze, Callback, ClassificationInterpretation, CSVLogger,
+                               EarlyStoppingCallback,
+                               GradientAccumulation, GradientClip, ImageDataLoaders, L, PILImageBW, ProgressCallback,
+                               SaveModelCallback, ShowGraphCallback,
                                ValueMetric, accuracy, params, resnet18, set_seed, vision_learner)
 from fastprogress.fastprogress import ConsoleMasterBar
 from safetensors.torch import save_file
@@ -27,7 +30,8 @@ attacking = pytest.mark.parametrize('method', list(methods.values())[:-1], ids=l
 loads = pytest.mark.filterwarnings('ignore:.*numpy.core is deprecated') # fastai's `learn.load`
 
 class Seen(Callback):
-    "What each training batch gives: images, loss as it is logged and as it goes backwards, and around a step gradients, learning rates and weights"
+    """What each training batch gives: images, loss as it is logged and as it goes backwards, and around a step
+    gradients, learning rates and weights"""
     order, run_valid = 100, False # after all others, and not reached where a step is skipped
     def __init__(self): self.images,self.logged,self.losses,self.grads,self.rates,self.steps = [],[],[],[],[],[]
     def before_batch(self): self.images.append(plain(self.learn.xb[0]))
@@ -59,10 +63,12 @@ def sgd_learner(make_learner):
 @each
 @pytest.mark.parametrize('bs', [64, 24], ids=['big batch', 'accumulated'])
 def test_clipped_steps(method, bs, sgd_learner, make_dls, tiny_net):
-    "`GradientClip` clips the gradient of the whole window, as plain PyTorch does; the loss logged is the window's, unscaled"
+    """`GradientClip` clips the gradient of the whole window, as plain PyTorch does; the loss logged is the window's,
+    unscaled"""
     def fit(bs, *cbs):
         seen = Seen()
-        sgd_learner(make_dls(n=64, bs=bs, shuffle=False), tiny_net(bn=False), cbs=[method(tiny_net(seed=7), still), seen, *cbs]).fit(2, .1)
+        sgd_learner(make_dls(n=64, bs=bs, shuffle=False), tiny_net(bn=False),
+                    cbs=[method(tiny_net(seed=7), still), seen, *cbs]).fit(2, .1)
         return seen
     length = lambda grads: torch.stack([g.norm() for g in grads]).norm().item()
     free, want = fit(64), tiny_net(bn=False)
@@ -76,7 +82,8 @@ def test_clipped_steps(method, bs, sgd_learner, make_dls, tiny_net):
     close(got.steps[0], want.parameters())
     close(got.steps[1], big.steps[1]) # the second window starts from nothing
     n = [len(x) for x in got.images]
-    for of_two_epochs in (got.losses, np.multiply(got.logged, n)/64): assert sum(of_two_epochs) == pytest.approx(sum(big.losses), rel=1e-4)
+    for of_two_epochs in (got.losses, np.multiply(got.logged, n)/64):
+        assert sum(of_two_epochs) == pytest.approx(sum(big.losses), rel=1e-4)
 
 @each
 @pytest.mark.parametrize('how,step,factor', [('fit', 0, 1), ('fit_exp', 1, .5), ('fit_rkd', 0, 1/25)])
@@ -84,11 +91,13 @@ def test_discriminative_learning_rates(method, how, step, factor, sgd_learner, m
     "Each parameter group moves by its own rate times its gradient, which is a Learner's with one rate"
     def fit(how, lr, **kwargs):
         seen = Seen()
-        learn = sgd_learner(make_dls(n=32, shuffle=False), tiny_net(), splitter=lambda m: [params(m[:2]), params(m[2:])],
+        learn = sgd_learner(make_dls(n=32, shuffle=False), tiny_net(),
+                            splitter=lambda m: [params(m[:2]), params(m[2:])],
                             cbs=[method(tiny_net(seed=7), still), seen])
         getattr(learn, how)(2, lr, **kwargs)
         return seen
-    seen, start = fit(how, slice(.01, .1), **(dict(decay=.5) if how == 'fit_exp' else {})), list(tiny_net().parameters())
+    seen, start = fit(how, slice(.01, .1), **(dict(decay=.5) if how == 'fit_exp' else {})), list(tiny_net()
+                                                                                                 .parameters())
     assert seen.rates[step] == pytest.approx([.01*factor, .1*factor])
     close(seen.grads[0], fit('fit', .1).grads[0])
     rates = [seen.rates[step][i] for i in (0, 0, 0, 0, 1, 1)] # convolution and BatchNorm, then the linear layer
@@ -97,12 +106,15 @@ def test_discriminative_learning_rates(method, how, step, factor, sgd_learner, m
 @each
 @pytest.mark.parametrize('train_bn', [True, False], ids=['bn trains', 'bn frozen'])
 def test_freeze(method, train_bn, sgd_learner, make_dls, tiny_net):
-    "A frozen body stays, the rest gets the step it gets anyway, and the attack sees through the body: x′ is the unfrozen network's"
+    """A frozen body stays, the rest gets the step it gets anyway, and the attack sees through the body: x′ is the
+    unfrozen network's"""
     def learner():
         net, seen = tiny_net(), Seen()
         net = nn.Sequential(net[:3], net[3:])
-        net[0][1].requires_grad_(train_bn) # as `freeze` has it; `BnFreeze` then keeps its statistics, and does nothing elsewhere
-        return sgd_learner(make_dls(n=32, shuffle=False), net, splitter=lambda m: [params(m[0]), params(m[1])], train_bn=train_bn,
+        # as `freeze` has it; `BnFreeze` then keeps its statistics, and does nothing elsewhere
+        net[0][1].requires_grad_(train_bn)
+        return sgd_learner(make_dls(n=32, shuffle=False), net, splitter=lambda m: [params(m[0]), params(m[1])],
+                           train_bn=train_bn,
                            cbs=[method(tiny_net(seed=7), still), BnFreeze(), seen]), seen
     (free, at_free), (learn, seen) = learner(), learner()
     free.fit(1, .1)
@@ -124,7 +136,8 @@ def test_attack_through_a_frozen_body(method, sgd_learner, make_dls, tiny_net):
     net, seen = tiny_net(dropout=.5), Seen()
     unfrozen = copy.deepcopy(net).eval()
     dls = make_dls(n=32, shuffle=False)
-    learn = sgd_learner(dls, net, splitter=lambda m: [params(m[:3]), params(m[3:])], cbs=[method(tiny_net(seed=7), still), seen])
+    learn = sgd_learner(dls, net, splitter=lambda m: [params(m[:3]), params(m[3:])],
+                        cbs=[method(tiny_net(seed=7), still), seen])
     learn.freeze(); learn.fit(1, .1)
     x, y = map(plain, next(iter(dls.train)))
     x_adv = x
@@ -140,7 +153,8 @@ def test_channels_last(method, sgd_learner, make_dls, tiny_net):
     "The same training in another memory format"
     def fit(channels_last):
         seen = Seen()
-        learn = sgd_learner(make_dls(n=64, channels=3, shuffle=False, stats=([.3,.4,.5], [.25,.3,.2])), tiny_net(n_in=3),
+        learn = sgd_learner(make_dls(n=64, channels=3, shuffle=False, stats=([.3,.4,.5], [.25,.3,.2])),
+                            tiny_net(n_in=3),
                             cbs=[method(tiny_net(n_in=3, seed=7), still), seen])
         if channels_last: learn.to_channelslast(use_amp=False)
         learn.fit(2, .1)
@@ -155,7 +169,8 @@ def test_progressive_resizing(method, sgd_learner, make_dls, digits, monkeypatch
     "After `learn.dls = ...` it trains as a new Learner would on those: their images, their size, their normalisation"
     def net(seed):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), AdaptiveAvgPool(), nn.Flatten(), nn.Linear(8, 10))
+        return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), AdaptiveAvgPool(), nn.Flatten(),
+                             nn.Linear(8, 10))
     teacher, model, seen = net(7), net(0), Seen()
     small = make_dls(n=64, stats=([.3], [.25]), shuffle=False)
     monkeypatch.setattr(digits, 'imgs', digits.imgs.repeat(2, 1).repeat(2, 2))
@@ -178,7 +193,8 @@ class Becomes(Callback):
 
 @loads
 def test_robust_accuracy_saves_and_stops(make_learner, make_dls, plain_net, robust_net):
-    "Both look for the highest robust accuracy, which is not the lowest loss; an epoch no better than the best counts as worse"
+    """Both look for the highest robust accuracy, which is not the lowest loss; an epoch no better than the best
+    counts as worse"""
     nets = [plain_net, robust_net, plain_net, robust_net, plain_net]
     learn = make_learner(make_dls(), copy.deepcopy(plain_net), metrics=RobustAccuracy(PGD(.1, steps=5)),
                          cbs=[AdversarialTraining(still), Becomes(nets)])
@@ -190,7 +206,8 @@ def test_robust_accuracy_saves_and_stops(make_learner, make_dls, plain_net, robu
 @loads
 @each
 def test_the_average_is_what_is_saved(method, make_learner, make_dls, tiny_net):
-    "Every file holds that epoch's average, taken by hand in a fit that keeps none, and the best of them is loaded in the end"
+    """Every file holds that epoch's average, taken by hand in a fit that keeps none, and the best of them is loaded
+    in the end"""
     class Average(Callback):
         def before_fit(self): self.mean,self.epochs = [p.detach().clone() for p in self.model.parameters()], []
         def after_step(self): self.mean = [.8*m + .2*p.detach() for m,p in zip(self.mean, self.model.parameters())]
@@ -213,23 +230,27 @@ def test_csv_logger(method, make_learner, make_dls, tiny_net):
     learn = make_learner(dls, cbs=[method(tiny_net(seed=7), still), seen], metrics=[accuracy, RobustAccuracy(attack)])
     learn.fit(2, .01, cbs=CSVLogger())
     log = pd.read_csv(learn.path/'history.csv')
-    assert list(log) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_accuracy', 'time'] == list(learn.recorder.metric_names)
+    assert list(log) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_accuracy',
+                         'time'] == list(learn.recorder.metric_names)
     np.testing.assert_allclose(log.iloc[:, 1:-1], learn.recorder.values, rtol=1e-6)
     assert log.train_loss[0] == pytest.approx(seen.losses[0], rel=1e-5) # one batch an epoch
     robust = robust_accuracy(learn.model, *pixel_data(learn), attack)
-    assert list(log.iloc[-1, 2:-1]) == pytest.approx([*make_learner(dls, learn.model, metrics=accuracy).validate(), robust], rel=1e-5)
+    assert list(log.iloc[-1, 2:-1]) == pytest.approx([*make_learner(dls, learn.model, metrics=accuracy).validate(),
+                                                      robust], rel=1e-5)
 
 @each
 def test_show_graph(method, make_learner, make_dls, tiny_net, monkeypatch):
     "The curves are the method's losses and the clean validation losses"
     drawn, seen = [], Seen()
-    monkeypatch.setattr(ConsoleMasterBar, 'update_graph', lambda self, graphs, *bounds: drawn.append(copy.deepcopy((graphs, bounds))))
+    monkeypatch.setattr(ConsoleMasterBar, 'update_graph', lambda self, graphs,
+                        *bounds: drawn.append(copy.deepcopy((graphs, bounds))))
     learn = make_learner(make_dls(n=64, bs=32), cbs=[method(tiny_net(seed=7), still), seen])
     learn.fit(2, .01, cbs=[ProgressCallback(), ShowGraphCallback()])
     ((iters, train), (ends, valid)), (x_bounds, y_bounds) = drawn[-1]
     assert len(drawn) == 2 and list(iters) == [0, 1, 2, 3] and ends == [2, 4] and x_bounds == (0, 4)
     assert train[-1].item() == pytest.approx(smooth(seen.losses), rel=1e-5)
-    assert valid[-1] == learn.recorder.values[-1][1] == pytest.approx(make_learner(learn.dls, learn.model).validate()[0])
+    assert valid[-1] == learn.recorder.values[-1][1] == pytest.approx(make_learner(learn.dls, learn.model)
+                                                                      .validate()[0])
     assert y_bounds[1] == pytest.approx(max(*valid, *(t.item() for t in train)))
 
 @pytest.fixture
@@ -255,7 +276,8 @@ def test_tensorboard(method, tensorboard, sgd_learner, make_dls, tiny_net):
     TensorBoardCallback, told = tensorboard
     def fit(*cbs):
         seen = Seen()
-        learn = sgd_learner(make_dls(n=64, bs=32, shuffle=False), tiny_net(), metrics=accuracy, cbs=[method(tiny_net(seed=7), still), seen, *cbs])
+        learn = sgd_learner(make_dls(n=64, bs=32, shuffle=False), tiny_net(), metrics=accuracy,
+                            cbs=[method(tiny_net(seed=7), still), seen, *cbs])
         learn.fit(2, .1)
         return learn, seen
     (learn, seen), (without, _) = fit(TensorBoardCallback()), fit()
@@ -263,7 +285,8 @@ def test_tensorboard(method, tensorboard, sgd_learner, make_dls, tiny_net):
     assert torch.equal(plain(told['graph']), plain(next(iter(learn.dls.train))[0]))
     assert dict(told['train_loss'])[4] == pytest.approx(smooth(seen.losses), rel=1e-5)
     clean = sgd_learner(learn.dls, learn.model, metrics=accuracy).validate()
-    assert [dict(told[k])[4] for k in ('valid_loss', 'accuracy')] == pytest.approx(clean) and told['Sample results'] == 4 and told['closed']
+    assert ([dict(told[k])[4] for k in ('valid_loss', 'accuracy')] == pytest.approx(clean)
+            and told['Sample results'] == 4 and told['closed'])
 
 
 # --- inference ---
@@ -331,33 +354,42 @@ class OnlyHere(nn.Sequential):
     def __init__(self): super().__init__(nn.Flatten(), nn.Linear(64, 4000), nn.Linear(4000, 10))
 
 def test_export_to_another_process(make_learner, make_dls, digits, tmp_path):
-    "At most 10 KB more than a plain Learner's file, and a fresh process predicts from it what we do, without the teacher's class"
+    """At most 10 KB more than a plain Learner's file, and a fresh process predicts from it what we do, without the
+    teacher's class"""
     item, probs, sizes = PILImageBW.create(digits.imgs[0]), {}, {}
     def stop(_): raise KeyboardInterrupt
     for event in (None, 'after_pred', 'after_epoch'): # where the fit is interrupted
         for name,method in dict(plain=lambda *_: None, **methods).items():
             learn, fname = make_learner(make_dls(), cbs=method(OnlyHere(), noisy)), f'{name}-{event}.pkl'
-            with pytest.raises(KeyboardInterrupt) if event else nullcontext(): learn.fit(1, .01, cbs=Callback(**{event: stop}) if event else None)
+            with pytest.raises(KeyboardInterrupt) if event else nullcontext():
+                learn.fit(1, .01, cbs=Callback(**{event: stop}) if event else None)
             learn.export(fname)
             probs[fname], sizes[fname] = learn.predict(item)[2].tolist(), (tmp_path/fname).stat().st_size
             assert sizes[fname] <= sizes[f'plain-{event}.pkl'] + 10_000
     np.save(tmp_path/'item.npy', digits.imgs[0])
     code = "import numpy as np, sys; from fastai.vision.all import PILImageBW, load_learner; item = PILImageBW.create(np.load('item.npy')); " \
            "print({name: load_learner(name).predict(item)[2].tolist() for name in sys.argv[1:]})"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *probs], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *probs], cwd=tmp_path, capture_output=True,
+                       text=True)
     assert r.returncode == 0, r.stderr
     assert literal_eval(r.stdout.splitlines()[-1]) == {name: pytest.approx(p, abs=1e-6) for name,p in probs.items()}
 
 
 def test_export_for_fastai_alone(make_images, tmp_path):
-    "After `to_natural` a process that cannot import this package predicts the same, as the works-with page says; without, it cannot read the file"
+    """After `to_natural` a process that cannot import this package predicts the same, as the works-with page says;
+    without, it cannot read the file"""
     dls = ImageDataLoaders.from_folder(make_images(), valid_pct=.3, seed=0, bs=2, num_workers=0)
-    learn = vision_learner(dls, resnet18, pretrained=False, path=tmp_path).to_rkd(nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), attack=PGD(.1, steps=1))
+    learn = vision_learner(dls, resnet18, pretrained=False,
+                           path=tmp_path).to_rkd(nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)),
+                                                 attack=PGD(.1, steps=1))
     learn.export('with.pkl')
     learn.to_natural().export('without.pkl')
-    code = "import sys; sys.modules['rkd_fastai'] = None; from fastai.vision.all import load_learner; print(load_learner(sys.argv[1]).predict('images/dark/0.png')[2].tolist())"
-    run = lambda name: subprocess.run([sys.executable, '-W', 'ignore', '-c', code, name], cwd=tmp_path, capture_output=True, text=True)
-    assert literal_eval(run('without.pkl').stdout.splitlines()[-1]) == pytest.approx(learn.predict(tmp_path/'images/dark/0.png')[2].tolist(), abs=1e-6)
+    code = ("import sys; sys.modules['rkd_fastai'] = None; from fastai.vision.all import load_learner; "
+            "print(load_learner(sys.argv[1]).predict('images/dark/0.png')[2].tolist())")
+    run = lambda name: subprocess.run([sys.executable, '-W', 'ignore', '-c', code, name], cwd=tmp_path,
+                                      capture_output=True, text=True)
+    assert literal_eval(run('without.pkl').stdout.splitlines()[-1]) == pytest.approx(
+        learn.predict(tmp_path/'images/dark/0.png')[2].tolist(), abs=1e-6)
     assert run('with.pkl').returncode
 
 
@@ -366,20 +398,24 @@ def test_export_for_fastai_alone(make_images, tmp_path):
 @pytest.fixture
 def cudnn(monkeypatch):
     "What `set_seed(reproducible=True)` sets is put back"
-    for flag in ('deterministic', 'benchmark'): monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+    for flag in ('deterministic', 'benchmark'):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
 
 @each
 def test_reproducible(method, cudnn, make_learner, make_dls, tiny_net):
-    "From the same seed the same student, bit for bit: shuffling, augmentation, dropout and the attack's noise; another seed, another student"
+    """From the same seed the same student, bit for bit: shuffling, augmentation, dropout and the attack's noise;
+    another seed, another student"""
     def student(seed):
         set_seed(seed, reproducible=True)
-        learn = make_learner(make_dls(batch_tfms=PadCropFlip(1)), tiny_net(dropout=.2), cbs=method(tiny_net(seed=7), noisy))
+        learn = make_learner(make_dls(batch_tfms=PadCropFlip(1)), tiny_net(dropout=.2),
+                             cbs=method(tiny_net(seed=7), noisy))
         learn.fit_one_cycle(2, .01)
         return weights(learn.model), learn.recorder.losses
     (a, losses), (b, other_losses), (c, _) = student(1), student(1), student(2)
     assert same(a, b) and losses == other_losses and not same(a, c)
 
-random_attacks = dict(pgd=noisy, kl=PGD(.1, steps=2, objective='kl'), l2=PGD(.5, steps=2, norm='L2'), restarts=PGD(.1, steps=2, restarts=2),
+random_attacks = dict(pgd=noisy, kl=PGD(.1, steps=2, objective='kl'), l2=PGD(.5, steps=2, norm='L2'),
+                      restarts=PGD(.1, steps=2, restarts=2),
                       ffgsm=FFGSM(.1))
 
 @pytest.mark.parametrize('attack', random_attacks.values(), ids=random_attacks)
@@ -403,7 +439,8 @@ def test_attacks_without_a_start_draw_nothing(attack, digits, tiny_net):
 
 @each
 def test_training_draws_the_attacks_noise_only(method, make_learner, make_dls, tiny_net):
-    "From a batch to its x′ the generator goes as far as the attack, called by hand, takes it; clean distillation leaves it"
+    """From a batch to its x′ the generator goes as far as the attack, called by hand, takes it; clean distillation
+    leaves it"""
     states, seen, net = [], Seen(), tiny_net()
     cb = method(tiny_net(seed=7, dropout=.5), noisy)
     class State(Callback):
@@ -426,9 +463,12 @@ def test_two_averages_are_refused(make_learner):
         with pytest.raises(ValueError, match='two `WeightAveraging`'): learn.fit(1, cbs=second)
         assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
 
-@pytest.mark.parametrize('cbs', [lambda net: AKDCallback(net, attack=still), lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
-    lambda net: [RSLADCallback(net, cache=True, attack=still), CatastrophicOverfitting(stop=True)]], ids=['akd','averaged','cached and watched'])
-@pytest.mark.parametrize('measure', [lambda l: l.validate(), lambda l: (l.tta(n=1), l.summary())], ids=['validate','tta and summary'])
+@pytest.mark.parametrize('cbs', [lambda net: AKDCallback(net, attack=still),
+                                 lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
+    lambda net: [RSLADCallback(net, cache=True, attack=still), CatastrophicOverfitting(stop=True)]],
+                         ids=['akd','averaged','cached and watched'])
+@pytest.mark.parametrize('measure', [lambda l: l.validate(), lambda l: (l.tta(n=1), l.summary())],
+                         ids=['validate','tta and summary'])
 def test_validate_in_the_middle_of_a_fit(cbs, measure, make_learner, make_dls, tiny_net):
     "What another callback measures between two batches is not the end of the fit to ours"
     class Nosy(Callback):
@@ -445,22 +485,27 @@ def test_validate_in_the_middle_of_a_fit(cbs, measure, make_learner, make_dls, t
     assert same(*ends)
 
 ours = {k: lambda net, d, m=methods[k]: m(net, still) for k in ('at','trades','akd','ckd')} | dict(
-    averaging=lambda net, d: WeightAveraging(.5), keep=lambda net, d: KeepEpochs(), catastrophic=lambda net, d: CatastrophicOverfitting(still, n=16),
-    overfitting=lambda net, d: RobustOverfitting(restore=True), resume=lambda net, d: Resume(d/'resume.pth'), finite=lambda net, d: NonFinite(),
+    averaging=lambda net, d: WeightAveraging(.5), keep=lambda net, d: KeepEpochs(), catastrophic=lambda net,
+    d: CatastrophicOverfitting(still, n=16),
+    overfitting=lambda net, d: RobustOverfitting(restore=True), resume=lambda net, d: Resume(d/'resume.pth'),
+    finite=lambda net, d: NonFinite(),
     trajectory=lambda net, d: RecordTrajectory(d/'trajectory', n=16, attack=still))
 
 @loads
 @pytest.mark.parametrize('name,fitted', [*((k, True) for k in ours), ('resume', False)])
 def test_what_else_a_learner_does(name, fitted, make_learner, make_dls, tiny_net, tmp_path):
-    "Each answers as on a plain Learner, and leaves the weights and the files of the callback alone; `Resume` must not bring back those of its file"
-    learn = make_learner(make_dls(n=32, n_valid=16, bs=16, shuffle=False), tiny_net(), metrics=[accuracy, RobustAccuracy(still)], cbs=ours[name](tiny_net(seed=7), tmp_path))
+    """Each answers as on a plain Learner, and leaves the weights and the files of the callback alone; `Resume` must
+    not bring back those of its file"""
+    learn = make_learner(make_dls(n=32, n_valid=16, bs=16, shuffle=False), tiny_net(),
+                         metrics=[accuracy, RobustAccuracy(still)], cbs=ours[name](tiny_net(seed=7), tmp_path))
     if fitted: learn.fit(1, .01)
     learn.model.load_state_dict(tiny_net(seed=3).state_dict())
     plain_learn = make_learner(learn.dls, tiny_net(seed=3))
     files = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
     kept = files()
     assert 'Conv2d' in learn.summary() and 'Conv2d' in plain_learn.summary()
-    for f in (lambda l: l.validate()[:1], lambda l: l.get_preds()[0], lambda l: l.get_preds(with_loss=True)[2], lambda l: l.tta(n=1)[0], lambda l: l.predict(l.dls.valid_ds[0][0])[2]):
+    for f in (lambda l: l.validate()[:1], lambda l: l.get_preds()[0], lambda l: l.get_preds(with_loss=True)[2],
+              lambda l: l.tta(n=1)[0], lambda l: l.predict(l.dls.valid_ds[0][0])[2]):
         np.testing.assert_allclose(f(learn), f(plain_learn), rtol=1e-5)
     learn.show_results(max_n=2); plt.close('all')
     assert files() == kept
@@ -510,7 +555,8 @@ def test_extra_state_that_is_not_plain(make_learner, tiny_net, tmp_path):
     for cb in (KeepEpochs(), Resume(tmp_path/'run.pth')):
         learn = make_learner(model=Opaque(tiny_net()), cbs=cb)
         before = copy.deepcopy(learn.model.net.state_dict())
-        with pytest.raises(ValueError, match='`_extra_state`, which `get_extra_state` returned, is not plain data'): learn.fit(1)
+        with pytest.raises(ValueError, match='`_extra_state`, which `get_extra_state` returned, is not plain data'):
+            learn.fit(1)
         assert all(torch.equal(v, before[k]) for k,v in learn.model.net.state_dict().items())
         assert not list(tmp_path.rglob('*.pth'))
 

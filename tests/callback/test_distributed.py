@@ -7,7 +7,8 @@ from collections import Counter
 
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.distributed import DistributedDL
-from fastai.vision.all import (SGD, BnFreeze, Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback, num_distrib, rank_distrib,
+from fastai.vision.all import (SGD, BnFreeze, Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback,
+                               num_distrib, rank_distrib,
                                set_seed)
 from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -28,18 +29,21 @@ each = pytest.mark.parametrize('name', methods)
 def net(norm='trained', seed=0):
     torch.manual_seed(seed)
     bn = nn.Identity() if norm == 'none' else nn.BatchNorm2d(8)
-    if norm == 'frozen': bn.requires_grad_(False).running_var.fill_(.5) # `BnFreeze` keeps the statistics where the weights are frozen
+    # `BnFreeze` keeps the statistics where the weights are frozen
+    if norm == 'frozen': bn.requires_grad_(False).running_var.fill_(.5)
     return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), bn, nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
 
 def digits(grey=False):
-    "Digits in the order in which the steps take the same images, whether one process takes them or two, each from its half"
+    """Digits in the order in which the steps take the same images, whether one process takes them or two, each from
+    its half"""
     o = load_digits()
     order = np.arange(N).reshape(WORLD, -1, BS) # process, step, image
     if not num_distrib(): order = order.swapaxes(0, 1)
     order = np.r_[order.ravel(), N:N+N_VALID]
     x, y = (o.images[order]*255/16).round().astype(np.uint8), o.target[order]
     if grey: x[:] = 51
-    dls = arrays_dls((x[:N], y[:N]), (x[N:], y[N:]), vocab=list(range(10)), bs=BS*WORLD//max(num_distrib(), 1), device='cpu')
+    dls = arrays_dls((x[:N], y[:N]), (x[N:], y[N:]), vocab=list(range(10)), bs=BS*WORLD//max(num_distrib(), 1),
+                     device='cpu')
     dls.train.shuffle = False
     if not grey: dls.add_tfms([Normalize.from_stats([.3], [.25], cuda=False)], 'after_batch')
     return dls
@@ -49,12 +53,14 @@ class Spy(Callback):
     order, run_valid = 50, False
     def before_fit(self):
         self.wrapped, self.forwards, self.xb = type(self.model), 0, []
-        self.model.register_forward_hook(lambda *_: setattr(self, 'forwards', self.forwards + self.training)) # of the Learner: attacks use eval mode
+        # of the Learner: attacks use eval mode
+        self.model.register_forward_hook(lambda *_: setattr(self, 'forwards', self.forwards + self.training))
     def before_batch(self): self.xb.append(self.learn.xb[0].detach().clone())
 
 def learner(name=None, norm='none', grey=False, attack=STILL, path='.', cbs=(), **kwargs):
     "A Learner with plain SGD, so that a step is the gradient, without our callback where `name` is None"
-    learn = Learner(digits(grey), net(norm), loss_func=CrossEntropyLossFlat(), opt_func=SGD, wd=0., moms=(0.,0.,0.), path=path,
+    learn = Learner(digits(grey), net(norm), loss_func=CrossEntropyLossFlat(), opt_func=SGD, wd=0., moms=(0.,0.,0.),
+                    path=path,
                     cbs=[Spy(), BnFreeze(), *cbs], **kwargs)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
@@ -62,7 +68,8 @@ def learner(name=None, norm='none', grey=False, attack=STILL, path='.', cbs=(), 
 
 def fit(learn, seed=3):
     set_seed(seed)
-    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, .1) # without a launcher it changes nothing; `SyncBatchNorm` needs a GPU
+    # without a launcher it changes nothing; `SyncBatchNorm` needs a GPU
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, .1)
     return learn
 
 def collectives(learn):
@@ -76,8 +83,10 @@ def trained(name, norm):
     metrics = [RobustAccuracy(STILL), RobustAccuracy(STILL, n=21)]
     learn = fit(learner(name, norm, metrics=metrics))
     teacher = next(cb for cb in learn.cbs if isinstance(cb, RobustCallback)).teacher
-    return dict(state=state(learn.model), robust=[v[2:] for v in learn.recorder.values], model=type(learn.model), wrapped=learn.spy.wrapped,
-                forwards=learn.spy.forwards, teacher=state(teacher), teacher_modules={type(m) for m in teacher.modules()})
+    return dict(state=state(learn.model), robust=[v[2:] for v in learn.recorder.values], model=type(learn.model),
+                wrapped=learn.spy.wrapped,
+                forwards=learn.spy.forwards, teacher=state(teacher),
+                teacher_modules={type(m) for m in teacher.modules()})
 
 def noise(seed):
     "The random starts of the attack on grey images, a batch each, and the weights they lead to"
@@ -85,17 +94,20 @@ def noise(seed):
     return torch.stack(learn.spy.xb) - .2, state(learn.model)
 
 def watched():
-    "What `CatastrophicOverfitting` takes for the best accuracy where one process alone sees a collapse, which images it looks at, and how many epochs there were"
+    """What `CatastrophicOverfitting` takes for the best accuracy where one process alone sees a collapse, which
+    images it looks at, and how many epochs there were"""
     from rkd_fastai.callback import monitor
     accs, seen = iter([(.5, .9), (.8, .1)]), []
-    measure, monitor.robust_accuracy = monitor.robust_accuracy, lambda model, x, y, attack: (seen.append((len(x), y.tolist())), next(accs)[rank_distrib()])[1]
+    measure, monitor.robust_accuracy = monitor.robust_accuracy, lambda model, x, y, attack: (
+        seen.append((len(x), y.tolist())), next(accs)[rank_distrib()])[1]
     cb = CatastrophicOverfitting(STILL, n=N_VALID, stop=True)
     learn = fit(learner('akd', cbs=[cb]))
     monitor.robust_accuracy = measure
     return cb.best, seen, len(learn.recorder.values)
 
 def main(out):
-    faulthandler.dump_traceback_later(120, exit=True) # a process that hangs says where, and is gone before the launcher is
+    # a process that hangs says where, and is gone before the launcher is
+    faulthandler.dump_traceback_later(120, exit=True)
     def broadcast(self, t, rank): # fastai's own needs a GPU
         t = torch.tensor(t)
         torch.distributed.broadcast(t, rank)
@@ -116,8 +128,10 @@ def main(out):
 def out(tmp_path_factory):
     "The folder in which two processes have left their results"
     out = tmp_path_factory.mktemp('distributed')
-    cmd = [sys.executable, '-m', 'accelerate.commands.launch', *LAUNCH[2:], '--main_process_port', '0', __file__, out] # port 0: a free one
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HOME=str(out))
+    # port 0: a free one
+    cmd = [sys.executable, '-m', 'accelerate.commands.launch', *LAUNCH[2:], '--main_process_port', '0', __file__, out]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
+                            HF_HOME=str(out))
     res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=150)
     assert res.returncode == 0, res.stdout[-2000:] + res.stderr[-8000:]
     return out
@@ -164,7 +178,8 @@ def test_only_the_student_is_wrapped(name, ranks):
 
 @each
 def test_the_attack_synchronises_nothing(name, ranks):
-    "The wrapped student runs once a step, its second pass goes past the wrapper, and the processes talk as often as in plain fastai training"
+    """The wrapped student runs once a step, its second pass goes past the wrapper, and the processes talk as often
+    as in plain fastai training"""
     steps = 2*N//(WORLD*BS)
     for r in ranks:
         assert all(r[name,norm]['forwards'] == steps for norm in norms)
@@ -202,11 +217,13 @@ def test_checkpoints(out):
 
 def test_another_trainings_epochs_are_refused_by_all(ranks):
     "Though the first process alone sees them: the second would wait for it without end"
-    assert ['epoch_1 to epoch_2 of another training' in r['refused'] for r in ranks] == [True, False] and 'holds epochs of another training' in ranks[1]['refused']
+    assert (['epoch_1 to epoch_2 of another training' in r['refused'] for r in ranks] == [True, False]
+            and 'holds epochs of another training' in ranks[1]['refused'])
 
 if __name__ == '__main__': main(sys.argv[1])
 
 def test_a_collapse_is_one_for_all(ranks):
-    "The first process's accuracy of the same images counts in each, or one would end the fit while the others wait for it"
+    """The first process's accuracy of the same images counts in each, or one would end the fit while the others wait
+    for it"""
     a, b = (r['watched'] for r in ranks)
     assert a == b and a[0] == .8 and a[1][0][0] == N_VALID and a[2] == 2

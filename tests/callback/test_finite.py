@@ -16,7 +16,8 @@ class AtStart(Callback):
     def before_batch(self): self.state = copy.deepcopy(self.model.state_dict())
 
 def stops(learn, *says, lr=1e-2):
-    "The last line of the error that `learn.fit(3)` ends with; the weights are those before that batch, and a further fit is well"
+    """The last line of the error that `learn.fit(3)` ends with; the weights are those before that batch, and a
+    further fit is well"""
     learn.add_cb(was := AtStart())
     with pytest.raises(FloatingPointError) as e: learn.fit(3, lr)
     for s in says: assert s in str(e.value), str(e.value)
@@ -50,14 +51,18 @@ class BadNet(nn.Module):
 
 class BadTeacher(nn.Module):
     "One that returns NaN for one image of a batch once its calls are used up"
-    def __init__(self, n): super().__init__(); self.calls, self.net = [n], nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    def __init__(self, n):
+        super().__init__()
+        self.calls, self.net = [n], nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     def forward(self, x):
         self.calls[0] -= len(x) == 32 # the first check asks about two, and that of its accuracy about a batch
-        return self.net(x) * torch.tensor([nan if self.calls[0] == -1 and len(x) == 32 else 1.] + [1.]*(len(x)-1))[:,None]
+        return self.net(x) * torch.tensor([nan if self.calls[0] == -1 and len(x) == 32 else 1.]
+                                          + [1.]*(len(x)-1))[:,None]
 
 def methods(teacher=None, attack=pgd):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) if teacher is None else teacher
-    return dict(at=AdversarialTraining(attack), trades=TRADES(attack), akd=AKDCallback(teacher, attack=attack), rslad=RSLADCallback(teacher, attack=attack),
+    return dict(at=AdversarialTraining(attack), trades=TRADES(attack), akd=AKDCallback(teacher, attack=attack),
+                rslad=RSLADCallback(teacher, attack=attack),
                 ard=ARDCallback(teacher, attack=attack), ckd=CKDCallback(teacher))
 attacking = [k for k in methods() if k != 'ckd']
 
@@ -65,7 +70,8 @@ attacking = [k for k in methods() if k != 'ckd']
 @pytest.mark.parametrize('method', attacking)
 def test_attack(make_learner, method, value):
     learn = make_learner(cbs=[methods(attack=BadAttack(4, value))[method], NonFinite()])
-    stops(learn, 'epoch 2, batch 2: ', 'given images that contain NaN or inf' if method == 'akd' else 'the adversarial images contain NaN', 'look at the attack')
+    stops(learn, 'epoch 2, batch 2: ', 'given images that contain NaN or inf' if method == 'akd'
+          else 'the adversarial images contain NaN', 'look at the attack')
     is_well(learn)
 
 @pytest.mark.parametrize('method', ['akd','rslad','ard','ckd'])
@@ -77,7 +83,8 @@ def test_teacher(make_learner, method):
 class Unchecked(Teacher):
     def probs(self, x, T=1.): return super().probs(x, T)*(nan if x.shape[0] == 32 else 1.)
 def test_teacher_that_does_not_look_itself(make_learner):
-    stops(make_learner(cbs=[RSLADCallback(Unchecked(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), attack=pgd), NonFinite()]), "epoch 1, batch 1: the teacher's probabilities contain NaN")
+    stops(make_learner(cbs=[RSLADCallback(Unchecked(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), attack=pgd),
+                            NonFinite()]), "epoch 1, batch 1: the teacher's probabilities contain NaN")
 
 @pytest.mark.parametrize('method', [None, *methods()])
 def test_images(make_learner, make_dls, method):
@@ -92,9 +99,11 @@ def test_images(make_learner, make_dls, method):
 @pytest.mark.parametrize('value', [nan, inf, 3e38])
 @pytest.mark.parametrize('method', [None, *methods()])
 def test_logits(make_learner, tiny_net, method, value):
-    learn = make_learner(model=BadNet(tiny_net(), 4 if method not in ('trades','rslad','ard') else 8, value), cbs=[NonFinite(), *([methods()[method]] if method else [])])
+    learn = make_learner(model=BadNet(tiny_net(), 4 if method not in ('trades','rslad','ard') else 8, value),
+                         cbs=[NonFinite(), *([methods()[method]] if method else [])])
     with torch.no_grad(): learn.model.net[-1].weight.mul_(20)
-    said = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the learning rate")
+    said = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the "
+                                              "learning rate")
     assert 'The weights are those before this batch' in said
 
 @pytest.mark.parametrize('method', ['at','akd','rslad','trades'])
@@ -106,7 +115,9 @@ def test_logits_that_overflow_under_the_attack_too(make_learner, method):
 
 class OddLoss(nn.Module):
     "Cross-entropy that once is `value`, or whose gradient is"
-    def __init__(self, n, value, gradient): super().__init__(); self.later, self.value, self.gradient = Later(n), value, gradient
+    def __init__(self, n, value, gradient):
+        super().__init__()
+        self.later, self.value, self.gradient = Later(n), value, gradient
     def forward(self, pred, targ):
         loss = F.cross_entropy(pred, targ)
         if not torch.is_grad_enabled() or not self.later.now(): return loss
@@ -137,15 +148,20 @@ def test_student_diverges(make_learner, method):
 
 def test_last_step_overflows(make_learner):
     learn = make_learner(opt_func=SGD, cbs=NonFinite())
-    learn.add_cb(Callback(after_step=lambda self: self.model[0].weight.data.fill_(inf) if (self.epoch, self.iter) == (1, 2) else None))
-    with pytest.raises(FloatingPointError, match="epoch 2, batch 3: the student's weights are not finite: lower the learning rate"): learn.fit(2)
+    learn.add_cb(Callback(after_step=lambda self: self.model[0].weight.data.fill_(inf)
+                          if (self.epoch, self.iter) == (1, 2) else None))
+    with pytest.raises(FloatingPointError, match="epoch 2, batch 3: the student's weights are not finite: lower the "
+                                                 "learning rate"):
+        learn.fit(2)
 
 @pytest.mark.parametrize('method', [None, *methods()])
 def test_weights_are_the_cause(make_learner, method):
     "However they show"
     learn = make_learner(cbs=[NonFinite(), *([methods()[method]] if method else [])])
     learn.add_cb(Callback(after_step=lambda self: self.model[0].weight.data.fill_(nan) if self.iter == 1 else None))
-    with pytest.raises(FloatingPointError, match="epoch 1, batch 3: the student's weights are not finite: lower the learning rate"): learn.fit(1)
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 3: the student's weights are not finite: lower the "
+                                                 "learning rate"):
+        learn.fit(1)
 
 class Two(nn.Module):
     "Two heads, in a dict"
@@ -164,11 +180,13 @@ def test_changes_no_bit(make_learner, make_dls, tiny_net, method):
     for watch in ([], [NonFinite()]):
         torch.manual_seed(0)
         cbs = [methods()[method]] if method else []
-        learn = make_learner(model=tiny_net(dropout=.3), cbs=[*watch, *cbs, MixUp(.4), GradientAccumulation(64), GradientClip(1.)])
+        learn = make_learner(model=tiny_net(dropout=.3), cbs=[*watch, *cbs, MixUp(.4), GradientAccumulation(64),
+                                                              GradientClip(1.)])
         torch.manual_seed(0)
         learn.dls.rng.seed(0)
         learn.fit_one_cycle(2, 1e-2)
-        ends.append(({k: v.clone() for k,v in learn.model.state_dict().items()}, torch.get_rng_state(), [list(v)[:-1] for v in learn.recorder.values]))
+        ends.append(({k: v.clone() for k,v in learn.model.state_dict().items()}, torch.get_rng_state(),
+                     [list(v)[:-1] for v in learn.recorder.values]))
     (a, rng_a, seen_a), (b, rng_b, seen_b) = ends
     assert all(torch.equal(v, b[k]) for k,v in a.items()) and torch.equal(rng_a, rng_b) and str(seen_a) == str(seen_b)
 
@@ -185,7 +203,8 @@ class Scaler:
     def __init__(self, scale, enabled=True): self.scale, self.enabled = scale, enabled
     def is_enabled(self): return self.enabled
     def get_scale(self): return self.scale
-@pytest.mark.parametrize('scaler, trips', [(Scaler(65536.), False), (Scaler(1.), False), (Scaler(.5), True), (Scaler(65536., False), True)])
+@pytest.mark.parametrize('scaler, trips', [(Scaler(65536.), False), (Scaler(1.), False), (Scaler(.5), True),
+                                           (Scaler(65536., False), True)])
 def test_gradients_that_a_scaler_leaves_out(make_learner, scaler, trips):
     learn = make_learner(cbs=NonFinite(), opt_func=SGD)
     learn.scaler = scaler

@@ -1,10 +1,12 @@
-"Long trainings stay as they began: memory flat, steps as fast, no file left open; whatever stops one, wherever, the Learner can be fitted again as if it were new."
+"""Long trainings stay as they began: memory flat, steps as fast, no file left open; whatever stops one, wherever,
+the Learner can be fitted again as if it were new."""
 import copy, gc, linecache, os, random, sys, threading, time
 
 import numpy as np, pytest, torch, torch.nn as nn
 from torch._subclasses import FakeTensor
 from fastai.callback.core import event
-from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
+                               CancelFitException, CancelStepException,
                                CancelTrainException, CancelValidException)
 
 from rkd_fastai.all import *
@@ -23,16 +25,22 @@ methods = dict(
 
 class Wide(nn.Module):
     "A network whose activations and images a leak could not hide"
-    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+                                 nn.Linear(1024, 10))
     def forward(self, x): return self.net(x)
 
 def resident():
     "Bytes of this process that are in memory"
     with open('/proc/self/statm') as f: return int(f.read().split()[1])*os.sysconf('SC_PAGE_SIZE')
 def alive():
-    "Bytes of all tensors that Python knows, one-element ones left out, as fastai's Recorder keeps each loss, and the ones without memory that torch.compile keeps"
+    """Bytes of all tensors that Python knows, one-element ones left out, as fastai's Recorder keeps each loss, and
+    the ones without memory that torch.compile keeps"""
     gc.collect()
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor) and t.layout == torch.strided and t.numel() > 1}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
+             if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor) and t.layout == torch.strided
+             and t.numel() > 1}
     return sum(found.values())
 
 class Watch(Callback):
@@ -55,7 +63,8 @@ def long_run(make_learner, make_dls, tiny_net, name, steps, every):
     return watch
 
 @needs_proc
-@pytest.mark.parametrize('name', ['at','akd','rslad', *(pytest.param(m, marks=pytest.mark.slow) for m in ('trades','ckd'))])
+@pytest.mark.parametrize('name', ['at','akd','rslad', *(pytest.param(m, marks=pytest.mark.slow)
+                                                        for m in ('trades','ckd'))])
 def test_a_hundred_steps(name, make_learner, make_dls, tiny_net):
     "Not one tensor more from step to step; a batch of images, or a graph, kept a step would be 10 MB"
     watch = long_run(make_learner, make_dls, tiny_net, name, 120, 20)
@@ -69,7 +78,8 @@ def test_two_thousand_steps(name, make_learner, make_dls, tiny_net):
     watch = long_run(make_learner, make_dls, tiny_net, name, 2000, 100)
     assert len(set(watch.alive[2:])) == 1, watch.alive
     assert watch.resident[-1] - watch.resident[4] < 8e6, watch.resident
-    early, late = (np.quantile(watch.seconds[a:b], .1) for a,b in ((200, 600), (1600, 2000))) # of the quick steps: others are slow for what else runs here
+    # of the quick steps: others are slow for what else runs here
+    early, late = (np.quantile(watch.seconds[a:b], .1) for a,b in ((200, 600), (1600, 2000)))
     assert late < 1.3*early, (early, late)
 
 @needs_proc
@@ -85,18 +95,21 @@ def test_attacks_and_teachers_keep_nothing(how):
     for _ in range(20): once()
     held, was = alive(), resident()
     for _ in range(100): once()
-    assert alive() <= held and resident() - was < 4e6 # less, where something of an earlier test has ended meanwhile; so for files and threads below
+    # less, where something of an earlier test has ended meanwhile; so for files and threads below
+    assert alive() <= held and resident() - was < 4e6
 
 @needs_proc
 @pytest.mark.parametrize('ends', ['well','badly'])
 def test_no_file_stays_open(ends, make_learner, tmp_path, tiny_net, open_files):
     was, threads = open_files(), threading.active_count()
     for i in range(3):
-        learn = make_learner(cbs=[*methods['akd'](tiny_net(seed=7)), KeepEpochs(overwrite=True), Resume(tmp_path/'r', every=1)], metrics=RobustAccuracy(pgd, n=8))
+        learn = make_learner(cbs=[*methods['akd'](tiny_net(seed=7)), KeepEpochs(overwrite=True),
+                                  Resume(tmp_path/'r', every=1)], metrics=RobustAccuracy(pgd, n=8))
         learn.dls.rng.seed(0)
         if ends == 'well': learn.fit(2); (tmp_path/'r').unlink()
         else:
-            with pytest.raises(ZeroDivisionError): learn.fit(2, cbs=Callback(after_backward=lambda self: 1/(self.train_iter != 3 + i) and None))
+            with pytest.raises(ZeroDivisionError):
+                learn.fit(2, cbs=Callback(after_backward=lambda self: 1/(self.train_iter != 3 + i) and None))
         learn.robustness(['clean','pgd2'], .1, state_path=tmp_path/f's{i}')
         Teacher.at_epoch(learn.path/'models', 'best', tiny_net())
     gc.collect()
@@ -105,7 +118,8 @@ def test_no_file_stays_open(ends, make_learner, tmp_path, tiny_net, open_files):
 # --- whatever stops it ---
 
 def fresh(make_learner, make_dls, tiny_net, name, **kwargs):
-    return make_learner(make_dls(n=96, n_valid=32, shuffle=False, bs=32), tiny_net(dropout=.2), cbs=methods[name](tiny_net(seed=7)), metrics=[RobustAccuracy(PGD(.1, steps=1), n=8)], **kwargs)
+    return make_learner(make_dls(n=96, n_valid=32, shuffle=False, bs=32), tiny_net(dropout=.2),
+                        cbs=methods[name](tiny_net(seed=7)), metrics=[RobustAccuracy(PGD(.1, steps=1), n=8)], **kwargs)
 
 def seeded_fit(learn):
     torch.manual_seed(5); random.seed(5); np.random.seed(5)
@@ -113,7 +127,8 @@ def seeded_fit(learn):
     return learn.model
 
 def goes_on_as_new(learn, other):
-    "Raise unless a fit of `learn`, which was stopped, is to the bit that of the fresh Learner `other` from the same weights and optimiser"
+    """Raise unless a fit of `learn`, which was stopped, is to the bit that of the fresh Learner `other` from the
+    same weights and optimiser"""
     assert not learn.lock.locked() and torch.is_grad_enabled() and not torch.is_autocast_enabled()
     assert all(p.requires_grad for p in learn.model.parameters())
     assert not any('forward' in vars(m) or m._forward_hooks for m in learn.model.modules())
@@ -140,10 +155,15 @@ class Cancels(Callback):
         def now():
             if self.learn.training == training and self.epoch < 2: raise what()
         setattr(self, event, now)
-cancels = dict(after_cancel_batch=('after_loss', CancelBatchException), after_cancel_backward=('before_backward', CancelBackwardException), after_cancel_step=('before_step', CancelStepException),
-               after_cancel_train=('after_batch', CancelTrainException), after_cancel_validate=('after_batch', CancelValidException, False),
-               after_cancel_epoch=('before_train', CancelEpochException), after_cancel_fit=('after_batch', CancelFitException))
-events = [e for e in vars(event) if e.split('_')[0] in ('before','after') and e != 'after_create'] # in that there is no Learner yet
+cancels = dict(after_cancel_batch=('after_loss', CancelBatchException),
+               after_cancel_backward=('before_backward', CancelBackwardException),
+               after_cancel_step=('before_step', CancelStepException),
+               after_cancel_train=('after_batch', CancelTrainException),
+               after_cancel_validate=('after_batch', CancelValidException, False),
+               after_cancel_epoch=('before_train', CancelEpochException),
+               after_cancel_fit=('after_batch', CancelFitException))
+# in that there is no Learner yet
+events = [e for e in vars(event) if e.split('_')[0] in ('before','after') and e != 'after_create']
 
 def test_these_are_all_events(): assert len(events) == 23 and {e for e in events if 'cancel' in e} == set(cancels)
 
@@ -154,7 +174,8 @@ def test_raised_in_any_event(event, name, first, make_learner, make_dls, tiny_ne
     make = lambda: fresh(make_learner, make_dls, tiny_net, name)
     error = RuntimeError if first == (name == 'akd') else KeyboardInterrupt
     learn = make()
-    cbs = [raises := Raises(event, error, -1000 if first else 1000)] + ([Cancels(*cancels[event])] if event in cancels else [])
+    cbs = ([raises := Raises(event, error, -1000 if first else 1000)]
+           + ([Cancels(*cancels[event])] if event in cancels else []))
     with pytest.raises(error, match='stopped'): learn.fit(3, .01, cbs=cbs)
     assert raises.n
     goes_on_as_new(learn, make())
@@ -167,17 +188,26 @@ def cut(mp, owner, name, n):
         if len(calls) == n: raise KeyboardInterrupt
         return f(*args, **kwargs)
     mp.setattr(owner, name, g)
-def ctrl_c_after(n): return lambda *_, calls=[]: calls.append(1) or (_ for _ in ()).throw(KeyboardInterrupt()) if len(calls) == n-1 else calls.append(1)
+def ctrl_c_after(n):
+    return lambda *_, calls=[]: calls.append(1) or (_ for _ in ()).throw(KeyboardInterrupt()) if len(
+        calls) == n-1 else calls.append(1)
 
 places = dict( # how to lay it: (Learner, the how manieth call, monkeypatch), what to take off afterwards
-    attack=lambda l, n, mp: cut(mp, PGD, '_ascend', n), step_of_the_attack=lambda l, n, mp: cut(mp, PGD, 'loss', n), forward=lambda l, n, mp: cut(mp, nn.Linear, 'forward', n),
-    teacher=lambda l, n, mp: cut(mp, Teacher, 'probs', n), backward=lambda l, n, mp: l.model[0].weight.register_hook(ctrl_c_after(n)),
-    hook=lambda l, n, mp: l.model[2].register_forward_pre_hook(ctrl_c_after(n)), step=lambda l, n, mp: (l.create_opt(), cut(mp, l.opt, 'step', n))[0],
-    loss=lambda l, n, mp: cut(mp, torch.nn.functional, 'log_softmax', n), data=lambda l, n, mp: cut(mp, l.dls.train, 'create_item', 33*n), metric=lambda l, n, mp: cut(mp, RobustAccuracy, 'accumulate', n),
-    statistics=lambda l, n, mp: cut(mp, nn.BatchNorm2d, 'forward', n), average=lambda l, n, mp: cut(mp, WeightAveraging, '_load', n))
+    attack=lambda l, n, mp: cut(mp, PGD, '_ascend', n), step_of_the_attack=lambda l, n, mp: cut(mp, PGD, 'loss', n),
+              forward=lambda l, n, mp: cut(mp, nn.Linear, 'forward', n),
+    teacher=lambda l, n, mp: cut(mp, Teacher, 'probs', n), backward=lambda l, n,
+              mp: l.model[0].weight.register_hook(ctrl_c_after(n)),
+    hook=lambda l, n, mp: l.model[2].register_forward_pre_hook(ctrl_c_after(n)), step=lambda l, n,
+              mp: (l.create_opt(), cut(mp, l.opt, 'step', n))[0],
+    loss=lambda l, n, mp: cut(mp, torch.nn.functional, 'log_softmax', n), data=lambda l, n,
+              mp: cut(mp, l.dls.train, 'create_item', 33*n), metric=lambda l, n,
+              mp: cut(mp, RobustAccuracy, 'accumulate', n),
+    statistics=lambda l, n, mp: cut(mp, nn.BatchNorm2d, 'forward', n), average=lambda l, n,
+              mp: cut(mp, WeightAveraging, '_load', n))
 
 @pytest.mark.parametrize('n', [1, 2, 4])
-@pytest.mark.parametrize('where,name', [(p, name) for p in places for name in ('akd','rslad') if (p, name) != ('average','rslad')])
+@pytest.mark.parametrize('where,name', [(p, name) for p in places for name in ('akd','rslad')
+                                        if (p, name) != ('average','rslad')])
 def test_interrupted_in(where, name, n, make_learner, make_dls, tiny_net, monkeypatch):
     make = lambda: fresh(make_learner, make_dls, tiny_net, name)
     learn = make()
@@ -188,11 +218,16 @@ def test_interrupted_in(where, name, n, make_learner, make_dls, tiny_net, monkey
     goes_on_as_new(learn, make())
 
 class At:
-    "Ctrl-C at the `n`-th line of this package that Python executes; it looks for Ctrl-C at calls and jumps, and at no `try`"
+    """Ctrl-C at the `n`-th line of this package that Python executes; it looks for Ctrl-C at calls and jumps, and at
+    no `try`"""
     def __init__(self, n): self.left, self.where = n, None
-    def __call__(self, frame, what, arg): return self.line if '/rkd_fastai/' in frame.f_code.co_filename and '/tests/' not in frame.f_code.co_filename else None
+    def __call__(self, frame, what, arg):
+        return (self.line if '/rkd_fastai/' in frame.f_code.co_filename and '/tests/' not in frame.f_code.co_filename
+                else None)
     def line(self, frame, what, arg):
-        if what != 'line' or linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() in ('try:', 'finally:', 'try: put_back()'): return self.line
+        if what != 'line' or linecache.getline(frame.f_code.co_filename,
+                                               frame.f_lineno).strip() in ('try:', 'finally:', 'try: put_back()'):
+            return self.line
         self.left -= 1
         if not self.left:
             self.where = f'{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}'

@@ -1,10 +1,14 @@
-"`Resume`: whatever is killed wherever goes on with the same bits; another training, a bad file and a full disk are refused and change nothing."
+"""`Resume`: whatever is killed wherever goes on with the same bits; another training, a bad file and a full disk are
+refused and change nothing."""
 import errno, functools, gc, os, pickle, random, signal, subprocess, sys, time, warnings, weakref
 
 import numpy as np, pytest, torch, torch.nn as nn
-from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, DataLoaders, EarlyStoppingCallback, GradientAccumulation,
-                               GradientClip, L, LabelSmoothingCrossEntropyFlat, MixUp, OptimWrapper, PartialDL, ProgressCallback, ReduceLROnPlateau,
-                               SaveModelCallback, TensorImage, Transform, accuracy, aug_transforms, load_learner, params, set_seed)
+from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, DataLoaders,
+                               EarlyStoppingCallback, GradientAccumulation,
+                               GradientClip, L, LabelSmoothingCrossEntropyFlat, MixUp, OptimWrapper, PartialDL,
+                               ProgressCallback, ReduceLROnPlateau,
+                               SaveModelCallback, TensorImage, Transform, accuracy, aug_transforms, load_learner,
+                               params, set_seed)
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.core import EachEpoch
@@ -25,12 +29,15 @@ class Where(Callback):
     "What a callback is told about the place in the training"
     order, run_valid, only_shows = -5, False, True # right after `TrainEvalCallback`
     def before_fit(self): self.seen = []
-    def before_batch(self): self.seen.append((self.epoch, self.iter, self.train_iter, self.n_iter, self.n_epoch, self.pct_train))
+    def before_batch(self):
+        self.seen.append((self.epoch, self.iter, self.train_iter, self.n_iter, self.n_epoch, self.pct_train))
 class Draws(Transform):
     "A transform of the training batch by Python's, NumPy's and PyTorch's random numbers"
     order, split_idx = 20, 0
     def __init__(self, size=8): self.size = size
-    def encodes(self, x: TensorImage): return x*(1 - random.random()/self.size)*(1 - np.random.rand()/self.size)*(1 - torch.rand(len(x),1,1,1)/self.size)
+    def encodes(self, x: TensorImage):
+        return x*(1 - random.random()/self.size)*(1 - np.random.rand()/self.size)*(
+            1 - torch.rand(len(x),1,1,1)/self.size)
 
 @pytest.fixture
 def base(make_learner, make_dls, tiny_net, tmp_path):
@@ -38,7 +45,8 @@ def base(make_learner, make_dls, tiny_net, tmp_path):
     def make(net=0, dls=None, cbs=(), model=None, teacher=None, **kwargs):
         if dls is None: dls = make_dls(n=128)
         if callable(teacher): cbs = [teacher(tiny_net(seed=7)), *L(cbs)]
-        return make_learner(dls, tiny_net(seed=net, dropout=.3) if model is None else model, cbs=cbs, **dict(metrics=accuracy) | kwargs)
+        return make_learner(dls, tiny_net(seed=net, dropout=.3) if model is None else model, cbs=cbs,
+                            **dict(metrics=accuracy) | kwargs)
     return make
 
 def one_cycle(learn, cbs=()): learn.fit_one_cycle(3, .01, cbs=cbs)
@@ -51,10 +59,14 @@ def weights(learn): return bits(learn.model.state_dict())
 def end(learn):
     "All that a training leaves behind"
     rec, rng = learn.recorder, getattr(learn.dls.train, 'rng', None)
-    return dict(weights=weights(learn), opt=bits(learn.opt.state_dict()), lrs=[float(v) for v in rec.lrs], losses=[v.item() for v in rec.losses],
-        values=[list(v) for v in rec.values], iters=list(rec.iters), smooth=(rec.smooth_loss.count, rec.smooth_loss.val.item()),
-        hps={k: np.array(v).tolist() for k,v in getattr(rec, 'hps', {}).items()}, names=list(rec.metric_names), train_iter=learn.train_iter, n_epoch=learn.n_epoch,
-        python=random.getstate(), numpy=[bits(torch.tensor(v)) for v in np.random.get_state()[1:]], torch=bits(torch.get_rng_state()), order=rng and rng.getstate())
+    return dict(weights=weights(learn), opt=bits(learn.opt.state_dict()), lrs=[float(v) for v in rec.lrs],
+                losses=[v.item() for v in rec.losses],
+        values=[list(v) for v in rec.values], iters=list(rec.iters),
+                smooth=(rec.smooth_loss.count, rec.smooth_loss.val.item()),
+        hps={k: np.array(v).tolist() for k,v in getattr(rec, 'hps', {}).items()}, names=list(rec.metric_names),
+                train_iter=learn.train_iter, n_epoch=learn.n_epoch,
+        python=random.getstate(), numpy=[bits(torch.tensor(v)) for v in np.random.get_state()[1:]],
+                torch=bits(torch.get_rng_state()), order=rng and rng.getstate())
 def differ(a, b): return [k for k in a if a[k] != b[k]]
 def run(make, fit, cbs=(), seed=0, dies=False, **kwargs):
     "A Learner made and trained from `seed`, and killed in it where `dies`"
@@ -65,7 +77,8 @@ def run(make, fit, cbs=(), seed=0, dies=False, **kwargs):
     else: fit(learn, cbs)
     return learn
 def check(make, folder, fit=one_cycle, kills=((None, 6),), event='after_batch'):
-    "Raise unless a training kept `every` batches and killed at `step` goes on, from another network and other random numbers, to the end of a whole one without `Resume`"
+    """Raise unless a training kept `every` batches and killed at `step` goes on, from another network and other
+    random numbers, to the end of a whole one without `Resume`"""
     want = end(run(make, fit))
     for every,step in kills:
         path = folder/f'{every}_{step}.pth'
@@ -80,11 +93,14 @@ def check(make, folder, fit=one_cycle, kills=((None, 6),), event='after_batch'):
 @pytest.mark.parametrize('every', [None, 1, 3])
 def test_killed_after_any_batch(every, base, make_dls, tmp_path):
     "Twelve batches, and a power cut after each of them"
-    make = lambda **kw: base(**kw, dls=make_dls(n=128, batch_tfms=[PadCropFlip(1), Draws()]), cbs=[AdversarialTraining(PGD(.1, steps=1)), WeightAveraging(.9)])
+    make = lambda **kw: base(**kw, dls=make_dls(n=128, batch_tfms=[PadCropFlip(1), Draws()]),
+                             cbs=[AdversarialTraining(PGD(.1, steps=1)), WeightAveraging(.9)])
     check(make, tmp_path, kills=[(every, step) for step in range(every or 5, 13)]) # from the first that is kept on
 
-@pytest.mark.parametrize('event,step', [('before_train', 4), ('before_epoch', 8), ('before_batch', 7), ('after_loss', 6), ('before_backward', 6), ('after_backward', 5),
-                                        ('before_step', 6), ('after_step', 9), ('after_train', 8), ('before_validate', 8), ('after_epoch', 8), ('after_fit', 12)])
+@pytest.mark.parametrize('event,step', [('before_train', 4), ('before_epoch', 8), ('before_batch', 7),
+                                        ('after_loss', 6), ('before_backward', 6), ('after_backward', 5),
+                                        ('before_step', 6), ('after_step', 9), ('after_train', 8),
+                                        ('before_validate', 8), ('after_epoch', 8), ('after_fit', 12)])
 def test_killed_at_any_event(event, step, base, tmp_path):
     "A gradient that was on its way counts once"
     check(base, tmp_path, kills=[(None, step), (2, step)], event=event)
@@ -104,13 +120,15 @@ trainings = dict(
     mixup_akd = dict(teacher=lambda t: AKDCallback(t, attack=attack), cbs=lambda: MixUp(.4)),
     cutmix = dict(cbs=lambda: CutMix(1.)),
     cutmix_at = dict(teacher=lambda t: AdversarialTraining(attack), cbs=lambda: CutMix(1.)),
-    robust_accuracy = dict(teacher=lambda t: AdversarialTraining(attack), metrics=lambda: [accuracy, RobustAccuracy(attack, n=20)]),
+    robust_accuracy = dict(teacher=lambda t: AdversarialTraining(attack),
+                           metrics=lambda: [accuracy, RobustAccuracy(attack, n=20)]),
     smoothing = dict(loss_func=lambda: LabelSmoothingCrossEntropyFlat()),
     groups = dict(splitter=lambda: lambda m: [params(m[:3]), params(m[3:])], wd=lambda: [.1, .01]),
     sgd = dict(opt_func=lambda: SGD),
     nesterov = dict(opt_func=lambda: sgd_nesterov),
     adamw = dict(opt_func=lambda: lambda ps, lr: OptimWrapper(ps, torch.optim.AdamW, lr=lr)),
-    everything = dict(teacher=lambda t: AKDCallback(t, attack=attack), cbs=lambda: [WeightAveraging(), GradientAccumulation(64), GradientClip(.1), MixUp(.4)],
+    everything = dict(teacher=lambda t: AKDCallback(t, attack=attack),
+                      cbs=lambda: [WeightAveraging(), GradientAccumulation(64), GradientClip(.1), MixUp(.4)],
                       opt_func=lambda: sgd_nesterov))
 
 @pytest.mark.parametrize('which', trainings)
@@ -119,13 +137,17 @@ def test_every_training(which, base, tmp_path):
     made = lambda: {k: v if k == 'teacher' else v() for k,v in trainings[which].items()}
     check(lambda **kw: base(**kw, **made()), tmp_path, kills=[(None, 6), (3, 8)])
 
-fits = dict(fit=lambda l, cbs: l.fit(3, .01, cbs=cbs), one_cycle=one_cycle, flat_cos=lambda l, cbs: l.fit_flat_cos(3, .01, cbs=cbs), exp=lambda l, cbs: l.fit_exp(3, .01, cbs=cbs),
-            rkd=lambda l, cbs: l.fit_rkd(3, .01, cbs=cbs), sliced=lambda l, cbs: l.fit_one_cycle(3, slice(.001, .01), cbs=cbs), later=lambda l, cbs: l.fit_one_cycle(3, .01, start_epoch=1, cbs=cbs))
+fits = dict(fit=lambda l, cbs: l.fit(3, .01, cbs=cbs), one_cycle=one_cycle, flat_cos=lambda l,
+            cbs: l.fit_flat_cos(3, .01, cbs=cbs), exp=lambda l, cbs: l.fit_exp(3, .01, cbs=cbs),
+            rkd=lambda l, cbs: l.fit_rkd(3, .01, cbs=cbs), sliced=lambda l,
+            cbs: l.fit_one_cycle(3, slice(.001, .01), cbs=cbs), later=lambda l,
+            cbs: l.fit_one_cycle(3, .01, start_epoch=1, cbs=cbs))
 @pytest.mark.parametrize('how', fits)
 def test_every_schedule(how, base, tmp_path):
     "`start_epoch` skips the first epoch, of which there is no batch to remember"
     step = 3 if how == 'later' else 6
-    check(lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])]), tmp_path, fits[how], [(None, step), (3, step+1)])
+    check(lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])]), tmp_path, fits[how],
+          [(None, step), (3, step+1)])
 
 class Counting(nn.Module):
     "Counts its training steps in its extra state"
@@ -142,10 +164,13 @@ def test_extra_state(base, tiny_net, tmp_path):
 
 def partial_dls(make_dls):
     dls = make_dls(n=160)
-    return DataLoaders(PartialDL(dls.train_ds, bs=32, partial_n=128, shuffle=True, num_workers=0, after_batch=dls.train.after_batch), dls.valid)
+    return DataLoaders(PartialDL(dls.train_ds, bs=32, partial_n=128, shuffle=True, num_workers=0,
+                                 after_batch=dls.train.after_batch), dls.valid)
 def torch_dls(digits, generator=None, workers=0):
     ds = lambda a, b: torch.utils.data.TensorDataset(digits.x[a:b], digits.y[a:b])
-    return DataLoaders(torch.utils.data.DataLoader(ds(0, 128), 32, shuffle=True, generator=generator and torch.Generator().manual_seed(3), num_workers=workers),
+    return DataLoaders(torch.utils.data.DataLoader(ds(0, 128), 32, shuffle=True,
+                                                   generator=generator and torch.Generator().manual_seed(3),
+                                                   num_workers=workers),
                        torch.utils.data.DataLoader(ds(128, 176), 32))
 class Mixed: # synthetic images
     x, y = np.random.default_rng(0).integers(0, 256, (40,8,8), dtype=np.uint8), np.arange(40) % 10
@@ -170,12 +195,14 @@ def test_every_loader(which, base, make_dls, digits, tmp_path):
 
 @pytest.mark.parametrize('which', by_epoch)
 def test_loaders_that_go_on_by_epoch(which, base, make_dls, digits, tmp_path):
-    "In the middle of an epoch their random numbers are out of reach: `every` is refused before anything is done, and so is another's file of that kind"
+    """In the middle of an epoch their random numbers are out of reach: `every` is refused before anything is done,
+    and so is another's file of that kind"""
     make = lambda **kw: base(**kw, dls=by_epoch[which](make_dls, digits))
     check(make, tmp_path)
     learn = make()
     before = weights(learn)
-    with pytest.raises(ValueError, match='`every` needs a fastai DataLoader'): one_cycle(learn, Resume(tmp_path/'other.pth', every=1))
+    with pytest.raises(ValueError, match='`every` needs a fastai DataLoader'):
+        one_cycle(learn, Resume(tmp_path/'other.pth', every=1))
     assert weights(learn) == before and not (tmp_path/'other.pth').exists()
 
 def test_a_middle_of_an_epoch_needs_its_loader(base, make_dls, tmp_path):
@@ -194,7 +221,8 @@ class Stream(torch.utils.data.IterableDataset):
 def test_streams(base, digits, tmp_path):
     "What was read cannot be left out: by epoch only"
     from fastai.data.load import DataLoader
-    make = lambda **kw: base(**kw, dls=DataLoaders(*[DataLoader(Stream(digits.x[a:b], digits.y[a:b]), bs=32) for a,b in ((0,128), (128,176))]))
+    make = lambda **kw: base(**kw, dls=DataLoaders(*[DataLoader(Stream(digits.x[a:b], digits.y[a:b]), bs=32)
+                                                     for a,b in ((0,128), (128,176))]))
     check(make, tmp_path)
     with pytest.raises(ValueError, match='`every` needs'): one_cycle(make(), Resume(tmp_path/'other.pth', every=1))
 
@@ -250,10 +278,13 @@ def test_averages_at_the_end(base, tmp_path):
 
 def test_killed_again_and_again(base, make_dls, tmp_path):
     "By cuts at the 3rd, 5th, 6th, 6th again, 8th and 11th batch, with another `every` each time"
-    make = lambda **kw: base(**kw, dls=make_dls(n=128, batch_tfms=[Draws()]), teacher=lambda t: AKDCallback(t, attack=attack), cbs=[WeightAveraging(), GradientAccumulation(96)])
+    make = lambda **kw: base(**kw, dls=make_dls(n=128, batch_tfms=[Draws()]),
+                             teacher=lambda t: AKDCallback(t, attack=attack),
+                             cbs=[WeightAveraging(), GradientAccumulation(96)])
     whole, path = end(run(make, one_cycle)), tmp_path/'run.pth'
     for i,(step,every) in enumerate([(3, 1), (5, 2), (6, 1), (6, 3), (8, None), (11, 3)]):
-        run(make, one_cycle, [Resume(path, every), Die(step, 'before_batch' if i % 2 else 'after_batch')], seed=i, net=i, dies=True)
+        run(make, one_cycle, [Resume(path, every), Die(step, 'before_batch' if i % 2 else 'after_batch')], seed=i,
+            net=i, dies=True)
     assert differ(end(run(make, one_cycle, [Resume(path)], seed=9, net=9)), whole) == []
 
 @pytest.mark.parametrize('event', ['after_batch', 'after_backward', 'before_train', 'after_train'])
@@ -270,7 +301,8 @@ def test_ctrl_c_and_the_same_learner(event, base, make_dls, tmp_path):
     assert differ(end(learn), whole) == []
 
 def test_resume_that_stays(base, tmp_path):
-    "Added for good: finding a learning rate, validating and predicting leave the file alone and go as without it, before the fit and after"
+    """Added for good: finding a learning rate, validating and predicting leave the file alone and go as without it,
+    before the fit and after"""
     def use(learn):
         learn.lr_find(show_plot=False, num_it=5)
         return bits([torch.tensor(learn.validate()), *learn.get_preds(), *learn.get_preds(ds_idx=0)])
@@ -292,11 +324,13 @@ class Validates(Callback):
     "Validates, and predicts on the training images, in the middle of the fit"
     order, only_shows = 65, True
     def __init__(self, event):
-        self.got, self.order = [], -20 if event.startswith('before') else 65 # before `TrainEvalCallback`, which goes back to training
+        # before `TrainEvalCallback`, which goes back to training
+        self.got, self.order = [], -20 if event.startswith('before') else 65
         def validate():
             if self.learn.lock.locked(): return
             if event == 'after_batch' and not (self.training and self.learn.iter == 2): return
-            careful = dict(before_train=['dl'], after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch','train_iter','pct_train']).get(event, [])
+            careful = dict(before_train=['dl'],
+                           after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch','train_iter','pct_train']).get(event, [])
             now = {k: getattr(self.learn, k) for k in careful} # what such a callback has to put back
             self.got.append((self.learn.validate(), bits(self.learn.get_preds(ds_idx=0))))
             for k,v in now.items(): setattr(self.learn, k, v)
@@ -313,7 +347,8 @@ def test_validation_in_the_middle(event, every, base, make_dls, tmp_path):
     (whole, want), path = fit([]), tmp_path/'run.pth'
     fit([Resume(path, every), DieInTheThird()], dies=True)
     learn, got = fit([Resume(path)], seed=99, net=5)
-    same_place = every is None or event.startswith('after') # what comes before an epoch comes again in the middle of it, with other weights
+    # what comes before an epoch comes again in the middle of it, with other weights
+    same_place = every is None or event.startswith('after')
     seen = got if same_place else got[:-1] # the callback's list is remembered, too
     assert weights(learn) == weights(whole) and got and seen == want[len(want)-len(seen):] and learn.n_epoch == 3
 class DieInTheThird(Callback):
@@ -333,12 +368,16 @@ class DieInTheThird(Callback):
 @pytest.mark.parametrize('every,step', [(None, 22), (3, 27)]) # some have waited by then
 def test_trackers(every, step, base, tmp_path, capsys):
     "Best values, epochs waited and the rate that was lowered survive, of two `SaveModelCallback`s each its own"
-    def make(**kw): return base(**kw, cbs=[SaveModelCallback(fname='by_loss'), SaveModelCallback('accuracy', fname='by_acc', at_end=True),
-                                           ReduceLROnPlateau(patience=2, min_delta=.3), EarlyStoppingCallback(patience=4, min_delta=.3)])
+    def make(**kw):
+        return base(**kw, cbs=[SaveModelCallback(fname='by_loss'),
+                               SaveModelCallback('accuracy', fname='by_acc', at_end=True),
+                                           ReduceLROnPlateau(patience=2, min_delta=.3),
+                               EarlyStoppingCallback(patience=4, min_delta=.3)])
     fit = lambda l, cbs: l.fit(8, .03, cbs=cbs)
     def seen(learn):
         cbs = [cb for cb in learn.cbs if hasattr(cb, 'best')]
-        return [(type(cb).__name__, cb.best, getattr(cb, 'wait', None), cb.new_best) for cb in cbs], [bits(torch.load(tmp_path/'models'/f'{n}.pth')) for n in ('by_loss','by_acc')]
+        return [(type(cb).__name__, cb.best, getattr(cb, 'wait', None), cb.new_best)
+                for cb in cbs], [bits(torch.load(tmp_path/'models'/f'{n}.pth')) for n in ('by_loss','by_acc')]
     whole = run(make, fit)
     want, told = (end(whole), seen(whole)), capsys.readouterr().out
     assert 'reducing lr' in told and 'early stopping' in told
@@ -353,9 +392,13 @@ class Watches(EachEpoch):
     remembers = ('sums',)
     def before_fit(self):
         from collections import Counter, defaultdict
-        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = 0, L(), [], Counter(), defaultdict(list), {}, signal.SIGTERM # which is an `int`
+        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = 0, L(), [], Counter(), defaultdict(
+            list), {}, signal.SIGTERM # which is an `int`
     def each_epoch(self):
-        self.n += 1; self.names.append(f'{self.epoch}'); self.sums.append(torch.tensor(self.n)); self.counts[f'{self.epoch % 2}'] += 1
+        self.n += 1
+        self.names.append(f'{self.epoch}')
+        self.sums.append(torch.tensor(self.n))
+        self.counts[f'{self.epoch % 2}'] += 1
         self.by_epoch[self.epoch].append(self.n); self.pairs[self.epoch, 'x'] = np.float64(self.n)
 def test_a_users_callback(base, tmp_path):
     "Numbers, lists, fastai's and those of `collections`: what they were, and of their kind"
@@ -363,11 +406,13 @@ def test_a_users_callback(base, tmp_path):
     whole = fit([])
     fit([Resume(tmp_path/'run.pth'), Die(6)], dies=True)
     again = fit([Resume(tmp_path/'run.pth')])
-    for k in ('n','names','sums','counts','by_epoch','pairs','kind'): assert getattr(again, k) == getattr(whole, k) and type(getattr(again, k)) is type(getattr(whole, k)), k
+    for k in ('n','names','sums','counts','by_epoch','pairs','kind'):
+        assert getattr(again, k) == getattr(whole, k) and type(getattr(again, k)) is type(getattr(whole, k)), k
 
 def test_two_that_resume(base, tmp_path):
     "Would each have a say in where to go on"
-    with pytest.raises(ValueError, match='two `Resume`'): run(base, one_cycle, [Resume(tmp_path/'run.pth'), Resume(tmp_path/'other.pth')])
+    with pytest.raises(ValueError, match='two `Resume`'):
+        run(base, one_cycle, [Resume(tmp_path/'run.pth'), Resume(tmp_path/'other.pth')])
     assert not [*tmp_path.iterdir()]
 
 def test_two_of_a_kind(base, tmp_path):
@@ -381,7 +426,8 @@ def test_two_of_a_kind(base, tmp_path):
     run(make, one_cycle, [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
     again = run(make, one_cycle, [Resume(tmp_path/'run.pth')], net=5)
     assert [cb.sum for cb in again.cbs if isinstance(cb, Sums)] == [12, 120]
-    with pytest.raises(ValueError, match='another training'): run(lambda **kw: base(**kw, cbs=Sums(10)), one_cycle, [Resume(tmp_path/'run.pth')])
+    with pytest.raises(ValueError, match='another training'):
+        run(lambda **kw: base(**kw, cbs=Sums(10)), one_cycle, [Resume(tmp_path/'run.pth')])
 
 @pytest.mark.parametrize('every,append,step', [(None, False, 6), (1, False, 8), (None, True, 9)])
 def test_csv(every, append, step, base, tmp_path):
@@ -420,21 +466,25 @@ def test_robust_overfitting_restores(base, tmp_path, capsys):
     best_at_first = lambda: iter([.9, .5, .4, .3])
     def fit(cbs, scores, **kw):
         from fastai.vision.all import ValueMetric
-        return run(lambda **k: base(**k, metrics=[accuracy, ValueMetric(lambda: next(scores), 'robust_accuracy')], cbs=RobustOverfitting(restore=True)), one_cycle, cbs, **kw)
+        return run(lambda **k: base(**k, metrics=[accuracy, ValueMetric(lambda: next(scores), 'robust_accuracy')],
+                                    cbs=RobustOverfitting(restore=True)), one_cycle, cbs, **kw)
     whole = fit([], best_at_first())
     told = capsys.readouterr().out
     assert 'back to those weights' in told
     scores = best_at_first()
     fit([Resume(tmp_path/'run.pth'), Die(6)], scores, dies=True)
     again = fit([Resume(tmp_path/'run.pth')], scores, seed=9, net=5)
-    assert differ(end(again), end(whole)) in ([], ['values']) and weights(again) == weights(whole) and capsys.readouterr().out == told
+    assert (differ(end(again), end(whole)) in ([], ['values']) and weights(again) == weights(whole)
+            and capsys.readouterr().out == told)
 
 @pytest.mark.parametrize('stop', [True, False])
 def test_catastrophic_overfitting(stop, base, tmp_path, monkeypatch, capsys):
-    "The best accuracy and the last good weights survive; watching draws no random numbers, however often the images are read"
+    """The best accuracy and the last good weights survive; watching draws no random numbers, however often the
+    images are read"""
     def fit(cbs, accs, **kw):
         monkeypatch.setattr('rkd_fastai.callback.monitor.robust_accuracy', lambda *_: next(accs))
-        return run(lambda **k: base(**k, cbs=[AdversarialTraining(attack), CatastrophicOverfitting(n=8, stop=stop)]), one_cycle, cbs, **kw)
+        return run(lambda **k: base(**k, cbs=[AdversarialTraining(attack), CatastrophicOverfitting(n=8, stop=stop)]),
+                   one_cycle, cbs, **kw)
     scores = [.5, .6, .61 if not stop else .1]
     whole = fit([], iter(scores))
     want = end(whole)
@@ -448,7 +498,8 @@ def test_robust_accuracy_of_a_killed_validation(base, make_dls, tmp_path):
         only_shows, order = True, 2000
         def after_batch(self):
             if not self.training and self.learn.epoch == 1 and self.learn.iter == 6: raise KeyboardInterrupt
-    make = lambda **kw: base(**kw, dls=make_dls(n=128, n_valid=288), metrics=[accuracy, RobustAccuracy(attack, n=40)], cbs=[AdversarialTraining(attack), WeightAveraging(.9)])
+    make = lambda **kw: base(**kw, dls=make_dls(n=128, n_valid=288), metrics=[accuracy, RobustAccuracy(attack, n=40)],
+                             cbs=[AdversarialTraining(attack), WeightAveraging(.9)])
     whole = end(run(make, one_cycle))
     run(make, one_cycle, [Resume(tmp_path/'run.pth', 1), DieInValidation()], dies=True)
     assert differ(end(run(make, one_cycle, [Resume(tmp_path/'run.pth')], seed=9, net=5)), whole) == []
@@ -464,7 +515,8 @@ def test_a_network_with_a_memory(base, tiny_net, tmp_path):
         def forward(self, x): return self.net(x)
     make = lambda net=0, **kw: base(**kw, model=Net(tiny_net(seed=net)), cbs=[WeightAveraging(.9)])
     check(make, tmp_path)
-    with pytest.raises(ValueError, match='weight_averaging'): one_cycle(base(model=Net(tiny_net())), Resume(tmp_path/'None_6.pth'))
+    with pytest.raises(ValueError, match='weight_averaging'):
+        one_cycle(base(model=Net(tiny_net())), Resume(tmp_path/'None_6.pth'))
 
 
 # --- several fits of one training ---
@@ -479,27 +531,34 @@ class DieIn(Die):
         super().__init__(step, event)
         dies, fits = vars(self)[event], [] # not an attribute, which would be remembered
         setattr(self, event, lambda: dies() if len(fits) == fit+1 else None)
-        self.before_fit = lambda: None if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder') else fits.append(1)
+        self.before_fit = (lambda: None if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
+                           else fits.append(1))
 
 def groups(base, **more):
-    return lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])], **{k: v() for k,v in more.items()})
+    return lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])],
+                             **{k: v() for k,v in more.items()})
 def until_killed(make, fit, folder, cuts, wide=False, every=None):
     "A training killed at each of `cuts` in turn and begun again from its start, and at last left alone"
     for i,cut in enumerate([*cuts, None]):
         resume = Resume(folder/'run.pth', every)
         cbs = [DieIn(*cut)] if cut else []
-        learn = run((lambda **kw: make(**kw).add_cb(resume)) if wide else make, fit, cbs if wide else [resume, *cbs], seed=i and 90+i, net=i and 4+i, dies=bool(cut))
+        learn = run((lambda **kw: make(**kw).add_cb(resume)) if wide else make, fit, cbs if wide else [resume, *cbs],
+                    seed=i and 90+i, net=i and 4+i, dies=bool(cut))
     return learn
 
 @pytest.mark.parametrize('every', [None, 3])
 @pytest.mark.parametrize('how', sequences)
 def test_killed_in_any_fit(how, every, base, make_dls, tmp_path):
     "Of `fine_tune`, and of fits one after another: the same bits, however often the script is killed and begun again"
-    make = groups(base, cbs=lambda: [MixUp(.4), GradientAccumulation(96)], dls=lambda: make_dls(n=128, batch_tfms=[PadCropFlip(1), Draws()]))
+    make = groups(base, cbs=lambda: [MixUp(.4), GradientAccumulation(96)],
+                  dls=lambda: make_dls(n=128, batch_tfms=[PadCropFlip(1), Draws()]))
     want = end(run(make, sequences[how]))
-    for i,cuts in enumerate([[(1, 2)], [(1, 4), (1, 6, 'before_batch')], [(0, 8 if how == 'twice' else 4, 'after_fit'), (1, 0, 'before_train')]] + [[(1, 8, 'after_fit'), (2, 1), (2, 4, 'after_fit')]]*(how == 'thrice')):
+    for i,cuts in enumerate([[(1, 2)], [(1, 4), (1, 6, 'before_batch')],
+                             [(0, 8 if how == 'twice' else 4, 'after_fit'), (1, 0, 'before_train')]]
+                            + [[(1, 8, 'after_fit'), (2, 1), (2, 4, 'after_fit')]]*(how == 'thrice')):
         (tmp_path/f'{i}').mkdir()
-        assert differ(end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, wide=i % 2, every=every)), want) == [], cuts
+        assert differ(end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, wide=i % 2, every=every)),
+                      want) == [], cuts
 
 def test_killed_in_the_first_of_two_fits(base, tmp_path):
     make = groups(base)
@@ -554,8 +613,10 @@ def test_another_second_fit(base, tmp_path):
     path = tmp_path/'run.pth'
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     file = path.read_bytes()
-    with pytest.raises(ValueError, match=r'another training \(fit 2: optimiser|another training \(fit 2: callbacks'): run(groups(base), lambda l, cbs: l.fine_tune(2, .01, div=7., cbs=cbs), [Resume(path)])
-    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 there and 2 here'): run(groups(base), lambda l, cbs: l.fine_tune(2, .01, freeze_epochs=2, cbs=cbs), [Resume(path)])
+    with pytest.raises(ValueError, match=r'another training \(fit 2: optimiser|another training \(fit 2: callbacks'):
+        run(groups(base), lambda l, cbs: l.fine_tune(2, .01, div=7., cbs=cbs), [Resume(path)])
+    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 there and 2 here'):
+        run(groups(base), lambda l, cbs: l.fine_tune(2, .01, freeze_epochs=2, cbs=cbs), [Resume(path)])
     assert path.read_bytes() == file
     learn = run(lambda **kw: base(**kw).add_cb(Resume(tmp_path/'b.pth')), twice)
     run(base, fits['fit'], [Resume(tmp_path/'b2.pth'), Die(6)], dies=True)
@@ -564,7 +625,8 @@ def test_another_second_fit(base, tmp_path):
 
 @pytest.mark.parametrize('stops', ['epoch', 'first epoch', 'batch'])
 def test_a_fit_that_a_callback_stops(stops, base, tmp_path):
-    "As early stopping does: a further fit goes on from where it stopped, and so it does after a kill; the same fit alone goes on from what was kept"
+    """As early stopping does: a further fit goes on from where it stopped, and so it does after a kill; the same fit
+    alone goes on from what was kept"""
     from fastai.vision.all import CancelFitException
     class Stops(Callback):
         order = 60
@@ -582,18 +644,22 @@ def test_a_fit_that_a_callback_stops(stops, base, tmp_path):
     assert differ(end(until_killed(make, fit, tmp_path/'b', cuts)), want) == []
     one = lambda learn, cbs=(): learn.fit(3, .01, cbs=cbs)
     run(make, one, [Resume(tmp_path/'c.pth')])
-    again = run(lambda **kw: base(**kw, cbs=[Stops(), WeightAveraging(.9)]), one, [Resume(tmp_path/'c.pth')], seed=0 if stops == 'first epoch' else 9)
+    again = run(lambda **kw: base(**kw, cbs=[Stops(), WeightAveraging(.9)]), one, [Resume(tmp_path/'c.pth')],
+                seed=0 if stops == 'first epoch' else 9)
     assert again.train_iter == dict(epoch=8, batch=6).get(stops, 4)
 
 def test_epochs_and_best_ones_of_resumed_fits(base, tmp_path, capsys):
-    "`KeepEpochs` counts on and keeps each epoch once, `RobustOverfitting` puts back the best of a fit that is not trained again, the log goes on"
+    """`KeepEpochs` counts on and keeps each epoch once, `RobustOverfitting` puts back the best of a fit that is not
+    trained again, the log goes on"""
     from fastai.vision.all import ValueMetric
     scores, logs = dict(zip(range(1, 5), [.5, .3, .4, .6])), []
     def made(folder):
         def make(**kw):
             for log in logs: log.file.close() # which fastai forgets in an interrupted fit
-            learn = base(**kw, path=tmp_path/folder, cbs=[KeepEpochs(), RobustOverfitting(restore=True), CSVLogger(append=True)])
-            learn.metrics = [accuracy, ValueMetric(lambda: scores[learn.keep_epochs.epochs_done + 1], 'robust_accuracy')]
+            learn = base(**kw, path=tmp_path/folder, cbs=[KeepEpochs(), RobustOverfitting(restore=True),
+                                                          CSVLogger(append=True)])
+            learn.metrics = [accuracy, ValueMetric(lambda: scores[learn.keep_epochs.epochs_done + 1],
+                                                   'robust_accuracy')]
             logs.append(learn.csv_logger)
             return learn
         return make
@@ -601,9 +667,12 @@ def test_epochs_and_best_ones_of_resumed_fits(base, tmp_path, capsys):
     want = end(run(made('a'), twice))
     got = end(until_killed(made('b'), twice, tmp_path, [(0, 6), (1, 2), (1, 6), (1, 8, 'after_fit')]))
     assert differ(got, want) == []
-    for n in (1, 2, 3, 4): assert bits(torch.load(tmp_path/f'a/models/epoch_{n}.pth')) == bits(torch.load(tmp_path/f'b/models/epoch_{n}.pth'))
+    for n in (1, 2, 3, 4):
+        assert bits(torch.load(tmp_path/f'a/models/epoch_{n}.pth')) == bits(
+            torch.load(tmp_path/f'b/models/epoch_{n}.pth'))
     read = lambda k: [l.rpartition(',')[0] for l in (tmp_path/k/'history.csv').read_text().splitlines()]
-    assert len({read_card(tmp_path/f'b/models/epoch_{n}.json')['training'] for n in (1, 2, 3, 4)}) == 1 and read('a') == read('b')
+    assert (len({read_card(tmp_path/f'b/models/epoch_{n}.json')['training'] for n in (1, 2, 3, 4)}) == 1
+            and read('a') == read('b'))
 
 def test_a_file_of_an_earlier_version(base, tmp_path):
     path = tmp_path/'run.pth'
@@ -620,7 +689,8 @@ def test_a_phase_of_no_epochs(base, tmp_path, capsys):
     "There is nothing of it to keep"
     def fit(learn, cbs=()): learn.fine_tune(2, .01, freeze_epochs=0, cbs=cbs)
     want = end(run(groups(base), fit))
-    assert differ(end(until_killed(groups(base), fit, tmp_path, [(1, 6)])), want) == [] and capsys.readouterr().out == ''
+    assert (differ(end(until_killed(groups(base), fit, tmp_path, [(1, 6)])), want) == []
+            and capsys.readouterr().out == '')
 
 
 # --- before and after ---
@@ -640,16 +710,22 @@ def test_finished_is_finished(base, make_dls, tmp_path, capsys):
 
 @pytest.mark.parametrize('how', ['finished', 'interrupted', 'interrupted at once'])
 def test_another_fit_afterwards(how, base, make_dls, tmp_path):
-    "As if `Resume` had never been there: every batch of every epoch, counted from 0, though the traceback keeps all frames"
+    """As if `Resume` had never been there: every batch of every epoch, counted from 0, though the traceback keeps
+    all frames"""
     path = tmp_path/'run.pth'
     run(base, one_cycle, [Resume(path, 1), Die(6)], dies=True)
     learn = base(net=5)
     if how == 'finished': one_cycle(learn, Resume(path))
     else:
-        with pytest.raises(KeyboardInterrupt) as kept: one_cycle(learn, [Resume(path, 1), Die(7 if how == 'interrupted' else 6, 'after_batch' if how == 'interrupted' else 'before_train')])
+        with pytest.raises(KeyboardInterrupt) as kept:
+            one_cycle(learn, [Resume(path, 1), Die(7 if how == 'interrupted' else 6,
+                                                   'after_batch' if how == 'interrupted' else 'before_train')])
     other = base()
     for l in (learn, other):
-        l.model.load_state_dict(base(net=3).model.state_dict()); l.create_opt(); l.model.zero_grad(); l.dls.train.rng.setstate(random.Random(3).getstate())
+        l.model.load_state_dict(base(net=3).model.state_dict())
+        l.create_opt()
+        l.model.zero_grad()
+        l.dls.train.rng.setstate(random.Random(3).getstate())
         for p in l.model.parameters(): p.grad = None
     ends = []
     for l in (learn, other):
@@ -668,7 +744,9 @@ def test_loaders_are_put_back(event, base, tmp_path):
     run(base, one_cycle, [Resume(path, 1), Die(6)], dies=True)
     learn = base(net=5)
     own = {k: v for k,v in vars(learn.dls.train).items() if callable(v)}
-    with pytest.raises(KeyboardInterrupt) as kept: one_cycle(learn, [Resume(path, 1), Die(7, event)] if event == 'after_batch' else [Resume(path, 1), Die(6, event)])
+    with pytest.raises(KeyboardInterrupt) as kept:
+        one_cycle(learn, [Resume(path, 1), Die(7, event)] if event == 'after_batch'
+                  else [Resume(path, 1), Die(6, event)])
     if event == 'before_train': learn.fit(1, .01)
     assert {k: v for k,v in vars(learn.dls.train).items() if callable(v)} == own
     assert len(learn.get_preds(ds_idx=0)[0]) == 128
@@ -691,7 +769,8 @@ def test_nothing_is_left(base, tmp_path, open_files):
 
 @pytest.mark.parametrize('how', ['fresh', 'finished', 'interrupted'])
 def test_export(how, base, tmp_path):
-    "With a `Resume` that stays, before a fit, after one and after an interrupted one that went on in the middle of an epoch"
+    """With a `Resume` that stays, before a fit, after one and after an interrupted one that went on in the middle of
+    an epoch"""
     path = tmp_path/'run.pth'
     if how != 'fresh': run(base, one_cycle, [Resume(path, 1), Die(6)], dies=True)
     learn = base(cbs=Resume(path, 1), loss_func=CrossEntropyLossFlat())
@@ -712,7 +791,9 @@ def test_with_a_progress_bar(every, step, base, tmp_path, capsys):
         learn = base(**kw)
         learn.logger = print
         return learn.add_cb(ProgressCallback())
-    def lines(): return [[s for s in l.split()[:-1]] for l in capsys.readouterr().out.replace('\r', '\n').splitlines() if l[:1].isdigit() and '%' not in l]
+    def lines():
+        return [[s for s in l.split()[:-1]] for l in capsys.readouterr().out.replace('\r', '\n').splitlines()
+                if l[:1].isdigit() and '%' not in l]
     run(make, one_cycle)
     whole = lines()
     run(make, one_cycle, [Resume(tmp_path/'run.pth', every), Die(step)], dies=True)
@@ -733,12 +814,17 @@ def teacher_akd(eps=.1, alpha=.8, change=False):
 others = dict(
     n_epoch = ('n_epoch is 3 there and 4 here', lambda l, cbs: l.fit_one_cycle(4, .01, cbs=cbs), {}),
     lr = ('lr', lambda l, cbs: l.fit_one_cycle(3, .02, cbs=cbs), {}),
-    lr_of_one_group = ('lr', lambda l, cbs: l.fit_one_cycle(3, slice(.005, .01), cbs=cbs), dict(splitter=lambda: lambda m: [params(m[:3]), params(m[3:])])),
+    lr_of_one_group = ('lr', lambda l, cbs: l.fit_one_cycle(3, slice(.005, .01), cbs=cbs),
+                       dict(splitter=lambda: lambda m: [params(m[:3]), params(m[3:])])),
     pct_start = ('lr', lambda l, cbs: l.fit_one_cycle(3, .01, pct_start=.26, cbs=cbs), {}),
     bs = ('bs|batches', one_cycle, dict(dls=lambda make: make(n=128, bs=31, batch_tfms=[PadCropFlip(1)]))),
-    data = ('images', one_cycle, dict(dls=lambda make: with_subset(make(n=160, batch_tfms=[PadCropFlip(1)]), 128, seed=1))),
-    channels = ('images|network', one_cycle, dict(dls=lambda make: make(n=128, channels=3, batch_tfms=[PadCropFlip(1)]), model=lambda net: net(n_in=3))),
-    synthetic = ('', one_cycle, dict(dls=lambda make: with_synthetic(make(n=128, batch_tfms=[PadCropFlip(1)]), (Mixed.x, Mixed.y), .5))),
+    data = ('images', one_cycle, dict(dls=lambda make: with_subset(make(n=160, batch_tfms=[PadCropFlip(1)]), 128,
+                                                                   seed=1))),
+    channels = ('images|network', one_cycle, dict(dls=lambda make: make(n=128, channels=3,
+                                                                        batch_tfms=[PadCropFlip(1)]),
+                                                  model=lambda net: net(n_in=3))),
+    synthetic = ('', one_cycle, dict(dls=lambda make: with_synthetic(make(n=128, batch_tfms=[PadCropFlip(1)]),
+                                                                     (Mixed.x, Mixed.y), .5))),
     network = ('network', one_cycle, dict(model=lambda net: net(bn=False))),
     frozen = ('', one_cycle, dict(freeze=True)),
     eps = ('akd.*eps=', one_cycle, dict(teacher=lambda: teacher_akd(eps=.11))),
@@ -753,15 +839,18 @@ others = dict(
     one_less = ('gradient_clip', one_cycle, dict(cbs=lambda: [MixUp(.4)])),
     setting = ('gradient_clip.max_norm', one_cycle, dict(cbs=lambda: [MixUp(.4), GradientClip(.2)])),
     mixup = ('mix_up', one_cycle, dict(cbs=lambda: [MixUp(.8), GradientClip(.1)])),
-    augmentation = ('transforms', one_cycle, dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1), Cutout(2)]))),
+    augmentation = ('transforms', one_cycle, dict(dls=lambda make: make(
+        n=128, batch_tfms=[PadCropFlip(1), Cutout(2)]))),
     how_much = ('transforms', one_cycle, dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(2)]))),
-    normalisation = ('transforms', one_cycle, dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1)], stats=([.3], [.25])))))
+    normalisation = ('transforms', one_cycle, dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1)],
+                                                                         stats=([.3], [.25])))))
 
 @pytest.fixture
 def refused(base, make_dls, tiny_net):
     "Factory of Learners that differ from a standard one as told"
     def make(net=0, freeze=False, **other):
-        std = dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1)]), teacher=teacher_akd, cbs=lambda: [MixUp(.4), GradientClip(.1)],
+        std = dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1)]), teacher=teacher_akd,
+                   cbs=lambda: [MixUp(.4), GradientClip(.1)],
                    splitter=lambda: lambda m: [params(m[:3]), params(m[3:])]) | other
         args = {k: v(make_dls) if k == 'dls' else v(tiny_net) if k == 'model' else v() for k,v in std.items()}
         learn = base(net=net, **args)
@@ -786,14 +875,17 @@ def test_another_training(other, refused, tmp_path):
     assert str(path) in str(e.value)
     for w in words.split('|') if '|' not in words else []: assert w.replace('akd', '') in str(e.value)
     if '|' in words: assert any(w in str(e.value) for w in words.split('|'))
-    assert weights(learn) == before and bits(learn.opt.state_dict()['state']) == opt and learn.n_epoch == (4 if other == 'n_epoch' else 3)
-    assert rng == (random.getstate(), bits(torch.tensor(np.random.get_state()[1])), bits(torch.get_rng_state())) and path.read_bytes() == file
+    assert (weights(learn) == before and bits(learn.opt.state_dict()['state']) == opt
+            and learn.n_epoch == (4 if other == 'n_epoch' else 3))
+    assert (rng == (random.getstate(), bits(torch.tensor(np.random.get_state()[1])), bits(torch.get_rng_state()))
+            and path.read_bytes() == file)
     assert not any(type(cb).__name__ in ('Resume', '_FromEpoch') for cb in learn.cbs) and len(str(e.value)) < 1500
 
 def test_another_rate_without_a_schedule(base, tmp_path):
     "`fit` keeps the rate it is told: another is another training"
     run(base, fits['fit'], [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
-    with pytest.raises(ValueError, match=r'lr.* is 0\.01 there and 0\.02 here'): base().fit(3, .02, cbs=Resume(tmp_path/'run.pth'))
+    with pytest.raises(ValueError, match=r'lr.* is 0\.01 there and 0\.02 here'):
+        base().fit(3, .02, cbs=Resume(tmp_path/'run.pth'))
 
 def test_another_schedule_between(base, tmp_path):
     "Steps at other epochs, however close"
@@ -814,7 +906,8 @@ def test_what_only_shows_may_change(base, tmp_path):
     learn = base(net=5, cbs=KeepEpochs())
     learn.add_cb(ProgressCallback())
     with learn.no_bar(): one_cycle(learn, [Resume(tmp_path/'run.pth', every=1), CSVLogger()])
-    assert weights(learn) == weights(run(base, one_cycle)) and (tmp_path/'history.csv').read_text().startswith('epoch,train_loss')
+    assert (weights(learn) == weights(run(base, one_cycle))
+            and (tmp_path/'history.csv').read_text().startswith('epoch,train_loss'))
 
 @pytest.mark.parametrize('every', [0, -1])
 def test_every_must_be_positive(every):
@@ -825,7 +918,8 @@ def test_every_must_be_positive(every):
 
 class Runs:
     def __reduce__(self): return os.system, (f'touch {os.environ["RKD_MARKER"]}',)
-@pytest.mark.parametrize('bad', ['empty', 'short', 'half', 'long', 'random', 'pickle', 'hidden', 'weights', 'list', 'folder', 'text', 'flipped'])
+@pytest.mark.parametrize('bad', ['empty', 'short', 'half', 'long', 'random', 'pickle', 'hidden', 'weights', 'list',
+                                 'folder', 'text', 'flipped'])
 def test_bad_files(bad, base, tmp_path, monkeypatch):
     "A clear error that names the file; nothing in it is executed, and the Learner stays as it is"
     path, marker = tmp_path/'run.pth', tmp_path/'executed'
@@ -858,7 +952,9 @@ class FullDisk:
         if self.n >= 0: return
         f.write_bytes(f.read_bytes()[:f.stat().st_size//2])
         raise self.error
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing file data/1: file write failed')])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),
+                                   RuntimeError('[enforce fail at inline_container.cc:603] . PytorchStreamWriter '
+                                                'failed writing file data/1: file write failed')])
 def test_full_disk(error, base, tmp_path, monkeypatch):
     "One error that names the file and says why; the file of before is whole, and with it the training goes on"
     path = tmp_path/'run.pth'
@@ -965,7 +1061,8 @@ def test_sigkill(tmp_path):
     (tmp_path/'run').mkdir()
     path, outs = tmp_path/'run'/'run.pth', {k: tmp_path/f'{k}.pt' for k in ('whole','killed')}
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    start = lambda how, out='killed', *args: subprocess.Popen([sys.executable, str(tmp_path/'script.py'), how, str(path), str(outs[out]), *args], env=env)
+    start = lambda how, out='killed', *args: subprocess.Popen(
+        [sys.executable, str(tmp_path/'script.py'), how, str(path), str(outs[out]), *args], env=env)
     def wait(p): assert p.wait(300) == 0
     whole = start('whole', 'whole')
     for _ in range(2): # processes that live until there is a file, and until it is another one
@@ -987,7 +1084,8 @@ def test_where_pytorchs_optimiser_keeps_its_state(base, tmp_path, monkeypatch):
     adam = functools.partial(OptimWrapper, opt=torch.optim.Adam)
     run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth'), Die(6)], dies=True)
     given = []
-    monkeypatch.setattr(OptimWrapper, 'load_state_dict', lambda self, s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
+    monkeypatch.setattr(OptimWrapper, 'load_state_dict', lambda self,
+                        s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
     monkeypatch.setattr('rkd_fastai.callback.resume.model_device', lambda model: torch.device('meta'))
     run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth')])
     assert {s['step'].device.type for s in given[0]['state'].values()} == {'cpu'}

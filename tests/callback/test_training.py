@@ -1,12 +1,15 @@
-"The training methods inside fastai's loop: what is trained on, what is left alone, and how they sit beside fastai's own callbacks."
+"""The training methods inside fastai's loop: what is trained on, what is left alone, and how they sit beside
+fastai's own callbacks."""
 import copy, json, math, random, re
 from functools import partial
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.fp16 import AMPMode
 from fastai.optimizer import Adam, Lamb, Lookahead, OptimWrapper, RMSProp, SGD, ranger
-from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
-                               CrossEntropyLossFlat, CutMix, DataLoaders, FocalLossFlat, GradientAccumulation, L, LabelSmoothingCrossEntropyFlat, Learner,
+from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException,
+                               CancelStepException, CancelTrainException,
+                               CrossEntropyLossFlat, CutMix, DataLoaders, FocalLossFlat, GradientAccumulation, L,
+                               LabelSmoothingCrossEntropyFlat, Learner,
                                LRFinder, MixedPrecision, MixUp, accuracy, imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
@@ -17,19 +20,23 @@ PLAIN_STATS = ([.3], [.25])
 def make_cb(name, teacher, attack=None, **kw):
     attack = attack or PGD(.1, steps=2)
     return dict(at=lambda: AdversarialTraining(attack), trades=lambda: TRADES(PGD(.1, steps=2, objective='kl')),
-                akd=lambda: AKDCallback(teacher, attack=attack, **kw), rslad=lambda: RSLADCallback(teacher, attack=attack, **kw),
+                akd=lambda: AKDCallback(teacher, attack=attack, **kw),
+                rslad=lambda: RSLADCallback(teacher, attack=attack, **kw),
                 ard=lambda: ARDCallback(teacher, attack=attack, **kw), ckd=lambda: CKDCallback(teacher, **kw))[name]()
 methods = ['at', 'trades', 'akd', 'rslad', 'ard', 'ckd']
 each = pytest.mark.parametrize('name', methods)
 distilled = pytest.mark.parametrize('name', ['akd', 'rslad', 'ard', 'ckd'])
 
 class Spy(Callback):
-    "What each training batch looks like to the model, before robust callbacks (order 4) and when the loss is known (order 50)"
+    """What each training batch looks like to the model, before robust callbacks (order 4) and when the loss is known
+    (order 50)"""
     order, run_valid = 50, False
     def __init__(self): self.xb,self.pred,self.yb,self.losses,self.x = [],[],[],[],[]
     def before_batch(self): self.xb.append(self.learn.xb[0].detach().clone())
     def after_loss(self):
-        self.pred.append(self.learn.pred.detach().clone()); self.yb.append(self.learn.yb[0].clone()); self.losses.append(self.learn.loss.item())
+        self.pred.append(self.learn.pred.detach().clone())
+        self.yb.append(self.learn.yb[0].clone())
+        self.losses.append(self.learn.loss.item())
 class Clean(Callback):
     order, run_valid = 4, False
     def __init__(self): self.xb = []
@@ -56,8 +63,10 @@ def sgd_learner(make_learner, dls, model, **kw):
 
 # --- every method through every way to fit ---
 
-schedules = dict(one_cycle=lambda l: l.fit_one_cycle(1, .01), flat_cos=lambda l: l.fit_flat_cos(1, .01), lr_find=lambda l: l.lr_find(show_plot=False, num_it=5),
-                 fine_tune=lambda l: l.fine_tune(1, .01), exp=lambda l: l.fit_exp(1, .01), rkd=lambda l: l.fit_rkd(1, .01))
+schedules = dict(one_cycle=lambda l: l.fit_one_cycle(1, .01), flat_cos=lambda l: l.fit_flat_cos(1, .01),
+                 lr_find=lambda l: l.lr_find(show_plot=False, num_it=5),
+                 fine_tune=lambda l: l.fine_tune(1, .01), exp=lambda l: l.fit_exp(1, .01),
+                 rkd=lambda l: l.fit_rkd(1, .01))
 
 @each
 @pytest.mark.parametrize('how', schedules)
@@ -106,10 +115,13 @@ def test_fit_exp_and_fit_rkd_schedules(make_learner):
 
 def torch_opt(cls, **kw): return partial(OptimWrapper, opt=cls, **kw)
 
-@pytest.mark.parametrize('opt_func, name', [(Adam, 'Adam'), (RMSProp, 'RMSProp'), (ranger, 'RAdam'), (Lamb, 'Lamb'), (torch_opt(torch.optim.AdamW), 'AdamW'),
-    (SGD, None), (partial(SGD, mom=0.), None), (lambda params, lr, **kw: Lookahead(SGD(params, lr)), None), (sgd_nesterov, None), (torch_opt(torch.optim.SGD), None)])
+@pytest.mark.parametrize('opt_func, name', [(Adam, 'Adam'), (RMSProp, 'RMSProp'), (ranger, 'RAdam'), (Lamb, 'Lamb'),
+                                            (torch_opt(torch.optim.AdamW), 'AdamW'),
+    (SGD, None), (partial(SGD, mom=0.), None), (lambda params, lr, **kw: Lookahead(SGD(params, lr)), None),
+                                            (sgd_nesterov, None), (torch_opt(torch.optim.SGD), None)])
 def test_default_rates_are_for_sgd(opt_func, name, make_learner):
-    "With another optimiser a fit that is given no rate says so before its first batch; a rate of one's own is taken in silence"
+    """With another optimiser a fit that is given no rate says so before its first batch; a rate of one's own is
+    taken in silence"""
     class Started(Callback):
         def before_fit(self): raise CancelFitException
     for fit,rate in (('fit_exp', .1), ('fit_rkd', .21)):
@@ -117,7 +129,9 @@ def test_default_rates_are_for_sgd(opt_func, name, make_learner):
         getattr(learn, fit)(1, lr_max=rate) # a warning is an error here
         if name is None: getattr(learn, fit)(1)
         else:
-            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, and this Learner trains by {name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as said: getattr(learn, fit)(1)
+            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, and this Learner trains by "
+                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as said:
+                getattr(learn, fit)(1)
             assert said[0].filename == __file__ # points at the line that fits
     learn.opt_func = sgd_nesterov
     learn.fit_rkd(1, reset_opt=True) # by the new optimiser, whatever was there
@@ -134,14 +148,18 @@ def test_methods_replace_each_other(make_learner, tiny_net):
 
 def test_natural_after_robust_is_plain_fastai(make_learner, make_dls, tiny_net):
     def train(turn):
-        learn = make_learner(make_dls(shuffle=False), tiny_net()); turn(learn); learn.fit(1, .01); return weights(learn.model)
+        learn = make_learner(make_dls(shuffle=False), tiny_net())
+        turn(learn)
+        learn.fit(1, .01)
+        return weights(learn.model)
     close(train(lambda l: l.to_rkd(tiny_net(seed=7)).to_natural()), train(lambda l: l), rtol=0, atol=0)
 
 
 # --- the equations, through `fit` ---
 
 def two_teachers(tiny_net):
-    "Two teachers with normalisations of their own, as modules with `mean` and `std` and as plain functions of pixel space"
+    """Two teachers with normalisations of their own, as modules with `mean` and `std` and as plain functions of
+    pixel space"""
     a, b = tiny_net(seed=7).eval(), tiny_net(seed=8).eval()
     teacher = Teacher([Teacher(a, mean=[.5], std=[.5]), Teacher(b, mean=[.2], std=[.3])], betas=[.3, .7])
     return teacher, lambda x: (.3*a((x-.5)/.5).softmax(1) + .7*b((x-.2)/.3).softmax(1)).detach()
@@ -211,7 +229,8 @@ def test_T_reaches_teacher_and_loss(make_learner, make_dls, tiny_net):
     dls, teacher = make_dls(n=32, shuffle=False), tiny_net(seed=7).eval()
     (x, y), s = next(iter(dls.train)), tiny_net(bn=False)
     x, y = x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)
-    spy = Spy(); sgd_learner(make_learner, dls, tiny_net(bn=False), cbs=[CKDCallback(teacher, lam=.7, T=4.), spy]).fit(1)
+    spy = Spy()
+    sgd_learner(make_learner, dls, tiny_net(bn=False), cbs=[CKDCallback(teacher, lam=.7, T=4.), spy]).fit(1)
     with torch.no_grad():
         q = (teacher(x)/4).softmax(1)
         want = .3*F.cross_entropy(s(x), y) + .7*16*(q*(q.log() - (s(x)/4).log_softmax(1))).sum(1).mean()
@@ -222,7 +241,8 @@ def test_T_reaches_teacher_and_loss(make_learner, make_dls, tiny_net):
 
 @pytest.mark.parametrize('name', ['at', 'trades', 'akd', 'rslad', 'ard'])
 def test_epsilon_is_a_pixel_distance_in_every_channel(name, make_learner, make_dls, tiny_net):
-    "ImageNet statistics differ by channel; after denormalising, the ball has radius 8/255 in each, and the range is [0, 1]"
+    """ImageNet statistics differ by channel; after denormalising, the ball has radius 8/255 in each, and the range
+    is [0, 1]"""
     dls = make_dls(channels=3, stats=imagenet_stats)
     teacher = Teacher(tiny_net(n_in=3, seed=7))
     cb = make_cb(name, teacher, PGD(steps=10)) if name != 'trades' else TRADES(PGD(steps=10, objective='kl'))
@@ -238,7 +258,8 @@ def test_epsilon_is_a_pixel_distance_in_every_channel(name, make_learner, make_d
 def test_clean_distillation_leaves_the_images(make_learner, make_dls, tiny_net):
     clean, spy = Clean(), Spy()
     make_learner(make_dls(stats=PLAIN_STATS), cbs=[CKDCallback(tiny_net(seed=7)), clean, spy]).fit(1)
-    close([x.as_subclass(torch.Tensor) for x in spy.xb], [x.as_subclass(torch.Tensor) for x in clean.xb], rtol=0, atol=1e-6)
+    close([x.as_subclass(torch.Tensor) for x in spy.xb], [x.as_subclass(torch.Tensor) for x in clean.xb], rtol=0,
+          atol=1e-6)
 
 def test_teacher_sees_its_own_space(make_learner, make_dls, tiny_net):
     "A Learner's normalisation is the teacher's, the student's DataLoaders have another"
@@ -287,11 +308,13 @@ def test_train_metrics_see_hard_labels(name, make_learner, make_dls, tiny_net):
     learn.recorder.train_metrics = True
     learn.fit(1)
     assert len(seen) == 5 and all(t.ndim == 1 and t.dtype == torch.int64 for t in seen)
-    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'train_spying_accuracy', 'valid_loss', 'valid_spying_accuracy', 'time']
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'train_spying_accuracy', 'valid_loss',
+                                           'valid_spying_accuracy', 'time']
     assert all(math.isfinite(v) for v in learn.recorder.values[0])
 
 def test_robust_accuracy_beside_train_metrics(make_learner, make_dls, tiny_net):
-    learn = make_learner(make_dls(), metrics=[accuracy, RobustAccuracy(PGD(.1, steps=2))], cbs=make_cb('akd', tiny_net(seed=7)))
+    learn = make_learner(make_dls(), metrics=[accuracy, RobustAccuracy(PGD(.1, steps=2))],
+                         cbs=make_cb('akd', tiny_net(seed=7)))
     learn.recorder.train_metrics = True
     learn.fit(2)
     assert all(0 <= v[-1] <= v[-2] + 1e-6 <= 1 for v in learn.recorder.values)
@@ -299,12 +322,15 @@ def test_robust_accuracy_beside_train_metrics(make_learner, make_dls, tiny_net):
 # --- what the Learner's loss says about labels ---
 
 @distilled
-@pytest.mark.parametrize('loss_func', [F.cross_entropy, lambda pred, y: F.cross_entropy(pred, y.as_subclass(torch.Tensor))**2], ids=['function', 'own'])
+@pytest.mark.parametrize('loss_func', [F.cross_entropy, lambda pred,
+                                       y: F.cross_entropy(pred, y.as_subclass(torch.Tensor))**2],
+                         ids=['function', 'own'])
 def test_own_loss_function_does_not_matter(name, loss_func, make_learner, make_dls, tiny_net):
     "The method's loss is trained on; the Learner's is left for validation"
     def train(loss_func):
         torch.manual_seed(3)
-        learn = make_learner(make_dls(shuffle=False), tiny_net(), loss_func=loss_func, cbs=make_cb(name, tiny_net(seed=7)))
+        learn = make_learner(make_dls(shuffle=False), tiny_net(), loss_func=loss_func,
+                             cbs=make_cb(name, tiny_net(seed=7)))
         learn.fit(1, .01); assert learn.loss_func is loss_func
         return weights(learn.model)
     close(train(loss_func), train(CrossEntropyLossFlat()), rtol=0, atol=0)
@@ -315,18 +341,23 @@ class Targets(PGD):
     seen = []
 
 CLASS_WEIGHTS = torch.linspace(.2, 3, 10)
-labelled = dict(smoothing=(LabelSmoothingCrossEntropyFlat(eps=.3), .3, None), torch_smoothing=(nn.CrossEntropyLoss(label_smoothing=.2), .2, None),
-                weights=(CrossEntropyLossFlat(weight=CLASS_WEIGHTS), 0, CLASS_WEIGHTS), both=(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=.2), .2, CLASS_WEIGHTS),
+labelled = dict(smoothing=(LabelSmoothingCrossEntropyFlat(eps=.3), .3, None),
+                torch_smoothing=(nn.CrossEntropyLoss(label_smoothing=.2), .2, None),
+                weights=(CrossEntropyLossFlat(weight=CLASS_WEIGHTS), 0, CLASS_WEIGHTS),
+                both=(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=.2), .2, CLASS_WEIGHTS),
                 function=(partial(F.cross_entropy, weight=CLASS_WEIGHTS, label_smoothing=.1), .1, CLASS_WEIGHTS))
 
 @each
-@pytest.mark.parametrize('kind,mix', [(k, m) for k in labelled for m in (None, MixUp) if not m or hasattr(labelled[k][0], 'y_int')]) # what MixUp asks a loss for
+@pytest.mark.parametrize('kind,mix', [(k, m) for k in labelled for m in (None, MixUp) if not m
+                                      or hasattr(labelled[k][0], 'y_int')]) # what MixUp asks a loss for
 def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, tiny_net):
-    "They reach the attack's target, the hard part of the soft target and the mean over the batch; the oracle writes them out"
+    """They reach the attack's target, the hard part of the soft target and the mean over the batch; the oracle
+    writes them out"""
     loss_func, eps, w = labelled[kind]
     model, teacher, spy, clean, mixer = tiny_net(bn=False), tiny_net(seed=7).eval(), Spy(), Clean(), mix and mix(50.)
     attack = Targets(.1, steps=2); attack.seen = []
-    learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), copy.deepcopy(model), loss_func=loss_func, cbs=[make_cb(name, teacher, attack), clean, spy, *([mixer] if mix else [])])
+    learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), copy.deepcopy(model), loss_func=loss_func,
+                        cbs=[make_cb(name, teacher, attack), clean, spy, *([mixer] if mix else [])])
     labels = []
     class Labels(Callback):
         order, run_valid = 1, False
@@ -340,8 +371,12 @@ def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, ti
     x, x_adv = clean.xb[0].as_subclass(torch.Tensor), spy.xb[0].as_subclass(torch.Tensor)
     with torch.no_grad():
         s, s_adv, t, t_adv = model(x), model(x_adv), teacher(x).softmax(1), teacher(x_adv).softmax(1)
-        each_loss = dict(at=lambda: F.cross_entropy(s_adv, y, reduction='none'), trades=lambda: trades_loss(s, s_adv, y, reduction='none'), akd=lambda: akd_loss(s_adv, t_adv, y, .8, reduction='none'),
-                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'), ard=lambda: ard_loss(s, s_adv, t, y, .8, reduction='none'), ckd=lambda: ckd_loss(s, t, y, reduction='none'))[name]()
+        each_loss = dict(at=lambda: F.cross_entropy(s_adv, y, reduction='none'),
+                         trades=lambda: trades_loss(s, s_adv, y, reduction='none'),
+                         akd=lambda: akd_loss(s_adv, t_adv, y, .8, reduction='none'),
+                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'),
+                         ard=lambda: ard_loss(s, s_adv, t, y, .8, reduction='none'),
+                         ckd=lambda: ckd_loss(s, t, y, reduction='none'))[name]()
     if name != 'at': # adversarial training keeps the Learner's own
         w = torch.ones(10) if w is None else w
         assert spy.losses[0] == pytest.approx(((y@w)*each_loss).sum().item()/(y@w).sum().item(), rel=1e-4)
@@ -349,7 +384,9 @@ def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, ti
         got = attack.seen[0]
         torch.testing.assert_close(got if got.is_floating_point() else F.one_hot(got, 10).float(), y, rtol=0, atol=1e-6)
 
-@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(weight=CLASS_WEIGHTS), nn.CrossEntropyLoss(label_smoothing=.2), LabelSmoothingCrossEntropyFlat(eps=.3)], ids=['weights', 'torch', 'smoothing'])
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(weight=CLASS_WEIGHTS),
+                                       nn.CrossEntropyLoss(label_smoothing=.2),
+                                       LabelSmoothingCrossEntropyFlat(eps=.3)], ids=['weights', 'torch', 'smoothing'])
 def test_akd_with_alpha_0_trains_by_the_learners_loss(loss_func, make_learner, make_dls, tiny_net):
     def train(cb):
         torch.manual_seed(3)
@@ -357,19 +394,26 @@ def test_akd_with_alpha_0_trains_by_the_learners_loss(loss_func, make_learner, m
         learn.fit(1, .1)
         return weights(learn.model)
     attack = PGD(.1, steps=2)
-    close(train(AKDCallback(tiny_net(seed=7), alpha=0., attack=attack)), train(AdversarialTraining(attack)), rtol=1e-4, atol=1e-5)
+    close(train(AKDCallback(tiny_net(seed=7), alpha=0., attack=attack)), train(AdversarialTraining(attack)), rtol=1e-4,
+          atol=1e-5)
 
-# PyTorch's own answer for each: the loss of `alpha=0` AKD⁺ is the cross-entropy of the images as they are attacked, and so is that of TRADES without its robust term
-own_settings = dict(ignored=dict(ignore_index=3), ignored_and_weighted=dict(ignore_index=3, weight=CLASS_WEIGHTS), summed=dict(reduction='sum'), all=dict(ignore_index=0, reduction='sum', weight=CLASS_WEIGHTS),
+# PyTorch's own answer for each: the loss of `alpha=0` AKD⁺ is the cross-entropy of the images as they are attacked, and
+# so is that of TRADES without its robust term
+own_settings = dict(ignored=dict(ignore_index=3), ignored_and_weighted=dict(ignore_index=3, weight=CLASS_WEIGHTS),
+                    summed=dict(reduction='sum'), all=dict(ignore_index=0, reduction='sum', weight=CLASS_WEIGHTS),
                     smoothed=dict(ignore_index=3, label_smoothing=.2, reduction='sum'))
-made_by = dict(flat=CrossEntropyLossFlat, torch=nn.CrossEntropyLoss, function=lambda **kw: partial(F.cross_entropy, **kw))
+made_by = dict(flat=CrossEntropyLossFlat, torch=nn.CrossEntropyLoss,
+               function=lambda **kw: partial(F.cross_entropy, **kw))
 
-@pytest.mark.parametrize('method', [lambda net, attack: AKDCallback(net, alpha=0., attack=attack), lambda net, attack: TRADES(attack, beta=0.), lambda net, attack: CKDCallback(net, lam=0.)], ids=['akd','trades','ckd'])
+@pytest.mark.parametrize('method', [lambda net, attack: AKDCallback(net, alpha=0., attack=attack), lambda net,
+                                    attack: TRADES(attack, beta=0.), lambda net, attack: CKDCallback(net, lam=0.)],
+                         ids=['akd','trades','ckd'])
 @pytest.mark.parametrize('kind', own_settings)
 @pytest.mark.parametrize('make', made_by)
 def test_settings_of_the_loss_are_honoured(make, kind, method, make_learner, make_dls, tiny_net):
     def train(cb):
-        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(bn=False), loss_func=made_by[make](**own_settings[kind]), cbs=cb)
+        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(bn=False),
+                            loss_func=made_by[make](**own_settings[kind]), cbs=cb)
         learn.fit(1, .01)
         return [*weights(learn.model), learn.recorder.losses[0]]
     nothing = PGD(.1, steps=0, random_start=False)
@@ -387,21 +431,29 @@ def test_a_label_outside_the_classes_may_be_ignored(make_learner, make_dls, tiny
         order, run_valid = 1, False
         def before_batch(self): self.learn.xb, self.learn.yb = (self.learn.xb[0][8:],), (self.learn.yb[0][8:],)
     def train(*cbs):
-        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(bn=False), loss_func=CrossEntropyLossFlat(ignore_index=-1), cbs=cbs)
+        learn = sgd_learner(make_learner, make_dls(n=32, shuffle=False), tiny_net(bn=False),
+                            loss_func=CrossEntropyLossFlat(ignore_index=-1), cbs=cbs)
         learn.fit(1, .01)
         return weights(learn.model)
     attack = PGD(.1, steps=1, random_start=False)
-    for cb in (lambda: AKDCallback(tiny_net(seed=7), attack=attack), lambda: AdversarialTraining(attack)): close(train(cb(), Unlabelled()), train(cb(), Fewer()), rtol=1e-4, atol=1e-6)
+    for cb in (lambda: AKDCallback(tiny_net(seed=7), attack=attack), lambda: AdversarialTraining(attack)):
+        close(train(cb(), Unlabelled()), train(cb(), Fewer()), rtol=1e-4, atol=1e-6)
 
 class Weighs(nn.Module):
     "A loss of a user's own, with a setting that PyTorch's have"
     def __init__(self, **kw): super().__init__(); vars(self).update(kw)
     def forward(self, pred, y): return F.cross_entropy(pred, y)
-lost = dict(none=(lambda: CrossEntropyLossFlat(reduction='none'), "`reduction='none'`"), none_of_a_function=(lambda: partial(F.cross_entropy, reduction='none'), "`reduction='none'`"),
-            none_smoothed=(lambda: LabelSmoothingCrossEntropyFlat(reduction='none'), "`reduction='none'`"), axis=(lambda: CrossEntropyLossFlat(axis=0), '`axis=0`'),
-            old=(lambda: partial(F.cross_entropy, size_average=False), '`size_average=False`'), bce=(lambda: BCEWithLogitsLossFlat(pos_weight=CLASS_WEIGHTS), '`pos_weight`'),
-            bce_summed=(lambda: nn.BCEWithLogitsLoss(reduction='sum'), "`reduction='sum'`"), nll=(lambda: nn.NLLLoss(weight=CLASS_WEIGHTS), '`weight`'), nll_ignores=(lambda: nn.NLLLoss(ignore_index=2), '`ignore_index=2`'),
-            own=(lambda: Weighs(smoothing=.1), '`smoothing=0.1`'), own_function=(lambda: partial(Weighs(), ignore_index=2), '`ignore_index=2`'))
+lost = dict(none=(lambda: CrossEntropyLossFlat(reduction='none'), "`reduction='none'`"),
+            none_of_a_function=(lambda: partial(F.cross_entropy, reduction='none'), "`reduction='none'`"),
+            none_smoothed=(lambda: LabelSmoothingCrossEntropyFlat(reduction='none'), "`reduction='none'`"),
+            axis=(lambda: CrossEntropyLossFlat(axis=0), '`axis=0`'),
+            old=(lambda: partial(F.cross_entropy, size_average=False), '`size_average=False`'),
+            bce=(lambda: BCEWithLogitsLossFlat(pos_weight=CLASS_WEIGHTS), '`pos_weight`'),
+            bce_summed=(lambda: nn.BCEWithLogitsLoss(reduction='sum'), "`reduction='sum'`"),
+            nll=(lambda: nn.NLLLoss(weight=CLASS_WEIGHTS), '`weight`'),
+            nll_ignores=(lambda: nn.NLLLoss(ignore_index=2), '`ignore_index=2`'),
+            own=(lambda: Weighs(smoothing=.1), '`smoothing=0.1`'),
+            own_function=(lambda: partial(Weighs(), ignore_index=2), '`ignore_index=2`'))
 
 @pytest.mark.parametrize('name', ['trades','akd'])
 @pytest.mark.parametrize('kind', lost)
@@ -409,18 +461,24 @@ def test_settings_of_the_loss_that_would_be_lost(kind, name, make_learner, make_
     make, says = lost[kind]
     learn = make_learner(make_dls(), tiny_net(), loss_func=make(), cbs=make_cb(name, tiny_net(seed=7)))
     before = weights(learn.model)
-    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function would be lost.*AdversarialTraining'): learn.fit(1, .01)
+    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function would be '
+                                         'lost.*AdversarialTraining'):
+        learn.fit(1, .01)
     assert same(weights(learn.model), before)
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixing_that_cannot_be(mix, make_learner, make_dls, tiny_net):
-    "fastai mixes integer labels where the loss is not its own, and PyTorch does not: said before the first batch; nor has an image of two classes one to ignore"
-    for name,loss_func,says in (('at', nn.CrossEntropyLoss(), 'CrossEntropyLossFlat'), ('akd', F.cross_entropy, 'CrossEntropyLossFlat'), ('akd', CrossEntropyLossFlat(ignore_index=3), '`ignore_index`')):
+    """fastai mixes integer labels where the loss is not its own, and PyTorch does not: said before the first batch;
+    nor has an image of two classes one to ignore"""
+    for name,loss_func,says in (('at', nn.CrossEntropyLoss(), 'CrossEntropyLossFlat'),
+                                ('akd', F.cross_entropy, 'CrossEntropyLossFlat'),
+                                ('akd', CrossEntropyLossFlat(ignore_index=3), '`ignore_index`')):
         learn = make_learner(make_dls(), tiny_net(), loss_func=loss_func, cbs=[make_cb(name, tiny_net(seed=7)), mix()])
         with pytest.raises(ValueError, match=f'{says}'): learn.fit(1, .01)
         assert learn.loss_func is loss_func
     for loss_func in (nn.CrossEntropyLoss(), F.cross_entropy):
-        with pytest.raises(RuntimeError): make_learner(make_dls(), tiny_net(), loss_func=loss_func, cbs=mix()).fit(1, .01) # plain fastai
+        with pytest.raises(RuntimeError):
+            make_learner(make_dls(), tiny_net(), loss_func=loss_func, cbs=mix()).fit(1, .01) # plain fastai
 
 @each
 def test_focal_loss(name, make_learner, make_dls, tiny_net):
@@ -429,7 +487,8 @@ def test_focal_loss(name, make_learner, make_dls, tiny_net):
     before = weights(learn.model)
     if name == 'at': learn.fit(1, .01); return
     for kw in ({}, dict(cbs=MixUp())):
-        with pytest.raises(ValueError, match='(?s)focal loss has no meaning.*AdversarialTraining'): learn.fit(1, .01, **kw)
+        with pytest.raises(ValueError, match='(?s)focal loss has no meaning.*AdversarialTraining'):
+            learn.fit(1, .01, **kw)
     assert same(weights(learn.model), before)
     if name in ('akd', 'rslad', 'ard', 'ckd'):
         other = make_learner(make_dls(), tiny_net(), loss_func=FocalLossFlat())
@@ -452,7 +511,8 @@ def test_accumulated_gradients_equal_the_big_batch(name, bn, make_learner, make_
     def grads(bs, cbs):
         model = tiny_net(bn=bn == 'frozen')
         grads, eval_bn = Grads(), Callback(before_batch=lambda _: model[1].eval())
-        cb = make_cb(name, tiny_net(seed=7), attack) if name != 'trades' else TRADES(PGD(.1, steps=2, random_start=False, objective='ce'))
+        cb = (make_cb(name, tiny_net(seed=7), attack) if name != 'trades'
+              else TRADES(PGD(.1, steps=2, random_start=False, objective='ce')))
         sgd_learner(make_learner, make_dls(n=64, bs=bs, shuffle=False), model, cbs=[cb, grads, eval_bn, *cbs]).fit(1)
         return grads.grads
     small, big = grads(16, [GradientAccumulation(64)]), grads(64, [])
@@ -473,7 +533,8 @@ def test_mixup_and_cutmix(name, mix, make_learner, make_dls, tiny_net):
             lam = torch.as_tensor(mixer.lam).view(-1, 1)
             onehot = lambda y: F.one_hot(y.as_subclass(torch.Tensor), 10).float()
             at.append(lam*onehot(self.learn.yb[0]) + (1-lam)*onehot(mixer.yb1[0]))
-    learn = sgd_learner(make_learner, dls, copy.deepcopy(model), cbs=[make_cb(name, teacher), mixer, MixedLabels(), clean, spy])
+    learn = sgd_learner(make_learner, dls, copy.deepcopy(model),
+                        cbs=[make_cb(name, teacher), mixer, MixedLabels(), clean, spy])
     loss_func = learn.loss_func
     learn.fit(1)
     assert learn.loss_func is loss_func
@@ -481,8 +542,10 @@ def test_mixup_and_cutmix(name, mix, make_learner, make_dls, tiny_net):
     assert (y.max(1).values < 1).any() and not torch.equal(x, next(iter(dls.train))[0].as_subclass(torch.Tensor))
     with torch.no_grad():
         s, s_adv, t, t_adv = model(x), model(x_adv), teacher(x).softmax(1), teacher(x_adv).softmax(1)
-        want = dict(at=lambda: F.cross_entropy(s_adv, y), trades=lambda: trades_loss(s, s_adv, y), akd=lambda: akd_loss(s_adv, t_adv, y, .8),
-                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8), ard=lambda: ard_loss(s, s_adv, t, y, .8), ckd=lambda: ckd_loss(s, t, y))[name]()
+        want = dict(at=lambda: F.cross_entropy(s_adv, y), trades=lambda: trades_loss(s, s_adv, y),
+                    akd=lambda: akd_loss(s_adv, t_adv, y, .8),
+                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8), ard=lambda: ard_loss(s, s_adv, t, y, .8),
+                    ckd=lambda: ckd_loss(s, t, y))[name]()
     assert spy.losses[0] == pytest.approx(want.item(), rel=1e-4)
     # the attack went for the mixed labels: it raised their cross-entropy
     if name in ('at', 'akd', 'ard'): assert F.cross_entropy(s_adv, y) > F.cross_entropy(s, y)
@@ -511,7 +574,9 @@ class MixedPrecisionOnCPU(MixedPrecision):
     "fastai's callback, event by event, with the CPU's autocast and gradient scaler"
     def before_fit(self):
         half = torch.bfloat16 if self.amp_mode == AMPMode.BF16 else torch.float16
-        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', half), torch.amp.GradScaler('cpu', enabled=half is torch.float16, **self.kwargs), L()
+        self.autocast,self.learn.scaler,self.scales = (torch.autocast('cpu', half),
+                                                       torch.amp.GradScaler('cpu', enabled=half is torch.float16,
+                                                                            **self.kwargs), L())
 
 @each
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
@@ -521,10 +586,13 @@ def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
     def grads(cbs):
         g, spy = Grads(), Spy()
         attack = PGD(.1, steps=2, random_start=False)
-        cb = make_cb(name, tiny_net(seed=7), attack) if name != 'trades' else TRADES(PGD(.1, steps=2, random_start=False))
-        sgd_learner(make_learner, make_dls(n=64, bs=64, shuffle=False), tiny_net(bn=False), cbs=[cb, g, spy, *cbs]).fit(1)
+        cb = (make_cb(name, tiny_net(seed=7), attack) if name != 'trades'
+              else TRADES(PGD(.1, steps=2, random_start=False)))
+        sgd_learner(make_learner, make_dls(n=64, bs=64, shuffle=False), tiny_net(bn=False),
+                    cbs=[cb, g, spy, *cbs]).fit(1)
         return g.grads[0], spy
-    (got, spy), (want, exact) = grads([MixedPrecisionOnCPU(amp, **dict(init_scale=2.**10) if amp == 'fp16' else {})]), grads([])
+    (got, spy), (want, exact) = grads([MixedPrecisionOnCPU(amp, **dict(init_scale=2.**10) if amp == 'fp16'
+                                                           else {})]), grads([])
     assert torch.equal(spy.xb[0], exact.xb[0])
     assert spy.pred[0].dtype == torch.float32 and spy.losses[0] == pytest.approx(exact.losses[0], rel=.02)
     for g,w in zip(got, want):
@@ -534,7 +602,8 @@ def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
 @pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('how', ['autocast', 'model'])
 def test_gradients_that_underflow_in_half_precision(half, how, tiny_net, make_dls):
-    "A confident network's input gradients, of a mean loss in half precision, are nought: pixels would stay where they are"
+    """A confident network's input gradients, of a mean loss in half precision, are nought: pixels would stay where
+    they are"""
     model, x = tiny_net(bn=False).eval(), torch.rand(32, 1, 8, 8)
     with torch.no_grad(): model[-1].weight.mul_(60); model[-1].bias.mul_(60)
     y = model(x).argmax(1)
@@ -606,9 +675,11 @@ def test_weight_averaging_with_gradient_accumulation_counts_steps(make_learner, 
         run_valid = False
         def after_step(self): steps.append([p.detach().clone() for p in model.parameters()])
     start = [p.detach().clone() for p in model.parameters()]
-    make_learner(make_dls(n=128), model, cbs=[WeightAveraging(.5, ramp=False), GradientAccumulation(64), Step()]).fit(1, .01)
+    make_learner(make_dls(n=128), model, cbs=[WeightAveraging(.5, ramp=False), GradientAccumulation(64),
+                                              Step()]).fit(1, .01)
     assert len(steps) == 2
-    for p,a,b,c in zip(model.parameters(), start, *steps): torch.testing.assert_close(p.detach(), (a/2 + b/2)/2 + c/2, rtol=1e-5, atol=1e-7)
+    for p,a,b,c in zip(model.parameters(), start, *steps):
+        torch.testing.assert_close(p.detach(), (a/2 + b/2)/2 + c/2, rtol=1e-5, atol=1e-7)
 
 def test_keep_epochs(make_learner, make_dls, tiny_net):
     "Weights as they were validated, and cards that say what the recorder does"
@@ -616,7 +687,8 @@ def test_keep_epochs(make_learner, make_dls, tiny_net):
                          cbs=[make_cb('at', None), KeepEpochs(2, 'teacher', dict(seed=3)), WeightAveraging(.5)])
     learn.fit(5, .01)
     folder, values = learn.path/learn.model_dir, learn.recorder.values
-    assert sorted(p.name for p in folder.iterdir()) == ['teacher_2.json', 'teacher_2.pth', 'teacher_4.json', 'teacher_4.pth']
+    assert sorted(p.name for p in folder.iterdir()) == ['teacher_2.json', 'teacher_2.pth', 'teacher_4.json',
+                                                        'teacher_4.pth']
     learn.validate(); learn.get_preds()
     assert len(list(folder.iterdir())) == 4
     early = load_teacher(folder/'teacher_4.pth', tiny_net())
@@ -624,7 +696,8 @@ def test_keep_epochs(make_learner, make_dls, tiny_net):
     for n in (2, 4):
         card = json.loads((folder/f'teacher_{n}.json').read_text())
         assert [card[k] for k in ('train_loss','valid_loss','accuracy','robust_accuracy')] == list(values[n-1])
-        assert card | dict(epoch=n, seed=3, arch='Sequential', method='adversarial_training', vocab=[str(i) for i in range(10)], attack=repr(PGD(.1, steps=2))) == card
+        assert card | dict(epoch=n, seed=3, arch='Sequential', method='adversarial_training',
+                           vocab=[str(i) for i in range(10)], attack=repr(PGD(.1, steps=2))) == card
         teacher = Teacher.at_epoch(folder, n, tiny_net(), fname='teacher')
         learn.model.load_state_dict(teacher.members[0].model.state_dict())
         assert list(learn.validate()) == pytest.approx([card[k] for k in ('valid_loss','accuracy','robust_accuracy')])
@@ -638,22 +711,28 @@ def test_an_early_teacher_normalises_as_its_learner_did(make_learner, make_dls, 
     learn.fit(1, .01)
     path,x = learn.path/learn.model_dir/'epoch_1.pth', pixel_data(learn)[0]
     want,other = Teacher(learn).probs(x), load_teacher(path, tiny_net(), mean=.5, std=.25).probs(x)
-    for teacher in (Teacher.at_epoch(path.parent, 1, tiny_net()), load_teacher(path, tiny_net())): close(teacher.probs(x), want, rtol=1e-6, atol=1e-7)
+    for teacher in (Teacher.at_epoch(path.parent, 1, tiny_net()), load_teacher(path, tiny_net())):
+        close(teacher.probs(x), want, rtol=1e-6, atol=1e-7)
     close(other, learn.model.eval()((x-.5)/.25).softmax(1), rtol=1e-5, atol=1e-6)
     assert (other-want).abs().max() > .01
     learn = make_learner(make_dls(), tiny_net(), cbs=KeepEpochs(fname='plain'))
     learn.fit(1, .01)
     assert 'mean' not in json.loads((path.parent/'plain_1.json').read_text())
-    close(Teacher.at_epoch(path.parent, 1, tiny_net(), fname='plain').probs(x), Teacher(learn).probs(x), rtol=1e-6, atol=1e-7)
+    close(Teacher.at_epoch(path.parent, 1, tiny_net(), fname='plain').probs(x), Teacher(learn).probs(x), rtol=1e-6,
+          atol=1e-7)
 
 def test_two_methods_at_once_are_refused(make_learner, tiny_net):
     "They would attack what is attacked already: twice the radius"
     learn = make_learner(model=tiny_net()).to_adversarial(PGD(.1, steps=1))
     before = weights(learn.model)
-    with pytest.raises(ValueError, match='AdversarialTraining and AKDCallback would both|AKDCallback and AdversarialTraining would both'): learn.fit(1, cbs=make_cb('akd', tiny_net(seed=7)))
-    assert same(before, weights(learn.model)) and [type(cb) for cb in learn.cbs if isinstance(cb, RobustCallback)] == [AdversarialTraining]
+    with pytest.raises(ValueError, match='AdversarialTraining and AKDCallback would both|AKDCallback and '
+                                         'AdversarialTraining would both'):
+        learn.fit(1, cbs=make_cb('akd', tiny_net(seed=7)))
+    assert (same(before, weights(learn.model))
+            and [type(cb) for cb in learn.cbs if isinstance(cb, RobustCallback)] == [AdversarialTraining])
     learn.to_rkd(tiny_net(seed=7), attack=PGD(.1, steps=1)).fit(1)
-    with pytest.raises(ValueError, match='AKDCallback and AKDCallback would both'): learn.fit(1, cbs=learn.akd) # the same one again
+    # the same one again
+    with pytest.raises(ValueError, match='AKDCallback and AKDCallback would both'): learn.fit(1, cbs=learn.akd)
 
 @pytest.mark.parametrize('when', ['weights', 'card'])
 def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, monkeypatch):
@@ -676,18 +755,23 @@ def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, m
 
 @pytest.mark.parametrize('stop', [False, True], ids=['warns', 'stops'])
 def test_catastrophic_overfitting(stop, make_learner, make_dls, plain_net, robust_net, capsys):
-    "Networks that withstand PGD, and then one that does not: told at once, and undone if asked to; a fall that is allowed is nothing"
+    """Networks that withstand PGD, and then one that does not: told at once, and undone if asked to; a fall that is
+    allowed is nothing"""
     class Script(Callback):
         order, run_valid = 60, False
-        def after_train(self): self.model.load_state_dict([robust_net, robust_net, plain_net, plain_net][self.epoch].state_dict())
+        def after_train(self):
+            self.model.load_state_dict([robust_net, robust_net, plain_net, plain_net][self.epoch].state_dict())
     def learner(**kw):
         cb = CatastrophicOverfitting(stop=stop, **kw)
-        return make_learner(make_dls(n_valid=96), copy.deepcopy(robust_net), cbs=[AdversarialTraining(FFGSM(.1)), cb, Script()]), cb
+        return make_learner(make_dls(n_valid=96), copy.deepcopy(robust_net),
+                            cbs=[AdversarialTraining(FFGSM(.1)), cb, Script()]), cb
     learn, cb = learner()
     start = torch.get_rng_state()
     if stop: learn.fit(4, 0.)
     else:
-        with pytest.warns(UserWarning, match=r'catastrophic overfitting: in epoch 3 the accuracy of 96 images under PGD\(eps=25.5/255, steps=5.* fell from \d'): learn.fit(4, 0.)
+        with pytest.warns(UserWarning, match=r'catastrophic overfitting: in epoch 3 the accuracy of 96 images under '
+                                             r'PGD\(eps=25.5/255, steps=5.* fell from \d'):
+            learn.fit(4, 0.)
     assert len(learn.recorder.values) == (3 if stop else 4)
     assert same(weights(learn.model), weights(robust_net if stop else plain_net))
     assert ('in epoch 3' in capsys.readouterr().out) == stop
@@ -713,7 +797,8 @@ def test_cache_of_what_is_other_in_every_epoch(tiny_net):
     with pytest.raises(ValueError, match='`cache=True`'): AKDCallback(tiny_net(), cache=True)
 
 def test_catastrophic_overfitting_without_an_attack(make_learner, make_dls):
-    with pytest.raises(ValueError, match='finds no training attack'): make_learner(make_dls(), cbs=CatastrophicOverfitting()).fit(1)
+    with pytest.raises(ValueError, match='finds no training attack'):
+        make_learner(make_dls(), cbs=CatastrophicOverfitting()).fit(1)
     learn = make_learner(make_dls(), cbs=CatastrophicOverfitting(PGD(.1, steps=1)))
     learn.fit(1); learn.validate(); learn.get_preds()
 
@@ -743,10 +828,12 @@ def test_teacher_does_not_move(name, make_learner, make_dls, tiny_net):
     assert all(p.grad is None and not p.requires_grad for p in cb.teacher.parameters())
     assert not any(m.training for m in cb.teacher.modules())
     ids = {id(p) for p in cb.teacher.parameters()}
-    assert not any(id(p) in ids for g in learn.opt.param_lists for p in g) and not any(id(p) in ids for p in learn.model.parameters())
+    assert (not any(id(p) in ids for g in learn.opt.param_lists for p in g)
+            and not any(id(p) in ids for p in learn.model.parameters()))
     # what the teacher was made of still trains, without the teacher following it
     source.fit(1, .1)
-    assert not same(before, weights(net)) and same(t_before, weights(cb.teacher)) and all(p.requires_grad for p in net.parameters())
+    assert (not same(before, weights(net)) and same(t_before, weights(cb.teacher))
+            and all(p.requires_grad for p in net.parameters()))
 
 def test_student_may_start_as_its_own_teacher(make_learner, make_dls, tiny_net):
     "Self-distillation: the teacher stays as the student was"
@@ -781,7 +868,9 @@ def test_export(name, interrupted, make_learner, make_dls, tiny_net, tmp_path):
 
 def test_weight_averaging_is_not_exported(make_learner, make_dls, tmp_path):
     plain = make_learner(make_dls()); plain.fit(1); plain.export('plain.pkl')
-    learn = make_learner(make_dls(), cbs=[WeightAveraging(), KeepEpochs()], metrics=RobustAccuracy()); learn.fit(1); learn.export('ours.pkl')
+    learn = make_learner(make_dls(), cbs=[WeightAveraging(), KeepEpochs()], metrics=RobustAccuracy())
+    learn.fit(1)
+    learn.export('ours.pkl')
     assert abs((tmp_path/'ours.pkl').stat().st_size - (tmp_path/'plain.pkl').stat().st_size) < 10_000
 
 
@@ -795,8 +884,10 @@ def continue_from(state, opt_state, make_learner, make_dls, tiny_net, name, how)
     torch.manual_seed(5); how(learn)
     return weights(learn.model)
 
-@pytest.mark.parametrize('error', [CancelFitException, KeyboardInterrupt, RuntimeError, CancelTrainException, CancelEpochException])
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_backward', 'after_batch', 'after_step'])
+@pytest.mark.parametrize('error', [CancelFitException, KeyboardInterrupt, RuntimeError, CancelTrainException,
+                                   CancelEpochException])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_backward',
+                                   'after_batch', 'after_step'])
 @pytest.mark.parametrize('name', ['akd', 'rslad'])
 def test_fit_after_an_interrupted_one(name, event, error, make_learner, make_dls, tiny_net):
     "It equals the fit of a Learner that was never interrupted, from the same weights and optimiser state"
@@ -821,7 +912,9 @@ def test_second_fit(name, make_learner, make_dls, tiny_net):
 
 def test_fit_after_an_interrupted_accumulation(make_learner, make_dls, tiny_net):
     "Gradients that were being gathered belong to the fit that was interrupted"
-    def learner(): return make_learner(make_dls(shuffle=False), tiny_net(), cbs=[make_cb('akd', tiny_net(seed=7)), GradientAccumulation(96)])
+    def learner():
+        return make_learner(make_dls(shuffle=False), tiny_net(),
+                            cbs=[make_cb('akd', tiny_net(seed=7)), GradientAccumulation(96)])
     learn = learner()
     with pytest.raises(KeyboardInterrupt): learn.fit(1, .01, cbs=Stop('after_backward', KeyboardInterrupt))
     state = copy.deepcopy(learn.model.state_dict())
@@ -883,7 +976,8 @@ def test_student_learns_from_the_teacher(make_learner, make_dls, digits, robust_
     x, y, attack = digits.x[1497:], digits.y[1497:], PGD(.1, steps=10)
     def student():
         torch.manual_seed(1)
-        return nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+        return nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1),
+                             nn.BatchNorm2d(32), nn.ReLU(),
                              nn.Flatten(), nn.Linear(512, 10))
     dls = make_dls(n=1200, n_valid=50, bs=50)
     plain = make_learner(dls, student()); plain.fit_one_cycle(4, 3e-3)
@@ -920,7 +1014,8 @@ def test_cache(name, make_learner, make_dls, tiny_net):
     "The same training, for one look of the teacher at each image; a second fit asks anew"
     found = []
     for cache in (False, True):
-        cb = dict(rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)[name](Counted(tiny_net(seed=7)), T=2., cache=cache)
+        cb = dict(rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)[name](Counted(tiny_net(seed=7)), T=2.,
+                                                                               cache=cache)
         if name != 'ckd': cb.attack = PGD(.1, steps=2)
         learn = make_learner(make_dls(n=96, bs=32), tiny_net(), cbs=cb)
         torch.manual_seed(5); random.seed(5); learn.dls.train.rng = random.Random(5)
@@ -931,15 +1026,18 @@ def test_cache(name, make_learner, make_dls, tiny_net):
         assert cb.kept is None # the answers go with the fit
         found.append((weights(learn.model), n))
     close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
-    assert found[0][1][4] >= 4*96 and found[1][1][4] - found[1][1][1] == 0 and 96 <= found[1][1][1] < 110 # `check` looks too
+    # `check` looks too
+    assert found[0][1][4] >= 4*96 and found[1][1][4] - found[1][1][1] == 0 and 96 <= found[1][1][1] < 110
 
 def test_cache_refuses_augmented_images(make_learner, make_dls, tiny_net):
     dls = make_dls(batch_tfms=PadCropFlip(1))
-    with pytest.raises(ValueError, match='`cache=True` is for images that are the same'): make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), cache=True, attack=PGD(.1, steps=1))).fit(3)
+    with pytest.raises(ValueError, match='`cache=True` is for images that are the same'):
+        make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), cache=True, attack=PGD(.1, steps=1))).fit(3)
     learn = make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), attack=PGD(.1, steps=1)))
     learn.fit(3)
 
-@pytest.mark.parametrize('turn', [lambda learn: learn.to_adversarial(PGD(.1, steps=1)), lambda learn: learn.to_rkd(learn.model, attack=PGD(.1, steps=1))], ids=['at','akd'])
+@pytest.mark.parametrize('turn', [lambda learn: learn.to_adversarial(PGD(.1, steps=1)),
+                                  lambda learn: learn.to_rkd(learn.model, attack=PGD(.1, steps=1))], ids=['at','akd'])
 def test_mixup_where_nobody_tells_the_number_of_classes(turn, tiny_net):
     "Plain PyTorch data have no vocab: the network is asked"
     ds = torch.utils.data.TensorDataset(torch.rand(24, 1, 8, 8), torch.randint(0, 10, (24,)))

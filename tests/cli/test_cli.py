@@ -12,7 +12,9 @@ def images(tmp_path):
     for split,n in (('train',8),('valid',4)):
         for c,low in (('dark',0),('bright',150)):
             (tmp_path/'images'/split/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(low, low+100, (20,20,3), dtype=np.uint8)).save(tmp_path/'images'/split/c/f'{i}.png')
+            for i in range(n):
+                Image.fromarray(rng.integers(low, low+100, (20,20,3), dtype=np.uint8)).save(
+                    tmp_path/'images'/split/c/f'{i}.png')
     return tmp_path/'images'
 
 def rkd(*args): main([str(a) for a in args])
@@ -20,8 +22,10 @@ def rkd(*args): main([str(a) for a in args])
 def test_folder_and_timm(images, tmp_path, capsys):
     common = ('--data', images, '--size', 32, '--bs', 4, '--epochs', 1, '--steps', 1)
     rkd('train', *common, '--arch', 'test_resnet', '--out', tmp_path/'teacher')
-    rkd('distill', *common, '--width', '1/16', '--method', 'rslad', '--teacher', tmp_path/'teacher', '--out', tmp_path/'student')
-    rkd('evaluate', tmp_path/'student', '--attacks', 'clean,fgsm', '--json', tmp_path/'card.json', '--state', tmp_path/'state.json')
+    rkd('distill', *common, '--width', '1/16', '--method', 'rslad', '--teacher', tmp_path/'teacher', '--out',
+        tmp_path/'student')
+    rkd('evaluate', tmp_path/'student', '--attacks', 'clean,fgsm', '--json', tmp_path/'card.json', '--state',
+        tmp_path/'state.json')
     card = json.loads((tmp_path/'card.json').read_text())
     assert card['n'] == 8 and 0 <= card['results']['fgsm']['accuracy'] <= card['results']['clean']['accuracy']
     student = json.loads((tmp_path/'student/card.json').read_text())
@@ -33,16 +37,19 @@ def test_folder_and_timm(images, tmp_path, capsys):
 def test_a_student_sees_images_of_its_teachers_size(images, tmp_path):
     "Unless `--size` says otherwise; where the teachers differ it has to"
     common = ('--data', f'{images}/', '--bs', 4, '--epochs', 1, '--steps', 1, '--width', '1/16')
-    for size in (16, 24): rkd('train', '--data', images, *common[2:], '--how', 'st', '--size', size, '--out', tmp_path/f't{size}')
+    for size in (16, 24):
+        rkd('train', '--data', images, *common[2:], '--how', 'st', '--size', size, '--out', tmp_path/f't{size}')
     size = lambda name: json.loads((tmp_path/name/'card.json').read_text())['size']
     rkd('distill', *common, '--teacher', tmp_path/'t16', '--out', tmp_path/'same')
     rkd('distill', *common, '--teacher', tmp_path/'t16', '--size', 24, '--out', tmp_path/'other')
     assert (size('same'), size('other')) == (16, 24)
-    with pytest.raises(SystemExit, match='`--size`'): rkd('distill', *common, '--teacher', tmp_path/'t16', '--teacher', tmp_path/'t24', '--out', tmp_path/'two')
+    with pytest.raises(SystemExit, match='`--size`'):
+        rkd('distill', *common, '--teacher', tmp_path/'t16', '--teacher', tmp_path/'t24', '--out', tmp_path/'two')
     assert not (tmp_path/'two').exists()
 
 def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
-    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--eps', '25/255', '--out', tmp_path/'run')
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--eps', '25/255', '--out',
+        tmp_path/'run')
     def radius(*args):
         rkd('evaluate', tmp_path/'run', '--attacks', 'clean,fgsm', '--n', 20, '--json', tmp_path/'card.json', *args)
         return json.loads((tmp_path/'card.json').read_text())['eps']
@@ -61,7 +68,8 @@ def test_a_folder_of_images_that_is_elsewhere(images, tmp_path, monkeypatch):
     assert json.loads((tmp_path/'run/card.json').read_text())['size'] == 64
     rkd('evaluate', 'run', '--attacks', 'clean')
     (tmp_path/'away').mkdir(); monkeypatch.chdir(tmp_path/'away')
-    with pytest.raises(SystemExit, match='images in images, which is not here: name their folder by `--data`'): rkd('evaluate', '../run', '--attacks', 'clean')
+    with pytest.raises(SystemExit, match='images in images, which is not here: name their folder by `--data`'):
+        rkd('evaluate', '../run', '--attacks', 'clean')
     rkd('evaluate', '../run', '--attacks', 'clean', '--data', '../images')
 
 def test_the_network_of_a_run_trains_on_and_is_exported(tmp_path):
@@ -83,31 +91,39 @@ def test_the_network_of_a_run_trains_on_and_is_exported(tmp_path):
 def test_commands_that_are_refused(tmp_path):
     "What is no study, what is no folder of one, half an option, and an α that the method turns down leave nothing"
     (tmp_path/'my.toml').write_text('')
-    for command,says in ((('study', tmp_path/'nope.toml'), 'no study at .*nope.toml'), (('study', 'report', tmp_path/'my.toml'), 'name the folder of one study')):
+    for command,says in ((('study', tmp_path/'nope.toml'), 'no study at .*nope.toml'),
+                         (('study', 'report', tmp_path/'my.toml'), 'name the folder of one study')):
         with pytest.raises(SystemExit, match=says): rkd(*command)
     with pytest.raises(SystemExit): rkd('train', '--data', 'digits', '--epoch', 1, '--out', tmp_path/'run')
     assert not (tmp_path/'run').exists()
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--out', tmp_path/'teacher')
-    with pytest.raises(SystemExit, match='`--alpha`'): rkd('distill', '--data', 'digits', '--teacher', tmp_path/'teacher', '--alpha', 2, '--out', tmp_path/'run')
+    with pytest.raises(SystemExit, match='`--alpha`'):
+        rkd('distill', '--data', 'digits', '--teacher', tmp_path/'teacher', '--alpha', 2, '--out', tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
 def test_a_check_that_finds_too_few_images(tmp_path, capsys):
     "Is a line below what was measured"
-    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0, '--out', tmp_path/'run')
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0, '--out',
+        tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
     said = capsys.readouterr().out
-    assert 'not looked for masked gradients: ' in said and 'of 20 images rightly' in said and 'take more images (`--n`)' in said and '20 of 360 validation images' in said
+    assert ('not looked for masked gradients: ' in said and 'of 20 images rightly' in said
+            and 'take more images (`--n`)' in said and '20 of 360 validation images' in said)
 
 def test_images_of_one_class(images, tmp_path):
     "All in one folder, or one sub-folder: 100 % would be no merit"
     for folder in (images/'train/dark', images/'train'):
         for f in (images/'train/bright').glob('*'): f.unlink()
-        with pytest.raises(SystemExit, match="one class, 'dark'|no sub-folder"): rkd('train', '--data', folder, '--epochs', 1, '--out', tmp_path/'out')
+        with pytest.raises(SystemExit, match="one class, 'dark'|no sub-folder"):
+            rkd('train', '--data', folder, '--epochs', 1, '--out', tmp_path/'out')
         assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('args, says', [
-    (('train', '--data', 'nowhere'), '`--data`'), (('train', '--data', 'data'), '`data` must be a folder'), (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'), (('train', '--data', 'digits', '--keep', '0'), '`--keep`'),
-    (('train', '--data', 'digits', '--eps', '8'), '8/255'), (('train', '--data', 'cifar10', '--data-path', '.'), 'leave `--data-path` out'),
+    (('train', '--data', 'nowhere'), '`--data`'), (('train', '--data', 'data'), '`data` must be a folder'),
+    (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'),
+    (('train', '--data', 'digits', '--keep', '0'), '`--keep`'),
+    (('train', '--data', 'digits', '--eps', '8'), '8/255'),
+    (('train', '--data', 'cifar10', '--data-path', '.'), 'leave `--data-path` out'),
 ])
 def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -116,9 +132,12 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     assert not (tmp_path/'out/model.pth').exists()
 
 def test_a_training_that_diverges_is_one_line(tmp_path):
-    with pytest.raises(SystemExit) as e: rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30, '--out', tmp_path/'out')
+    with pytest.raises(SystemExit) as e:
+        rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30,
+            '--out', tmp_path/'out')
     said = e.value.code
-    assert said.startswith('rkd: error: ') and '\n' not in said and 'lower the learning rate (`--lr`)' in said and 'epoch 1' in said and 'batch' in said and 'GradientClip' not in said
+    assert (said.startswith('rkd: error: ') and '\n' not in said and 'lower the learning rate (`--lr`)' in said
+            and 'epoch 1' in said and 'batch' in said and 'GradientClip' not in said)
     assert not (tmp_path/'out/model.pth').exists()
 
 def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
@@ -132,13 +151,18 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     common = ('--data', 'digits', '--width', '1/16', '--steps', 1)
     with pytest.raises(SystemExit, match='130'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
     assert not (tmp_path/'teacher/model.pth').exists()
-    for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out', tmp_path/'no')):
+    for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out',
+                                                       tmp_path/'no')):
         with pytest.raises(SystemExit, match='was cut off: add `--resume`.*epoch_1.pth'): rkd(*command)
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
-    for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'), ('--lr', .5, .1), ('--eps', '4/255', 8/255)): # said in the words of the command line
-        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the run.*another `--out`'): rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
-    with pytest.raises(SystemExit, match='`--data` is fashion_sample'): rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, '--out', tmp_path/'teacher', '--resume') # of several always the same
+    for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'),
+                    ('--lr', .5, .1), ('--eps', '4/255', 8/255)): # said in the words of the command line
+        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the run.*another `--out`'):
+            rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
+    with pytest.raises(SystemExit, match='`--data` is fashion_sample'):
+        rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, '--out', tmp_path/'teacher',
+            '--resume') # of several always the same
     monkeypatch.setattr(KeepEpochs, 'each_epoch', keep)
     rkd('train', *common, '--epochs', 3, '--keep', 2, '--out', tmp_path/'teacher', '--resume')
     assert (tmp_path/'teacher/model.pth').exists()
@@ -154,7 +178,8 @@ def test_held_out_folder_is_the_validation_set(images, name):
 def test_evaluate_fast_and_check(tmp_path, capsys):
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 3, '--out', tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'apgd', '--n', 30, '--fast', '--check', '--json', tmp_path/'card.json')
-    assert json.loads((tmp_path/'card.json').read_text())['results']['apgd']['attack'] == ['apgd-ce: 100 steps, 1 restart(s), fast search']
+    assert json.loads((tmp_path/'card.json').read_text())['results']['apgd']['attack'] == ['apgd-ce: 100 steps, 1 '
+                                                                                           'restart(s), fast search']
     said = capsys.readouterr().out
     assert '30 of 360 validation images' in said
     assert 'larger radius' in said and ('no sign of masked gradients' in said or 'not to be trusted' in said)
@@ -168,22 +193,26 @@ def test_a_folder_without_images(tmp_path):
 
 small = ('--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 200)
 
-@pytest.mark.parametrize('keep, says', [(1, r'`rkd distill --teacher {out}/epoch_1.pth` learns from that epoch'), (2, '`--keep 1` keeps the checkpoint of every epoch')])
+@pytest.mark.parametrize('keep, says', [(1, r'`rkd distill --teacher {out}/epoch_1.pth` learns from that epoch'),
+                                        (2, '`--keep 1` keeps the checkpoint of every epoch')])
 def test_robust_overfitting_names_a_command(keep, says, tmp_path, monkeypatch, capsys):
     from rkd_fastai.callback.monitor import RobustOverfitting
     monkeypatch.setattr(RobustOverfitting, 'logged', lambda self: dict(robust_accuracy=.9 - .1*self.epoch))
     rkd('train', *small, '--how', 'st', '--epochs', 2, '--keep', keep, '--out', tmp_path/'run')
     said = capsys.readouterr().out
-    assert 'was 90.0% after epoch 1' in said and says.format(out=tmp_path/'run') in said and 'KeepEpochs' not in said and 'at_epoch' not in said
+    assert ('was 90.0% after epoch 1' in said and says.format(out=tmp_path/'run') in said and 'KeepEpochs' not in said
+            and 'at_epoch' not in said)
 
 def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypatch, capsys):
     import sys, warnings
     accs = iter([.9, .1])
-    monkeypatch.setattr(warnings, 'showwarning', lambda m, c, f, l, *_: print(warnings.formatwarning(m, c, f, l), end='', file=sys.stderr)) # as outside of pytest
+    monkeypatch.setattr(warnings, 'showwarning', lambda m, c, f, l,
+                        *_: print(warnings.formatwarning(m, c, f, l), end='', file=sys.stderr)) # as outside of pytest
     monkeypatch.setattr('rkd_fastai.callback.monitor.robust_accuracy', lambda *_: next(accs))
     with warnings.catch_warnings():
         warnings.simplefilter('always', UserWarning) # elsewhere in the tests they are errors
-        rkd('train', '--data', 'digits', '--width', '1/16', '--n', 200, '--how', 'ffgsm', '--epochs', 2, '--out', tmp_path/'run')
+        rkd('train', '--data', 'digits', '--width', '1/16', '--n', 200, '--how', 'ffgsm', '--epochs', 2, '--out',
+            tmp_path/'run')
     line, = [l for l in capsys.readouterr().err.splitlines() if 'overfitting' in l]
     assert line.startswith('rkd: warning: catastrophic overfitting') and line.endswith('`--how at` trains on PGD')
 
@@ -192,19 +221,24 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
     from rkd_fastai.callback.resume import Resume
     save = Resume._save
     def die(self): save(self); raise KeyboardInterrupt
-    for seed in (1, 2): rkd('train', *small, '--how', 'st', '--epochs', 1, '--seed', seed, '--out', tmp_path/f'teacher{seed}')
+    for seed in (1, 2):
+        rkd('train', *small, '--how', 'st', '--epochs', 1, '--seed', seed, '--out', tmp_path/f'teacher{seed}')
     student = ('distill', *small, '--out', tmp_path/'run', '--teacher')
     with monkeypatch.context() as m:
         m.setattr(Resume, '_save', die)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
     assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: put back what it had, or name another `--out`'
-    for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'), (('--data-path', tmp_path), None)):
+    for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'),
+                        (('--data-path', tmp_path), None)):
         if says:
-            with pytest.raises(SystemExit, match=says): rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
+            with pytest.raises(SystemExit, match=says):
+                rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run holds checkpoints of a longer training, up to epoch_3.pth: delete them'): rkd(*student, tmp_path/'teacher1', '--epochs', 2)
+    with pytest.raises(SystemExit, match='`--out` .*run holds checkpoints of a longer training, up to epoch_3.pth: '
+                                         'delete them'):
+        rkd(*student, tmp_path/'teacher1', '--epochs', 2)
 
 def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
     rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
@@ -226,7 +260,9 @@ narrow = pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
 
 def test_a_study_on_a_narrow_console(console, tmp_path):
     "Trains, prints its rows and its report, α and all, and then the help"
-    (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\nepochs = 1\nteacher_epochs = 1\n[measure]\nattacks = ["clean", "fgsm"]\nn = 20\n[[grid]]\nmethod = "akd"\nalpha = [0.5, 1.0]\n', encoding='utf8')
+    (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\nepochs = '
+                                   '1\nteacher_epochs = 1\n[measure]\nattacks = ["clean", "fgsm"]\nn = '
+                                   '20\n[[grid]]\nmethod = "akd"\nalpha = [0.5, 1.0]\n', encoding='utf8')
     said = console('cp1252')
     rkd('study', tmp_path/'s.toml', '--out', tmp_path/'s')
     assert '2/2' in said() and 'alpha' in said() and 'α' not in said()
@@ -245,6 +281,8 @@ def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
     line.update(.5, 'pgd20 ≤ 54 %')
     line.finish('→ 猫')
     assert 'eps = 8/255' in said() and '##########..........' in said() and '<= 54 %' in said() and '-> ?' in said()
-    learn = Learner(digits_dls(bs=512), cifar_resnet18(10, 1/16, 1), metrics=ValueMetric(lambda: next(scores), 'accuracy_ε'), cbs=RobustOverfitting('accuracy_ε'), path=tmp_path)
+    learn = Learner(digits_dls(bs=512), cifar_resnet18(10, 1/16, 1),
+                    metrics=ValueMetric(lambda: next(scores), 'accuracy_ε'), cbs=RobustOverfitting('accuracy_ε'),
+                    path=tmp_path)
     with one_line(learn, 'µ'): learn.fit(2, 0.)
     assert 'robust overfitting: accuracy_eps was 90.0%' in said()

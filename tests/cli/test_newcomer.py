@@ -1,4 +1,5 @@
-"What a newcomer does with a folder of images by README alone: train, distil, be interrupted, go on, evaluate, compare in a study, read its report."
+"""What a newcomer does with a folder of images by README alone: train, distil, be interrupted, go on, evaluate,
+compare in a study, read its report."""
 import csv, json
 import numpy as np, pytest, torch
 from PIL import Image
@@ -27,13 +28,16 @@ def teacher(photos):
     rkd('train', '--data', photos, '--how', 'at', '--epochs', 6, '--out', out, *small)
     return out
 
-def history(run): return [{k: v for k,v in r.items() if k != 'time'} for r in csv.DictReader((run/'history.csv').read_text().splitlines())]
+def history(run):
+    return [{k: v for k,v in r.items() if k != 'time'} for r in csv.DictReader((run/'history.csv').read_text()
+                                                                               .splitlines())]
 
 def test_train(teacher, photos):
     "Each epoch has its checkpoint, and the card says what was trained on"
     card = json.loads((teacher/'card.json').read_text())
     assert card['images'] == dict(train=600, valid=300, test=300) and card['vocab'] == [str(i) for i in range(10)]
-    assert {f'epoch_{i}.pth' for i in range(1, 7)} <= {f.name for f in teacher.iterdir()} and float(history(teacher)[-1]['accuracy']) > .7
+    assert ({f'epoch_{i}.pth' for i in range(1, 7)} <= {f.name for f in teacher.iterdir()}
+            and float(history(teacher)[-1]['accuracy']) > .7)
 
 def test_interrupted_and_resumed(teacher, photos, monkeypatch, capsys):
     "A student of an early epoch; Ctrl-C after the second epoch costs nothing, and the teacher's files stay as they are"
@@ -61,7 +65,8 @@ def test_student_sees_images_of_the_teachers_size(teacher, photos, tmp_path, mon
     seen = []
     monkeypatch.setattr(cli, '_run', lambda args, *_, **__: seen.append(args.size))
     monkeypatch.chdir(photos.parent)
-    for data in (photos, photos.name, f'{photos}/../{photos.name}', tmp_path, 'fashion_sample'): rkd('distill', '--data', data, '--teacher', teacher, '--out', tmp_path/'s')
+    for data in (photos, photos.name, f'{photos}/../{photos.name}', tmp_path, 'fashion_sample'):
+        rkd('distill', '--data', data, '--teacher', teacher, '--out', tmp_path/'s')
     assert seen == [8, 8, 8, 8, None]
 
 def test_evaluate(teacher, photos, capsys):
@@ -106,7 +111,9 @@ def test_study_and_report(photos, capsys, monkeypatch, tmp_path):
     assert 'Students and baselines' in capsys.readouterr().out or (out/'report').is_dir()
     cells = [json.loads(f.read_text()) for f in out.glob('cells/*/results.json')]
     assert len(cells) == 3
-    for c in cells: assert c['last']['pgd20']['sample'] == dict(n=100, of=300, split='test', drawn='stratified by class', seed=0, images=c['last']['pgd20']['sample']['images'])
+    for c in cells:
+        assert c['last']['pgd20']['sample'] == dict(n=100, of=300, split='test', drawn='stratified by class', seed=0,
+                                                    images=c['last']['pgd20']['sample']['images'])
     assert len({c['last']['pgd20']['sample']['images'] for c in cells}) == 1 # all are measured on the same images
     gain, = out.glob('report/gain.md')
     assert '100, stratified by class test images' in gain.read_text() or 'test images' in gain.read_text()

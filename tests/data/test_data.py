@@ -4,7 +4,8 @@ from collections import Counter
 from importlib.resources import files
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Image, ImageDataLoaders, Learner, Path, PILImage, PILImageBW, Resize, TensorCategory, TensorImage, TensorImageBW,
+from fastai.vision.all import (Image, ImageDataLoaders, Learner, Path, PILImage, PILImageBW, Resize, TensorCategory,
+                               TensorImage, TensorImageBW,
                                accuracy, load_learner, nn, set_seed)
 
 from rkd_fastai.data import benchmarks as data
@@ -52,7 +53,8 @@ class Python2Pickler(pickle._Pickler):
 def write_pickle(path, o, py2=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'wb') as f: (Python2Pickler if py2 else pickle.Pickler)(f, protocol=2).dump(o)
-    path.write_bytes(path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray') if py2 else path.read_bytes())
+    path.write_bytes(path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray') if py2
+                     else path.read_bytes())
 
 def write_cifar(root, c, py2=True, meta=True):
     "CIFAR-10 or -100 in `root`; its test images as rows, and labels"
@@ -60,8 +62,11 @@ def write_cifar(root, c, py2=True, meta=True):
     train, test = ([f'data_batch_{i}' for i in range(1, 6)], 'test_batch') if c == 10 else (['train'], 'test')
     for f in [*train, test]:
         x, y = images(2*c, 3072), labels(2*c, c)
-        write_pickle(root/f, {b'data': x, key: y.tolist(), b'batch_label': f.encode(), b'filenames': [b'a.png']*2*c}, py2)
-    if meta: write_pickle(root/('batches.meta' if c == 10 else 'meta'), {names: [f'class {i}'.encode() for i in range(c)]}, py2)
+        write_pickle(root/f, {b'data': x, key: y.tolist(), b'batch_label': f.encode(), b'filenames': [b'a.png']*2*c},
+                     py2)
+    if meta:
+        write_pickle(root/('batches.meta' if c == 10 else 'meta'), {names: [f'class {i}'.encode() for i in range(c)]},
+                     py2)
     return x, y
 
 @pytest.fixture
@@ -71,9 +76,11 @@ def tiny(tmp_path):
         f.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images(64, 64, 3)).convert(mode).save(f)
     for c in ('n02', 'n01'):
-        for i in range(10): save(root/f'train/{c}/images/{c}_{i}.JPEG', 'L' if i == 3 else 'RGB')   # some are grey, as published
+        # some are grey, as published
+        for i in range(10): save(root/f'train/{c}/images/{c}_{i}.JPEG', 'L' if i == 3 else 'RGB')
     for i in range(4): save(root/f'val/images/val_{i}.JPEG')
-    (root/'val/val_annotations.txt').write_text(''.join(f'val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n' for i in range(4)))
+    (root/'val/val_annotations.txt').write_text(''.join(f'val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n'
+                                                        for i in range(4)))
     return tmp_path
 
 
@@ -90,7 +97,8 @@ def test_fashion_is_read_exactly(fashion):
     assert not in_both(all_items(dls.train), all_items(dls.valid))
     assert list(dls.vocab) == fashion_vocab and dls.c == 10
 
-@pytest.mark.parametrize('c,dls_of,sub', [(10, cifar10_dls, 'cifar-10-batches-py'), (100, cifar100_dls, 'cifar-100-python')])
+@pytest.mark.parametrize('c,dls_of,sub', [(10, cifar10_dls, 'cifar-10-batches-py'),
+                                          (100, cifar100_dls, 'cifar-100-python')])
 @pytest.mark.parametrize('py2', [True, False])
 def test_cifar_is_read_exactly(tmp_path, c, dls_of, sub, py2):
     x, y = write_cifar(tmp_path/sub, c, py2)
@@ -115,7 +123,8 @@ def test_tiny_imagenet(tiny):
         assert [len(o.dataset) for o in dls.loaders] == [16, 4, 4] and list(dls.vocab) == ['n01', 'n02']
     x, y = arrays(dls[2])
     files_ = sorted((tiny/'tiny-imagenet-200/val/images').iterdir())
-    assert (x == np.stack([np.asarray(Image.open(f)).transpose(2, 0, 1) for f in files_])).all() and y.tolist() == [0, 1, 0, 1]
+    assert ((x == np.stack([np.asarray(Image.open(f)).transpose(2, 0, 1) for f in files_])).all()
+            and y.tolist() == [0, 1, 0, 1])
     assert {x.shape for x, _ in dls.train_ds} == {(3, 64, 64)}   # the grey ones too
     assert not {f for f, _ in dls.train_ds.items} & {f for f, _ in dls.valid_ds.items}
     held = [list(tiny_imagenet_dls(tiny, bs=4, valid_pct=.2, seed=i, num_workers=0).valid_ds.items) for i in (1, 1, 2)]
@@ -128,7 +137,8 @@ def test_digits():
     oracle = np.rint(o.images.astype(np.float64)*255/16).astype(np.uint8)
     assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in oracle)
     x, y = dls.train.one_batch()
-    assert type(x) is TensorImageBW and x.shape == (128, 1, 8, 8) and x.dtype == torch.float32 and 0 <= x.min() and x.max() == 1
+    assert (type(x) is TensorImageBW and x.shape == (128, 1, 8, 8) and x.dtype == torch.float32 and 0 <= x.min()
+            and x.max() == 1)
     assert type(y) is TensorCategory and y.dtype == torch.int64 and list(dls.vocab) == list(range(10))
     share = Counter(o[1].item() for o in dls.valid_ds)
     assert all(abs(share[i] - .2*(o.target == i).sum()) <= 1 for i in range(10))
@@ -156,7 +166,8 @@ def test_sample_facts(npz):
         assert (x.shape, x.dtype, y.shape, y.dtype) == ((1000, 28, 28), np.uint8, (1000,), np.uint8)
         assert x.min() == 0 and x.max() == 255 and (np.bincount(y) == 100).all()
     assert not in_both(npz['x_train'], npz['x_test'])
-    assert npz['y_train'][:5].tolist() == [9, 0, 0, 3, 0] and npz['y_test'][:5].tolist() == [9, 2, 1, 1, 6]   # file order
+    # file order
+    assert npz['y_train'][:5].tolist() == [9, 0, 0, 3, 0] and npz['y_test'][:5].tolist() == [9, 2, 1, 1, 6]
     assert (files('rkd_fastai')/'samples/fashion_sample.npz').stat().st_size < 1_200_000
     assert 'Zalando SE' in (files('rkd_fastai')/'samples/README.md').read_text()
 
@@ -197,11 +208,13 @@ def test_augmentation_is_for_training_only(tmp_path):
     write_cifar(tmp_path, 10)
     dls = cifar10_dls(tmp_path, bs=45, valid_pct=.1)
     x = arrays(dls.train)[0]
-    assert len(in_both(x, all_items(dls.train))) < 15                      # a crop of 81 offsets leaves few as they were
+    # a crop of 81 offsets leaves few as they were
+    assert len(in_both(x, all_items(dls.train))) < 15
     assert x.min() >= 0 and dls.train.one_batch()[0].max() <= 1
     for dl in (dls.valid, dls[2]): assert (arrays(dl)[0] == all_items(dl)).all()
     item = dls.train_ds.items[0][0]
-    assert (arrays(dls.test_dl([item]*20, with_labels=False).new(create_batch=lambda b: (torch.stack([o[0] for o in b]), torch.zeros(len(b)))))[0]
+    assert (arrays(dls.test_dl([item]*20, with_labels=False)
+                   .new(create_batch=lambda b: (torch.stack([o[0] for o in b]), torch.zeros(len(b)))))[0]
             == item.transpose(2, 0, 1)).all()
 
 @pytest.mark.parametrize('pad,dls_of', [(2, 'fashion'), (4, 'cifar'), (4, 'tiny')])
@@ -241,8 +254,11 @@ def test_resident_batches_are_the_same(kind, tmp_path, request):
     if kind == 'cifar': write_cifar(tmp_path, 10)
     path = request.getfixturevalue('tiny') if kind == 'tiny' else tmp_path
     if kind == 'fashion':
-        for split in ('train', 't10k'): write_idx(tmp_path/f'{split}-images-idx3-ubyte', images(100, 28, 28), True); write_idx(tmp_path/f'{split}-labels-idx1-ubyte', labels(100), True)
-    make = dict(sample=fashion_sample_dls, digits=digits_dls, fashion=lambda **kw: fashion_mnist_dls(path, **kw), cifar=lambda **kw: cifar10_dls(path, **kw),
+        for split in ('train', 't10k'):
+            write_idx(tmp_path/f'{split}-images-idx3-ubyte', images(100, 28, 28), True)
+            write_idx(tmp_path/f'{split}-labels-idx1-ubyte', labels(100), True)
+    make = dict(sample=fashion_sample_dls, digits=digits_dls, fashion=lambda **kw: fashion_mnist_dls(path, **kw),
+                cifar=lambda **kw: cifar10_dls(path, **kw),
                 tiny=lambda **kw: tiny_imagenet_dls(path, num_workers=0, **kw))[kind]
     bs, found = dict(sample=200, digits=500, fashion=16, cifar=16, tiny=4)[kind], []
     for resident in (False, True):
@@ -269,9 +285,11 @@ def test_resident_in_a_data_block(tmp_path):
     "Any data block takes it, an image folder for one; what is random or uneven is refused"
     from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, Resize, get_image_files, parent_label
     for i in range(12):
-        (tmp_path/'ab'[i%2]).mkdir(exist_ok=True); Image.fromarray(images(20 + i, 20, 3)).save(tmp_path/'ab'[i%2]/f'{i}.png')
+        (tmp_path/'ab'[i%2]).mkdir(exist_ok=True)
+        Image.fromarray(images(20 + i, 20, 3)).save(tmp_path/'ab'[i%2]/f'{i}.png')
     def make(item_tfms, **kw):
-        return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=item_tfms).dataloaders(tmp_path, bs=4, num_workers=0, **kw)
+        return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                         item_tfms=item_tfms).dataloaders(tmp_path, bs=4, num_workers=0, **kw)
     found = []
     for kw in ({}, dict(dl_type=ResidentDL)): set_seed(0); found.append(batches(make(Resize(16, 'squish'), **kw)))
     for a, b in zip(*found): assert all(torch.equal(t, u) for t, u in zip(a, b))
@@ -287,13 +305,18 @@ def small_learner(dls, d):
     c, h, w = dls.train_ds[0][0].shape
     return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, dls.c)), metrics=accuracy, path=d)
 
-@pytest.mark.filterwarnings('ignore:.*load_learner.*', 'ignore:.*__array__.*copy.*:DeprecationWarning')   # fastai's, in loading and in showing
+# fastai's, in loading and in showing
+@pytest.mark.filterwarnings('ignore:.*load_learner.*', 'ignore:.*__array__.*copy.*:DeprecationWarning')
 @pytest.mark.parametrize('resident', [False, True], ids=['', 'resident'])
 @pytest.mark.parametrize('kind', ['grey', 'rgb', 'tiny'])
 def test_learner_fits_exports_and_predicts(kind, resident, tmp_path, request):
     shape = dict(grey=(28, 28), rgb=(32, 32, 3)).get(kind, (64, 64, 3))
-    if kind == 'tiny': dls = tiny_imagenet_dls(request.getfixturevalue('tiny'), bs=4, num_workers=0, valid_pct=.2, device_resident=resident)
-    else: dls = arrays_dls((images(3000, *shape), labels(3000, 3)), (images(9, *shape), labels(9, 3)), vocab='abc', bs=500, device_resident=resident)
+    if kind == 'tiny':
+        dls = tiny_imagenet_dls(request.getfixturevalue('tiny'), bs=4, num_workers=0, valid_pct=.2,
+                                device_resident=resident)
+    else:
+        dls = arrays_dls((images(3000, *shape), labels(3000, 3)), (images(9, *shape), labels(9, 3)), vocab='abc',
+                         bs=500, device_resident=resident)
     learn = small_learner(dls, tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
@@ -309,13 +332,15 @@ def test_learner_fits_exports_and_predicts(kind, resident, tmp_path, request):
     want = again.model.cpu()(x).softmax(-1)[0]
     pil = (PILImageBW if kind == 'grey' else PILImage).create(img)
     with again.no_bar():
-        for o in (img, pil, Image.fromarray(img), tmp_path/'img.png', str(tmp_path/'img.png'), (tmp_path/'img.png').read_bytes()):
+        for o in (img, pil, Image.fromarray(img), tmp_path/'img.png', str(tmp_path/'img.png'),
+                  (tmp_path/'img.png').read_bytes()):
             name, idx, probs = again.predict(o)
             torch.testing.assert_close(torch.Tensor(probs), want, atol=1e-6, rtol=0)
             assert name == dls.vocab[want.argmax().item()] and idx == want.argmax()
 
 def test_predict_an_item_and_refuse_floats(tmp_path):
-    learn = small_learner(arrays_dls((images(40, 8, 8), labels(40, 4)), (images(8, 8, 8), labels(8, 4)), bs=8), tmp_path)
+    learn = small_learner(arrays_dls((images(40, 8, 8), labels(40, 4)), (images(8, 8, 8), labels(8, 4)), bs=8),
+                          tmp_path)
     img = learn.dls.valid_ds.items[0][0]
     with learn.no_bar():
         assert torch.equal(learn.predict(learn.dls.valid_ds[0][0])[2], learn.predict(img)[2])
@@ -337,9 +362,11 @@ def test_arguments():
         with pytest.raises(ValueError, match='`bs`'): arrays_dls(xy, xy, bs=bs)
     for p in (0, 1, -.1, 5):
         with pytest.raises(ValueError, match='`valid_pct`'): digits_dls(valid_pct=p)
-    bad = {'images must be uint8': [(xy[0]/255, xy[1]), (xy[0][:0], xy[1][:0]), (images(40, 3, 8, 8), xy[1]), (xy[0][0], xy[1])],
+    bad = {'images must be uint8': [(xy[0]/255, xy[1]), (xy[0][:0], xy[1][:0]), (images(40, 3, 8, 8), xy[1]),
+                                    (xy[0][0], xy[1])],
            'integer labels': [(xy[0], xy[1][1:]), (xy[0], xy[1] - 1), (xy[0], xy[1]/1), (xy[0], xy[1][:, None])],
-           'outside the 4 classes': [(xy[0], xy[1] + 1)], 'those of train': [(images(40, 8, 9), xy[1]), (images(40, 8, 8, 3), xy[1])]}
+           'outside the 4 classes': [(xy[0], xy[1] + 1)], 'those of train': [(images(40, 8, 9), xy[1]),
+                                                                             (images(40, 8, 8, 3), xy[1])]}
     for msg, pairs in bad.items():
         for o in pairs:
             with pytest.raises(ValueError, match=f'valid: .*{msg}'): arrays_dls(xy, o, vocab='abcd', bs=8)
@@ -352,7 +379,8 @@ def test_idx_damage(tmp_path):
     good = f.read_bytes()
     assert (read_idx(f, (4, 4)) == x).all()
     for msg, raw in {'no IDX file': [b'', b'\0\0\x0b\3' + good[4:], b'\0\0\x08\1' + good[4:], b'<html>'],
-                     'does not hold': [good[:-1], good + b'\0', good[:10], good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
+                     'does not hold': [good[:-1], good + b'\0', good[:10],
+                                       good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
         for o in raw:
             f.write_bytes(o)
             with pytest.raises(ValueError, match=f'{f} (is )?{msg}'): read_idx(f, (4, 4))
@@ -362,7 +390,8 @@ def test_idx_damage(tmp_path):
         with pytest.raises(ValueError, match='a.gz is '): read_idx(tmp_path/'a.gz', (4, 4))
 
 def test_files_that_are_missing_or_disagree(tmp_path, tiny):
-    for dls_of, name in ((fashion_mnist_dls, 'train-images'), (cifar10_dls, 'data_batch_1'), (cifar100_dls, 'train'), (tiny_imagenet_dls, 'train')):
+    for dls_of, name in ((fashion_mnist_dls, 'train-images'), (cifar10_dls, 'data_batch_1'), (cifar100_dls, 'train'),
+                         (tiny_imagenet_dls, 'train')):
         with pytest.raises(FileNotFoundError, match=f'{name}.* is neither in .*leave `path` out'): dls_of(tmp_path/'no')
     f = tmp_path/'f'
     for split in ('train', 't10k'):
@@ -385,8 +414,10 @@ def test_cifar_damage(tmp_path):
         f.write_bytes(o)
         with pytest.raises(ValueError, match=f'{f} is no file of CIFAR'): cifar100_dls(tmp_path)
     y = labels(200, 100).tolist()
-    for msg, o in (('does not hold', {b'data': x, b'labels': y}), ('does not hold', {b'data': x[:, 1:], b'fine_labels': y}), ('does not hold', [x, y]),
-                   ('images must be uint8', {b'data': x/1, b'fine_labels': y}), ('200 images need', {b'data': x, b'fine_labels': y[1:]}),
+    for msg, o in (('does not hold', {b'data': x, b'labels': y}),
+                   ('does not hold', {b'data': x[:, 1:], b'fine_labels': y}), ('does not hold', [x, y]),
+                   ('images must be uint8', {b'data': x/1, b'fine_labels': y}),
+                   ('200 images need', {b'data': x, b'fine_labels': y[1:]}),
                    ('label 100 is outside', {b'data': x, b'fine_labels': [100, *y[1:]]})):
         write_pickle(f, o)
         with pytest.raises(ValueError, match=f'{f}.* {msg}'): cifar100_dls(tmp_path)
@@ -398,12 +429,14 @@ class Runs:
 def test_a_pickle_runs_nothing(tmp_path):
     import builtins, os
     marker = tmp_path/'marker'
-    for call in (Runs(os.system, f'touch {marker}'), Runs(builtins.exec, f'open({str(marker)!r},"w")'), Runs(builtins.open, str(marker), 'w'),
+    for call in (Runs(os.system, f'touch {marker}'), Runs(builtins.exec, f'open({str(marker)!r},"w")'),
+                 Runs(builtins.open, str(marker), 'w'),
                  Runs(np.save, str(marker), 1), Runs(getattr, 'a', 'upper'), Runs(Path, 'x')):
         for protocol in (0, 2, 4):
             (tmp_path/'data_batch_1').write_bytes(pickle.dumps({b'data': [call]}, protocol=protocol))
             with pytest.raises(ValueError, match='it asks for'): cifar10_dls(tmp_path)
-    (tmp_path/'data_batch_1').write_bytes(b'\x80\x04\x8c\x05numpy\x8c\x12lib.npyio.os.popen\x93.')   # a dotted name under an innocent module
+    # a dotted name under an innocent module
+    (tmp_path/'data_batch_1').write_bytes(b'\x80\x04\x8c\x05numpy\x8c\x12lib.npyio.os.popen\x93.')
     with pytest.raises(ValueError, match='it asks for'): read_pickle(tmp_path/'data_batch_1')
     assert not list(tmp_path.glob('marker*'))
 
@@ -417,7 +450,8 @@ def test_downloads_are_asked_for_where_they_belong(tmp_path, monkeypatch, fashio
     monkeypatch.setattr(data.tvd, 'CIFAR10', cifar)
     assert len(cifar10_dls(bs=8)) == 3 and asked == [(tmp_path/'data', True)]
     monkeypatch.setattr(data, 'untar_data', lambda url: asked.append(url) or tiny/'tiny-imagenet-200')
-    assert len(tiny_imagenet_dls(bs=8, num_workers=0, valid_pct=.2)) == 3 and asked[1].endswith('/tiny-imagenet-200.zip')
+    assert (len(tiny_imagenet_dls(bs=8, num_workers=0, valid_pct=.2)) == 3
+            and asked[1].endswith('/tiny-imagenet-200.zip'))
     monkeypatch.setattr(data, '_get_fashion', lambda: fashion[0])
     assert len(fashion_mnist_dls(bs=8)) == 3
 
@@ -426,7 +460,8 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'fastai_path', lambda k: tmp_path/k)
     for name in ('CIFAR10', 'CIFAR100', 'FashionMNIST'): monkeypatch.setattr(data.tvd, name, fails)
     monkeypatch.setattr(data, 'untar_data', fails)
-    monkeypatch.setattr(data, 'Path', lambda p: tmp_path/'none' if 'datasets' in str(p) else Path(p)) # no package of Debian's
+    # no package of Debian's
+    monkeypatch.setattr(data, 'Path', lambda p: tmp_path/'none' if 'datasets' in str(p) else Path(p))
     for dls in (cifar10_dls, cifar100_dls, tiny_imagenet_dls, fashion_mnist_dls):
         with pytest.raises(OSError, match='cannot be downloaded: give the folder .*`path`.*no network') as e: dls()
         assert '\n' not in str(e.value)
@@ -434,9 +469,11 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
 
 # --- files that cannot be read ---
 
-damage = dict(truncated=lambda b: b[:len(b)//2], empty=lambda b: b'', text=lambda b: b'this is no image', header=lambda b: b[:30])
+damage = dict(truncated=lambda b: b[:len(b)//2], empty=lambda b: b'', text=lambda b: b'this is no image',
+              header=lambda b: b[:30])
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning') # fastai leaves a file open that PIL cannot read
+# fastai leaves a file open that PIL cannot read
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('kind', damage)
 @pytest.mark.parametrize('suffix', ['png','jpg'])
 def test_a_damaged_image_is_named(suffix, kind, make_images):
@@ -446,12 +483,17 @@ def test_a_damaged_image_is_named(suffix, kind, make_images):
         if suffix == 'jpg': Image.open(f).save(f.with_suffix('.jpg')); f.unlink()
     bad = folder/f'dark/2.{suffix}'
     bad.write_bytes(damage[kind](bad.read_bytes()))
-    dls = ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=2, num_workers=0, img_cls=FileImage, item_tfms=Resize(16, 'squish'))
-    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): delete it, or put a whole copy in its place'): [len(b) for dl in dls.loaders for b in dl]
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=2, num_workers=0, img_cls=FileImage,
+                                       item_tfms=Resize(16, 'squish'))
+    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): delete it, or put a whole copy in '
+                                      r'its place'):
+        [len(b) for dl in dls.loaders for b in dl]
     with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read'): OpenImage(PILImage)(bad)
 
 def test_whole_images_are_pilimages(make_images):
     folder = make_images(n=4, size=40)
-    make = lambda **kw: ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=4, num_workers=0, item_tfms=Resize(16, 'squish'), **kw)
-    for a,b in zip(make(img_cls=FileImage).valid.one_batch(), make().valid.one_batch()): assert type(a) is type(b) and torch.equal(a, b)
+    make = lambda **kw: ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=4, num_workers=0,
+                                                     item_tfms=Resize(16, 'squish'), **kw)
+    for a,b in zip(make(img_cls=FileImage).valid.one_batch(), make().valid.one_batch()):
+        assert type(a) is type(b) and torch.equal(a, b)
     with pytest.raises(FileNotFoundError): FileImage.create(folder/'none.png')

@@ -52,8 +52,10 @@ def test_soft_targ(robust_net, test_images):
     for n in (10, 50): # 10 images of 10 classes: no accidental broadcasting
         x, y = (o[:n] for o in test_images)
         soft = torch.nn.functional.one_hot(y, 10)*.7 + .03
-        assert robust_accuracy(robust_net, x, soft, deterministic) == pytest.approx(robust_accuracy(robust_net, x, y, deterministic), abs=.11)
-        assert robust_accuracy(robust_net, x, soft, PGD(0., steps=0)) == robust_accuracy(robust_net, x, y, PGD(0., steps=0))
+        assert robust_accuracy(robust_net, x, soft, deterministic) == pytest.approx(
+            robust_accuracy(robust_net, x, y, deterministic), abs=.11)
+        assert robust_accuracy(robust_net, x, soft, PGD(0., steps=0)) == robust_accuracy(robust_net, x, y,
+                                                                                         PGD(0., steps=0))
 
 def test_model_is_evaluated_in_eval_mode_and_left_alone(tiny_net, digits, snapshot):
     model = tiny_net(dropout=.5).train(); before = snapshot.take(model)
@@ -176,13 +178,15 @@ def test_a_finished_run_is_read_back(learn, tmp_path):
         m.setattr(evaluation, 'robust_flags', lambda *_: 1/0)
         assert learn.robustness(**kw).results == want.results
 
-@pytest.mark.parametrize('change', [dict(eps=.05), dict(seed=1), dict(n=30), dict(attacks=('clean', 'pgd6')), dict(bs=7), dict(norm='L2'), 'weights', 'images'], ids=str)
+@pytest.mark.parametrize('change', [dict(eps=.05), dict(seed=1), dict(n=30), dict(attacks=('clean', 'pgd6')),
+                                    dict(bs=7), dict(norm='L2'), 'weights', 'images'], ids=str)
 def test_state_of_another_run_is_refused(change, learn, make_dls, tmp_path):
     path = tmp_path/'s.json'
     learn.robustness(**small, state_path=path); before = path.read_text()
     if change == 'weights': learn.model[0].weight.data[0,0,0,0] += 1e-3
     if change == 'images': learn.dls = make_dls(n=64, n_valid=47, n_test=40)
-    with pytest.raises(ValueError, match='state_path'): learn.robustness(**(small | (change if isinstance(change, dict) else {})), state_path=path)
+    with pytest.raises(ValueError, match='state_path'):
+        learn.robustness(**(small | (change if isinstance(change, dict) else {})), state_path=path)
     assert path.read_text() == before
 
 def test_state_of_a_network_that_answers_otherwise(plain_net, robust_net, test_images, tmp_path):
@@ -214,7 +218,8 @@ def test_float32_is_float32(plain_net, test_images):
         assert seen == {(False, 'highest')} and settings() == was
     finally: torch.set_float32_matmul_precision(before[1])
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '{"flags": {}}', '3', '{"run": 3, "flags": {}}', '{"run": {}, "flags": 3}'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"flags": {}}', '3', '{"run": 3, "flags": {}}',
+                                  '{"run": {}, "flags": 3}'])
 def test_state_file_that_is_none(text, learn, tmp_path):
     (tmp_path/'s.json').write_text(text)
     with pytest.raises(ValueError, match='state_path'): learn.robustness(**small, state_path=tmp_path/'s.json')
@@ -228,7 +233,8 @@ def test_state_file_with_other_images(learn, tmp_path):
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match='is not a state file'): learn.robustness(**small, state_path=path)
 
-@pytest.mark.parametrize('kw,word', [(dict(attacks=('pgd',)), 'pgd'), (dict(attacks=('deepfool',)), 'deepfool'), (dict(eps=8), 'eps'), (dict(norm='L1'), 'norm'), (dict(n=0), '`n`'),
+@pytest.mark.parametrize('kw,word', [(dict(attacks=('pgd',)), 'pgd'), (dict(attacks=('deepfool',)), 'deepfool'),
+                                     (dict(eps=8), 'eps'), (dict(norm='L1'), 'norm'), (dict(n=0), '`n`'),
                                      (dict(n=-1), '`n`'), (dict(n=2.5), '`n`'), (dict(bs=0), '`bs`')], ids=str)
 def test_robustness_errors(kw, word, learn):
     with pytest.raises(ValueError, match=word): learn.robustness(**({'attacks': ('clean', 'pgd2')} | kw))
@@ -242,7 +248,8 @@ def test_attack_names():
 def test_wilson_interval():
     low, high = wilson(.5, 100) # by hand: (0.5 ± 1.96·√(0.25/100 + 1.96²/40000) + 1.96²/200)/(1 + 1.96²/100)
     assert (low, high) == pytest.approx((.4038, .5962), abs=1e-4)
-    assert wilson(0., 20)[0] == 0 and wilson(1., 20)[1] == pytest.approx(1) and wilson(1., 20)[0] == pytest.approx(20/(20+1.96**2))
+    assert (wilson(0., 20)[0] == 0 and wilson(1., 20)[1] == pytest.approx(1)
+            and wilson(1., 20)[0] == pytest.approx(20/(20+1.96**2)))
 
 
 # --- the metric ---
@@ -259,7 +266,8 @@ def test_metric_is_robust_accuracy(learn, digits, robust_net):
 def test_metric_leaves_training_alone(make_learner, make_dls, tiny_net):
     def train(metrics):
         torch.manual_seed(1)
-        learn = make_learner(make_dls(shuffle=False), tiny_net(), metrics=metrics).to_adversarial(PGD(steps=1)); learn.fit(2, .01)
+        learn = make_learner(make_dls(shuffle=False), tiny_net(), metrics=metrics).to_adversarial(PGD(steps=1))
+        learn.fit(2, .01)
         return list(learn.model.parameters())
     for p,q in zip(train([RobustAccuracy()]), train([])): torch.testing.assert_close(p, q, rtol=0, atol=0)
 
@@ -288,8 +296,12 @@ def test_probabilities_are_not_logits(make_learner, make_dls, robust_net):
     logps = make_learner(make_dls(n_valid=60), nn.Sequential(robust_net, nn.LogSoftmax(1))) # are logits, too
     assert logps.robustness('pgd7', eps=.1).pgd7 == want['pgd7']
 
-@pytest.mark.parametrize('wrong, says', [(dict(attack='pgd20'), '`attack` must be an attack'), (dict(attack=PGD), '`attack` must be an attack'), (dict(bs=0), '`bs` must be'), (dict(bs=2.5), '`bs` must be'),
-    (dict(targ=[1, 2]), '`targ` must be a tensor'), (dict(targ=torch.zeros(4, 1, dtype=torch.long)), '`targ` must hold'), (dict(x=[1]), '`x` must be a tensor')], ids=str)
+@pytest.mark.parametrize('wrong, says', [(dict(attack='pgd20'), '`attack` must be an attack'),
+                                         (dict(attack=PGD), '`attack` must be an attack'),
+                                         (dict(bs=0), '`bs` must be'), (dict(bs=2.5), '`bs` must be'),
+    (dict(targ=[1, 2]), '`targ` must be a tensor'), (dict(targ=torch.zeros(4, 1, dtype=torch.long)),
+                                                     '`targ` must hold'), (dict(x=[1]), '`x` must be a tensor')],
+                         ids=str)
 def test_arguments_of_robust_accuracy(wrong, says, tiny_net):
     told = dict(x=torch.rand(4, 1, 8, 8), targ=torch.zeros(4, dtype=torch.long)) | wrong
     with pytest.raises((TypeError, ValueError), match=says): robust_accuracy(tiny_net(), **told)
@@ -307,7 +319,8 @@ def test_a_state_file_of_other_images(tmp_path, make_learner, tiny_net):
     "Another number of images is another run, and no damage"
     learn = make_learner(model=tiny_net())
     learn.robustness(('clean',), n=6, state_path=tmp_path/'s.json')
-    with pytest.raises(ValueError, match='belongs to another run'): learn.robustness(('clean',), n=7, state_path=tmp_path/'s.json')
+    with pytest.raises(ValueError, match='belongs to another run'):
+        learn.robustness(('clean',), n=7, state_path=tmp_path/'s.json')
 
 def test_images_without_labels(make_learner, tiny_net):
     learn = make_learner(model=tiny_net())
@@ -327,13 +340,18 @@ def test_a_network_that_returns_nan_under_attack():
 # --- BatchNorm without running statistics ---
 
 def batchwise(dim):
-    if dim == 1: return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 10))
+    if dim == 1:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8, track_running_stats=False),
+                             nn.Linear(8, 10))
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
-without = r'BatchNorm `{}` of `{}` keeps no running statistics \(`track_running_stats=False`\).*build the network with `track_running_stats=True`'
+        nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128, 10))
+without = (r'BatchNorm `{}` of `{}` keeps no running statistics \(`track_running_stats=False`\).*build the network '
+           r'with `track_running_stats=True`')
 
 def test_batch_statistics_are_named(make_learner, digits):
-    "Where one image has no statistics, an error; where its answer depends on others, a warning; by the layer, on every way"
+    """Where one image has no statistics, an error; where its answer depends on others, a warning; by the layer, on
+    every way"""
     one, many = batchwise(1), batchwise(2)
     x, y = digits.x[:9], digits.y[:9]
     for call in (lambda: make_learner(model=one).robustness('clean'), lambda: PGD(.1)(one, x[:1], y[:1])):
@@ -341,16 +359,20 @@ def test_batch_statistics_are_named(make_learner, digits):
             warnings.simplefilter('ignore')
             call()
     with pytest.raises(ValueError, match=without.format(2, 'teacher')): Teacher(one).probs(x[:1])
-    for call in (lambda: robust_accuracy(many, x, y, PGD(steps=1)), lambda: make_learner(model=many).robustness('clean'),
+    for call in (lambda: robust_accuracy(many, x, y, PGD(steps=1)),
+                 lambda: make_learner(model=many).robustness('clean'),
                  lambda: make_learner(model=many, metrics=RobustAccuracy(PGD(steps=1))).validate()):
         with pytest.warns(UserWarning, match=without.format(1, 'model')): call()
-    for call in (lambda: make_learner().to_rkd(many), lambda: Teacher([many, Teacher(one)]).check(make_learner().dls, 'clean')):
+    for call in (lambda: make_learner().to_rkd(many), lambda: Teacher([many, Teacher(one)])
+                 .check(make_learner().dls, 'clean')):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             try: call()
-            except ValueError as e: assert re.search(without.format('.*', 'model'), str(e)) # of the check of one image at a time
+            # of the check of one image at a time
+            except ValueError as e: assert re.search(without.format('.*', 'model'), str(e))
         assert any(re.match(without.format('members.0.model.1', 'teacher'), str(w.message)) for w in said)
-    groups = nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(288, 10)) # each image by itself
+    groups = nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.Flatten(),
+                           nn.Linear(288, 10)) # each image by itself
     assert 0 <= robust_accuracy(groups, x, y, PGD(steps=1)) <= 1
 # --- bars ---
 
@@ -413,12 +435,16 @@ def test_what_progress_cannot_be(look, bad, learn, monkeypatch):
     for dl in learn.dls.loaders: monkeypatch.setattr(dl, 'new', lambda *_, **__: pytest.fail('images were read'))
     with pytest.raises(TypeError, match='`progress` must be True'): getattr(learn, look)(**looks[look], progress=bad)
 
-@pytest.mark.parametrize('look,kwargs', [('robustness', dict(attacks=('pgd20', 'pgd10'), eps=.1)), ('check_robustness', dict(eps=.1)),
-                                         ('robustness_curve', dict(eps=(0, .05, .1, .15)))], ids=lambda o: o if isinstance(o, str) else '')
+@pytest.mark.parametrize('look,kwargs', [('robustness', dict(attacks=('pgd20', 'pgd10'), eps=.1)),
+                                         ('check_robustness', dict(eps=.1)),
+                                         ('robustness_curve', dict(eps=(0, .05, .1, .15)))],
+                         ids=lambda o: o if isinstance(o, str) else '')
 def test_progress_as_a_function(look, kwargs, learn, monkeypatch):
-    "A share that never falls, from 0 to 1; within a factor of two the time left, in passes of the network; and it moves within batches"
+    """A share that never falls, from 0 to 1; within a factor of two the time left, in passes of the network; and it
+    moves within batches"""
     passes, said = [0], []
-    learn.model.register_forward_hook(lambda m, x, out: passes.append(passes.pop() + len(out)*(3 if out.requires_grad else 1)))
+    learn.model.register_forward_hook(lambda m, x, out: passes.append(passes.pop()
+                                                                      + len(out)*(3 if out.requires_grad else 1)))
     monkeypatch.setattr('rkd_fastai.progress.time', SimpleNamespace(time=lambda: passes[0])) # whose clock goes by them
     monkeypatch.setattr('rkd_fastai.progress.Progress.memory', 1e9)
     getattr(learn, look)(**kwargs, bs=30, progress=lambda share, text: said.append((passes[0], share, text)))

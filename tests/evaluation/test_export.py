@@ -1,4 +1,5 @@
-"What a stranger loads is the network: the same logits, the same gradients, the same broken images, without this library."
+"""What a stranger loads is the network: the same logits, the same gradients, the same broken images, without this
+library."""
 import copy, json, random, subprocess, sys, types, warnings, zipfile
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import MixUp, create_vision_model
@@ -87,7 +88,8 @@ class MadeOnDevice(nn.Module):
     def forward(self, x): return self.net(x + torch.linspace(0, .1, x.shape[-1], device=x.device))
 
 def small(n_in=3, act=nn.ReLU(inplace=True), size=8):
-    return nn.Sequential(nn.Conv2d(n_in, 8, 3, 2, 1), nn.BatchNorm2d(8), act, nn.Dropout(.5), nn.Flatten(), nn.Linear(8*(size//2)**2, 10))
+    return nn.Sequential(nn.Conv2d(n_in, 8, 3, 2, 1), nn.BatchNorm2d(8), act, nn.Dropout(.5), nn.Flatten(),
+                         nn.Linear(8*(size//2)**2, 10))
 def weight_normed():
     net = small(); nn.utils.parametrizations.weight_norm(net[0])
     return net
@@ -100,14 +102,17 @@ def with_exp(x):
     with torch.no_grad(): e = torch.exp(x).sqrt()
     return x + e
 nets = dict( # name: (makes a network, shape of its images)
-    cifar_resnet18=(lambda: cifar_resnet18(10, width=1/16), (3, 8, 8)), resnet18_grey=(lambda: cifar_resnet18(10, width=1/16, n_in=1), (1, 12, 8)),
+    cifar_resnet18=(lambda: cifar_resnet18(10, width=1/16), (3, 8, 8)),
+            resnet18_grey=(lambda: cifar_resnet18(10, width=1/16, n_in=1), (1, 12, 8)),
     wide_resnet=(lambda: wide_resnet(10, 1, mean=[.4, .5, .6], std=.25), (3, 8, 8)),
-    dropout_inplace=(small, (3, 8, 8)), inplace_on_images=(lambda: nn.Sequential(nn.ReLU(inplace=True), small()), (3, 8, 8)),
+    dropout_inplace=(small, (3, 8, 8)), inplace_on_images=(lambda: nn.Sequential(nn.ReLU(inplace=True), small()),
+                                                           (3, 8, 8)),
     weight_norm=(weight_normed, (3, 8, 8)), made_on_device=(lambda: MadeOnDevice(small()), (3, 8, 8)),
     partly_without_gradient=(lambda: Behind(small(), before=with_exp), (3, 8, 8)),
     normalised=(lambda: PixelModel(small(), [.4, .5, .6], [.2, .3, .4]), (3, 8, 8)),
     teacher=(lambda: Teacher(small(), mean=.5, std=.25), (3, 8, 8)),
-    teachers=(lambda: Teacher([Teacher([small(), cifar_resnet18(10, width=1/16)]), small(), small()], [.25, .75, 0.]), (3, 8, 8)),
+    teachers=(lambda: Teacher([Teacher([small(), cifar_resnet18(10, width=1/16)]), small(), small()], [.25, .75, 0.]),
+              (3, 8, 8)),
     teacher_inside=(lambda: nn.Sequential(nn.Identity(), Teacher([small(), small()])), (3, 8, 8)),
     timm=(timm_vit, (3, 16, 16)), torchvision=(lambda: torchvision_model('resnet18'), (3, 32, 32)),
     fastai=(lambda: create_vision_model(__import__('torchvision').models.resnet18, 10, pretrained=False), (3, 32, 32)))
@@ -122,7 +127,8 @@ def test_networks(name, tmp_path, snapshot):
     x = images(4, shape)
     before, x_before, rng = snapshot.take(net), x.clone(), torch.get_rng_state()
     loaded = load(export_robustbench(net, x, tmp_path/'net'))()
-    assert snapshot.same(before, snapshot.take(net)) and torch.equal(x, x_before) and torch.equal(rng, torch.get_rng_state())
+    assert (snapshot.same(before, snapshot.take(net)) and torch.equal(x, x_before)
+            and torch.equal(rng, torch.get_rng_state()))
     for n in (1, 7, 33):
         xn = images(n, shape, n)
         kept = xn.clone()
@@ -159,8 +165,10 @@ def in_training(learn):
     learn.to_adversarial(PGD(steps=1)).fit(1, .01)
     learn.model.train()
     return learn
-changes = dict(plain=lambda learn: learn, ddp=ddp, channels_last=channels_last, half=half, partly_frozen=partly_frozen, in_training=in_training, fp16=lambda learn: learn.to_fp16())
-each_stats = pytest.mark.parametrize('channels,stats', [(1, None), (1, ([.3], [.35])), (3, None), (3, ([.3, .5, .6], [.2, .25, .3]))])
+changes = dict(plain=lambda learn: learn, ddp=ddp, channels_last=channels_last, half=half, partly_frozen=partly_frozen,
+               in_training=in_training, fp16=lambda learn: learn.to_fp16())
+each_stats = pytest.mark.parametrize('channels,stats', [(1, None), (1, ([.3], [.35])), (3, None),
+                                                        (3, ([.3, .5, .6], [.2, .25, .3]))])
 
 @pytest.fixture(scope='module')
 def one_process():
@@ -178,8 +186,10 @@ def test_learners(change, channels, stats, tmp_path, make_learner, make_dls, sna
     strides = [p.stride() for p in model.parameters()]
     before, rngs = snapshot.take(model), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
     loaded = load(learn.to_robustbench(tmp_path/'out'))()
-    assert learn.model is model and list(learn.cbs) == cbs and snapshot.same(before, snapshot.take(model)) and strides == [p.stride() for p in model.parameters()]
-    assert torch.equal(rngs[0], torch.get_rng_state()) and rngs[1] == random.getstate() and (rngs[2] == np.random.get_state()[1]).all()
+    assert (learn.model is model and list(learn.cbs) == cbs and snapshot.same(before, snapshot.take(model))
+            and strides == [p.stride() for p in model.parameters()])
+    assert (torch.equal(rngs[0], torch.get_rng_state()) and rngs[1] == random.getstate()
+            and (rngs[2] == np.random.get_state()[1]).all())
     net = copy.deepcopy(unwrap(model)).float()
     same(loaded, PixelModel(net, *(stats or (None, None))), images(20, (channels, 8, 8)), 1e-5)
     assert all(t.is_contiguous() and t.dtype != torch.float16 for t in loaded.state_dict().values())
@@ -192,7 +202,9 @@ def test_of_several_processes_one_writes(tmp_path, make_learner, monkeypatch):
 
 def clean_accuracy(model, x, y, batch_size):
     "The calls of `robustbench.utils.clean_accuracy`"
-    with torch.no_grad(): return sum((model(xb).max(1)[1] == yb).float().sum().item() for xb,yb in zip(x.split(batch_size), y.split(batch_size)))/len(x)
+    with torch.no_grad():
+        return sum((model(xb).max(1)[1] == yb).float().sum().item()
+                   for xb,yb in zip(x.split(batch_size), y.split(batch_size)))/len(x)
 
 def benchmark(model, x, y, eps, norm, batch_size):
     "The calls of `robustbench.eval.benchmark`: accuracies and the images that AutoAttack finds"
@@ -226,9 +238,11 @@ def test_stays_in_eval_mode(tmp_path):
     model = load(export_robustbench(small(1), images(4), tmp_path/'net'))()
     x = images(4)
     out = model(x)
-    for do in (lambda m: m.train(), lambda m: m.train(True), lambda m: m.eval(), lambda m: m.requires_grad_(True), lambda m: m.cpu(), lambda m: m.to('cpu'), copy.deepcopy):
+    for do in (lambda m: m.train(), lambda m: m.train(True), lambda m: m.eval(), lambda m: m.requires_grad_(True),
+               lambda m: m.cpu(), lambda m: m.to('cpu'), copy.deepcopy):
         again = do(model)
-        assert isinstance(again, nn.Module) and not any(m.training for m in again.modules()) and torch.equal(again(x), out)
+        assert (isinstance(again, nn.Module) and not any(m.training for m in again.modules())
+                and torch.equal(again(x), out))
     for to in (model.half, model.double, lambda: model.to(torch.bfloat16)):
         with pytest.raises(TypeError, match='stays in float32'): to()
     assert torch.equal(model(x), out)
@@ -237,7 +251,8 @@ def devices(program):
     "Every device in a program: of its weights, and as written in its graph"
     found = {t.device.type for o in (program.state_dict, program.constants) for t in o.values()}
     for node in program.graph.nodes:
-        found |= {torch.device(a).type for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device) or isinstance(a, str) and a in ('cpu', 'meta')}
+        found |= {torch.device(a).type for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)
+                  or isinstance(a, str) and a in ('cpu', 'meta')}
     return found
 
 @pytest.mark.parametrize('net', [PixelModel(small(), .5, .25), MadeOnDevice(small())])
@@ -246,7 +261,8 @@ def test_moves_whole(net, tmp_path):
     load_model = load(export_robustbench(net, images(4, (3, 8, 8)), tmp_path/'net'))
     assert devices(load_model().program) == {'cpu'}
     for model in (load_model('meta'), load_model().to(torch.device('meta'))):
-        assert devices(model.program) == {'meta'} and all(t.is_meta for ts in (model.parameters(), model.buffers()) for t in ts)
+        assert (devices(model.program) == {'meta'}
+                and all(t.is_meta for ts in (model.parameters(), model.buffers()) for t in ts))
         out = model(images(5, (3, 8, 8)).to('meta'))
         assert out.is_meta and out.shape == (5, 10)
 
@@ -267,10 +283,13 @@ def card_of(n, results=('clean', 'autoattack'), eps=8/255, norm='Linf'):
     return Robustness(flags, {k: [k] for k in results}, {k: 1. for k in results}, eps, norm, 0)
 
 @pytest.mark.parametrize('dataset,n_test,n,results,clean,autoattack', [
-    ('cifar10', None, 10_000, ('clean','autoattack'), '91.24', '50.00'), ('cifar10', None, 1000, ('clean','autoattack'), None, None),
+    ('cifar10', None, 10_000, ('clean','autoattack'), '91.24', '50.00'),
+    ('cifar10', None, 1000, ('clean','autoattack'), None, None),
     ('cifar10', 1000, 1000, ('clean','autoattack'), None, None), ('cifar100', None, 10_000, ('clean',), '91.24', None),
-    ('imagenet', None, 5000, ('clean','autoattack'), '91.24', '50.00'), ('imagenet', 50_000, 50_000, ('clean','autoattack'), None, None),
-    ('digits', 360, 360, ('clean','autoattack'), '91.11', '50.00'), ('digits', 360, 359, ('clean','autoattack'), None, None),
+    ('imagenet', None, 5000, ('clean','autoattack'), '91.24', '50.00'),
+    ('imagenet', 50_000, 50_000, ('clean','autoattack'), None, None),
+    ('digits', 360, 360, ('clean','autoattack'), '91.11', '50.00'),
+    ('digits', 360, 359, ('clean','autoattack'), None, None),
     ('digits', None, 360, ('clean','autoattack'), None, None), (None, 360, 360, ('autoattack',), None, '50.00'),
     ('digits', 360, 360, ('clean','pgd20','pgd50x10','cw','apgd','square'), '91.11', None)])
 def test_only_what_was_measured_is_on_the_card(dataset, n_test, n, results, clean, autoattack, tmp_path):
@@ -278,34 +297,42 @@ def test_only_what_was_measured_is_on_the_card(dataset, n_test, n, results, clea
     r = card_of(n, results)
     folder = export_robustbench(small(1), images(4), tmp_path/'net', r, n_test=n_test, dataset=dataset)
     card = info(folder)
-    assert (card['clean_acc'], card['autoattack_acc'], card['dataset'], card['eps']) == (clean, autoattack, dataset, '8/255')
+    assert (card['clean_acc'], card['autoattack_acc'], card['dataset'], card['eps']) == (clean, autoattack, dataset,
+                                                                                         '8/255')
     assert json.loads((folder/'robustness.json').read_text()) == json.loads(json.dumps(r.to_dict()))
 
-robustbench_fields = '''link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported autoattack_acc footnote'''.split()
+robustbench_fields = ('''link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported autoattack_acc footnote'''.split())
 
 def test_card_as_robustbench_writes_it(tmp_path):
     "Its fields in its order, null where nothing is known, what is told as it is told"
     bare = export_robustbench(small(1), images(4), tmp_path/'bare')
-    assert list(info(bare)) == robustbench_fields and {k: v for k,v in info(bare).items() if v is not None} == dict(number_forward_passes=1)
+    assert (list(info(bare)) == robustbench_fields
+            and {k: v for k,v in info(bare).items() if v is not None} == dict(number_forward_passes=1))
     assert sorted(p.name for p in bare.iterdir()) == ['load_model.py', 'model.pt2', 'model_info.json']
-    told = dict(link='https://example.org', name='A "title"', authors='Zoë, Łukasz', additional_data=False, number_forward_passes=3, dataset='cifar10', venue='ICML 2020',
+    told = dict(link='https://example.org', name='A "title"', authors='Zoë, Łukasz', additional_data=False,
+                number_forward_passes=3, dataset='cifar10', venue='ICML 2020',
                 architecture='ResNet-18', reported='58', footnote='α')
     full = export_robustbench(small(1), images(4), tmp_path/'full', card_of(10_000, eps=.5, norm='L2'), 'L2', **told)
-    assert info(full) == told | dict(eps='0.5', clean_acc='91.24', autoattack_acc='50.00') and list(info(full)) == robustbench_fields
+    assert (info(full) == told | dict(eps='0.5', clean_acc='91.24', autoattack_acc='50.00')
+            and list(info(full)) == robustbench_fields)
 
 @pytest.mark.parametrize('betas,n', [(None, 2), ([.5, .5], 2), ([1., 0.], 1)])
 def test_forward_passes_of_an_ensemble(betas, n, tmp_path):
     teacher = Teacher([small(1), small(1)], betas)
     assert info(export_robustbench(teacher, images(4), tmp_path/'a'))['number_forward_passes'] == n
-    assert info(export_robustbench(Teacher([teacher, small(1)]), images(4), tmp_path/'b'))['number_forward_passes'] == n + 1
+    assert info(export_robustbench(Teacher([teacher, small(1)]), images(4),
+                                   tmp_path/'b'))['number_forward_passes'] == n + 1
 
 def test_card_of_a_learner(tmp_path, make_learner, make_dls):
     "All images are those of the test split where there is one; its classes are written"
     for dls in (make_dls(n_valid=48), make_dls(n_valid=24, n_test=48)):
         learn = make_learner(dls)
         r = learn.robustness(('clean',), eps=.1)
-        full, part = (learn.to_robustbench(tmp_path/f'{len(dls.loaders)}_{n}', learn.robustness(('clean',), eps=.1, n=n), dataset='digits') for n in (None, 24))
-        assert r.n == 48 and info(full)['clean_acc'] == f'{100*r.clean:.2f}' and info(full)['eps'] == '0.1' and info(part)['clean_acc'] is None
+        full, part = (learn.to_robustbench(tmp_path/f'{len(dls.loaders)}_{n}',
+                                           learn.robustness(('clean',), eps=.1, n=n), dataset='digits')
+                      for n in (None, 24))
+        assert (r.n == 48 and info(full)['clean_acc'] == f'{100*r.clean:.2f}' and info(full)['eps'] == '0.1'
+                and info(part)['clean_acc'] is None)
         assert json.loads((full/'classes.json').read_text()) == [str(i) for i in range(10)]
 
 def test_file_tells_nothing_of_images_and_machine(tmp_path, make_learner):
@@ -316,9 +343,12 @@ def test_file_tells_nothing_of_images_and_machine(tmp_path, make_learner):
     nested = export_robustbench(Behind(small(1), before=with_exp), x, tmp_path/'nested')
     for f in (folder, nested):
         with zipfile.ZipFile(f/'model.pt2') as z: parts = [z.read(n) for n in z.namelist()]
-        for p in parts: assert b'stack_trace' not in p and b'site-packages' not in p and str(tmp_path).encode() not in p and b'export.py' not in p and x[:1].numpy().tobytes() not in p
+        for p in parts:
+            assert (b'stack_trace' not in p and b'site-packages' not in p and str(tmp_path).encode() not in p
+                    and b'export.py' not in p and x[:1].numpy().tobytes() not in p)
     page = (folder/'load_model.py').read_text()
-    assert 'images in [0, 1] (n, 1, 8, 8) -> logits (n, 10)' in page and torch.__version__ in page and str(tmp_path) not in page
+    assert ('images in [0, 1] (n, 1, 8, 8) -> logits (n, 10)' in page and torch.__version__ in page
+            and str(tmp_path) not in page)
 
 # --- what is refused, with nothing left behind ---
 
@@ -343,19 +373,26 @@ def broken():
     net = small(1); nn.init.constant_(net[0].weight, float('nan'))
     return net
 refused = dict( # name: (makes a network, error, message)
-    probabilities=(lambda: nn.Sequential(small(1), nn.Softmax(1)), ValueError, 'returns probabilities.*take the softmax off'),
+    probabilities=(lambda: nn.Sequential(small(1), nn.Softmax(1)), ValueError,
+                   'returns probabilities.*take the softmax off'),
     a_tuple=(lambda: Behind(small(1), after=lambda o: (o, o)), TypeError, '`model` must return logits .* got tuple'),
     feature_maps=(lambda: nn.Conv2d(1, 10, 1), TypeError, '`model` must return logits .* shape'),
     nan=(broken, ValueError, 'returned NaN or infinite logits'),
     other_images=(lambda: small(3), ValueError, r'`model` cannot run on images of shape \(1, 8, 8\)'),
-    depends_on_values=(lambda: Behind(small(1), before=lambda x: x*2 if x.mean() > .4 else x), ValueError, '`model` cannot be exported: its forward pass must be'),
-    by_numpy=(lambda: Behind(small(1), before=lambda x: x + torch.tensor(x.detach().numpy())), ValueError, '`model` cannot be exported: its forward pass must be'),
-    one_batch_size=(lambda: Behind(small(1), after=lambda o: torch.stack([r for r in o])), ValueError, '`model` cannot be exported: its forward pass must be'),
-    random=(lambda: Behind(small(1), before=lambda x: x + .1*torch.randn_like(x)), ValueError, 'its logits were others. It must not be random'),
+    depends_on_values=(lambda: Behind(small(1), before=lambda x: x*2 if x.mean() > .4 else x), ValueError,
+                       '`model` cannot be exported: its forward pass must be'),
+    by_numpy=(lambda: Behind(small(1), before=lambda x: x + torch.tensor(x.detach().numpy())), ValueError,
+              '`model` cannot be exported: its forward pass must be'),
+    one_batch_size=(lambda: Behind(small(1), after=lambda o: torch.stack([r for r in o])), ValueError,
+                    '`model` cannot be exported: its forward pass must be'),
+    random=(lambda: Behind(small(1), before=lambda x: x + .1*torch.randn_like(x)), ValueError,
+            'its logits were others. It must not be random'),
     counts=(Counts, ValueError, 'its logits were others.* change with each call'),
     hooked=(hooked, ValueError, 'its logits were others.* changed by hooks'),
-    straight_through=(lambda: Behind(small(1), before=Straight.apply), ValueError, 'its gradients were others.*gradients of its own'),
-    detached=(lambda: Behind(small(1).requires_grad_(False), before=lambda x: x.detach()), ValueError, 'has no gradients with respect to its images'),
+    straight_through=(lambda: Behind(small(1), before=Straight.apply), ValueError,
+                      'its gradients were others.*gradients of its own'),
+    detached=(lambda: Behind(small(1).requires_grad_(False), before=lambda x: x.detach()), ValueError,
+              'has no gradients with respect to its images'),
     pruned=(pruned, ValueError, '`model` cannot be copied .*pruning'))
 
 @pytest.mark.parametrize('name', refused)
@@ -365,25 +402,33 @@ def test_networks_that_are_refused(name, tmp_path, snapshot):
     before, rng = snapshot.take(net), torch.get_rng_state()
     with pytest.raises(error, match=match) as e: export_robustbench(net, images(4), tmp_path/'new'/'net')
     assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
-    assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(v.nan_to_num(), before[0][k].nan_to_num()) for k,v in net.state_dict().items())
+    assert (torch.equal(rng, torch.get_rng_state())
+            and all(torch.equal(v.nan_to_num(), before[0][k].nan_to_num()) for k,v in net.state_dict().items()))
 
 @pytest.mark.parametrize('kwargs,error,match', [
     (dict(model='net.pth'), TypeError, '`model` must be an nn.Module .*got str'),
-    (dict(x=torch.rand(2, 1, 8, 8)*255), ValueError, '`x` must be images in'), (dict(x=torch.rand(0, 1, 8, 8)), ValueError, '`x` holds no images'),
+    (dict(x=torch.rand(2, 1, 8, 8)*255), ValueError, '`x` must be images in'),
+    (dict(x=torch.rand(0, 1, 8, 8)), ValueError, '`x` holds no images'),
     (dict(x=torch.rand(1, 8, 8)), ValueError, '`x` must be a batch'),
-    (dict(norm='L1'), ValueError, "`norm` must be 'Linf' or 'L2'"), (dict(robustness=.5), ValueError, '`robustness` must be what'),
-    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': say `norm='L2'`"),
+    (dict(norm='L1'), ValueError, "`norm` must be 'Linf' or 'L2'"),
+    (dict(robustness=.5), ValueError, '`robustness` must be what'),
+    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': say "
+                                                          "`norm='L2'`"),
     (dict(robustness=card_of(10), norm='L2'), ValueError, "`robustness` was measured in Linf, but `norm` is 'L2'"),
-    (dict(title='x'), ValueError, '`title` is nothing that'), (dict(autoattack_acc='99'), ValueError, '`autoattack_acc` is nothing that'),
-    (dict(additional_data='no'), ValueError, "`additional_data` must be bool, got 'no'"), (dict(number_forward_passes=True), ValueError, '`number_forward_passes` must be int'),
+    (dict(title='x'), ValueError, '`title` is nothing that'),
+    (dict(autoattack_acc='99'), ValueError, '`autoattack_acc` is nothing that'),
+    (dict(additional_data='no'), ValueError, "`additional_data` must be bool, got 'no'"),
+    (dict(number_forward_passes=True), ValueError, '`number_forward_passes` must be int'),
     (dict(reported=58), ValueError, '`reported` must be str')])
 def test_arguments_that_are_refused(kwargs, error, match, tmp_path):
-    with pytest.raises(error, match=match): export_robustbench(**dict(model=small(1), x=images(4), folder=tmp_path/'new'/'net') | kwargs)
+    with pytest.raises(error, match=match):
+        export_robustbench(**dict(model=small(1), x=images(4), folder=tmp_path/'new'/'net') | kwargs)
     assert not list(tmp_path.iterdir())
 
 def contents(folder): return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
 
-@pytest.mark.parametrize('at,match', [('file', '`folder` .*is a file'), ('file/deep/er', '`folder` .*file is a file'), ('export', 'holds an export already'), ('full', 'is not empty')])
+@pytest.mark.parametrize('at,match', [('file', '`folder` .*is a file'), ('file/deep/er', '`folder` .*file is a file'),
+                                      ('export', 'holds an export already'), ('full', 'is not empty')])
 def test_folders_in_use(at, match, tmp_path):
     (tmp_path/'file').write_text('x'); (tmp_path/'full').mkdir(); (tmp_path/'full'/'notes').write_text('x')
     export_robustbench(small(1), images(4), tmp_path/'export')
@@ -397,7 +442,8 @@ def test_folders_that_are_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path/'a'/'b', tmp_path/'empty', 'relative'):
         got = export_robustbench(small(1), images(4), folder)
-        assert got == (tmp_path/folder).resolve() and (got/'model.pt2').exists() and got.stat().st_mode == (tmp_path/'a').stat().st_mode
+        assert (got == (tmp_path/folder).resolve() and (got/'model.pt2').exists()
+                and got.stat().st_mode == (tmp_path/'a').stat().st_mode)
     assert {p.name for p in tmp_path.iterdir()} == {'a', 'empty', 'relative'}
 
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
@@ -422,7 +468,8 @@ def test_written_weights_are_read_again(tmp_path, monkeypatch):
         with torch.no_grad(): next(iter(program.state_dict.values())).mul_(1.01)
         write(folder, program, page, cards)
     monkeypatch.setattr(export, '_write', wrong)
-    with pytest.raises(ValueError, match='cannot be exported: once loaded'): export_robustbench(small(1), images(4), tmp_path/'net')
+    with pytest.raises(ValueError, match='cannot be exported: once loaded'):
+        export_robustbench(small(1), images(4), tmp_path/'net')
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('factor,ok', [(1 + 1e-6, True), (1 + 1e-3, False), (float('nan'), False)])
@@ -430,7 +477,8 @@ def test_comparison(factor, ok):
     "Forgives rounding and nothing more"
     net = small(1).eval()
     if ok: return export._check_same(Behind(net, after=lambda o: o*factor), net, images(4))
-    with pytest.raises(ValueError, match='its logits were others'): export._check_same(Behind(net, after=lambda o: o*factor), net, images(4))
+    with pytest.raises(ValueError, match='its logits were others'):
+        export._check_same(Behind(net, after=lambda o: o*factor), net, images(4))
 
 def test_a_later_network_does_not_change_the_export(tmp_path, make_learner):
     "What was written shares nothing with the Learner, which trains on"

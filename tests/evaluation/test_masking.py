@@ -13,7 +13,8 @@ class Behind(nn.Module):
     def forward(self, x): return self.after(self.net(self.before(x)))
 
 blind = {'larger radius','along the gradient'} # what every mask of the gradient shows
-shows = dict(quantised=blind | {'zero gradients','no gradient needed'}, saturated=blind | {'zero gradients'}, sawtooth=blind | {'no gradient needed'},
+shows = dict(quantised=blind | {'zero gradients','no gradient needed'}, saturated=blind | {'zero gradients'},
+             sawtooth=blind | {'no gradient needed'},
     detached=blind | {'zero gradients','no gradient needed'}, misled=blind | {'no gradient needed'})
 masks = dict(
     quantised = dict(before=lambda x: (x*10).round()/10),
@@ -30,7 +31,8 @@ def test_masks_are_seen(name, robust_net, test_images):
     assert not report.ok and {s.name for s in report.symptoms if s.suspicious} == shows[name]
     assert repr(report).count('SUSPICIOUS') == len(shows[name]) == report.to_df().suspicious.sum()
 
-@pytest.mark.parametrize('check, accs, suspicious', [('_more_steps', [.6, .5, .5], False), ('_more_steps', [.5, .5, .6], True),
+@pytest.mark.parametrize('check, accs, suspicious', [('_more_steps', [.6, .5, .5], False),
+                                                     ('_more_steps', [.5, .5, .6], True),
     ('_more_steps', [.5, .51, .5], False), ('_one_step', [.6, .5], False), ('_one_step', [.5, .6], True)])
 def test_accuracies_in_the_wrong_order(check, accs, suspicious, monkeypatch):
     "More steps, or many in place of one, must not help the defender by more than chance"
@@ -75,7 +77,8 @@ def test_noise_in_the_network_is_seen(robust_net, test_images):
         def __init__(self): super().__init__(); self.net = robust_net
         def forward(self, x): return self.net(x + .3*torch.randn_like(x))
     x, y = (t[:80] for t in test_images)
-    assert {'noise','along the gradient'} <= {s.name for s in check_masking(Noisy().eval(), x, y, .1).symptoms if s.suspicious}
+    assert {'noise','along the gradient'} <= {s.name for s in check_masking(Noisy().eval(), x, y, .1).symptoms
+                                              if s.suspicious}
 
 def test_a_check_of_ones_own(robust_net, test_images):
     from rkd_fastai.evaluation import masking
@@ -86,7 +89,8 @@ def test_a_check_of_ones_own(robust_net, test_images):
     assert not report.ok and 'Take an umbrella.' in repr(report)
 
 def test_in_batches_and_in_float32(robust_net, test_images, make_learner, make_dls, monkeypatch):
-    "No more images at a time than `bs`, with gradients neither; a network in half precision is measured as float32, where the loaders are"
+    """No more images at a time than `bs`, with gradients neither; a network in half precision is measured as
+    float32, where the loaders are"""
     x, y, most = *(t[:60] for t in test_images), []
     net = Behind(robust_net, before=lambda x: (most.append(len(x)), x)[1]).eval()
     report = check_masking(net, x, y, .1, bs=16)
@@ -96,7 +100,8 @@ def test_in_batches_and_in_float32(robust_net, test_images, make_learner, make_d
     monkeypatch.setattr(learn.model, 'to', lambda device: most.append(device))
     learn.model.half()
     half = learn.check_robustness(eps=.1)
-    assert half.ok and half.n and torch.device(most[-1]).type == 'cpu' and next(learn.model.parameters()).dtype == torch.float16 and want
+    assert (half.ok and half.n and torch.device(most[-1]).type == 'cpu'
+            and next(learn.model.parameters()).dtype == torch.float16 and want)
 
 def test_which_images(make_learner, make_dls, robust_net):
     "None are all, an empty loader is not the validation set, and inference mode changes nothing"

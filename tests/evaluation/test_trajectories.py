@@ -1,4 +1,5 @@
-"Trajectories: what is recorded is what plain PyTorch finds, recording changes no bit of the training, kills leave no trace, and Eq. 8 and the pictures against loops."
+"""Trajectories: what is recorded is what plain PyTorch finds, recording changes no bit of the training, kills leave
+no trace, and Eq. 8 and the pictures against loops."""
 import copy, json, random
 
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -49,7 +50,8 @@ def make(make_learner, make_dls, tiny_net):
     "Factory of Learners, always the same"
     def make(*cbs, seed=0, net=None, dls=None, **kwargs):
         set_seed(seed)
-        return make_learner(make_dls(n=96, n_valid=40) if dls is None else dls, tiny_net(seed=seed, dropout=.3) if net is None else net, cbs=list(cbs), **kwargs)
+        return make_learner(make_dls(n=96, n_valid=40) if dls is None else dls,
+                            tiny_net(seed=seed, dropout=.3) if net is None else net, cbs=list(cbs), **kwargs)
     return make
 
 # --- what is recorded ---
@@ -57,7 +59,8 @@ def make(make_learner, make_dls, tiny_net):
 @pytest.mark.parametrize('n', [None, 17])
 @pytest.mark.parametrize('stats', [None, ([.5], [.25])], ids=['pixels', 'normalised'])
 def test_recorded_is_what_plain_pytorch_finds(n, stats, make, make_dls, tmp_path):
-    "Log-probabilities and mean entropies of each epoch's network, and Eq. 8 by a loop over `cross_entropy`, all in float64"
+    """Log-probabilities and mean entropies of each epoch's network, and Eq. 8 by a loop over `cross_entropy`, all in
+    float64"""
     rec,keep = RecordTrajectory(tmp_path/'t', n=n, attack=STILL, bs=7),Keep()
     learn = make(rec, keep, dls=make_dls(n=96, n_valid=40, stats=stats))
     learn.fit(3, .01)
@@ -73,7 +76,8 @@ def test_recorded_is_what_plain_pytorch_finds(n, stats, make, make_dls, tmp_path
             p,ce = logits.softmax(1),F.cross_entropy(logits, y, reduction='none')
             S[kind] += ce/3
             ours = epoch(tmp_path/'t', k+1)
-            stored,entropy = (ours['log_clean'], ours['entropy']) if kind == 'clean' else (ours['log_adv'], ours['entropy_adv'])
+            stored,entropy = ((ours['log_clean'], ours['entropy']) if kind == 'clean'
+                              else (ours['log_adv'], ours['entropy_adv']))
             assert stored.dtype == np.float16
             np.testing.assert_allclose(stored.astype(float), -ce.numpy(), rtol=2**-10, atol=1e-6)
             np.testing.assert_allclose(t.probs(kind)[k], p[range(len(y)), y].numpy(), atol=3e-4)
@@ -81,7 +85,8 @@ def test_recorded_is_what_plain_pytorch_finds(n, stats, make, make_dls, tmp_path
             np.testing.assert_allclose(entropy, want, rtol=1e-5)
             assert (t.entropy if kind == 'clean' else t.entropy_adv)[k] == entropy
     for kind in S: np.testing.assert_allclose(difficulty(t.probs(kind)), S[kind].numpy(), rtol=2**-10, atol=1e-6)
-    assert t.epochs == 3 and t.n == len(x) and t.clean.dtype == t.adv.dtype == np.float32 and (S['adv'] > S['clean']).all()
+    assert (t.epochs == 3 and t.n == len(x) and t.clean.dtype == t.adv.dtype == np.float32
+            and (S['adv'] > S['clean']).all())
 
 @pytest.mark.parametrize('k', [.01, 100., 3000., 1e6])
 def test_both_ends_of_float16(k, make, tiny_net, tmp_path):
@@ -101,19 +106,23 @@ def test_both_ends_of_float16(k, make, tiny_net, tmp_path):
 def test_without_attack(make, tmp_path):
     make(RecordTrajectory(tmp_path/'t', attack=None)).fit(2)
     t = load_trajectory(tmp_path/'t')
-    assert t.adv is None and t.entropy_adv is None and t.card['attack'] is None and list(epoch(tmp_path/'t', 2)) == ['log_clean', 'entropy']
+    assert (t.adv is None and t.entropy_adv is None and t.card['attack'] is None
+            and list(epoch(tmp_path/'t', 2)) == ['log_clean', 'entropy'])
     with pytest.raises(ValueError, match='without an attack'): t.probs('adv')
 
 def test_card(make, tmp_path):
     learn = make(RecordTrajectory(tmp_path/'t', n=20, attack=PGD(8/255), seed=3))
     learn.fit(1)
     card = json.loads((tmp_path/'t/card.json').read_text())
-    assert {k: card[k] for k in ('n', 'attack', 'seed')} == dict(n=20, attack=repr(PGD(8/255)), seed=3) and set(card['versions']) == {'rkd_fastai', 'fastai', 'torch'}
+    assert ({k: card[k] for k in ('n', 'attack', 'seed')} == dict(n=20, attack=repr(PGD(8/255)), seed=3)
+            and set(card['versions']) == {'rkd_fastai', 'fastai', 'torch'})
     y = pixels(learn.dls.valid)[1]
     y = y[sample_positions(y, 20, seed=3)]
-    assert card['sample'] == dict(n=20, of=40, split='valid', drawn='stratified by class', seed=3, images=card['sample']['images'])
+    assert card['sample'] == dict(n=20, of=40, split='valid', drawn='stratified by class', seed=3,
+                                  images=card['sample']['images'])
     assert card['labels'] == digest([y]) != digest([y.flip(0)])
-    assert load_trajectory(tmp_path/'t').card == card and '20 images over 1 epoch,' in repr(load_trajectory(tmp_path/'t'))
+    assert (load_trajectory(tmp_path/'t').card == card
+            and '20 images over 1 epoch,' in repr(load_trajectory(tmp_path/'t')))
 
 class Darkens(Transform):
     "An augmentation, of training images only"
@@ -152,11 +161,13 @@ def test_recording_changes_not_one_bit(attack, make, tmp_path):
     def train(*cbs):
         learn = make(AdversarialTraining(RANDOM), WeightAveraging(.9), *cbs)
         learn.fit(2, .01)
-        return learn, (torch.get_rng_state(), random.getstate(), np.random.get_state(), learn.dls.train.rng.getstate(), learn.dls.valid.rng.getstate())
+        return learn, (torch.get_rng_state(), random.getstate(), np.random.get_state(), learn.dls.train.rng.getstate(),
+                       learn.dls.valid.rng.getstate())
     (plain,a),(seen,b) = train(),train(RecordTrajectory(tmp_path/'t', attack=attack, seed=7))
     for k,v in plain.model.state_dict().items(): assert torch.equal(v, seen.model.state_dict()[k])
     assert torch.equal(a[0], b[0]) and a[1] == b[1] and (a[2][1] == b[2][1]).all() and a[3:] == b[3:]
-    assert [m.training for m in plain.model.modules()] == [m.training for m in seen.model.modules()] and all(p.requires_grad for p in seen.model.parameters())
+    assert ([m.training for m in plain.model.modules()] == [m.training for m in seen.model.modules()]
+            and all(p.requires_grad for p in seen.model.parameters()))
     assert [list(v) for v in plain.recorder.values] == [list(v) for v in seen.recorder.values]
     for p,q in zip(plain.model.parameters(), seen.model.parameters()): assert torch.equal(p.grad, q.grad)
 
@@ -164,9 +175,11 @@ def test_same_noise_after_every_epoch(make, tmp_path):
     "A network that stands still is seen to: its random starts are the same, and others for another seed"
     for name,seed in (('a', 0), ('b', 1)):
         torch.manual_seed(0)
-        make(RecordTrajectory(tmp_path/name, attack=PGD(.1, steps=0), seed=seed), net=nn.Sequential(nn.Flatten(), nn.Linear(64, 10))).fit(2, 0.)
+        make(RecordTrajectory(tmp_path/name, attack=PGD(.1, steps=0), seed=seed),
+             net=nn.Sequential(nn.Flatten(), nn.Linear(64, 10))).fit(2, 0.)
     a,b = load_trajectory(tmp_path/'a'),load_trajectory(tmp_path/'b')
-    assert (a.adv[0] == a.adv[1]).all() and (a.clean == b.clean).all() and (a.adv != b.adv).any() and (a.adv != a.clean).any()
+    assert ((a.adv[0] == a.adv[1]).all() and (a.clean == b.clean).all() and (a.adv != b.adv).any()
+            and (a.adv != a.clean).any())
 
 def test_only_epochs_of_training(make, tmp_path):
     learn = make(RecordTrajectory(tmp_path/'t', attack=None))
@@ -209,7 +222,8 @@ def test_the_average_is_recorded(make, tmp_path):
 
 def test_its_attack_is_not_the_trainings(make, tmp_path):
     "`CatastrophicOverfitting` takes its radius from the training"
-    learn = make(RecordTrajectory(tmp_path/'t', attack=PGD(.3, steps=1)), AdversarialTraining(PGD(.05, steps=1)), CatastrophicOverfitting(n=8))
+    learn = make(RecordTrajectory(tmp_path/'t', attack=PGD(.3, steps=1)), AdversarialTraining(PGD(.05, steps=1)),
+                 CatastrophicOverfitting(n=8))
     learn.fit(1)
     assert learn.catastrophic_overfitting._watched.eps == .05
 
@@ -225,16 +239,20 @@ def test_export(make, tmp_path):
 # --- killed and resumed ---
 
 def record(make, folder, *cbs, run=None, seed=0, n_epoch=4, **kwargs):
-    learn = make(RecordTrajectory(folder, n=20, attack=RANDOM), AdversarialTraining(RANDOM), *cbs, *([Resume(run, kwargs.pop('every', None))] if run else []), seed=seed, **kwargs)
+    learn = make(RecordTrajectory(folder, n=20, attack=RANDOM), AdversarialTraining(RANDOM), *cbs,
+                 *([Resume(run, kwargs.pop('every', None))] if run else []), seed=seed, **kwargs)
     learn.fit(n_epoch, .01)
 
 @pytest.mark.parametrize('every', [None, 1])
-@pytest.mark.parametrize('event,at,order', [('after_epoch', 0, 900), ('after_epoch', 0, 40), ('after_epoch', 2, 900), ('after_epoch', 1, 2000), ('after_batch', 2, 2000),
+@pytest.mark.parametrize('event,at,order', [('after_epoch', 0, 900), ('after_epoch', 0, 40), ('after_epoch', 2, 900),
+                                            ('after_epoch', 1, 2000), ('after_batch', 2, 2000),
                                             ('before_train', 1, 0), ('before_validate', 3, 0), ('after_fit', 3, 900)])
 def test_killed_and_resumed(event, at, order, every, make, tmp_path):
-    "The same files as without a kill, before and after an epoch is written and `Resume` knows of it, from another network and other random numbers"
+    """The same files as without a kill, before and after an epoch is written and `Resume` knows of it, from another
+    network and other random numbers"""
     record(make, tmp_path/'whole')
-    with pytest.raises(KeyboardInterrupt): record(make, tmp_path/'killed', Die(event, at, order), run=tmp_path/'r.pth', every=every)
+    with pytest.raises(KeyboardInterrupt):
+        record(make, tmp_path/'killed', Die(event, at, order), run=tmp_path/'r.pth', every=every)
     seed = 99 if (tmp_path/'r.pth').exists() else 0 # of a training that was not kept nothing is known but its seed
     record(make, tmp_path/'killed', run=tmp_path/'r.pth', seed=seed)
     assert files(tmp_path/'killed') == files(tmp_path/'whole') and len(files(tmp_path/'whole')) == 5
@@ -270,12 +288,16 @@ def test_another_training_is_refused(make, tmp_path):
     record(make, tmp_path/'t', n_epoch=3)
     before = files(tmp_path/'t')
     for seed in (0, 1):
-        with pytest.raises(ValueError, match='`path`.* holds 3 epochs of another training'): record(make, tmp_path/'t', seed=seed)
-        with pytest.raises(ValueError, match='`path`.* holds 3 epochs of another training'): record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
+        with pytest.raises(ValueError, match='`path`.* holds 3 epochs of another training'):
+            record(make, tmp_path/'t', seed=seed)
+        with pytest.raises(ValueError, match='`path`.* holds 3 epochs of another training'):
+            record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
     assert files(tmp_path/'t') == before
 
-@pytest.mark.parametrize('how,said', [(dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'), (dict(attack=None), 'with attack PGD.*not None'),
-    (dict(attack=PGD(.2, steps=1)), 'with attack PGD'), (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'), (dict(lost='card.json'), 'no card'), (dict(dl=True), 'with labels')])
+@pytest.mark.parametrize('how,said', [(dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
+                                      (dict(attack=None), 'with attack PGD.*not None'),
+    (dict(attack=PGD(.2, steps=1)), 'with attack PGD'), (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'),
+                                      (dict(lost='card.json'), 'no card'), (dict(dl=True), 'with labels')])
 def test_resumed_with_other_settings(how, said, make, tmp_path):
     with pytest.raises(KeyboardInterrupt): record(make, tmp_path/'t', Die('before_train', 2), run=tmp_path/'r.pth')
     how = dict(how)
@@ -290,7 +312,8 @@ def test_resumed_with_other_settings(how, said, make, tmp_path):
 def test_recording_starts_with_the_training(make, tmp_path):
     "Not in the middle of one: what Eq. 8 adds up would be lost"
     with pytest.raises(KeyboardInterrupt): make(Resume(tmp_path/'r.pth'), Die('before_train', 2)).fit(4)
-    with pytest.raises(ValueError, match='`path`.*lacks epoch 1 of the 2'): make(RecordTrajectory(tmp_path/'t'), Resume(tmp_path/'r.pth')).fit(4)
+    with pytest.raises(ValueError, match='`path`.*lacks epoch 1 of the 2'):
+        make(RecordTrajectory(tmp_path/'t'), Resume(tmp_path/'r.pth')).fit(4)
     assert not (tmp_path/'t').exists()
 
 def test_further_fits_go_on_counting(make, tmp_path):
@@ -320,9 +343,11 @@ def test_bad_folders_networks_and_loaders(make, make_dls, tiny_net, tmp_path):
     (tmp_path/'file').touch()
     with pytest.raises(ValueError, match='`path`.*is a file'): RecordTrajectory(tmp_path/'file')
     with pytest.raises(TypeError, match='`attack`'): RecordTrajectory(tmp_path/'t', attack='pgd')
-    with pytest.raises(ValueError, match='`path`.*two callbacks'): make(RecordTrajectory(tmp_path/'t'), RecordTrajectory(tmp_path/'t')).fit(1)
+    with pytest.raises(ValueError, match='`path`.*two callbacks'):
+        make(RecordTrajectory(tmp_path/'t'), RecordTrajectory(tmp_path/'t')).fit(1)
     with pytest.raises(ValueError, match='`dl` holds classes 0 to 9, but the network has 3'):
-        make(RecordTrajectory(tmp_path/'t', make_dls().valid), net=tiny_net(n_out=3), dls=make_dls(n=30, n_valid=12, n_classes=3, bs=10)).fit(1)
+        make(RecordTrajectory(tmp_path/'t', make_dls().valid), net=tiny_net(n_out=3),
+             dls=make_dls(n=30, n_valid=12, n_classes=3, bs=10)).fit(1)
     assert not (tmp_path/'t').exists()
     learn = make(RecordTrajectory(tmp_path/'t', attack=None))
     with pytest.raises(ValueError, match='NaN or infinite'): learn.fit(1, float('nan'))
@@ -337,15 +362,24 @@ def folder(make, tmp_path):
 
 def rewrite(folder, k=2, **arrays): np.savez(folder/f'epoch_{k:04d}.npz', **epoch(folder, k) | arrays)
 damages = dict(
-    lost=(lambda f: (f/'epoch_0002.npz').unlink(), '`folder`.*lacks epoch 2 of 3'), first=(lambda f: (f/'epoch_0001.npz').unlink(), 'lacks epoch 1'),
-    none=(lambda f: [p.unlink() for p in f.glob('*.npz')], 'holds no epoch'), no_card=(lambda f: (f/'card.json').unlink(), 'has no `card.json`'),
-    card=(lambda f: (f/'card.json').write_text('{'), 'card.json` is damaged'), old_card=(lambda f: (f/'card.json').write_text('{"n": 20}'), 'card.json` is damaged'),
+    lost=(lambda f: (f/'epoch_0002.npz').unlink(), '`folder`.*lacks epoch 2 of 3'),
+    first=(lambda f: (f/'epoch_0001.npz').unlink(), 'lacks epoch 1'),
+    none=(lambda f: [p.unlink() for p in f.glob('*.npz')], 'holds no epoch'),
+    no_card=(lambda f: (f/'card.json').unlink(), 'has no `card.json`'),
+    card=(lambda f: (f/'card.json').write_text('{'), 'card.json` is damaged'),
+    old_card=(lambda f: (f/'card.json').write_text('{"n": 20}'), 'card.json` is damaged'),
     empty=(lambda f: (f/'epoch_0002.npz').write_bytes(b''), 'epoch_0002.npz` is damaged'),
-    cut=(lambda f: (f/'epoch_0002.npz').write_bytes((f/'epoch_0002.npz').read_bytes()[:-40]), 'epoch_0002.npz` is damaged'),
-    flipped=(lambda f: (f/'epoch_0002.npz').write_bytes((b := (f/'epoch_0002.npz').read_bytes())[:180] + bytes([b[180]^255]) + b[181:]), 'epoch_0002.npz` is damaged'),
-    pickled=(lambda f: rewrite(f, log_clean=np.array([{}]*20)), 'epoch_0002.npz` is damaged'), clean_only=(lambda f: np.savez(f/'epoch_0002.npz', log_clean=np.zeros(20), entropy=0.), 'epoch_0002.npz` is damaged'),
-    fewer=(lambda f: rewrite(f, log_adv=np.zeros(19)), 'epoch_0002.npz`: `log_adv` is float64 .19,.* 20 images'), ints=(lambda f: rewrite(f, log_clean=np.zeros(20, int)), '`log_clean` is int64'),
-    each=(lambda f: rewrite(f, entropy=np.zeros(20)), '`entropy` is float64'), nan=(lambda f: rewrite(f, log_clean=np.full(20, np.nan)), '`clean` holds NaN'),
+    cut=(lambda f: (f/'epoch_0002.npz').write_bytes((f/'epoch_0002.npz').read_bytes()[:-40]),
+         'epoch_0002.npz` is damaged'),
+    flipped=(lambda f: (f/'epoch_0002.npz').write_bytes((b := (f/'epoch_0002.npz').read_bytes())[:180]
+                                                        + bytes([b[180]^255]) + b[181:]), 'epoch_0002.npz` is damaged'),
+    pickled=(lambda f: rewrite(f, log_clean=np.array([{}]*20)), 'epoch_0002.npz` is damaged'),
+    clean_only=(lambda f: np.savez(f/'epoch_0002.npz', log_clean=np.zeros(20), entropy=0.),
+                'epoch_0002.npz` is damaged'),
+    fewer=(lambda f: rewrite(f, log_adv=np.zeros(19)), 'epoch_0002.npz`: `log_adv` is float64 .19,.* 20 images'),
+    ints=(lambda f: rewrite(f, log_clean=np.zeros(20, int)), '`log_clean` is int64'),
+    each=(lambda f: rewrite(f, entropy=np.zeros(20)), '`entropy` is float64'),
+    nan=(lambda f: rewrite(f, log_clean=np.full(20, np.nan)), '`clean` holds NaN'),
     positive=(lambda f: rewrite(f, log_clean=np.ones(20)), r'`clean` must be probabilities in \[0, 1\]'))
 
 @pytest.mark.parametrize('what', damages)
@@ -405,11 +439,19 @@ def test_smooth_against_a_loop(n, width):
     np.testing.assert_allclose(smooth(np.arange(n), width), np.arange(n), atol=1e-9)
 
 @pytest.mark.parametrize('f,said', [
-    (lambda: difficulty([.5, .5]), '`p` must have 2'), (lambda: difficulty([[1.1]]), r'`p` must be probabilities'), (lambda: difficulty([[-.1]]), '`p` must be'), (lambda: difficulty([[np.nan]]), '`p` holds NaN'),
-    (lambda: difficulty('p'), '`p` must be an array of numbers'), (lambda: difficulty(np.zeros((0, 4))), '`p` holds nothing'), (lambda: cosine([[1.]], [[1., 1.]]), '`p_t` is of 1 image, but `p_s` of 2'),
-    (lambda: smooth([1, 2], 2), '`width` must be odd'), (lambda: smooth([1, 2], 0), '`width`'), (lambda: smooth([1, 2], -1), '`width`'), (lambda: smooth([1, 2], 1.5), '`width`'), (lambda: smooth([1, np.inf], 1), '`values`'),
-    (lambda: Trajectory([[.5, .5]], adv=[[.5]]), '`adv` has shape'), (lambda: Trajectory([[.5]], entropy=[1., 2.]), '`entropy` has shape'), (lambda: Trajectory([[.5]], entropy=1.), '`entropy` must have 1'),
-    (lambda: Trajectory([[.5]]).until(0), '`epoch` must be from 1 to 1'), (lambda: Trajectory([[.5]]).until(2), '`epoch`'), (lambda: Trajectory([[.5]]).probs('x'), '`kind`')])
+    (lambda: difficulty([.5, .5]), '`p` must have 2'), (lambda: difficulty([[1.1]]), r'`p` must be probabilities'),
+    (lambda: difficulty([[-.1]]), '`p` must be'), (lambda: difficulty([[np.nan]]), '`p` holds NaN'),
+    (lambda: difficulty('p'), '`p` must be an array of numbers'),
+    (lambda: difficulty(np.zeros((0, 4))), '`p` holds nothing'),
+    (lambda: cosine([[1.]], [[1., 1.]]), '`p_t` is of 1 image, but `p_s` of 2'),
+    (lambda: smooth([1, 2], 2), '`width` must be odd'), (lambda: smooth([1, 2], 0), '`width`'),
+    (lambda: smooth([1, 2], -1), '`width`'), (lambda: smooth([1, 2], 1.5), '`width`'),
+    (lambda: smooth([1, np.inf], 1), '`values`'),
+    (lambda: Trajectory([[.5, .5]], adv=[[.5]]), '`adv` has shape'),
+    (lambda: Trajectory([[.5]], entropy=[1., 2.]), '`entropy` has shape'),
+    (lambda: Trajectory([[.5]], entropy=1.), '`entropy` must have 1'),
+    (lambda: Trajectory([[.5]]).until(0), '`epoch` must be from 1 to 1'),
+    (lambda: Trajectory([[.5]]).until(2), '`epoch`'), (lambda: Trajectory([[.5]]).probs('x'), '`kind`')])
 def test_bad_numbers(f, said):
     with pytest.raises(ValueError, match=said): f()
 
@@ -434,7 +476,8 @@ def test_entropy_curves(pair):
         ax = plot_entropy(dict(teacher=t, student=s), kind)
         for line,v in zip(ax.lines, want):
             assert line.get_xdata().tolist() == list(range(1, len(v)+1)) and line.get_ydata().tolist() == v.tolist()
-        assert [o.get_text() for o in ax.get_legend().get_texts()] == ['teacher', 'student'] and 'nats' in ax.get_ylabel()
+        assert ([o.get_text() for o in ax.get_legend().get_texts()] == ['teacher', 'student']
+                and 'nats' in ax.get_ylabel())
     assert plot_entropy(dict(t=t), ax=ax) is ax and len(ax.lines) == 3
 
 @pytest.mark.parametrize('kind', ['clean', 'adv'])
@@ -452,9 +495,12 @@ def test_pictures_by_difficulty(kind, own, pair):
     more = (p_s[-1].astype(float) - p_t[-1])[order]
     for ax,want in ((sim, cosine(p_t, p_s)[order]), (left, p_t[-1][order]), (right, more)):
         raw,line = ax.lines[-2:]
-        np.testing.assert_allclose(raw.get_ydata(), want, rtol=1e-6); np.testing.assert_allclose(line.get_ydata(), smooth(want, 7), rtol=1e-6)
-        assert (np.diff(raw.get_xdata()) > 0).all() and 0 < raw.get_xdata()[0] and raw.get_xdata()[-1] < 100 and 'difficulty' in ax.get_xlabel()
-    np.testing.assert_allclose(several.lines[1].get_ydata(), smooth(more, 9)); assert (several.lines[2].get_ydata() == 0).all()
+        np.testing.assert_allclose(raw.get_ydata(), want, rtol=1e-6)
+        np.testing.assert_allclose(line.get_ydata(), smooth(want, 7), rtol=1e-6)
+        assert ((np.diff(raw.get_xdata()) > 0).all() and 0 < raw.get_xdata()[0] and raw.get_xdata()[-1] < 100
+                and 'difficulty' in ax.get_xlabel())
+    np.testing.assert_allclose(several.lines[1].get_ydata(), smooth(more, 9))
+    assert (several.lines[2].get_ydata() == 0).all()
     np.testing.assert_allclose(each.lines[1].get_ydata(), smooth(more, 9))
     np.testing.assert_allclose(each.lines[2].get_ydata(), smooth((p_s[-1].astype(float) - p_t[1])[order], 9))
     assert [o.get_text() for o in several.get_legend().get_texts()] == ['a', 'b'] and 'p_S - p_T' in right.get_ylabel()
@@ -462,10 +508,18 @@ def test_pictures_by_difficulty(kind, own, pair):
 def test_nothing_is_drawn_of_what_does_not_fit(pair):
     t,s,other = pair
     no_adv,few = Trajectory(s.clean),Trajectory(s.clean[:,:59])
-    for f,said in ((lambda: plot_similarity(t, few), '`student` is of 59'), (lambda: plot_right_class(t, other), 'other classes, or in another order'), (lambda: plot_improvement(dict(akd=other), t), '`akd` and `teacher`'),
-                   (lambda: plot_similarity(t, no_adv, kind='adv'), 'without an attack'), (lambda: plot_right_class(t, s, [1., 2.]), '`score` tells of 2'), (lambda: plot_right_class(t, s, width=4), '`width`'),
-                   (lambda: plot_similarity(t, s, width=4), '`width`'), (lambda: plot_improvement({}, t), '`students`'), (lambda: plot_improvement(dict(a=s), dict(b=t)), '`teacher` has the labels'),
-                   (lambda: plot_entropy({}), '`trajectories` is empty'), (lambda: plot_entropy(dict(s=no_adv)), "'s' has no entropy"), (lambda: plot_similarity(t, s, kind='x'), '`kind`')):
+    for f,said in ((lambda: plot_similarity(t, few), '`student` is of 59'),
+                   (lambda: plot_right_class(t, other), 'other classes, or in another order'),
+                   (lambda: plot_improvement(dict(akd=other), t), '`akd` and `teacher`'),
+                   (lambda: plot_similarity(t, no_adv, kind='adv'), 'without an attack'),
+                   (lambda: plot_right_class(t, s, [1., 2.]), '`score` tells of 2'),
+                   (lambda: plot_right_class(t, s, width=4), '`width`'),
+                   (lambda: plot_similarity(t, s, width=4), '`width`'),
+                   (lambda: plot_improvement({}, t), '`students`'),
+                   (lambda: plot_improvement(dict(a=s), dict(b=t)), '`teacher` has the labels'),
+                   (lambda: plot_entropy({}), '`trajectories` is empty'),
+                   (lambda: plot_entropy(dict(s=no_adv)), "'s' has no entropy"),
+                   (lambda: plot_similarity(t, s, kind='x'), '`kind`')):
         with pytest.raises(ValueError, match=said): f()
     assert plt.get_fignums() == []
 
@@ -483,18 +537,25 @@ def test_easiest_and_hardest(digits):
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_sheets_of_images(channels, digits):
-    x,y,score = digits.x[:100].expand(-1, channels, -1, -1)*torch.linspace(.5, 1, channels).view(1, -1, 1, 1),digits.y[:100],np.arange(100.)
+    x,y,score = digits.x[:100].expand(-1, channels, -1, -1)*torch.linspace(.5, 1, channels).view(1, -1, 1,
+                                                                                                 1),digits.y[:100],np.arange(100.)
     axs = plot_easiest_hardest(x, y, score, n=6, ncols=4)
     for ax,idx in zip(axs, easiest_hardest(x, y, score, 6)):
         sheet = np.atleast_3d(np.asarray(ax.images[0].get_array()))
         assert sheet.shape == (17, 35, channels) and (sheet[8] == 1).all() and (sheet[:,8] == 1).all()
-        for i,j in enumerate(idx): np.testing.assert_allclose(sheet[i//4*9:i//4*9+8, i%4*9:i%4*9+8], x[j].permute(1,2,0).numpy(), atol=1e-6)
+        for i,j in enumerate(idx):
+            np.testing.assert_allclose(sheet[i//4*9:i//4*9+8, i%4*9:i%4*9+8], x[j].permute(1,2,0).numpy(), atol=1e-6)
     assert 'easiest' in axs[0].get_title() and 'hardest' in axs[1].get_title() and 'nats' in axs[1].get_title()
     assert plot_easiest_hardest(x, y, score, 2, axs=axs) is axs
 
 def test_bad_images(digits):
     x,y,score = digits.x[:20],digits.y[:20]*0,np.arange(20.)
-    for f,said in ((lambda: easiest_hardest(x, y, score), '`n` must be from 1 to 10'), (lambda: easiest_hardest(x, y, score, 0), '`n`'), (lambda: easiest_hardest(x, y, score, 1, 3), 'class 3'), (lambda: easiest_hardest(x, y[1:], score, 2), '`x`, `y` and `score`'),
-                   (lambda: plot_easiest_hardest(x[:,0], y, score, 2), '`x` must be images'), (lambda: plot_easiest_hardest(x, y, score, 2, ncols=0), '`ncols`'), (lambda: easiest_hardest(x, y, score*np.nan, 2), '`score`')):
+    for f,said in ((lambda: easiest_hardest(x, y, score), '`n` must be from 1 to 10'),
+                   (lambda: easiest_hardest(x, y, score, 0), '`n`'),
+                   (lambda: easiest_hardest(x, y, score, 1, 3), 'class 3'),
+                   (lambda: easiest_hardest(x, y[1:], score, 2), '`x`, `y` and `score`'),
+                   (lambda: plot_easiest_hardest(x[:,0], y, score, 2), '`x` must be images'),
+                   (lambda: plot_easiest_hardest(x, y, score, 2, ncols=0), '`ncols`'),
+                   (lambda: easiest_hardest(x, y, score*np.nan, 2), '`score`')):
         with pytest.raises(ValueError, match=said): f()
     assert plt.get_fignums() == []

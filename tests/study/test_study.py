@@ -1,4 +1,5 @@
-"Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd train` and `rkd distill` would have made."
+"""Studies: the same table however often they are killed and whoever shares the folder; every cell is what `rkd
+train` and `rkd distill` would have made."""
 import json, os, random, runpy, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,8 @@ def weights(study, c): return torch.load(study.folder(c)/'model.pth')
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 def table(df): return df.sort_values('id').reset_index(drop=True)
 
-grids = (dict(method='at', epochs=4), dict(method=['akd','rslad'], teacher_epoch=[1,3]), dict(method='teacher', teacher='st, at', beta=[.25, 1.]))
+grids = (dict(method='at', epochs=4), dict(method=['akd','rslad'], teacher_epoch=[1,3]),
+         dict(method='teacher', teacher='st, at', beta=[.25, 1.]))
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -32,14 +34,18 @@ def finished(tmp_path_factory):
     return s
 
 def test_cells_are_the_product_of_their_lists():
-    cells,_,_ = read_study(spec(dict(method='akd', alpha=[.5,1.], teacher_epoch=[1,2,3]), dict(method=['at','st']), seed=[1,2]))
+    cells,_,_ = read_study(spec(dict(method='akd', alpha=[.5,1.], teacher_epoch=[1,2,3]), dict(method=['at','st']),
+                                seed=[1,2]))
     assert len(cells) == 2*(2*3 + 2) and len({c.id for c in cells}) == len(cells)
     assert [c.seed for c in cells] == sorted(c.seed for c in cells)
 
 def test_the_same_cell_is_there_once():
-    assert len(read_study(spec(dict(method='akd', alpha=[.8, .8]), dict(method='akd'), dict(method='akd', teacher='at', T=1.)))[0]) == 1
+    assert len(read_study(spec(dict(method='akd', alpha=[.8, .8]), dict(method='akd'),
+                               dict(method='akd', teacher='at', T=1.)))[0]) == 1
 
-@pytest.mark.parametrize('one, other', [(dict(teacher='1 at'), dict(teacher='at')), (dict(teacher='at, at'), dict(teacher='2  at')), (dict(teacher='st,02 at'), dict(teacher='st, at, at')),
+@pytest.mark.parametrize('one, other', [(dict(teacher='1 at'), dict(teacher='at')),
+                                        (dict(teacher='at, at'), dict(teacher='2  at')),
+                                        (dict(teacher='st,02 at'), dict(teacher='st, at, at')),
     (dict(attack='pgd7'), dict()), (dict(arch='wrn-10-1', width=.5), dict(arch='wrn-10-1'))])
 def test_the_same_cell_has_one_name(one, other):
     a,b = (make_cell(**settings | dict(method='akd') | o) for o in (one, other))
@@ -53,27 +59,45 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
     assert [(c.alpha, c.lam) for c in cells] == [(None, None), (None, .4), (.3, .4)]
 
 @pytest.mark.parametrize('wrong, says', [
-    (dict(metod='akd'), "did you mean 'method'"), (dict(method='akdd'), "did you mean 'akd'"), (dict(method='akd', teacher='att'), "did you mean 'at'"),
-    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'), (dict(method='akd', schedule='exp'), 'means nothing'),
-    (dict(method='akd', alpha='much'), '`alpha` is a number'), (dict(method='akd', alpha=[.5, 1.5]), '`alpha` lies'), (dict(method='akd', eps=8), 'write 8/255'),
-    (dict(method='akd', n=2.5), '`n` is of type int'), (dict(method='akd', n=True), '`n` is of type int'), (dict(method='akd', noise=-.1), '`noise` lies'),
-    (dict(method='at', schedule='cosine'), 'unknown `schedule`'), (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'means nothing'),
-    (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "'member'"), (dict(alpha=.5), 'has no `method`'),
-    (dict(method='akd', epochs=0), '`epochs` is more than 0'), (dict(method='akd', teacher_epoch=0), '`teacher_epoch` is more than 0'), (dict(method='akd', teacher_epochs=0), '`teacher_epochs` is more than 0'),
-    (dict(method='akd', alpha=[]), '`alpha` is an empty list'), (dict(method='at', title='Below the grid'), "unknown setting of [[grid]] 'title'"), (dict(method='at+', schedule='exp'), 'means nothing')])
+    (dict(metod='akd'), "did you mean 'method'"), (dict(method='akdd'), "did you mean 'akd'"),
+    (dict(method='akd', teacher='att'), "did you mean 'at'"),
+    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'),
+    (dict(method='akd', schedule='exp'), 'means nothing'),
+    (dict(method='akd', alpha='much'), '`alpha` is a number'), (dict(method='akd', alpha=[.5, 1.5]), '`alpha` lies'),
+    (dict(method='akd', eps=8), 'write 8/255'),
+    (dict(method='akd', n=2.5), '`n` is of type int'), (dict(method='akd', n=True), '`n` is of type int'),
+    (dict(method='akd', noise=-.1), '`noise` lies'),
+    (dict(method='at', schedule='cosine'), 'unknown `schedule`'),
+    (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'means nothing'),
+    (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "'member'"),
+    (dict(alpha=.5), 'has no `method`'),
+    (dict(method='akd', epochs=0), '`epochs` is more than 0'),
+    (dict(method='akd', teacher_epoch=0), '`teacher_epoch` is more than 0'),
+    (dict(method='akd', teacher_epochs=0), '`teacher_epochs` is more than 0'),
+    (dict(method='akd', alpha=[]), '`alpha` is an empty list'),
+    (dict(method='at', title='Below the grid'), "unknown setting of [[grid]] 'title'"),
+    (dict(method='at+', schedule='exp'), 'means nothing')])
 def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
     with pytest.raises(ValueError) as e: Study(spec(wrong), tmp_path/'s')
     assert says in str(e.value), e.value
     assert not (tmp_path/'s').exists()
 
-@pytest.mark.parametrize('wrong,says', [(dict(grid=dict(method='at')), '[[grid]], with two brackets'), (dict(grid=[]), 'two brackets'), (dict(grid=[3]), 'two brackets'), (dict(grid=3), 'two brackets'),
-    (dict(measure=3), '[measure] above'), (dict(title=3), '`title` is a text'), (dict(eps=dict(a=1)), '`eps` is a number')])
+@pytest.mark.parametrize('wrong,says', [(dict(grid=dict(method='at')), '[[grid]], with two brackets'),
+                                        (dict(grid=[]), 'two brackets'), (dict(grid=[3]), 'two brackets'),
+                                        (dict(grid=3), 'two brackets'),
+    (dict(measure=3), '[measure] above'), (dict(title=3), '`title` is a text'),
+                                        (dict(eps=dict(a=1)), '`eps` is a number')])
 def test_a_file_of_another_form(wrong, says, tmp_path):
     with pytest.raises(ValueError) as e: Study(dict(grid=[dict(method='at')]) | wrong, tmp_path/'s')
     assert says in str(e.value), e.value
 
-@pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack'), (dict(attacks=[]), 'a list of names'), (dict(attacks='clean'), 'a list of names'),
-    (dict(n=0), '`n` of .measure. is a whole number from 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'), (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'), (dict(fast=1), '`fast` of .measure. is true or false')])
+@pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"),
+                                           (dict(attacks=['pgd']), 'unknown attack'),
+                                           (dict(attacks=[]), 'a list of names'),
+                                           (dict(attacks='clean'), 'a list of names'),
+    (dict(n=0), '`n` of .measure. is a whole number from 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'),
+                                           (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'),
+                                           (dict(fast=1), '`fast` of .measure. is true or false')])
 def test_mistakes_in_what_is_measured(measure, says, tmp_path):
     with pytest.raises(ValueError, match=says): Study(spec(dict(method='at'), measure=measure), tmp_path/'s')
 
@@ -82,10 +106,12 @@ def test_file_that_is_no_toml(tmp_path):
     with pytest.raises(ValueError, match='is no TOML file'): Study(tmp_path/'s.toml')
 
 def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path, monkeypatch, capsys):
-    "From wherever the study is run, planned, reported on and evaluated; a cell's id is that of the setting as it was written"
+    """From wherever the study is run, planned, reported on and evaluated; a cell's id is that of the setting as it
+    was written"""
     from rkd_fastai.cli.main import main
     images = make_images()
-    (tmp_path/'my.toml').write_text('data = "images"\nsize = 32\nepochs = 1\nwidth = "1/16"\n[measure]\nattacks = ["clean", "pgd1"]\n[[grid]]\nmethod = "st"\n')
+    (tmp_path/'my.toml').write_text('data = "images"\nsize = 32\nepochs = 1\nwidth = "1/16"\n[measure]\nattacks = '
+                                    '["clean", "pgd1"]\n[[grid]]\nmethod = "st"\n')
     (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
     for command in (['--dry-run'], ['--out', 'out']): main(['study', '../my.toml', *command])
     cell, = Path('out/cells').iterdir()
@@ -101,7 +127,8 @@ def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path
     Path('my.toml').write_text(Path('my.toml').read_text().replace('images', 'pictures'))
     for command in (['--dry-run'], ['--out', 'other']):
         with pytest.raises(SystemExit) as e: main(['study', 'my.toml', *command])
-        assert "`data` of my.toml is 'pictures', but there is no folder " + str(tmp_path/'pictures') in e.value.code and '--data' not in e.value.code
+        assert ("`data` of my.toml is 'pictures', but there is no folder " + str(tmp_path/'pictures') in e.value.code
+                and '--data' not in e.value.code)
     assert not Path('other').exists()
 
 def test_data_are_looked_at_before_anything_is_trained(tmp_path):
@@ -182,7 +209,8 @@ def test_earlier_epoch_of_a_teacher_is_trained_for_again(tmp_path):
     later.run()
     assert (s.folder(t)/'epoch_2.pth').exists() and same(before, weights(later, t))
 
-@pytest.mark.parametrize('half', ['', '{"last": {"cl', '[]', '{"last": {}}', '{"last": {"clean": {"accuracy": 1.0, "n": 50, "asked": [50, 0]}}}'])
+@pytest.mark.parametrize('half', ['', '{"last": {"cl', '[]', '{"last": {}}',
+                                  '{"last": {"clean": {"accuracy": 1.0, "n": 50, "asked": [50, 0]}}}'])
 def test_half_written_results_are_not_trusted(half, finished, tmp_path):
     import shutil
     shutil.copytree(finished.out, tmp_path/'s')
@@ -195,7 +223,8 @@ def test_half_written_results_are_not_trusted(half, finished, tmp_path):
 def test_a_cell_that_diverges_is_marked_and_the_grid_goes_on(tmp_path):
     s = Study(spec(dict(method='akd', lr=[1e30, .1])), tmp_path/'s')
     df = s.run()
-    assert df.diverged.notna().tolist() == [True, False] and df.diverged[0].startswith('epoch 1') and 0 <= df.clean[1] <= 1
+    assert (df.diverged.notna().tolist() == [True, False] and df.diverged[0].startswith('epoch 1')
+            and 0 <= df.clean[1] <= 1)
     assert s.is_done(s.cells[0]) and not (s.folder(s.cells[0])/'resume.pth').exists()
 
 def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
@@ -209,7 +238,8 @@ def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
     df = Study(spec(dict(method='akd'), dict(method='at')), tmp_path/'s').run()
     assert 'its teacher' in df.diverged[0] and 'the loss is NaN' in df.diverged[0] and pd.isna(df.diverged[1])
     text = report_text(tmp_path/'s')
-    assert 'Networks trained without a teacher' in text and 'No student is compared: all trainings of students (1) diverged.' in text
+    assert ('Networks trained without a teacher' in text
+            and 'No student is compared: all trainings of students (1) diverged.' in text)
 
 def test_other_version(finished, tmp_path):
     (tmp_path/'s').mkdir(); (tmp_path/'s/study.json').write_text(json.dumps(dict(rkd_fastai='99.0')))
@@ -224,7 +254,9 @@ def test_parts_of_a_job_array(finished, tmp_path):
 def test_label_noise_and_subset_are_the_same_for_teacher_and_student():
     c = make_cell(**settings, method='akd', noise=.2, seed=3)
     plain = cell_dls(make_cell(**settings, method='akd', seed=3))
-    ours,theirs,clean,wanted = ([int(y) for _,y in dls.train_ds] for dls in (cell_dls(c), cell_dls(teachers_of(c)[0]), plain, with_label_noise(plain, .2, seed=3)))
+    ours,theirs,clean,wanted = ([int(y) for _,y in dls.train_ds]
+                                for dls in (cell_dls(c), cell_dls(teachers_of(c)[0]), plain,
+                                            with_label_noise(plain, .2, seed=3)))
     assert ours == theirs == wanted and sum(a != b for a,b in zip(ours, clean)) == 40
 
 def test_plan_trains_nothing(tmp_path):
@@ -232,12 +264,15 @@ def test_plan_trains_nothing(tmp_path):
     plan = s.plan()
     assert len(plan) == len(s.cells) and (plan.seconds > 0).all() and not (tmp_path/'s').exists()
     lines = plan_text(plan).splitlines()
-    assert len(lines) == len(plan)+1 and all(l.startswith(c) for l,c in zip(lines, plan.cell)) and f'{len(plan)} cells' in lines[-1]
+    assert (len(lines) == len(plan)+1 and all(l.startswith(c) for l,c in zip(lines, plan.cell))
+            and f'{len(plan)} cells' in lines[-1])
 
 def test_a_long_plan_is_shown_whole():
-    plan = pd.DataFrame(dict(cell=[f'akd at@40 seed {i} width 1/16 epochs 40 teacher_width 1/16' for i in range(80)], state=['done'] + ['']*79, seconds=[0] + [60]*79))
+    plan = pd.DataFrame(dict(cell=[f'akd at@40 seed {i} width 1/16 epochs 40 teacher_width 1/16' for i in range(80)],
+                             state=['done'] + ['']*79, seconds=[0] + [60]*79))
     lines = plan_text(plan).splitlines()
-    assert len(lines) == 81 and lines[0].endswith('done') and 'seed 41 ' in lines[41] and lines[41].endswith('1:00') and 'about 1:19:00' in lines[-1]
+    assert (len(lines) == 81 and lines[0].endswith('done') and 'seed 41 ' in lines[41] and lines[41].endswith('1:00')
+            and 'about 1:19:00' in lines[-1])
     assert 'nothing left to do' in plan_text(plan.assign(seconds=0))
 
 def test_a_training_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
@@ -246,7 +281,8 @@ def test_a_training_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
         def stop(self, *_):
             if self.epoch + 1 == after: raise KeyboardInterrupt
         return stop
-    first,then = (Study(spec(dict(method='teacher', teacher_epoch=teacher_epoch)), tmp_path/'s') for teacher_epoch in (3, [1, 3]))
+    first,then = (Study(spec(dict(method='teacher', teacher_epoch=teacher_epoch)), tmp_path/'s')
+                  for teacher_epoch in (3, [1, 3]))
     with monkeypatch.context() as m:
         m.setattr('rkd_fastai.callback.monitor.NonFinite.after_epoch', killed(3), raising=False)
         with pytest.raises(KeyboardInterrupt): first.run()
@@ -285,14 +321,16 @@ def test_a_report_of_what_is_not_finished(tmp_path):
     s = Study(spec(dict(method='at')), tmp_path/'s')
     s.run()
     text = report_text(s.out)
-    assert 'Networks trained without a teacher' in text and 'No student is compared: none has been measured.' in text and 'all tables and figures' in text
+    assert ('Networks trained without a teacher' in text and 'No student is compared: none has been measured.' in text
+            and 'all tables and figures' in text)
     other = tmp_path/'s/cells/another'
     other.mkdir(); (other/'history.csv').write_text('')
     report_text(s.out)
 
 def test_radius_of_teachers_is_in_the_rows(finished):
     rows = finished.to_df()
-    assert rows[rows.method == 'akd'].teacher_eps.round(6).eq(round(25/255, 6)).all() and rows[rows.method == 'teacher'].teacher_eps.isna().all()
+    assert (rows[rows.method == 'akd'].teacher_eps.round(6).eq(round(25/255, 6)).all()
+            and rows[rows.method == 'teacher'].teacher_eps.isna().all())
 
 _child = '''
 import sys, json, warnings
@@ -304,7 +342,8 @@ Study(json.loads(sys.argv[1]), sys.argv[2]).run(wait=.2)
 
 def start(out, *gs, **more):
     env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-c', _child, json.dumps(spec(*gs, **more)), str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True)
+    return subprocess.Popen([sys.executable, '-c', _child, json.dumps(spec(*gs, **more)), str(out)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True)
 
 def test_two_processes_share_a_folder(finished, tmp_path):
     both = [start(tmp_path/'s', *grids) for _ in range(2)]
@@ -336,7 +375,8 @@ def test_killed_at_random_moments(finished, tmp_path):
     assert kills >= 3
     pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
     s = Study(spec(*grids), tmp_path/'s')
-    for c in [c for c in s.cells if c.method != 'teacher'] + list(s.teachers): assert same(weights(s, c), weights(finished, c))
+    for c in [c for c in s.cells if c.method != 'teacher'] + list(s.teachers):
+        assert same(weights(s, c), weights(finished, c))
 
 # --- tools/collect.py ---
 
@@ -364,11 +404,14 @@ def test_collected_is_the_study_without_weights(finished, tmp_path):
     out = collect(tmp_path/'mine.toml', finished.out)
     assert out == tmp_path/'mine' and json.loads((out/'study.json').read_text())['title'] == 'Collected'
     s = Study(tmp_path/'mine.toml', out)
-    assert {f.name for f in out.rglob('*') if f.is_file()} == {'study.json','card.json','history.csv','results.json'} and len(s.cells) == 2
+    assert ({f.name for f in out.rglob('*') if f.is_file()} == {'study.json','card.json','history.csv','results.json'}
+            and len(s.cells) == 2)
     assert all((s.folder(c)/'card.json').exists() for c in [*s.cells, *s.teachers])
     columns,theirs = ['id','teacher_epoch','clean','pgd2','n_clean','compute'],finished.to_df()
-    pd.testing.assert_frame_equal(table(s.to_df())[columns], table(theirs[theirs.id.isin([c.id for c in s.cells])])[columns], check_dtype=False)
-    assert '2 of 2 cells' in str(pytest.raises(SystemExit, collect, tmp_path/'mine.toml', tmp_path/'nowhere').value) and (out/'study.json').exists()
+    pd.testing.assert_frame_equal(table(s.to_df())[columns],
+                                  table(theirs[theirs.id.isin([c.id for c in s.cells])])[columns], check_dtype=False)
+    assert ('2 of 2 cells' in str(pytest.raises(SystemExit, collect, tmp_path/'mine.toml', tmp_path/'nowhere').value)
+            and (out/'study.json').exists())
 
 def test_a_gpu_is_waited_for(monkeypatch):
     "It works on after the call that gave it the work has returned, and the time would be that of the call"
@@ -395,7 +438,8 @@ def test_studies_that_share_a_folder_say_it_of_all_data(make_images, tmp_path):
     "That the best epoch was chosen on images it is measured on, of whichever data the folder has"
     images = make_images(20, 12)
     Study(spec(dict(method='at', epochs=1)), tmp_path/'s').run()
-    Study(spec(dict(method='at', epochs=1), data=str(images), n=30, bs=10, size=8, measure=dict(n=8)), tmp_path/'s').run()
+    Study(spec(dict(method='at', epochs=1), data=str(images), n=30, bs=10, size=8, measure=dict(n=8)),
+          tmp_path/'s').run()
     said = report_text(tmp_path/'s') and (tmp_path/'s/report/index.html').read_text()
     assert f"{images}, digits: there is no test split" in said
 
@@ -404,7 +448,9 @@ def test_a_cell_keeps_its_name():
     assert make_cell(method='at', seed=2, n=500).id == 'at_s2_7e759173'
     assert make_cell(method='akd', teacher_epoch=20, alpha='1/2').id == 'akd_at@20_a0.5_s0_f61bc110'
 
-@pytest.mark.parametrize('old, new', [(dict(stop=1), dict(teacher_epoch=1)), (dict(arch='resnet18'), dict(arch='cifar_resnet18')), (dict(arch=['resnet18', 'wrn-10-1']), dict(arch=['cifar_resnet18', 'wrn-10-1']))])
+@pytest.mark.parametrize('old, new', [(dict(stop=1), dict(teacher_epoch=1)),
+                                      (dict(arch='resnet18'), dict(arch='cifar_resnet18')),
+                                      (dict(arch=['resnet18', 'wrn-10-1']), dict(arch=['cifar_resnet18', 'wrn-10-1']))])
 def test_old_names_of_settings_are_read(old, new, capsys):
     "at the top of the file and in a grid, each with one line that names the new one"
     for where in (lambda o: spec(dict(method='akd'), **o), lambda o: spec(dict(method='akd') | o)):
@@ -413,12 +459,14 @@ def test_old_names_of_settings_are_read(old, new, capsys):
         assert read_study(where(old))[0] == want
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 1 and 'is now called `' in said[0]
-    with pytest.raises(ValueError, match='`stop` and `teacher_epoch` are the same setting'): read_study(spec(dict(method='akd', stop=1, teacher_epoch=1)))
+    with pytest.raises(ValueError, match='`stop` and `teacher_epoch` are the same setting'):
+        read_study(spec(dict(method='akd', stop=1, teacher_epoch=1)))
 
 def test_cells_of_an_older_version_get_their_new_names(tmp_path, monkeypatch):
     sys.path.insert(0, str(Path(__file__).parents[2]/'tools'))
     import rename_cells
-    old = {f.name: getattr(Cell('akd'), f.name) for f in fields(Cell)} | dict(teacher='at', stop=20, teacher_epochs=40, arch='resnet18', teacher_arch='resnet18', alpha=.5)
+    old = ({f.name: getattr(Cell('akd'), f.name) for f in fields(Cell)}
+           | dict(teacher='at', stop=20, teacher_epochs=40, arch='resnet18', teacher_arch='resnet18', alpha=.5))
     del old['teacher_epoch']
     folder = tmp_path/'s/cells/akd_at@20_a0.5_s0_00000000'
     folder.mkdir(parents=True)
