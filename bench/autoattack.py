@@ -1,9 +1,11 @@
-"""AutoAttack, standard: pyautoattack called as its documentation does, `AutoAttack()`, and `AutoAttack(fast=True)` with and without bfloat16.
+"""AutoAttack, standard: pyautoattack called as its documentation does, `AutoAttack()`, and `AutoAttack(fast=True)`
+with and without bfloat16.
 
     python -m bench.autoattack --n 64 --runs 3
     python -m bench.autoattack --data fashion_mnist --data-path FOLDER --n 1000 --runs 1    # agreement on more images
 
-Trains a robust network first, on the images of the package where no other data are named: what falls early costs no time.
+Trains a robust network first, on the images of the package where no other data are named: what falls early costs no
+time.
 """
 from unittest.mock import patch
 import torch
@@ -53,6 +55,6 @@ def main(args=None):
     times = compare(contestants, a.device, a.runs, warmup=0)
     print(f"{'':<16}{'stand':>6}{'differ':>8}{'seconds':>9}   pyautoattack ÷ this")
     for k,ts in times.items():
-        print(f"{k:<16}{flags[k].sum():>6}{(flags[k] != flags['pyautoattack']).sum():>8}{sorted(ts)[len(ts)//2]:>9.1f}   {ratio(times['pyautoattack'], ts)}")
+        print(f"{k:<16}{flags[k].sum():>6}{(flags[k] != flags['pyautoattack']).sum():>8}{sorted(ts)[len(ts)//2]:>9.1f}   {ratio(times['pyautoattack'], ts)}") # noqa: E501
 
 if __name__ == '__main__': main()

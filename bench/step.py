@@ -1,4 +1,5 @@
-"""One training step of AKD⁺ with PGD-7: ours, the loop of the published scripts, and the floor of 18 bare forward passes.
+"""One training step of AKD⁺ with PGD-7: ours, the loop of the published scripts, and the floor of 18 bare forward
+passes.
 
     python -m bench.step
     python -m bench.step --teachers 4

@@ -1,7 +1,10 @@
-"""Does it change the verdict? PGD-20 accuracy of trained networks in float32, compiled, and in bfloat16, on the whole test split.
+"""Does it change the verdict? PGD-20 accuracy of trained networks in float32, compiled, and in bfloat16, on the whole
+test split.
 
-    python -m bench.verdict --data-path FOLDER                            # Fashion-MNIST, found or downloaded where no folder is given
-    python -m bench.verdict --data sample --epochs 30 --seeds 6           # the 1,000 images of the package, several networks
+    python -m bench.verdict --data-path FOLDER                            # Fashion-MNIST, found or downloaded where no
+    folder is given
+    python -m bench.verdict --data sample --epochs 30 --seeds 6           # the 1,000 images of the package, several
+    networks
 
 Trains each network twice from the same seed: with the attack in float32 and in bfloat16.
 """

@@ -1,5 +1,4 @@
 "Sphinx's settings: pages come from `_proc`, which tools/docs.py writes, and go to `_docs`."
-from pathlib import Path
 
 project, author = 'rkd_fastai', 'rkd_fastai contributors'
 copyright = '2026, rkd_fastai contributors'

@@ -1,4 +1,5 @@
-"""Is a network that somebody else trained robust? The CIFAR-10 checkpoint that pyautoattack ships, on the 20 images that foolbox ships; no download.
+"""Is a network that somebody else trained robust? The CIFAR-10 checkpoint that pyautoattack ships, on the 20 images
+that foolbox ships; no download.
 
     pip install foolbox pyautoattack
     python examples/foreign_checkpoint.py

@@ -2,7 +2,8 @@
 
     python results/teacher_kinds.py --data-path /path/to/fashion-mnist --out runs/teacher_kinds
 
-Trains each kind with each seed by `rkd train`, measures it by `rkd evaluate` and prints a table. What is finished is not done again, and what was cut off goes on.
+Trains each kind with each seed by `rkd train`, measures it by `rkd evaluate` and prints a table. What is finished is
+not done again, and what was cut off goes on.
 """
 import argparse, json, subprocess, sys
 from pathlib import Path

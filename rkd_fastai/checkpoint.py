@@ -215,7 +215,10 @@ def fitting_state(
     if stats: raise ValueError(f"`{path}` holds the normalisation of its images, too: take it by `load_teacher`")
     return state
 
-def state_and_stats(path, model):
+def state_and_stats(
+    path, # as for `read_state`
+    model:nn.Module, # network; its weights are not looked at
+):
     "`fitting_state`, and `(mean, std)` where the checkpoint holds a normaliser that `model` has not, else None"
     check_initialized(model)
     want = model.state_dict()
@@ -229,7 +232,9 @@ def state_and_stats(path, model):
                              "what `get_extra_state` returns stays as it is in `model`")
     return state, stats
 
-def card_stats(path):
+def card_stats(
+    path, # of the checkpoint
+):
     "`(mean, std)` on the card that `KeepEpochs` wrote beside a checkpoint, else `(None, None)`"
     path = Path(path).with_suffix('.json')
     try: card = read_json(path)
@@ -262,7 +267,9 @@ def read_card(
         raise ValueError(f"`{path}` is not a card, which is an object with an entry for each metric: delete it")
     return card
 
-def card_vocab(path):
+def card_vocab(
+    path, # of the card
+):
     "The classes that a card names, in their order"
     vocab = read_card(path).get('vocab', [])
     if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab):

@@ -87,7 +87,8 @@ class Recipe:
 
 def _shown(v):
     if isinstance(v, partial):
-        return (f'{v.func.__name__}({", ".join([*map(str, v.args), *(f"{k}={_shown(o)}" for k,o in v.keywords.items())])})')
+        settings = [*map(str, v.args), *(f'{k}={_shown(o)}' for k,o in v.keywords.items())]
+        return f'{v.func.__name__}({", ".join(settings)})'
     return getattr(v, '__name__', None) or repr(v)
 
 # %% ../nbs/13_recipes.ipynb #089770f6

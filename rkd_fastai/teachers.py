@@ -104,7 +104,8 @@ class Teacher(nn.Module):
 
     def __repr__(self):
         n = len(self.members)
-        return (f"Teacher({type(self.members[0]).__name__ if n == 1 else f'{n} members, betas={[round(b, 4) for b in self.betas]}'})")
+        if n == 1: return f'Teacher({type(self.members[0]).__name__})'
+        return f'Teacher({n} members, betas={[round(b, 4) for b in self.betas]})'
 
 # %% ../nbs/10_teachers.ipynb #bd4fc4b2
 def load_teacher(

@@ -93,7 +93,7 @@ def test_factory_builds_what_vision_learner_does(silent):
         return learn
     teacher, attack = Teacher(teacher_net(3)), PGD(steps=1)
     a, b = fit(lambda dls, **kw: rkd_learner(dls, resnet18, teacher, attack=attack, **kw)), fit(lambda dls,
-                                                                                                **kw: vision_learner(dls, resnet18, **kw).to_rkd(teacher, attack=attack))
+                                                                                                **kw: vision_learner(dls, resnet18, **kw).to_rkd(teacher, attack=attack)) # noqa: E501
     assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
     assert [p.requires_grad for p in a.model.parameters()] == [p.requires_grad for p in b.model.parameters()]
 
@@ -137,7 +137,7 @@ learn.fit_one_cycle(1)
 print(learn.robustness(('clean', 'pgd20')))
 learn.export('student.pkl')
 print(load_learner('student.pkl').predict(dls.valid_ds[0][0]))
-'''
+''' # noqa: E501
 
 def test_no_warning_in_normal_use(tmp_path):
     "None but fastai's own, of `load_learner`"
@@ -166,7 +166,7 @@ def test_torchscript(make, robust_net, test_images, make_learner, tmp_path):
     attack = PGD(.1, steps=3, random_start=False)
     assert ((attack(net, x, y) - attack(robust_net, x, y)).abs() < 1e-6).float().mean() > .99
     assert robust_accuracy(net, x, y, AutoAttack(.1, version='apgd-ce', fast=True)) == robust_accuracy(robust_net, x,
-                                                                                                       y, AutoAttack(.1, version='apgd-ce'))
+                                                                                                       y, AutoAttack(.1, version='apgd-ce')) # noqa: E501
     teacher = Teacher(net)
     torch.testing.assert_close(teacher.probs(x), Teacher(robust_net).probs(x))
     assert not any(p.requires_grad for p in teacher.parameters())

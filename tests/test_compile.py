@@ -119,7 +119,7 @@ def test_no_compiler_at_all():
         4, 3, 32, 32), torch.arange(4)
     want = ATTACK(model, x, y)
     with config.patch({'cpp.cxx': ('no-such-compiler',), 'fx_graph_cache': False}), pytest.warns(UserWarning,
-                                                                                                 match='`compile=True` fails'), faster(compile=True):
+                                                                                                 match='`compile=True` fails'), faster(compile=True): # noqa: E501
         got = ATTACK(model, x, y)
     assert torch.equal(got, want)
 

@@ -392,7 +392,7 @@ def test_paths_in_cards_lead_nowhere(tmp_path, monkeypatch):
     assert load_run(folder)[0].probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
     assert best_epoch(folder) == 1 and Teacher.at_epoch(folder, 'best',
                                                         cifar_resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8,
-                                                                                                      8)).shape == (1, 10)
+                                                                                                      8)).shape == (1, 10) # noqa: E501
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
 
 def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):

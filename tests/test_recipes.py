@@ -5,7 +5,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
-from fastai.vision.all import Callback, CrossEntropyLossFlat, CutMix, IntToFloatTensor, Normalize, ProgressCallback, accuracy, load_learner
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, CutMix, IntToFloatTensor, Normalize, ProgressCallback,
+                               accuracy, load_learner)
 
 from conftest import plain
 from rkd_fastai.all import *

@@ -9,7 +9,7 @@ import numpy as np, pytest, timm, torch, torch.nn as nn, torchvision
 from fastai.vision.all import SGD, Image, Normalize, TensorImage, imagenet_stats, load_learner
 from safetensors.torch import save_file
 
-import rkd_fastai.learner # noqa: patches `fit_exp` and `fit_rkd` into Learner
+import rkd_fastai.learner # noqa: F401 (patches `fit_exp` and `fit_rkd` on `Learner`)
 from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.data.arrays import arrays_dls
 from rkd_fastai.evaluation.robustness import robust_accuracy

@@ -1,8 +1,10 @@
-"""Bring what a study found into `results/`: settings, cards, learning curves and accuracies of its networks, and their report; weights stay where they are.
+"""Bring what a study found into `results/`: settings, cards, learning curves and accuracies of its networks, and their
+report; weights stay where they are.
 
     python tools/collect.py results/fashion_mnist/headline.toml runs/fashion_mnist
 
-The folder beside the study's file, here `results/fashion_mnist/headline`, is a study's folder itself: `rkd study report results/fashion_mnist/headline` makes the tables again.
+The folder beside the study's file, here `results/fashion_mnist/headline`, is a study's folder itself: `rkd study
+report results/fashion_mnist/headline` makes the tables again.
 """
 import json, shutil, sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Make the documentation site in `_docs`: notebooks and Markdown pages become `_proc`, Sphinx does the rest.
 
-nbdev's own `proc_nbs` runs every notebook's imports in a process of its own. Here the modules are imported once, and the documentation of a symbol is a table."""
+nbdev's own `proc_nbs` runs every notebook's imports in a process of its own. Here the modules are imported once, and
+the documentation of a symbol is a table."""
 import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap
 from pathlib import Path
 

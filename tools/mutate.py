@@ -1,4 +1,5 @@
-"""Does a test fail for every operator that is wrong? Each operator of the losses, of PGD's steps and of the searches is changed in turn, and the tests are run.
+"""Does a test fail for every operator that is wrong? Each operator of the losses, of PGD's steps and of the searches
+is changed in turn, and the tests are run.
 
     python tools/mutate.py              # all groups, see below
     python tools/mutate.py losses       # one of them
@@ -118,7 +119,7 @@ def check(group):
 def main():
     os.environ['OMP_NUM_THREADS'] = '1'
     sys.dont_write_bytecode = True # a mutant of the same second would be taken for the one before
-    import fastai.vision.all, foolbox, sklearn.datasets, timm, torchattacks # noqa: slow to import, and the same for all
+    import fastai.vision.all, foolbox, sklearn.datasets, timm, torchattacks # noqa: F401 slow to import, and the same for all
     left = [m for g in sys.argv[1:] or groups for m in check(g)]
     sys.exit(bool(left))
 

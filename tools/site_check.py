@@ -24,7 +24,7 @@ look = r"""(async () => {
     'mathematics that is not rendered': all('.math').filter(o => !o.querySelector('mjx-container')).concat(all('mjx-merror')).map(o => o.textContent),
     'code that is not highlighted': all('.highlight-python pre, .highlight-ipython3 pre').filter(o => !o.querySelector('span[class]') && /[=()]/.test(o.textContent)).map(o => o.textContent),
     links: [...document.links].map(o => o.href), ids: all('[id]').map(o => o.id)}
-})()"""
+})()""" # noqa: E501
 
 measure = r"""(() => {
   const light = c => { const [r,g,b] = c.match(/[\d.]+/g).map(Number); return (.3*r + .6*g + .1*b)/255 }
@@ -36,7 +36,7 @@ measure = r"""(() => {
           widest: wide.slice(0, 1).map(o => o.outerHTML.slice(0, 80)).join(),
           page: light(getComputedStyle(document.body).backgroundColor), code: pre ? light(getComputedStyle(pre).backgroundColor) : null,
           ink: light(getComputedStyle(document.body).color)}
-})()"""
+})()""" # noqa: E501
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -132,12 +132,12 @@ def complaints(events, home):
     for e in events:
         p = e.get('params', {})
         match e.get('method'):
-            case 'Runtime.exceptionThrown': yield f"error: {p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text'])}"
+            case 'Runtime.exceptionThrown': yield f"error: {p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text'])}" # noqa: E501
             case 'Runtime.consoleAPICalled' if p['type'] in ('error',
-                                                             'assert'): yield f"on the console: {[a.get('value') for a in p['args']]}"
-            case 'Log.entryAdded' if p['entry']['level'] == 'error': yield f"in the log: {p['entry']['text']} {p['entry'].get('url', '')}"
+                                                             'assert'): yield f"on the console: {[a.get('value') for a in p['args']]}" # noqa: E501
+            case 'Log.entryAdded' if p['entry']['level'] == 'error': yield f"in the log: {p['entry']['text']} {p['entry'].get('url', '')}" # noqa: E501
             case 'Network.loadingFailed' if not p.get('canceled'): yield f"a request failed: {p['errorText']}"
-            case 'Network.responseReceived' if p['response']['status'] >= 400: yield f"{p['response']['status']}: {p['response']['url']}"
+            case 'Network.responseReceived' if p['response']['status'] >= 400: yield f"{p['response']['status']}: {p['response']['url']}" # noqa: E501
             case 'Network.requestWillBeSent' if not p['request']['url'].startswith(
                 (home, 'data:', 'blob:')): yield f"fetches {p['request']['url']}"
 

@@ -10,14 +10,33 @@ import torch
 from ..core import check_logits
 
 # %% ../../nbs/attacks/00_search.ipynb #4dc6449f
-def kept_rows(rows, stands):
-    "`rows`, a dict of tensors, without the images that fell"
-    return rows if stands.all() else {k: v[stands] for k,v in rows.items()}
+def kept_rows(
+    rows, # dict of tensors with a row for each image
+    is_robust, # bool `(bs,)`: is the image still to be attacked?
+):
+    "`rows` without the images for which an adversarial example was found"
+    return rows if is_robust.all() else {k: v[is_robust] for k,v in rows.items()}
 
-def per_image(v): return v.view(-1, 1, 1, 1)
-def uniform_noise(shape, rng, device):
-    return 2*torch.rand(shape, generator=rng, dtype=torch.float32, device='cpu').to(device) - 1 # as the package draws
-def logit_of(logits, label): return logits.gather(1, label[:,None])[:,0]
+def per_image(
+    v, # a number for each image `(bs,)`
+):
+    "`v` as `(bs, 1, 1, 1)`, to multiply images by"
+    return v.view(-1, 1, 1, 1)
+
+def uniform_noise(
+    shape, # of the tensor
+    rng, # `torch.Generator` on the CPU, or None
+    device, # where the tensor is to be
+):
+    "Uniform random numbers in [-1, 1], drawn on the CPU, as the published AutoAttack draws them"
+    return 2*torch.rand(shape, generator=rng, dtype=torch.float32, device='cpu').to(device) - 1
+
+def logit_of(
+    logits, # `(bs, n_out)`
+    label, # classes, int64 `(bs,)`
+):
+    "The logit of each image's `label`: `(bs,)`"
+    return logits.gather(1, label[:,None])[:,0]
 
 def margin(
     logits, # `(bs, n_out)`
@@ -26,19 +45,26 @@ def margin(
     "How far the best wrong logit is above the right one: `(bs,)`, without a wait for the GPU"
     return logits.scatter(1, label[:,None], -torch.inf).amax(1) - logit_of(logits, label)
 
-def ranked_class(model, x, y, rank):
+def ranked_class(
+    model, # takes pixel space, returns logits
+    x, # images `(bs, c, h, w)`
+    y, # right classes, int64 `(bs,)`
+    rank, # 2 for the likeliest wrong class, 3 for the next one, …
+):
     "The class that is `rank`-th likeliest where the right one counts as first: `(bs,)`"
     with torch.no_grad(): logits = check_logits(model(x))
     n_out = logits.shape[1]
     if rank > n_out: raise ValueError(f"`targets` may be {n_out-1} at most: `model` tells {n_out} classes")
     return logits.scatter(1, y[:,None], torch.inf).sort(1).indices[:,-rank]
 
-def run_on_remaining(x, runs):
-    """`x′` after the `runs`, functions of the indices of the images that stand before it, which return `(indices,
-    x′)` of those that fell"""
-    x_adv,stands = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+def run_on_remaining(
+    x, # images `(bs, c, h, w)`
+    runs, # functions of the indices of images still to attack, which return `(indices, x′)` of those that they broke
+):
+    "`x` after all `runs`, each on the images for which none before it found an adversarial example"
+    x_adv,is_robust = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
     for run in runs:
-        if not stands.any(): break
-        idx,found = run(stands.nonzero()[:,0])
-        x_adv[idx],stands[idx] = found,False
+        if not is_robust.any(): break
+        idx,found = run(is_robust.nonzero()[:,0])
+        x_adv[idx],is_robust[idx] = found,False
     return x_adv

@@ -26,7 +26,10 @@ def label_settings(
     if isinstance(f, nn.CrossEntropyLoss): return f.label_smoothing, f.weight
     return 0., None
 
-def is_cross_entropy(loss_func):
+def is_cross_entropy(
+    loss_func, # any loss function, also as a `partial`
+):
+    "Is `loss_func` PyTorch's or fastai's cross-entropy?"
     f = getattr(loss_func, 'func', loss_func) # of a `partial`, too
     return f is F.cross_entropy or isinstance(f, (nn.CrossEntropyLoss, LabelSmoothingCrossEntropy))
 
@@ -34,8 +37,10 @@ _defaults = dict(ignore_index=-100, reduction='mean', weight=None, pos_weight=No
                  size_average=None, reduce=None, axis=-1)
 honoured_settings = ('ignore_index','reduction','weight','label_smoothing') # of a cross-entropy
 
-def changed_settings(loss_func):
-    "What a loss has been told of `_defaults`, and is not the default, by name"
+def changed_settings(
+    loss_func, # any loss function, also as a `partial`
+):
+    "The settings of a loss function that differ from PyTorch's defaults, by name"
     told = dict(loss_func.keywords) if isinstance(loss_func, partial) else {}
     for o in (loss_func, getattr(loss_func, 'func', None)):
         told |= {k: getattr(o, k) for k in _defaults if hasattr(o, k)}
@@ -76,8 +81,10 @@ def batch_targ(
     n_out = _n_out(learn)
     return (1-smoothing)*onehot(targ, n_out) + smoothing/n_out
 
-def ignored_index(loss_func):
-    "The label that a cross-entropy was told to ignore, or None"
+def ignored_index(
+    loss_func, # any loss function
+):
+    "The label that a cross-entropy ignores (`ignore_index`), or None"
     return changed_settings(loss_func).get('ignore_index') if is_cross_entropy(loss_func) else None
 
 def weighted_mean(

@@ -14,8 +14,7 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks.pgd import PGD, check_attack
 from .adversarial import RobustCallback
-from .core import EachEpoch, FitCallback, told_where
-from .keep import from_first_process
+from .core import EachEpoch, FitCallback, from_first_process, told_where
 from ..core import NotFinite, check_fraction, copy_state, seeded, tensors_in, whole_number
 from ..evaluation.robustness import robust_accuracy, robust_flags
 from ..pixel import (arriving_positions, beside, initialize_lazy, measured_positions, model_device,

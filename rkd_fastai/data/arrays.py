@@ -55,7 +55,15 @@ class ResidentDL(TfmdDL):
         return res
 
 # %% ../../nbs/data/01_arrays.ipynb #b23bee4c
-def pairs_dls(parts, cls, vocab, bs, batch_tfms=None, device_resident=False, **kwargs):
+def pairs_dls(
+    parts, # lists of (image, class name) pairs, for training, validation and so on
+    cls, # type of the images, `PILImage` or `PILImageBW`
+    vocab, # names of the classes, in their order
+    bs, # batch size
+    batch_tfms=None, # transforms of a batch
+    device_resident=False, # keep all images on the device?
+    **kwargs
+):
     "`DataLoaders` with one loader for each list of (image, class name) pairs in `parts`"
     n = len(parts[0])
     bs = whole_number('bs', bs)
@@ -79,7 +87,11 @@ def check_xy(
         raise ValueError(f"{name}: {len(x)} images need as many integer labels from 0, got {y.dtype} {y.shape}")
     return np.require(x, requirements='W'),y
 
-def check_labels(y, c, name):
+def check_labels(
+    y, # labels, integers `(n,)`
+    c, # number of classes
+    name, # of the labels, for the error
+):
     "`y` as long as it holds labels of `c` classes only"
     if y.max() >= c: raise ValueError(f"{name}: label {y.max()} is outside the {c} classes")
     return y

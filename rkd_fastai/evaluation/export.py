@@ -76,8 +76,8 @@ class _Mixture(nn.Module):
     def __init__(self, teacher):
         super().__init__()
         used = [(m,b) for m,b in zip(teacher.members, teacher.betas) if b > 0]
-        self.members,self.logs,self.alone = nn.ModuleList(m for m,_ in used), [math.log(b)
-                                                                               for _,b in used], len(teacher.members) == 1
+        self.members = nn.ModuleList(m for m,_ in used)
+        self.logs,self.alone = [math.log(b) for _,b in used],len(teacher.members) == 1
     def forward(self, x):
         if self.alone: return self.members[0](x)
         return torch.stack([m(x).float().log_softmax(1) + l for m,l in zip(self.members, self.logs)]).logsumexp(0)
@@ -111,12 +111,13 @@ def _traced(model, shape):
     return program
 
 # %% ../../nbs/evaluation/03_export.ipynb #a13822b0
-_page = '''"""Loads the network in `model.pt2` beside this file with nothing but PyTorch; written with PyTorch {version}.
+_page = '''"""Loads the network in `model.pt2` beside this file with PyTorch alone; written with PyTorch {version}.
 
     from load_model import load_model
     model = load_model('cuda') # images in [0, 1] ({shape}) -> logits (n, {n_out}), in eval mode
 
-`model.pt2` is data made of operations and weights, but PyTorch would also execute a file that was made for that: load it only from those you trust.
+`model.pt2` is data made of operations and weights, but PyTorch would also execute a file that was made for that:
+load it only from those you trust.
 """
 from pathlib import Path
 import torch
@@ -137,7 +138,8 @@ class ExportedNetwork(torch.nn.Module):
 
     def _apply(self, fn, recurse=True): # what `to`, `cuda` and `cpu` call: the graph has devices in it as well
         to = fn(torch.zeros(1, dtype=torch.float32, device='cpu'))
-        if to.dtype != torch.float32: raise TypeError(f"an exported network stays in float32, it cannot become {{to.dtype}}")
+        if to.dtype != torch.float32:
+            raise TypeError(f"an exported network stays in float32, it cannot become {{to.dtype}}")
         self._use(move_to_device_pass(self.program, to.device))
         return self
 

@@ -135,8 +135,8 @@ class MaskingReport:
         lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}"
                  + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
         images = counted(self.n, 'image') if self.sample is None else f'{self.n} rightly classified of {self.sample}'
-        return '\n'.join([*lines, f"{images}; eps {self.eps*255:.4g}/255: "
-                                  f"{'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'}"])
+        verdict = 'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'
+        return '\n'.join([*lines, f'{images}; eps {self.eps*255:.4g}/255: {verdict}'])
 
 def check_masking(
     model, # maps pixel space to logits

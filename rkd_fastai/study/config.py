@@ -67,7 +67,8 @@ class Cell:
         "Name of the cell's folder: what it is, and a digest of the settings that `settings_of` lists"
         told = [self.method, *([f'{self.teacher}@{self.teacher_epoch}'] if self.teacher else []),
                 *([f'a{self.alpha:g}'] if self.alpha is not None else []), f's{self.seed}']
-        return (f"{re.sub('[^a-z0-9.@+_-]', '', '_'.join(told).replace(', ', '+'))}_{short_hash(json.dumps(settings_of(self), sort_keys=True))}")
+        words = re.sub('[^a-z0-9.@+_-]', '', '_'.join(told).replace(', ', '+'))
+        return f'{words}_{short_hash(json.dumps(settings_of(self), sort_keys=True))}'
 
 def short_hash(
     text, # any text
@@ -148,7 +149,8 @@ def _typed(name, v):
         if kind is float and not isinstance(v, bool): return float(Fraction(v) if isinstance(v, str) else v)
         if isinstance(v, kind) and not (kind is int and isinstance(v, bool)): return v
     except (TypeError, ValueError, ZeroDivisionError): pass
-    raise ValueError(f"`{name}` is {'a number or a fraction such as 8/255' if kind is float else f'of type {kind.__name__}'}, got {v!r}")
+    wanted = 'a number or a fraction such as 8/255' if kind is float else f'of type {kind.__name__}'
+    raise ValueError(f'`{name}` is {wanted}, got {v!r}')
 
 # %% ../../nbs/study/00_config.ipynb #329a1ecb
 def members(

@@ -218,9 +218,9 @@ def maps(
     if not grids: raise NotEnough("has no method with two values of α or of the teacher’s stopping epoch")
     for (m,t),g in grids.items():
         if g.duplicated(['alpha','teacher_epoch']).any():
+            others = varying(g, [c for c in settings if c not in ('alpha','teacher_epoch')])
             raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` "
-                            "and `teacher_epoch`, "
-                            f"which differ in {varying(g, [c for c in settings if c not in ('alpha','teacher_epoch')])}", ': choose one, or take `main(df)`')
+                            f"and `teacher_epoch`, which differ in {others}", ': choose one, or take `main(df)`')
     return grids, cells, robust, robust if value == 'robust' else value
 
 # %% ../../nbs/study/05_plots.ipynb #e81260e2
@@ -236,9 +236,9 @@ def map_table(
     lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty
              | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
+    meaning = 'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'
     what = (f"{head(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after "
-            "(across). "
-            f"In a figure {'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'}; the best cell of each panel is framed.")
+            f"(across). In a figure {meaning}; the best cell of each panel is framed.")
     return make_table(lines, one_task(rows(df)), what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #c81c47e5

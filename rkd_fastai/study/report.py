@@ -88,7 +88,8 @@ _dark = {'figure.facecolor': '#14181f', 'axes.facecolor': '#14181f', 'savefig.fa
 
 _css = '''
 :root{color-scheme:light dark;--bg:#fff;--text:#1b1f26;--soft:#5a6372;--line:#d5dae2;--band:#f4f6f9;--mark:#0b62a4}
-@media(prefers-color-scheme:dark){:root{--bg:#14181f;--text:#e6e9ef;--soft:#a3acba;--line:#343c49;--band:#1c222c;--mark:#7cc0f5}}
+@media(prefers-color-scheme:dark){
+:root{--bg:#14181f;--text:#e6e9ef;--soft:#a3acba;--line:#343c49;--band:#1c222c;--mark:#7cc0f5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--text);font:16px/1.55 system-ui,sans-serif}
 main{max-width:74rem;margin:0 auto;padding:1.25rem 1rem 4rem}
@@ -132,8 +133,9 @@ def _html_table(view, table):
     "A table in HTML"
     sides = ['number' if is_number(table[c]) else 'wide' if table[c].astype(str).str.len().max() > 40 else ''
              for c in table]
-    cell = (lambda tag, v,
-            side: f'<{tag}{" scope=col" if tag == "th" else ""}{f" class={side}" if side else ""}>{html.escape(str(v))}</{tag}>')
+    def cell(tag, v, side):
+        attributes = ' scope=col'*(tag == 'th') + (f' class={side}' if side else '')
+        return f'<{tag}{attributes}>{html.escape(str(v))}</{tag}>'
     line = lambda tag, values: f"<tr>{''.join(cell(tag, v, s) for v,s in zip(values, sides))}</tr>"
     body = ''.join(line('td', r) for r in table.itertuples(index=False))
     return ('<div class="scroll" tabindex="0" role="group" aria-label="Table: '
@@ -146,7 +148,8 @@ def _section(name, view, pictures):
     if pictures or n > 24:
         table = f"<details><summary>{'The numbers' if pictures else f'All {n} rows'}</summary>{table}</details>"
     verdict = ''.join(f'<p class="verdict">{html.escape(v)}</p>' for v in t.attrs.get('verdict', '').splitlines())
-    return (f'<section id="{name}"><h2>{html.escape(view.title)}</h2>{verdict}{_image(view, *pictures) if pictures else ""}{table}'
+    image = _image(view, *pictures) if pictures else ''
+    return (f'<section id="{name}"><h2>{html.escape(view.title)}</h2>{verdict}{image}{table}'
             f'<p class="caption">{html.escape(t.attrs["caption"])}</p></section>')
 
 def _page(title, notes, found, missing, pictures):

@@ -30,7 +30,8 @@ task = ['data','size','augment','eps','n','noise','arch','width'] # only network
 # what else may differ between students that tables compare
 extras = ['lam','T','epochs','lr','bs','schedule','attack','teacher_epochs','teacher_arch']
 settings = [*task, *extras,
-            'method','teacher','members','teacher_width','teacher_eps','teacher_epoch','alpha','beta','which','compile','bf16']
+            'method','teacher','members','teacher_width','teacher_eps','teacher_epoch',
+            'alpha','beta','which','compile','bf16']
 _texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','which','diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')

@@ -374,11 +374,10 @@ def run(self:Study,
     for c in {o for c in todo for o in (c, *teachers_of(c)) if o.method != 'teacher'}:
         cell_dls(self.with_images(c), self.path) # what cannot be loaded is said before anything is trained
     others = _read_json(self.out/'study.json').get('no_test_split', []) # of a study that shares the folder
-    write_atomic(self.out/'study.json', json.dumps(dict(title=self.title, rkd_fastai=rkd_fastai.__version__,
-                                                        torch=torch.__version__, machine=machine(),
-                                                         no_test_split=sorted({*others,
-                                                                               *(c.data for c in self.cells
-                                                                                 if not has_test_split(self.with_images(c), self.path))}))))
+    no_test = {*others, *(c.data for c in self.cells if not has_test_split(self.with_images(c), self.path))}
+    write_atomic(self.out/'study.json', json.dumps(dict(
+        title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, machine=machine(),
+        no_test_split=sorted(no_test))))
     table = _Table(self, todo)
     with _company(self, processes, cell):
         while todo:

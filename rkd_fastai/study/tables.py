@@ -164,8 +164,8 @@ def gains(
     baseline=None, # method of the baseline; None means 'at', or the only one
     robust=None, # attack; None means `strongest(df)`
 ):
-    """`over_seeds(df)` of the students, with `clean_gain`, `robust_gain` and what chance does to them (`clean_gain_std`),
-    `baseline_compute` and `dear`, is theirs more than 10 % above it?; and the attack"""
+    """`over_seeds(df)` of the students, and the attack. Its further columns are `clean_gain` and `robust_gain`, their
+    standard deviations (`clean_gain_std`), `baseline_compute`, and `dear`: is a student's more than 10 % above it?"""
     cells,robust = cells_of(df, robust)
     found = []
     for s,bases in pairs_of(cells, baseline):

@@ -367,8 +367,9 @@ def test_export_to_another_process(make_learner, make_dls, digits, tmp_path):
             probs[fname], sizes[fname] = learn.predict(item)[2].tolist(), (tmp_path/fname).stat().st_size
             assert sizes[fname] <= sizes[f'plain-{event}.pkl'] + 10_000
     np.save(tmp_path/'item.npy', digits.imgs[0])
-    code = "import numpy as np, sys; from fastai.vision.all import PILImageBW, load_learner; item = PILImageBW.create(np.load('item.npy')); " \
-           "print({name: load_learner(name).predict(item)[2].tolist() for name in sys.argv[1:]})"
+    code = ("import numpy as np, sys; from fastai.vision.all import PILImageBW, load_learner; "
+            "item = PILImageBW.create(np.load('item.npy')); "
+            "print({name: load_learner(name).predict(item)[2].tolist() for name in sys.argv[1:]})")
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *probs], cwd=tmp_path, capture_output=True,
                        text=True)
     assert r.returncode == 0, r.stderr

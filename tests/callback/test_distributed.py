@@ -1,6 +1,7 @@
 """Several processes through fastai's `distrib_ctx`: two on the CPU, started by `accelerate launch` on this very file.
 
-They run `main`, which trains everything that the tests look at and leaves it in a file per process: one start for all tests.
+They run `main`, which trains everything that the tests look at and leaves it in a file per process: one start for all
+tests.
 """
 import faulthandler, os, subprocess, sys
 from collections import Counter

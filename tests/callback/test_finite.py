@@ -5,7 +5,8 @@ import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.vision.all import Callback, SGD, MixUp
 
-from rkd_fastai.all import Attack, ARDCallback, AdversarialTraining, AKDCallback, CKDCallback, NonFinite, PGD, RSLADCallback, Resume, Teacher, TRADES, WeightAveraging
+from rkd_fastai.all import (Attack, ARDCallback, AdversarialTraining, AKDCallback, CKDCallback, NonFinite, PGD,
+                            RSLADCallback, Resume, Teacher, TRADES, WeightAveraging)
 
 nan, inf = float('nan'), float('inf')
 pgd = PGD(.1, steps=1)

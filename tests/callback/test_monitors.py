@@ -4,7 +4,8 @@ import copy, json
 from functools import partial
 
 import pytest, torch, torch.nn as nn
-from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, Metric, SaveModelCallback, accuracy, load_learner
+from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CancelTrainException,
+                               CancelValidException, Metric, SaveModelCallback, accuracy, load_learner)
 
 from rkd_fastai.all import *
 from rkd_fastai.checkpoint import read_card

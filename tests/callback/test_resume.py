@@ -330,7 +330,7 @@ class Validates(Callback):
             if self.learn.lock.locked(): return
             if event == 'after_batch' and not (self.training and self.learn.iter == 2): return
             careful = dict(before_train=['dl'],
-                           after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch','train_iter','pct_train']).get(event, [])
+                           after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch','train_iter','pct_train']).get(event, []) # noqa: E501
             now = {k: getattr(self.learn, k) for k in careful} # what such a callback has to put back
             self.got.append((self.learn.validate(), bits(self.learn.get_preds(ds_idx=0))))
             for k,v in now.items(): setattr(self.learn, k, v)
@@ -392,7 +392,7 @@ class Watches(EachEpoch):
     remembers = ('sums',)
     def before_fit(self):
         from collections import Counter, defaultdict
-        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = 0, L(), [], Counter(), defaultdict(
+        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = 0, L(), [], Counter(), defaultdict( # noqa: E501
             list), {}, signal.SIGTERM # which is an `int`
     def each_epoch(self):
         self.n += 1
@@ -585,7 +585,7 @@ def test_what_is_said_of_several_fits(base, tmp_path, capsys):
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     assert capsys.readouterr().out == ''
     run(groups(base), tuned, [Resume(path)])
-    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 goes on after 1 epoch\n'
+    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 goes on after 1 epoch\n' # noqa: E501
     run(groups(base), tuned, [Resume(path)])
     assert f'`{path}` holds all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
 
@@ -1052,7 +1052,7 @@ if how == 'kills':
     print(at, len(tmps))
     assert at == sorted(at) and at[-1] > at[0] and len({d for e,d in at}) > 2 and len(tmps) >= 4, (at, tmps)
 else: train()
-'''
+''' # noqa: E501
 
 @pytest.mark.slow
 def test_sigkill(tmp_path):

@@ -130,7 +130,7 @@ def test_default_rates_are_for_sgd(opt_func, name, make_learner):
         if name is None: getattr(learn, fit)(1)
         else:
             with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, and this Learner trains by "
-                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as said:
+                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as said: # noqa: E501
                 getattr(learn, fit)(1)
             assert said[0].filename == __file__ # points at the line that fits
     learn.opt_func = sgd_nesterov
@@ -581,7 +581,8 @@ class MixedPrecisionOnCPU(MixedPrecision):
 @each
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
 def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
-    """The attack is float32's to the bit, unscaled; the training step's gradients are, up to rounding, for every parameter: no copy of a weight lost its gradient,
+    """The attack is float32's to the bit, unscaled; the training step's gradients are, up to rounding, for every
+    parameter: no copy of a weight lost its gradient,
     and the scale, 2¹⁰ here, has gone again"""
     def grads(cbs):
         g, spy = Grads(), Spy()

@@ -283,7 +283,8 @@ def test_resident_items_are_made_once(monkeypatch):
 
 def test_resident_in_a_data_block(tmp_path):
     "Any data block takes it, an image folder for one; what is random or uneven is refused"
-    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, Resize, get_image_files, parent_label
+    from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, Resize, get_image_files,
+                                   parent_label)
     for i in range(12):
         (tmp_path/'ab'[i%2]).mkdir(exist_ok=True)
         Image.fromarray(images(20 + i, 20, 3)).save(tmp_path/'ab'[i%2]/f'{i}.png')

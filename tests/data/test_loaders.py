@@ -210,7 +210,7 @@ def test_dls_given_stay(resident):
     dls = make(device_resident=resident)
     def look():
         return [type(dl) for dl in dls.loaders], [dl.bs for dl in dls.loaders], [[type(f) for f in dl.after_batch.fs]
-                                                                                 for dl in dls.loaders], [len(dl.dataset) for dl in dls.loaders]
+                                                                                 for dl in dls.loaders], [len(dl.dataset) for dl in dls.loaders] # noqa: E501
     before = look()
     made = [with_synthetic(dls, SYN), with_subset(dls, 40), with_bs(dls, 5), with_batch_tfms(dls, Mark(0)),
             with_batch_tfms(with_synthetic(with_subset(dls, 40), SYN), Mark(0))]

@@ -403,7 +403,7 @@ def test_no_fastai_is_needed():
         sys.meta_path.insert(0, Blocked())
         from rkd_fastai.evaluation.trajectories import *
         print(Trajectory([[.5, 1.]]))
-    ''') == 'Trajectory of 2 images over 1 epoch'
+    ''') == 'Trajectory of 2 images over 1 epoch' # noqa: E501
 
 # --- Eq. 8, similarity, smoothing ---
 
@@ -538,7 +538,7 @@ def test_easiest_and_hardest(digits):
 @pytest.mark.parametrize('channels', [1, 3])
 def test_sheets_of_images(channels, digits):
     x,y,score = digits.x[:100].expand(-1, channels, -1, -1)*torch.linspace(.5, 1, channels).view(1, -1, 1,
-                                                                                                 1),digits.y[:100],np.arange(100.)
+                                                                                                 1),digits.y[:100],np.arange(100.) # noqa: E501
     axs = plot_easiest_hardest(x, y, score, n=6, ncols=4)
     for ax,idx in zip(axs, easiest_hardest(x, y, score, 6)):
         sheet = np.atleast_3d(np.asarray(ax.images[0].get_array()))

@@ -70,7 +70,7 @@ def test_missing_columns_are_empty_ones():
     short = frame(dict(method='akd', clean=.7, pgd20=.4), dict(method='at', clean=.6, pgd20=.3))
     full = short.assign(**{c: None for c in [*settings, 'seed','compute','diverged'] if c not in short})
     pd.testing.assert_frame_equal(over_seeds(short), over_seeds(full))
-    assert select(short).Method.tolist() == select(full).Method.tolist() == ['Only teacher, last epoch','RKD-Acc.','RKD-Rob.']
+    assert select(short).Method.tolist() == select(full).Method.tolist() == ['Only teacher, last epoch','RKD-Acc.','RKD-Rob.'] # noqa: E501
 
 def test_what_diverged_counts_nowhere():
     df = frame(student(.7, .4), student(.9, .9, seed=1, diverged='loss is NaN'),
@@ -146,7 +146,7 @@ def test_select_against_a_loop(seed):
         assert (number(got.Clean[i]), number(got['PGD-20'][i])) == (round(100*r['clean'], 1), round(100*r['pgd20'], 1))
     for i,r in ((2, acc), (3, rob)):
         assert got['Best loss'][i] == methods[r['method']]
-        assert got.Hyperparameters[i] == f"{'no ES' if r['teacher_epoch'] == 40 else 'ES=%g' % r['teacher_epoch']}, α={r['alpha']:g}, {r['teacher'].upper()}"
+        assert got.Hyperparameters[i] == f"{'no ES' if r['teacher_epoch'] == 40 else 'ES=%g' % r['teacher_epoch']}, α={r['alpha']:g}, {r['teacher'].upper()}" # noqa: E501
 
 @pytest.mark.parametrize('loss, holds', [(.02, True), (.0201, False)])
 def test_two_points_less_is_allowed(loss, holds):
@@ -307,7 +307,7 @@ def test_radius_of_the_teachers():
     df = frame(at(.7, .4, eps=24/255), *(student(.7, .4, teacher=t, eps=24/255) for t in ('st','lat','at')))
     assert table3(df)['ε of the teacher'].tolist() == ['0','6/255','24/255']
     assert table3(df.assign(teacher_eps=df.teacher.map(dict(st=0., lat=2/255,
-                                                            at=24/255))))['ε of the teacher'].tolist() == ['0','2/255','24/255']
+                                                            at=24/255))))['ε of the teacher'].tolist() == ['0','2/255','24/255'] # noqa: E501
 
 def test_what_is_chosen_for_each_kind_of_teacher():
     df = frame(at(.7, .4), *(student(*v, m, t, alpha=a) for m in ('akd','rslad') for t,a,v in [
@@ -408,7 +408,7 @@ def test_captions_say_how_it_was_measured():
 def test_markdown_and_csv():
     table = pd.DataFrame({'Method': ['a|b <i>', 'c\nd'], 'Clean': ['48.1 ± 0.3', '–']})
     table.attrs.update(caption='Made up.', verdict='One.\nTwo.')
-    assert as_markdown(table) == '| Method | Clean |\n| :-- | --: |\n| a\\|b &lt;i&gt; | 48.1 ± 0.3 |\n| c d | – |\n\nOne. Two.\n\nMade up.\n'
+    assert as_markdown(table) == '| Method | Clean |\n| :-- | --: |\n| a\\|b &lt;i&gt; | 48.1 ± 0.3 |\n| c d | – |\n\nOne. Two.\n\nMade up.\n' # noqa: E501
     got = select(study())
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(got.to_csv(index=False)), dtype=str, keep_default_na=False),
                                   got.astype(str), check_dtype=False)
@@ -603,7 +603,7 @@ def test_views_without_rows_are_named_and_their_old_files_go(tmp_path):
     found = list(views(df))
     missing = [k for k in report._views if k not in found]
     assert found == ['selected','gain','teachers','teacher_kinds','baselines'] and 'capacity' in missing
-    assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds','baselines']
+    assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds','baselines'] # noqa: E501
     for k in missing: assert any(t.startswith(f"{k}: the study has") for t in page.texts), k
     assert not any("`df`" in t for t in page.texts) # a reader of the page knows of none
     assert (not (tmp_path/'capacity.md').exists() and not (tmp_path/'capacity.png').exists()
