@@ -293,8 +293,8 @@ def best_epoch(
                          "all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)
     scores = {n: score(card) for n,card in cards.items()}
-    lacking = [n for n,v in scores.items() if not isinstance(v, (int, float)) or v != v]
-    if lacking:
-        raise ValueError(f"`by`: the card of epoch {lacking[0]} in `{folder}` has no number {by!r}; it has "
-                         f"{[k for k,v in cards[lacking[0]].items() if isinstance(v, float)]}")
+    missing = [n for n,v in scores.items() if not isinstance(v, (int, float)) or v != v]
+    if missing:
+        raise ValueError(f"`by`: the card of epoch {missing[0]} in `{folder}` has no number {by!r}; it has "
+                         f"{[k for k,v in cards[missing[0]].items() if isinstance(v, float)]}")
     return max(scores, key=scores.get) # the first of equals

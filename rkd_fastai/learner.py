@@ -98,10 +98,10 @@ def rkd_learner(
                         f"`{ours.__name__}(n_out=dls.c)`; torchvision's are `models.resnet18` and so on")
     alpha,lam = check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache, compile=compile, bf16=bf16)
-    takes,defaults = signature(cls).parameters,signature(rkd_learner).parameters
+    allowed_settings,defaults = signature(cls).parameters,signature(rkd_learner).parameters
     # asked for, not a default
-    check_known(cls, [k for k,v in settings.items() if k not in takes and v != defaults[k].default]
+    check_known(cls, [k for k,v in settings.items() if k not in allowed_settings and v != defaults[k].default]
                      + [k for k in kwargs if k in signature(PGD).parameters]) # `vision_learner` takes the others
-    cb = cls(teacher, **{k: v for k,v in settings.items() if k in takes and v is not None})
+    cb = cls(teacher, **{k: v for k,v in settings.items() if k in allowed_settings and v is not None})
     cb.check(dls) # before `vision_learner` adds its Normalize to them
     return _build_learner(dls, arch, **kwargs).add_cb(cb)

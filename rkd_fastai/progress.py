@@ -70,7 +70,7 @@ class Progress:
         self.show,self.device = show,torch.device('cpu')
         # of a task of several parts: its label, and what comes after the part that `expect` knows of
         self.label,self.later,self.later_at_most = '',0,False
-        self.done,self.share,self.told,self.last = 0,0.,0,time.time()
+        self.done,self.share,self.shown_at,self.last = 0,0.,0,time.time()
         self._seconds = self._passes = 0. # of late
         self._batch(0, 0, 0)
 
@@ -110,8 +110,8 @@ class Progress:
         now,left = time.time(),self.left
         kept = math.exp((self.last - now)/self.memory)
         self._seconds = self._seconds*kept + now - self.last
-        self._passes = self._passes*kept + self.done - self.told
-        self.last,self.told = now,self.done
+        self._passes = self._passes*kept + self.done - self.shown_at
+        self.last,self.shown_at = now,self.done
         self.share = max(self.share, self.done/(self.done + left) if left else 1.)
         time_left = ''
         if left and self._passes:

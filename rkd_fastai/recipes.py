@@ -56,16 +56,16 @@ class Recipe:
     note:str='' # what this library does otherwise
 
     def __repr__(self):
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name == 'method'
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name == 'method'
                 or getattr(self, f.name) not in (f.default, {})}
-        return 'Recipe(\n' + ''.join(f'    {k}={_shown(v)},\n' for k,v in said.items()) + ')'
+        return 'Recipe(\n' + ''.join(f'    {k}={_shown(v)},\n' for k,v in settings.items()) + ')'
 
     @property
     def needs_teacher(self):
         "Is this a way to distil?"
         return self.method not in _own_methods
 
-    def but(self, **changes):
+    def replace(self, **changes):
         "This recipe with other values, e.g. `bs=256`"
         known = [f.name for f in fields(self)]
         for k,v in changes.items():
@@ -83,7 +83,7 @@ class Recipe:
         if self.attack is None: return self
         old = self.attack.settings
         steps = {'step_size': old['step_size']*eps/old['eps']} if 'step_size' in old else {}
-        return self.but(attack=type(self.attack)(**old | dict(eps=eps) | steps))
+        return self.replace(attack=type(self.attack)(**old | dict(eps=eps) | steps))
 
 def _shown(v):
     if isinstance(v, partial):
@@ -136,7 +136,7 @@ def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
         if recipe.synthetic is None:
             raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the "
-                             "batch by `recipe.but(synthetic=.7)`")
+                             "batch by `recipe.replace(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 
@@ -159,7 +159,7 @@ def learner(self:Recipe,
     _check(self, teacher)
     if not self.bn_wd and 'splitter' in kwargs:
         raise ValueError("`splitter`: this recipe's own takes BatchNorm out of the weight decay: leave yours out, or "
-                         "use `recipe.but(bn_wd=True)`")
+                         "use `recipe.replace(bn_wd=True)`")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
     _check_net(net, dls)
@@ -207,14 +207,15 @@ rebuffi_at_plus = Recipe('Rebuffi et al., Fixing Data Augmentation to Improve Ad
                          'experimental setup; the paper, Section 4 (AT+)', 'at', PGD(steps=10),
     epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025), arch=_wrn, bn_wd=False, ema=.995,
                          synthetic=.7, cutout=18,
-    note='the average ramps up from the first step, where the authors start it after the warm-up; `but(cutout=0, '
+    note='the average ramps up from the first step, where the authors start it after the warm-up; `replace(cutout=0, '
          'cutmix=True)` is their other augmentation')
-wang_at_plus = rebuffi_at_plus.but(source='Wang et al., Better Diffusion Models Further Improve Adversarial Training '
+wang_at_plus = rebuffi_at_plus.replace(source='Wang et al., Better Diffusion Models Further Improve Adversarial '
+                                              'Training '
                                           '(2023), training settings; the paper, Section 4 (AT+, EDM data)',
     bs=512, lr=.2, lr_bs=512, cutout=0,
     note="the cross-entropy of adversarial examples, as the paper's AT+; the authors' command trains by TRADES, which "
          "is `wang_trades`")
-wang_trades = wang_at_plus.but(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)',
+wang_trades = wang_at_plus.replace(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)',
                                method='trades',
     attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), label_smoothing=.1,
     note="attacks in eval mode, the script with the statistics of the batch; BatchNorm sees x' before x")
@@ -245,12 +246,12 @@ all_recipes = {k: v for k,v in list(globals().items()) if isinstance(v, Recipe)}
 
 # %% ../nbs/13_recipes.ipynb #a50202ee
 teacher_kinds = {
-    'st': paper_teacher.but(method='st', attack=None), # standard training
+    'st': paper_teacher.replace(method='st', attack=None), # standard training
     'at': paper_teacher, # adversarial training, PGD-7
     'lat': paper_teacher.at_eps(2/255), # low-epsilon adversarial training (Table 4)
-    'ffgsm': paper_teacher.but(attack=FFGSM()), # adversarial training by one step (Table 3)
+    'ffgsm': paper_teacher.replace(attack=FFGSM()), # adversarial training by one step (Table 3)
     # (Table 11)
-    'trades': paper_teacher.but(method='trades', attack=PGD(steps=10, objective='kl'), settings=dict(beta=6.)),
+    'trades': paper_teacher.replace(method='trades', attack=PGD(steps=10, objective='kl'), settings=dict(beta=6.)),
     'at+': rebuffi_at_plus} # (Table 6)
 
 def recipe_of_kind(

@@ -376,11 +376,11 @@ class _Compiled:
                       f"{(str(e).strip() or '?').splitlines()[0]})")
             return False
 
-_said = set()
+_warned = set()
 
 def _say_once(message): # attack, teacher and training step would each say it
-    if message not in _said: warnings.warn(message)
-    _said.add(message)
+    if message not in _warned: warnings.warn(message)
+    _warned.add(message)
 
 _compiled = WeakKeyDictionary() # network: its compiled forward
 

@@ -102,7 +102,7 @@ def test_failing_compiler(name, where, monkeypatch, make_learner, make_dls, tiny
     "One warning, and training goes on as if nothing had been asked: to the bit, statistics and random numbers included"
     dls = make_dls(shuffle=False)
     want = fit(make_learner, dls, tiny_net(dropout=.2), methods[name](tiny_net(seed=7)))
-    monkeypatch.setattr(torch, 'compile', failing(where)); fast._said.clear()
+    monkeypatch.setattr(torch, 'compile', failing(where)); fast._warned.clear()
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         got = fit(make_learner, dls, tiny_net(dropout=.2), methods[name](tiny_net(seed=7), compile=True))
@@ -113,7 +113,7 @@ def test_failing_compiler(name, where, monkeypatch, make_learner, make_dls, tiny
 def test_no_compiler_at_all():
     "As on a machine without g++"
     from torch._inductor import config
-    fast._said.clear(); torch._dynamo.reset()
+    fast._warned.clear(); torch._dynamo.reset()
     model, x, y = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(),
                                                 nn.Linear(500, 10))), torch.rand(
         4, 3, 32, 32), torch.arange(4)

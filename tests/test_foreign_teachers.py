@@ -416,4 +416,4 @@ def test_teachers_that_are_not_warned_of(make_dls, digits, plain_net):
         dls = arrays_dls((imgs, y), (imgs, y), vocab=list(range(10)), bs=32)
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            evaluation.warn_of_chance(Teacher(plain_net), dls)
+            evaluation.warn_if_chance(Teacher(plain_net), dls)

@@ -69,9 +69,9 @@ def test_autoattack_is_the_packages(kw, robust_net, test_images):
     from pyautoattack import AutoAttack as Published
     net, (x, y) = copy.deepcopy(robust_net).cuda(), (t[:100].cuda() for t in test_images)
     aa = Published(net, norm='Linf', eps=.1, seed=0, version='standard', device='cuda')
-    def stands(x_adv):
+    def is_robust(x_adv):
         with torch.no_grad(): return (net(x).argmax(1) == y) & (net(x_adv).argmax(1) == y)
-    want, got = stands(aa.run_standard_evaluation(x, y, batch_size=50)[0]), stands(
+    want, got = is_robust(aa.run_standard_evaluation(x, y, batch_size=50)[0]), is_robust(
         AutoAttack(.1, seed=0, bs=50, **kw)(net, x, y))
     assert 0 < want.sum() < 100 and torch.equal(got, want)
 

@@ -308,7 +308,7 @@ def test_normalisation_that_is_none(mean, tmp_path, tiny_net):
 @pytest.mark.parametrize('said', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9),
                                   dict(bs=0), dict(bs=-1), dict(bs=None), dict(seconds=-1.), dict(seconds='1'),
                                   dict(seconds=float('nan')),
-    dict(stands='9999'), dict(stands='111'), dict(stands='11x1'), dict(stands=['1']*4 + ['']), dict(more=1),
+    dict(is_robust='9999'), dict(is_robust='111'), dict(is_robust='11x1'), dict(is_robust=['1']*4 + ['']), dict(more=1),
                                   dict(part=True)], ids=str)
 def test_state_files_that_lie(said, tmp_path, plain_net, test_images):
     x, y = (o[:4] for o in test_images)

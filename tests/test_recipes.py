@@ -367,7 +367,7 @@ def test_groups_start_epoch_and_momentum(sched, make_learner):
 
 @pytest.mark.parametrize('name', [k for k in every if every[k].schedule])
 def test_recipe_fits_by_its_schedule(name, make_dls, tiny_net):
-    recipe = every[name].but(attack=None if name == 'kind st' else FGSM(.01))
+    recipe = every[name].replace(attack=None if name == 'kind st' else FGSM(.01))
     dls = make_dls(n=64)
     learn = quiet(recipe.learner(dls, tiny_net(), teacher=teacher_of(recipe, tiny_net), cbs=(rates := Rates())))
     assert recipe.fit(learn, 2, .3) is learn
@@ -377,7 +377,7 @@ def test_recipe_fits_by_its_schedule(name, make_dls, tiny_net):
     assert [r[0] for r in rates.used] == pytest.approx([w/.3*recipe.lr_for(dls) for w in want])
 
 def test_epochs_are_the_recipes_and_none_is_none(make_dls, tiny_net):
-    recipe = paper_teacher.but(epochs=2, attack=FGSM(.01))
+    recipe = paper_teacher.replace(epochs=2, attack=FGSM(.01))
     learn = quiet(recipe.learner(make_dls(), tiny_net()))
     recipe.fit(learn)
     assert len(learn.recorder.values) == 2
@@ -389,13 +389,13 @@ def test_epochs_are_the_recipes_and_none_is_none(make_dls, tiny_net):
 # --- recipes as objects ---
 
 def test_but_and_at_eps():
-    r = rslad_official.but(epochs=20, bs=64)
+    r = rslad_official.replace(epochs=20, bs=64)
     assert ((r.epochs, r.bs, r.lr, r.method, r.settings) == (20, 64, .1, 'rslad', dict(alpha=1., lam=5/6))
             and rslad_official.epochs == 300)
-    with pytest.raises(TypeError, match="a recipe has no `epoch`: did you mean 'epochs'"): rslad_official.but(epoch=20)
-    with pytest.raises(TypeError, match="a recipe has no `x`: use one of .*'epochs'"): rslad_official.but(bs=2, x=20)
+    with pytest.raises(TypeError, match="a recipe has no `epoch`: did you mean 'epochs'"): rslad_official.replace(epoch=20)
+    with pytest.raises(TypeError, match="a recipe has no `x`: use one of .*'epochs'"): rslad_official.replace(bs=2, x=20)
     with pytest.raises(TypeError, match=r'`settings=recipe.settings \| dict\(alpha=0.5\)`'):
-        rslad_official.but(alpha=.5)
+        rslad_official.replace(alpha=.5)
     with pytest.raises(Exception, match='assign'): rslad_official.epochs = 20
     for name,factor in (('rslad_official', 2), ('trades_official', 16/255/.031)):
         old, new = all_recipes[name].attack, all_recipes[name].at_eps(16/255).attack
@@ -404,7 +404,7 @@ def test_but_and_at_eps():
     fast = fast_at.at_eps(16/255).attack
     assert type(fast) is FFGSM and fast.settings == dict(eps=16/255, step_size=pytest.approx(20/255))
     assert teacher_kinds['st'].at_eps(.1) is teacher_kinds['st']
-    assert type(paper_teacher.but(attack=FGSM()).at_eps(.1).attack) is FGSM
+    assert type(paper_teacher.replace(attack=FGSM()).at_eps(.1).attack) is FGSM
     assert paper_teacher.at_eps(0.).attack.step_size == 0
 
 @each
@@ -428,18 +428,18 @@ def test_unknown_method(bad, make_dls, tiny_net):
     "Not a wish for a teacher, which would not help"
     for teacher in (None, tiny_net(seed=7)):
         with pytest.raises(ValueError, match='unknown `method`.*st.*trades.*rslad'):
-            paper_teacher.but(method=bad).learner(make_dls(), tiny_net(),
+            paper_teacher.replace(method=bad).learner(make_dls(), tiny_net(),
             teacher=teacher)
 
 def test_training_on_attacks_needs_one(make_dls, tiny_net):
     "An attack that was taken out does not come back as the default one"
     for recipe in (paper_teacher, trades_official, paper_student):
-        with pytest.raises(ValueError, match='`attack`'): recipe.but(attack=None).learner(make_dls(), tiny_net(),
+        with pytest.raises(ValueError, match='`attack`'): recipe.replace(attack=None).learner(make_dls(), tiny_net(),
             teacher=teacher_of(recipe, tiny_net))
-    for recipe in (paper_teacher.but(method='st'), paper_student.but(method='ckd', settings={})):
+    for recipe in (paper_teacher.replace(method='st'), paper_student.replace(method='ckd', settings={})):
         with pytest.raises(ValueError, match='`attack`.*takes none'):
             recipe.learner(make_dls(), tiny_net(), teacher=teacher_of(recipe, tiny_net))
-        run(recipe.but(attack=None), make_dls(n=32), tiny_net(), teacher_of(recipe, tiny_net))
+        run(recipe.replace(attack=None), make_dls(n=32), tiny_net(), teacher_of(recipe, tiny_net))
 
 def dls_state(dls):
     return ([(type(dl), dl.bs, dl.shuffle, dl.drop_last, [(type(f), f.order) for f in dl.after_batch.fs],
@@ -451,13 +451,13 @@ def dls_state(dls):
     net: r['fast_at'].learner(dls, net, teacher=net),
     lambda r, dls, net: r['fast_at'].learner(dls, net, synthetic='no.npz'), lambda r, dls,
     net: r['rebuffi_at_plus'].learner(dls, net, synthetic='no.npz'),
-    lambda r, dls, net: r['paper_student'].but(settings=dict(alpha=2.)).learner(dls, net, teacher=net), lambda r, dls,
-    net: r['wang_trades'].but(settings=dict(beta=-1.)).learner(dls, net),
-    lambda r, dls, net: r['rebuffi_at_plus'].but(ema=1.).learner(dls, net), lambda r, dls,
+    lambda r, dls, net: r['paper_student'].replace(settings=dict(alpha=2.)).learner(dls, net, teacher=net), lambda r, dls,
+    net: r['wang_trades'].replace(settings=dict(beta=-1.)).learner(dls, net),
+    lambda r, dls, net: r['rebuffi_at_plus'].replace(ema=1.).learner(dls, net), lambda r, dls,
     net: r['paper_student'].learner(dls, net, teacher=net[:5]), # 128 classes
-    lambda r, dls, net: r['fast_at'].but(method='kd').learner(dls, net), lambda r, dls,
-    net: r['fast_at'].but(attack=None).learner(dls, net),
-    lambda r, dls, net: r['rebuffi_at_plus'].but(synthetic=1.)
+    lambda r, dls, net: r['fast_at'].replace(method='kd').learner(dls, net), lambda r, dls,
+    net: r['fast_at'].replace(attack=None).learner(dls, net),
+    lambda r, dls, net: r['rebuffi_at_plus'].replace(synthetic=1.)
     .learner(dls, net, synthetic=(np.zeros((4,8,8), np.uint8), np.zeros(4, int)))])
 def test_raises_and_leaves_all_as_it_was(break_it, make_dls, tiny_net, snapshot):
     dls, net = make_dls(stats=([.3], [.25])), tiny_net()
@@ -508,7 +508,7 @@ def test_every_recipe_trains_on_normalised_images(name, make_dls, tiny_net, snap
     tfms = [type(f) for f in learn.dls.train.after_batch.fs]
     assert dls_state(dls)[0] == before[0] and tfms.count(Cutout) == bool(recipe.cutout)
     assert tfms.count(Normalize) == 1 and tfms[-1] is Normalize
-    recipe.but(epochs=1).fit(learn)
+    recipe.replace(epochs=1).fit(learn)
     assert math.isfinite(learn.recorder.values[-1][0]) and all(p.isfinite().all() for p in learn.model.parameters())
     assert dls_state(dls)[0] == before[0] and isinstance(learn.dls.valid.after_batch.fs[-1],
         Normalize) and Cutout not in [type(f) for f in learn.dls.valid.after_batch.fs]
@@ -530,7 +530,7 @@ def test_cutout_is_sized_to_the_images_and_last(stats, make_dls, tiny_net):
     assert (plain(learn.dls.valid.one_batch()[0])*stats[1][0] + stats[0][0] - 1).abs().max() < 1e-5
 
 def test_cutmix_in_place_of_cutout(make_dls, tiny_net):
-    learn = quiet(rebuffi_at_plus.but(cutout=0, cutmix=True).learner(make_dls(), tiny_net()))
+    learn = quiet(rebuffi_at_plus.replace(cutout=0, cutmix=True).learner(make_dls(), tiny_net()))
     assert isinstance(learn.cut_mix, CutMix) and Cutout not in [type(f) for f in learn.dls.train.after_batch.fs]
     rebuffi_at_plus.fit(learn, 1)
     assert math.isfinite(learn.recorder.values[-1][0])
@@ -546,13 +546,13 @@ def test_synthetic_images_fill_their_part(resident, make_dls, tiny_net, tmp_path
     assert [int((x.flatten(1).min(1).values == 1).sum()) for x,_ in dls.train] == [0]*3
     quiet(learn)
     wang_at_plus.fit(learn, 1)
-    half = paper_teacher.but(synthetic=.5).learner(dls, tiny_net(), synthetic=npz)
+    half = paper_teacher.replace(synthetic=.5).learner(dls, tiny_net(), synthetic=npz)
     assert [int((x.flatten(1).min(1).values == 1).sum()) for x,_ in half.dls.train] == [10]*3
 
 def test_loss_function_and_network(make_dls, tiny_net):
     "The recipe's own where none is given, and a given one is used as it is"
     dls = make_dls(channels=3)
-    learn = paper_teacher.but(arch=lambda n_out, n_in: tiny_net(n_in, n_out)).learner(dls)
+    learn = paper_teacher.replace(arch=lambda n_out, n_in: tiny_net(n_in, n_out)).learner(dls)
     assert learn.model[0].in_channels == 3 and learn.model[-1].out_features == 10
     one = wang_at_plus.learner(dls, tiny_net(n_in=3), loss_func=CrossEntropyLossFlat())
     assert (type(one.loss_func) is CrossEntropyLossFlat

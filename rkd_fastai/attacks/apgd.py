@@ -59,9 +59,9 @@ class _APGD:
                   best_value=torch.where(better, value, r['best_value']),
                   best=torch.where(per_image(better), x.detach(), r['best']),
                   best_grad=torch.where(per_image(better), grad, r['best_grad']))
-        stands = logits.argmax(1) == r['y']
-        self.fallen.append((r['i'][~stands], r['now'][~stands]))
-        self.rows = kept_rows(r, stands)
+        is_robust = logits.argmax(1) == r['y']
+        self.fallen.append((r['i'][~is_robust], r['now'][~is_robust]))
+        self.rows = kept_rows(r, is_robust)
 
     def move(self, a):
         "A step along the gradient, of which `1-a` is the step before"

@@ -198,10 +198,10 @@ class AutoAttack(Attack):
         n_out, # number of classes
     ):
         "`parts` in words, and what is left out where there are few classes"
-        said = [repr(p) for p in self.parts(model, n_out)]
-        lacking = ([] if self.version in _names
+        names = [repr(p) for p in self.parts(model, n_out)]
+        missing = ([] if self.version in _names
                    else [p for p in _autoattack_parts(self.version, 10) if n_out < _least.get(p, 2)])
-        return said + [f'without {p}: its loss needs {_least[p]} classes' for p in lacking]
+        return names + [f'without {p}: its loss needs {_least[p]} classes' for p in missing]
 
     def perturb(self, model, x, targ):
         targ,x = hard_labels(targ),x.clamp(0, 1) # which rounding may have left
@@ -210,11 +210,11 @@ class AutoAttack(Attack):
         if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]:
             raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but the logits have "
                              f"{logits.shape[1]} classes")
-        x_adv,stands = x.clone(), logits.argmax(1) == targ
+        x_adv,is_robust = x.clone(), logits.argmax(1) == targ
         for part in parts:
-            if not stands.any(): break
-            for idx in stands.nonzero()[:,0].split(self.bs):
+            if not is_robust.any(): break
+            for idx in is_robust.nonzero()[:,0].split(self.bs):
                 found = part(model, x[idx], targ[idx])
-                with torch.no_grad(): fell = model(found).argmax(1) != targ[idx]
-                x_adv[idx[fell]],stands[idx[fell]] = found[fell],False
+                with torch.no_grad(): succeeded = model(found).argmax(1) != targ[idx]
+                x_adv[idx[succeeded]],is_robust[idx[succeeded]] = found[succeeded],False
         return x_adv

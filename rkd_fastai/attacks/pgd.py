@@ -28,10 +28,10 @@ def _settle(x_adv, x):
     "`x_adv` in the dtype of `x`; in half precision rounded towards `x`, so that rounding cannot leave the ball"
     out = x_adv.to(x.dtype)
     if x.dtype not in (torch.float16, torch.bfloat16): return out
-    wide = x.to(x_adv.dtype)
-    too_far = (out.to(x_adv.dtype) - wide).abs() > (x_adv - wide).abs()
+    x_float = x.to(x_adv.dtype)
+    too_far = (out.to(x_adv.dtype) - x_float).abs() > (x_adv - x_float).abs()
     # neighbouring non-negative half-precision numbers are neighbouring integers
-    one_ulp = torch.sign(wide - x_adv).to(torch.int16) * too_far
+    one_ulp = torch.sign(x_float - x_adv).to(torch.int16) * too_far
     return (out.view(torch.int16) + one_ulp.to(torch.int16)).view(x.dtype)
 
 _tried = WeakSet() # networks that are known to return logits, or were warned of
@@ -205,9 +205,9 @@ class PGD(Attack):
 
     def _ascend(self, model, x, targ):
         # steps add up in float32; the model sees the dtype of `x`
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        ball = norms[self.norm](wide, self.eps)
-        x_adv = ball.project(wide + self._noise(ball, wide)) if self.random_start else wide
+        x_float = x.to(torch.promote_types(x.dtype, torch.float32))
+        ball = norms[self.norm](x_float, self.eps)
+        x_adv = ball.project(x_float + self._noise(ball, x_float)) if self.random_start else x_float
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_()
             grad, = torch.autograd.grad(self.loss(model(x_adv.to(x.dtype)), targ).sum(), x_adv)

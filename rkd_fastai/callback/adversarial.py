@@ -16,9 +16,9 @@ from fastai.losses import FocalLoss
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.meta import delegates
 from ..attacks.pgd import PGD, check_attack
-from .core import FitCallback, told_where
+from .core import FitCallback, add_location
 from .labels import (changed_settings, honoured_settings, ignored_index, is_cross_entropy,
-                                        batch_targ, label_settings, own_loss, weighted_mean)
+                                        batch_targ, label_settings, learner_loss, weighted_mean)
 from ..core import as_number, check_logits, check_no_probs, frozen, seeded
 from ..evaluation.robustness import robust_accuracy
 from ..losses import trades_loss
@@ -31,11 +31,12 @@ def check_known(
     names, # of arguments that it does not take
 ):
     "Raise a `TypeError` that tells the first of `names` and the way out"
-    takes = [k for k,p in signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD and k != 'teacher']
+    allowed_settings = [k for k,p in signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD
+                        and k != 'teacher']
     for k in names:
-        if 'attack' in takes and k in signature(PGD).parameters:
+        if 'attack' in allowed_settings and k in signature(PGD).parameters:
             raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
-        raise TypeError(f"`{k}` means nothing to {cls.__name__}, which takes {takes}")
+        raise TypeError(f"`{k}` means nothing to {cls.__name__}, which takes {allowed_settings}")
 
 def _own_random(device):
     "Within it each of several processes has random numbers of its own; a single one goes on as it is"
@@ -92,12 +93,14 @@ class RobustCallback(FitCallback):
         """Raise `ValueError` if the method has a loss of its own and `loss_func` says something about labels that it
         cannot take over"""
         if type(self).method_loss is RobustCallback.method_loss: return
-        told = changed_settings(loss_func)
+        settings = changed_settings(loss_func)
         if is_cross_entropy(loss_func):
-            told = {k: v for k,v in told.items() if k not in honoured_settings or (k == 'reduction' and v != 'sum')}
-            told = {k: v for k,v in told.items() if k != 'axis' or v != 1} # of `(bs, n_out)` that is the last one
-        if told and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
-            k,v = next(iter(told.items()))
+            settings = {k: v for k,v in settings.items() if k not in honoured_settings
+                        or (k == 'reduction' and v != 'sum')}
+            # of `(bs, n_out)` that is the last one
+            settings = {k: v for k,v in settings.items() if k != 'axis' or v != 1}
+        if settings and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
+            k,v = next(iter(settings.items()))
             v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
             raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its "
                              "own, which takes over "
@@ -141,14 +144,14 @@ class RobustCallback(FitCallback):
 
     def before_fit(self):
         self.pixel = self.full_bs = None
-        self._check_mixing(own_loss(self.learn)) # MixUp puts a loss of its own in place in `before_train`
+        self._check_mixing(learner_loss(self.learn)) # MixUp puts a loss of its own in place in `before_train`
 
     def before_train(self):
         if self.pixel is not None: return # not the first epoch
         self._check_alone()
         self._check_metrics()
         self.check(self.dls)
-        self.check_loss(own_loss(self.learn))
+        self.check_loss(learner_loss(self.learn))
         self.opt.zero_grad() # what an interrupted backward pass left behind
         self.pixel = pixel_model(self.learn)
 
@@ -165,7 +168,7 @@ class RobustCallback(FitCallback):
         x = self.xb[0].as_subclass(torch.Tensor)
         first,self.full_bs = self.full_bs is None, self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
-        with told_where(self.learn):
+        with add_location(self.learn):
             self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
             if first: self._check_student()
             with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
@@ -187,7 +190,7 @@ class RobustCallback(FitCallback):
 
     def _reduced(self, losses):
         "The batch's loss, of each image's, by the settings of the Learner's loss function"
-        f = own_loss(self.learn)
+        f = learner_loss(self.learn)
         if not is_cross_entropy(f): return losses.mean()
         ignored = ignored_index(f)
         counts = None if ignored is None else self.learn.yb[0].as_subclass(torch.Tensor) != ignored

@@ -13,7 +13,7 @@ from fastcore.meta import delegates
 from ..attacks.pgd import PGD
 from .adversarial import AdversarialTraining, RobustCallback
 from ..core import check_T, check_fraction
-from ..evaluation.robustness import warn_of_chance
+from ..evaluation.robustness import warn_if_chance
 from ..losses import akd_loss, ard_loss, ckd_loss, rslad_loss, soft_targets
 from ..pixel import model_device
 from ..teachers import Teacher, check_teacher
@@ -86,7 +86,7 @@ class DistillationCallback(AdversarialTraining):
     def before_train(self):
         super().before_train()
         self.teacher.to(model_device(self.model))
-        if not self.tried and not rank_distrib(): warn_of_chance(self.teacher, self.dls)
+        if not self.tried and not rank_distrib(): warn_if_chance(self.teacher, self.dls)
         self.tried = True
         if self.cache and self.kept is None: self.kept = self._new_cache()
 

@@ -14,10 +14,10 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks.pgd import PGD, check_attack
 from .adversarial import RobustCallback
-from .core import EachEpoch, FitCallback, from_first_process, told_where
+from .core import EachEpoch, FitCallback, from_first_process, add_location
 from ..core import NotFinite, check_fraction, copy_state, seeded, tensors_in, whole_number
 from ..evaluation.robustness import robust_accuracy, robust_flags
-from ..pixel import (arriving_positions, beside, initialize_lazy, measured_positions, model_device,
+from ..pixel import (arriving_positions, to_model_device, initialize_lazy, measured_positions, model_device,
                               pixel_data, pixel_model, to_pixels, undistributed, unwrap)
 from ..sampling import check_n
 from ..text import counted, say
@@ -74,7 +74,7 @@ class RobustAccuracy(Metric):
         x,y = map(torch.cat, zip(*self.waiting))
         (x,later_x),(y,later_y) = ((t[:self.bs], t[self.bs:]) for t in (x,y))
         self.waiting = [(later_x, later_y)] if len(later_y) else []
-        x,y = beside(self.model, x, y)
+        x,y = to_model_device(self.model, x, y)
         with seeded(self.seed + self.seen + rank_distrib(), x.device):
             self.robust += robust_flags(self.model, x, y, self.attack).sum().item()
         self.seen += len(y)
@@ -173,7 +173,7 @@ class CatastrophicOverfitting(EachEpoch):
     def each_epoch(self):
         with seeded(0, model_device(self.model)):
             if self.data is None: self.data = pixel_data(self.learn, self.dls.valid, self.n)
-            x,y = beside(self.model, *self.data)
+            x,y = to_model_device(self.model, *self.data)
             acc = from_first_process(robust_accuracy(pixel_model(self.learn), x, y, self._watched), x.device)
         if self.best is not None and acc < self.best - self.drop:
             self._collapsed(acc)
@@ -294,7 +294,7 @@ class NonFinite(FitCallback):
         for b,was in zip(unwrap(self.model).buffers(), self.kept): b.copy_(was)
         self.opt.zero_grad()
         self.kept = None
-        with told_where(self.learn):
+        with add_location(self.learn):
             raise NotFinite(f"the {name} contain{'s' if name == 'loss' else ''} NaN or infinite values: "
                             f"{_advice.get(name, self.lower)}. The weights are those before this batch")
 
@@ -302,7 +302,7 @@ class NonFinite(FitCallback):
 
     def after_train(self):
         if self.on and not _finite(list(self.model.parameters()), 'cpu'): # nothing comes after an epoch's last step
-            with told_where(self.learn): raise NotFinite(self.lower)
+            with add_location(self.learn): raise NotFinite(self.lower)
 
 _advice = {'images': "look at the data and its transforms", 'adversarial images': "look at the attack",
            "teacher's probabilities": "look at its weights and its normalisation"}

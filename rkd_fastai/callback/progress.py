@@ -61,8 +61,8 @@ class Line:
         room = shutil.get_terminal_size().columns - 1 if self.live else 1000
         # one under the other the last lines of tasks are a table; what is rewritten needs the room
         label = f'{self.label}  ' if self.live and share is not None else f'{self.label:<26}  '
-        wide = next((w for w in (20, 10) if len(label) + w + 1 + len(text) <= room), 0)
-        bar = '' if share is None or not wide else f"{'█'*round(wide*share):░<{wide}} "
+        bar_width = next((w for w in (20, 10) if len(label) + w + 1 + len(text) <= room), 0)
+        bar = '' if share is None or not bar_width else f"{'█'*round(bar_width*share):░<{bar_width}} "
         text = f'{label}{bar}{text}'.rstrip(' ')
         if self.live: text = '\r\033[K' + text[:room] # back to the start, clear the line, which must not wrap
         say(text, end, self.stream)

@@ -30,15 +30,15 @@ from ..teachers import Teacher
 from ..text import counted, say
 
 # %% ../../nbs/callback/07_resume.ipynb #59841436
-def _said(o):
+def _described(o):
     "A setting as something that can be written and compared"
     if isinstance(o, Teacher): return f'{o} with weights {digest([*o.parameters(), *o.buffers()])}'
     if isinstance(o, torch.Tensor): return digest([o])
     if isinstance(o, np.generic): return o.item()
-    if isinstance(o, (list, tuple, L)): return [_said(v) for v in o]
-    if isinstance(o, dict): return {str(k): _said(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple, L)): return [_described(v) for v in o]
+    if isinstance(o, dict): return {str(k): _described(v) for k,v in o.items()}
     if type(o) in _simple: return o
-    if isinstance(o, partial): return [_said(o.func), _said(o.args), _said(o.keywords)]
+    if isinstance(o, partial): return [_described(o.func), _described(o.args), _described(o.keywords)]
     # the address changes from process to process
     return getattr(o, '__qualname__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
@@ -50,7 +50,7 @@ def _settings(o):
     if isinstance(o, ParamScheduler):
         return {k: [np.ravel(f(i/(4*o.n_epoch))).tolist() for i in range(4*o.n_epoch)] for k,f in o.scheds.items()}
     if isinstance(o, MixHandler): return dict(alpha=o.distrib.concentration0.item())
-    return {k: _said(vars(o)[k]) for k in signature(type(o)).parameters if k in vars(o)}
+    return {k: _described(vars(o)[k]) for k in signature(type(o)).parameters if k in vars(o)}
 
 def _by_name(cbs):
     "Callbacks by name, a further one of the same name with a number"
@@ -86,9 +86,9 @@ def describe_training(
         images=_items_digest(dls), synthetic=getattr(dls.train, 'frac', None), transforms=_transforms(dls.train),
         network={k: 'extra state' if is_extra(k) else list(v.shape) for k,v in net.state_dict().items()},
         frozen=[k for k,p in net.named_parameters() if not p.requires_grad],
-        loss=dict(zip(('function','smoothing','weights'), map(_said, (loss, *label_settings(loss))))),
+        loss=dict(zip(('function','smoothing','weights'), map(_described, (loss, *label_settings(loss))))),
                 metrics=list(learn.recorder.metric_names),
-        optimiser=[{k: _said(v) for k,v in h.items() if k not in scheduled} for h in learn.opt.hypers],
+        optimiser=[{k: _described(v) for k,v in h.items() if k not in scheduled} for h in learn.opt.hypers],
         callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, only_show)
                    and not getattr(type(cb), 'only_shows', False)})
 
@@ -136,10 +136,10 @@ def _memory(cb, tensors=False):
     # its class is asked, since fastai looks up what a callback lacks in the Learner and the network
     "What a callback remembers"
     if hasattr(type(cb), 'memory'): return cb.memory()
-    out,told = {},signature(type(cb)).parameters
+    out,parameters = {},signature(type(cb)).parameters
     for k,v in vars(cb).items():
         named = k in getattr(type(cb), 'remembers', ())
-        if k in ('learn','run') or (k in told and not named): continue
+        if k in ('learn','run') or (k in parameters and not named): continue
         try: out[k] = _plain(v, tensors=tensors or named)
         except _NotPlain: pass
     return out

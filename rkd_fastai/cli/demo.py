@@ -32,11 +32,13 @@ from ..text import counted, say
 import rkd_fastai.learner # noqa: F401 (patches `to_adversarial` and the fits on `Learner`)
 
 # %% ../../nbs/cli/00_demo.ipynb #8e86ff19
-Setup = namedtuple('Setup', 'data dls width eps teacher stop student n_auto n_curve')
+Setup = namedtuple('Setup', 'data dls width eps teacher teacher_epoch student n_auto n_curve')
 _setups = dict(
-    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, stop=15, student=30,
+    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, teacher_epoch=15,
+                  student=30,
                   n_auto=100, n_curve=200),
-    quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255, teacher=8, stop=6, student=8, n_auto=20,
+    quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255, teacher=8, teacher_epoch=6, student=8,
+                  n_auto=20,
                   n_curve=100))
 
 def _learner(s, out, seed, cbs=()):
@@ -61,7 +63,7 @@ def train_models(
     train('standard', s.student, turn=lambda learn: learn)
     train('teacher', s.teacher, 'fit_exp', cbs=[KeepEpochs(overwrite=True)]) # of the demonstration before
     train('baseline', s.teacher + s.student)
-    teacher = Teacher.at_epoch(Path(out)/'models', s.stop, learners['teacher'].model)
+    teacher = Teacher.at_epoch(Path(out)/'models', s.teacher_epoch, learners['teacher'].model)
     train('student', s.student, turn=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))
     return learners
 
@@ -104,18 +106,18 @@ def as_markdown(
 ):
     "The table of results as Markdown, with its caption"
     head = ['model','epochs','clean','PGD-20',f'AutoAttack ({s.n_auto})']
-    epochs = {'student': f'{s.stop} + {s.student}'}
+    epochs = {'student': f'{s.teacher_epoch} + {s.student}'}
     def pct(v): return '' if pd.isna(v) else f'{v:.1%}'
     rows = [[r.Index, epochs.get(r.Index, str(r.epochs)), pct(r.clean), pct(r.pgd20), pct(r.autoattack)]
             for r in df.itertuples()]
-    wide = [max(map(len, col)) for col in zip(head, *rows)]
-    lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, wide))) + ' |'
+    widths = [max(map(len, col)) for col in zip(head, *rows)]
+    lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, widths))) + ' |'
              for row in [head]+rows]
-    lines.insert(1, '|' + '|'.join('-'*(w+1) + ('-' if i == 0 else ':') for i,w in enumerate(wide)) + '|')
+    lines.insert(1, '|' + '|'.join('-'*(w+1) + ('-' if i == 0 else ':') for i,w in enumerate(widths)) + '|')
     return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed '
                                f'{seed}; clean and PGD-20 on {n} test images, '
                                f'AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student '
-                               f'learns from the teacher of epoch {s.stop}.')
+                               f'learns from the teacher of epoch {s.teacher_epoch}.')
 
 def verdict(
     df, # from `measure_models`
@@ -127,9 +129,10 @@ def verdict(
     gain,chance = both.iloc[0] - both.iloc[1], lambda attack, n: 1.96*((both[attack]*(1-both[attack])).sum()/n)**.5
     won = ('not shown to differ from' if abs(gain.pgd20) <= chance('pgd20', n) else 'better than' if gain.pgd20 > 0
            else 'worse than')
-    def said(attack, n): return f'{100*gain[attack]:+.1f} ± {100*chance(attack, n):.1f}'
-    return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: {said('pgd20', n)} "
-            f"points, clean {said('clean', n)}, AutoAttack {said('autoattack', n_auto)}. "
+    def difference(attack, n): return f'{100*gain[attack]:+.1f} ± {100*chance(attack, n):.1f}'
+    return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: "
+            f"{difference('pgd20', n)} "
+            f"points, clean {difference('clean', n)}, AutoAttack {difference('autoattack', n_auto)}. "
             f"± is 95 % of what chance among the {n} and {n_auto} test images makes of such a difference.")
 
 # %% ../../nbs/cli/00_demo.ipynb #8253836c
@@ -217,7 +220,7 @@ def demo(
     write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\n{clock(seconds)} on '
                                    f'{default_device()}.\n')
     write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher,
-                                                     stop=s.stop, student_epochs=s.student,
+                                                     teacher_epoch=s.teacher_epoch, student_epochs=s.student,
                                                      seconds=seconds, device=str(default_device()), models=cards),
                                                 indent=2))
     plot_curves(learners, out/'curves.png')

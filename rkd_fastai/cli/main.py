@@ -53,12 +53,12 @@ def with_args(
     if args.steps is not None and recipe.attack is not None:
         if 'steps' not in recipe.attack.settings:
             raise ValueError(f"`--steps`: {type(recipe.attack).__name__} has one step")
-        recipe = recipe.but(attack=type(recipe.attack)(**recipe.attack.settings | dict(steps=args.steps)))
-    said = {k: getattr(args, k) for k in ('alpha','lam','T') if getattr(args, k, None) is not None}
-    if said:
-        unknown = set(said) - set(signature(method_class(recipe.method)).parameters)
+        recipe = recipe.replace(attack=type(recipe.attack)(**recipe.attack.settings | dict(steps=args.steps)))
+    settings = {k: getattr(args, k) for k in ('alpha','lam','T') if getattr(args, k, None) is not None}
+    if settings:
+        unknown = set(settings) - set(signature(method_class(recipe.method)).parameters)
         if unknown: raise ValueError(f"`--{unknown.pop()}` means nothing to {recipe.method}")
-    return recipe.but(settings=recipe.settings | said)
+    return recipe.replace(settings=recipe.settings | settings)
 
 def teacher_recipe(
     args, # parsed command line
@@ -75,7 +75,7 @@ def student_recipe(
     recipe = all_recipes[args.recipe]
     if args.method and args.method != recipe.method:
         knows = signature(method_class(args.method)).parameters
-        recipe = recipe.but(method=args.method, mean_over_classes=False,
+        recipe = recipe.replace(method=args.method, mean_over_classes=False,
                             settings={k: v for k,v in recipe.settings.items() if k in knows},
                             **({} if args.method != 'ckd' else dict(attack=None)))
     return with_args(recipe, args)
@@ -98,8 +98,8 @@ def _loaders(args, recipe):
 
 def _card(args, recipe, dls):
     "What the command line said, and what it left to the recipe"
-    told = {k: v for k,v in vars(args).items() if k not in ('run','out','resume')}
-    return describe_run(recipe, dls, told | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr,
+    settings = {k: v for k,v in vars(args).items() if k not in ('run','out','resume')}
+    return describe_run(recipe, dls, settings | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr,
                                                  epochs=recipe.epochs if args.epochs is None else args.epochs,
                                                    eps=_eps if args.eps is None else args.eps,
                                                  frac=recipe.synthetic if args.synthetic else None))
@@ -158,7 +158,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     if args.lr is not None and args.lr < 0: raise ValueError(f"`--lr` must be >= 0, got {args.lr}")
     if args.frac is not None:
         if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
-        recipe = recipe.but(synthetic=args.frac)
+        recipe = recipe.replace(synthetic=args.frac)
     if args.synthetic is not None and recipe.synthetic is None:
         raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or "
                          "leave `--synthetic` out")

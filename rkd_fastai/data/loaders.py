@@ -24,7 +24,7 @@ from ..sampling import class_labels, sample_of
 from ..text import counted
 
 # %% ../../nbs/data/03_loaders.ipynb #fa6a01b5
-def _as_told(k, dl, new, changed):
+def _as_configured(k, dl, new, changed):
     "Is the attribute `k` of `dl` the same in `new`, as far as it must be where the images have `changed`?"
     if isinstance(dl, WeightedDL) and k == 'wgts': return True # scaled anew to sum to 1
     if isinstance(dl, PartialDL) and k == 'partial_n' and changed: return True # no part is larger than the whole
@@ -76,7 +76,7 @@ def _new(dl, dataset=None, idxs=None, **kwargs):
     try: new = dl.new(dataset, **own | kwargs)
     except TypeError as e:
         raise TypeError(f"`dls` have a {kind}, which cannot be made anew ({e}): give the class a `new` that can") from e
-    lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_told(k, dl, new, idxs is not None)]
+    lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_configured(k, dl, new, idxs is not None)]
     if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: {way_out}")
     return new
 

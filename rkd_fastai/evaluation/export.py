@@ -22,7 +22,8 @@ from ..pixel import check_single_label, held_out, pixel_model, sample_images
 from ..teachers import Teacher
 
 # %% ../../nbs/evaluation/03_export.ipynb #22cae7e9
-_told = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str, venue=str,
+_card_keys = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str,
+                  venue=str,
              architecture=str, reported=str, footnote=str)
 _fields = ('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture',
            'eps', 'clean_acc', 'reported', 'autoattack_acc', 'footnote')
@@ -30,9 +31,10 @@ _test_images = dict(cifar10=10_000, cifar100=10_000, imagenet=5_000) # as many a
 
 def _check_card(card):
     for k,v in card.items():
-        if k not in _told:
-            raise ValueError(f"`{k}` is nothing that RobustBench's card is told: it is told {list(_told)}")
-        if v is not None and type(v) is not _told[k]: raise ValueError(f"`{k}` must be {_told[k].__name__}, got {v!r}")
+        if k not in _card_keys:
+            raise ValueError(f"`{k}` is nothing that RobustBench's card is told: it is told {list(_card_keys)}")
+        if v is not None and type(v) is not _card_keys[k]:
+            raise ValueError(f"`{k}` must be {_card_keys[k].__name__}, got {v!r}")
 
 def _check_robustness(robustness, norm):
     if norm not in ('Linf', 'L2'): raise ValueError(f"`norm` must be 'Linf' or 'L2', got {norm!r}")
@@ -77,9 +79,9 @@ class _Mixture(nn.Module):
         super().__init__()
         used = [(m,b) for m,b in zip(teacher.members, teacher.betas) if b > 0]
         self.members = nn.ModuleList(m for m,_ in used)
-        self.logs,self.alone = [math.log(b) for _,b in used],len(teacher.members) == 1
+        self.logs,self.is_single = [math.log(b) for _,b in used],len(teacher.members) == 1
     def forward(self, x):
-        if self.alone: return self.members[0](x)
+        if self.is_single: return self.members[0](x)
         return torch.stack([m(x).float().log_softmax(1) + l for m,l in zip(self.members, self.logs)]).logsumexp(0)
 
 def _traceable(net):

@@ -14,7 +14,7 @@ from matplotlib.cbook import normalize_kwargs
 from matplotlib.lines import Line2D
 from ..attacks.pgd import Attack, check_attack
 from ..core import PixelModel, copied, seeded
-from .robustness import make_attack, measure_robustness, robust_flags, showing, wilson
+from .robustness import make_attack, measure_robustness, robust_flags, showing, wilson_interval
 from ..pixel import measured_images, model_device, pixel_model, pixel_stats, unwrap
 from ..progress import check_progress
 from ..sampling import Sample
@@ -65,7 +65,7 @@ def robustness_curve(
             with seeded(seed, model_device(model)): # a network may be random
                 res = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, logits=logits, progress=progress)
             accs[e] = res.results[name]
-    rows = {e: (acc, *wilson(acc, len(x))) for e,acc in accs.items()}
+    rows = {e: (acc, *wilson_interval(acc, len(x))) for e,acc in accs.items()}
     curve = pd.DataFrame.from_dict(rows, orient='index', columns=['accuracy','low','high']).rename_axis('eps')
     curve.attrs.update(attack=attack, norm=norm, n=len(x), seed=seed)
     return curve
@@ -153,16 +153,16 @@ def _attacked(model, x, y, attack, seed, bs):
     device,x_adv = model_device(model),x.clone() # a GPU holds one batch, not all of them
     def take(idx): return x[idx].to(device),y[idx].to(device)
     with seeded(seed, device):
-        stands = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu()
+        is_robust = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu()
                             for idx in torch.arange(len(x), device=x.device).split(bs)])
     parts = attack.parts(model, _logits(model, x[:1]).shape[1]) if isinstance(attack, Attack) else [attack]
     for part in parts: # as `measure_robustness` goes about it
-        for idx in stands.nonzero()[:,0].split(bs):
+        for idx in is_robust.nonzero()[:,0].split(bs):
             if not len(idx): break
             xb,yb = take(idx)
             with seeded(seed + idx[0].item(), device):
                 found = part(model, xb, yb)
-                with torch.no_grad(): stands[idx] = (model(found).argmax(1) == yb).cpu()
+                with torch.no_grad(): is_robust[idx] = (model(found).argmax(1) == yb).cpu()
             x_adv[idx] = found.cpu()
     return x_adv
 

@@ -15,7 +15,7 @@ from ..attacks.autoattack import AutoAttack
 from ..attacks.pgd import FGSM, PGD, check_eps
 from ..core import check_logits, check_targ, frozen, hard_labels, seeded, whole_number
 from .robustness import in_float32, robust_flags, showing
-from ..pixel import beside, measured_images, pixel_model
+from ..pixel import to_model_device, measured_images, pixel_model
 from ..progress import check_progress, counting
 from ..text import counted
 
@@ -68,23 +68,23 @@ def _one_step(model, x, y, eps):
 @symptom('noise', 'Noise breaks images that PGD leaves standing: PGD does not climb here.', 3*20 + 10)
 def _noise(model, x, y, eps):
     with seeded(0, x.device):
-        stands = _flags(model, x, y, PGD(eps, 20))
-        survives = torch.ones_like(stands)
+        is_robust = _flags(model, x, y, PGD(eps, 20))
+        survives = torch.ones_like(is_robust)
         for _ in range(5): survives &= _flags(model, x, y, PGD(eps, steps=0))
-    lost = (stands & ~survives).float().mean().item()
+    lost = (is_robust & ~survives).float().mean().item()
     return (f'{lost:.1%} fall to noise and not to PGD-20; noise leaves {survives.float().mean():.1%}, PGD-20 '
-            f'{stands.float().mean():.1%}', lost > _slack(len(x)))
+            f'{is_robust.float().mean():.1%}', lost > _slack(len(x)))
 
 @symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report '
                                'no number of a gradient attack for this network.', 3*(50+50) + 500)
 def _no_gradient_needed(model, x, y, eps):
     with seeded(0, x.device):
-        stands = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
-        stands &= _flags(model, x, y, PGD(eps, 50, step_size=eps/8, objective='cw'))
-        left = stands.clone()
-        if stands.any():
-            left[stands] = _flags(model, x[stands], y[stands], AutoAttack(eps, version='square', queries=500))
-    lost = (stands & ~left).float().mean().item()
+        is_robust = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
+        is_robust &= _flags(model, x, y, PGD(eps, 50, step_size=eps/8, objective='cw'))
+        left = is_robust.clone()
+        if is_robust.any():
+            left[is_robust] = _flags(model, x[is_robust], y[is_robust], AutoAttack(eps, version='square', queries=500))
+    lost = (is_robust & ~left).float().mean().item()
     return f'Square breaks {lost:.1%} that PGD-50 leaves standing', lost > .02 + _slack(len(x))
 
 def _gradients(model, x, y):
@@ -152,7 +152,7 @@ def check_masking(
     check_progress(progress)
     bs,eps = whole_number('bs', bs, 1),check_eps(eps)
     check_targ(y, name='y')
-    x,y = beside(model, x, hard_labels(y))
+    x,y = to_model_device(model, x, hard_labels(y))
     if len(x) != len(y): raise ValueError(f"`y` has {len(y)} labels for {len(x)} images")
     with torch.no_grad(), frozen(model):
         right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y

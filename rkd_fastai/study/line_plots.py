@@ -7,10 +7,11 @@ __all__ = ['axis_table', 'plot_axis', 'beta_table', 'plot_beta', 'capacity_table
 
 # %% ../../nbs/study/06_line_plots.ipynb #7aec1f82
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from .plots import (accuracy_label, alone, base_near, error_bars, legend_below, looks, panels,
+from .plots import (accuracy_label, baseline_name, base_near, error_bars, legend_below, figure_style,
+                                    panels,
                                     red, star_legend, stars)
 from .results import (NotEnough, accuracy, cells_of, fraction, head, kind_name, make_table,
-                                      methods, one_task, points, rows, said, settings, task)
+                                      methods, one_task, points, rows, format_value, settings, task)
 from .tables import gain_over, hyper, own_students, picks_of, unpaired
 from ..style import colours, markers
 
@@ -30,7 +31,7 @@ def axis_lines(
     cells,robust = cells_of(one_task(rows(df), free=[x]), robust)
     fixed = [c for c in settings if c not in (x, *_with.get(x, []))]
     lines = []
-    for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(['method','teacher','which'],
+    for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(['method','teacher','checkpoint'],
                                                                                 dropna=False, sort=False):
         alike = [o.sort_values([x, robust]).drop_duplicates(x, keep='last')
                  for _,o in g.groupby(fixed, dropna=False, sort=False)]
@@ -52,8 +53,8 @@ def axis_text(x):
 def line_name(o):
     "What the rows of a line have in common, as a text"
     r = o.iloc[0]
-    if r['method'] in methods: return f"{said('method', r['method'])}, {kind_name(r['teacher'])}"
-    return alone(r)
+    if r['method'] in methods: return f"{format_value('method', r['method'])}, {kind_name(r['teacher'])}"
+    return baseline_name(r)
 
 # %% ../../nbs/study/06_line_plots.ipynb #6d1468ee
 def axis_table(
@@ -63,10 +64,10 @@ def axis_table(
 ):
     "Accuracies along one axis, of students and baseline"
     lines,_,robust = axis_lines(df, x, robust)
-    shown = [{'Network': line_name(o), head(x): said(x, r[x]), 'Clean': accuracy(r, 'clean'),
+    shown = [{'Network': line_name(o), head(x): format_value(x, r[x]), 'Clean': accuracy(r, 'clean'),
               head(robust): accuracy(r, robust)} |
              {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–',
-              'Epochs in all': said('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
+              'Epochs in all': format_value('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
     what = (f"Networks trained alike but for the {axis_text(x)}; of several settings the one with the most values, "
             "then the most robust.")
     if rows(df)[x].isna().any():
@@ -86,13 +87,13 @@ def _line_styles(lines):
     for o in lines:
         if o['method'].iloc[0] in methods:
             found.append(dict(color=colours[own % len(colours)], marker=markers[own % len(markers)])); own += 1
-        else: found.append(dict(color=red, marker='*', ls='--' if o['which'].iloc[0] == 'last' else ':'))
+        else: found.append(dict(color=red, marker='*', ls='--' if o['checkpoint'].iloc[0] == 'last' else ':'))
     return found
 
 def _flat(ax, base, c, label=True):
     "The first of `base` as a level line, where it has no value on the axis"
     for _,b in base[:1].iterrows():
-        ax.axhline(100*b[c], color=red, lw=1.2, ls='--', label=alone(b) if label else None)
+        ax.axhline(100*b[c], color=red, lw=1.2, ls='--', label=baseline_name(b) if label else None)
         if pd.notna(b[f'{c}_std']):
             ax.axhspan(100*(b[c]-b[f'{c}_std']), 100*(b[c]+b[f'{c}_std']), color=red, alpha=.15, lw=0)
 
@@ -102,7 +103,7 @@ def _ticks(values):
     if len(values) > 2 and min(values) > 0 and max(steps) > 3*min(steps): return {v: i for i,v in enumerate(values)}
     return {v: v for v in values}
 
-@looks
+@figure_style
 def plot_axis(
     df, # rows of one task, but for `x`
     x, # a setting that is a number, such as 'n' or 'eps', or 'compute'
@@ -120,7 +121,7 @@ def plot_axis(
         for o,style in zip(lines, _line_styles(lines)): _draw_line(ax, o, x, c, at, label=line_name(o), **style)
         _flat(ax, level, c)
         ax.set(xlabel=axis_text(x), ylabel=accuracy_label(c), xticks=list(at.values()),
-               xticklabels=[said(x, v) for v in at])
+               xticklabels=[format_value(x, v) for v in at])
     legend_below(fig, axs[0,0].get_legend_handles_labels()[0], ncols=2)
     fig.set_label(_axis_words(lines, x, robust))
     return fig
@@ -128,8 +129,8 @@ def plot_axis(
 def _axis_words(lines, x, robust):
     ends = lambda o, c: f"{points(o[c].iloc[0])} to {points(o[c].iloc[-1])} %"
     each = [f"{line_name(o)}: {ends(o, 'clean')} clean, {ends(o, robust)} {head(robust)}" for o in lines]
-    return (f"Accuracy along the {axis_text(x)}, from {said(x, lines[0][x].iloc[0])} to "
-            f"{said(x, lines[0][x].iloc[-1])}. {'; '.join(each)}.")
+    return (f"Accuracy along the {axis_text(x)}, from {format_value(x, lines[0][x].iloc[0])} to "
+            f"{format_value(x, lines[0][x].iloc[-1])}. {'; '.join(each)}.")
 
 # %% ../../nbs/study/06_line_plots.ipynb #859d0ad5
 def beta_table(
@@ -147,7 +148,7 @@ def _mixed(df):
         raise NotEnough("has no students of mixed ensembles, such as '2 st, 2 at'")
     return df[mixed | ~df['method'].isin(methods)]
 
-@looks
+@figure_style
 def plot_beta(
     df, # rows of one task
     robust=None, # attack; None means `strongest(df)`
@@ -192,7 +193,7 @@ def capacities(df, robust, baseline, within):
         found.append(dict(width=s['width'].iloc[0]))
         for name,c,row in zip(('clean','robust'), ('clean', robust), chosen):
             if row is not None: found[-1] |= {f'{name}_{k}': v for k,v in gain_over(row, b.iloc[0], c).items()}
-            if row is not None: found[-1][f'{name}_by'] = f"{said('method', row['method'])}, {hyper(row, s)}"
+            if row is not None: found[-1][f'{name}_by'] = f"{format_value('method', row['method'])}, {hyper(row, s)}"
     columns = ['width', *[f'{n}_{w}' for n in ('clean','robust') for w in ('gain','gain_std','by')]]
     found = pd.DataFrame(found).reindex(columns=columns).dropna(subset='width').sort_values('width')
     if found['width'].nunique() < 2: raise NotEnough("has students and a baseline at fewer than two widths")
@@ -212,14 +213,14 @@ def capacity_table(
     gain_of = lambda r, n: points(r[f'{n}_gain'], r[f'{n}_gain_std'],
                                   '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
     left = unpaired(own_students(df), robust, baseline)
-    lines = [{'Layer size': said('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'),
+    lines = [{'Layer size': format_value('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'),
               'RKD-Acc. by': r['clean_by'],
               f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
     return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '
                                  f'in points; ± is the root of both variances.{left}', robust, spread=True)
 
-@looks
+@figure_style
 def plot_capacity(
     df, # rows of several widths
     robust=None, # attack; None means `strongest(df)`

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from .results import (NotEnough, accuracy, cells_of, check_column, head, kind_name, make_table,
-                                      methods, one_task, pareto, points, rows, said, settings, students_of,
-                                      told_apart, varying)
+                                      methods, one_task, pareto, points, rows, format_value, settings, students_of,
+                                      distinguishing_settings, varying)
 from .tables import baseline_of, hyper, nearest
 from ..style import colours, markers
 from ..text import counted
@@ -28,7 +28,7 @@ def stars(i):
     return (dict(marker='*', ms=13, ls='', zorder=6, mew=.9, color=red)
             | (dict(mfc=plt.rcParams['axes.facecolor'], mec=red) if i else dict(mec=plt.rcParams['text.color'])))
 
-def looks(f):
+def figure_style(f):
     "`f`, which draws a figure, in the style of all of them; where it fails none is left open"
     @wraps(f)
     def drawn(*args, **kwargs):
@@ -64,9 +64,9 @@ def front_table(
     if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
     if by: check_column(s, by, 'by')
     fronts = [pareto(o, robust=robust) for _,o in (s.groupby(by, dropna=False, sort=False) if by else [(None, s)])]
-    shown = ['method','teacher','alpha','teacher_epoch', *told_apart(s)]
-    lines = [{head(c): said(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
-             {'Epochs in all': said('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
+    shown = ['method','teacher','alpha','teacher_epoch', *distinguishing_settings(s)]
+    lines = [{head(c): format_value(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
+             {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other "
             f"one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
             "front of all networks in that panel, the baseline's too; through the star that students are compared "
@@ -116,18 +116,19 @@ def _plane(ax, s, base, robust, styles, sizes):
         for line,v in ((ax.axvline, b['clean']), (ax.axhline, b[robust])):
             line(100*v, color=red, lw=.7, ls=':', alpha=.8, zorder=1)
 
-def alone(b):
+def baseline_name(b):
     "The name of a baseline"
-    return f"{said('method', b['method'])} alone, {b['which']} epoch"
+    return f"{format_value('method', b['method'])} alone, {b['which']} epoch"
 
 def star_legend(base):
     "What the stars of baselines mean"
-    return [Line2D([], [], label=alone(b), **(stars(i) | dict(ms=10))) for i,(_,b) in enumerate(base.iterrows())]
+    return [Line2D([], [], label=baseline_name(b), **(stars(i) | dict(ms=10)))
+            for i,(_,b) in enumerate(base.iterrows())]
 
 def _dot_legend(styles, sizes, numbers, color, size, base):
     "What colours, sizes and stars mean; of `numbers` in colour some are enough"
     line = lambda label, **kw: Line2D([], [], ls='', mec=plt.rcParams['text.color'], mew=.4, label=label, **kw)
-    name = lambda c, v: {'teacher_epoch': 'ES ', 'alpha': 'α = '}.get(c, '') + said(c, v)
+    name = lambda c, v: {'teacher_epoch': 'ES ', 'alpha': 'α = '}.get(c, '') + format_value(c, v)
     thin = lambda d: dict(list(d.items())[::max(1, -(-len(d)//6))]) # six at most
     handles = [line(name(color, v), marker=m, color=k, ms=6.5)
                for v,(k,m) in (thin(styles) if numbers else styles).items()]
@@ -141,12 +142,12 @@ def base_near(cells, s, robust, baseline=None):
     try: return nearest(baseline_of(cells, baseline), s['compute'].max(), robust)
     except NotEnough: return cells[:0]
 
-def panels(n_rows, n_cols, wide=2.5, high=2.2, **kwargs):
+def panels(n_rows, n_cols, width=2.5, height=2.2, **kwargs):
     "Figure and axes `(n_rows, n_cols)` that share their scales"
-    return plt.subplots(n_rows, n_cols, figsize=(max(3.9, wide*n_cols+.5), high*n_rows+.9), squeeze=False, **kwargs)
+    return plt.subplots(n_rows, n_cols, figsize=(max(3.9, width*n_cols+.5), height*n_rows+.9), squeeze=False, **kwargs)
 
 # %% ../../nbs/study/05_plots.ipynb #a008531d
-@looks
+@figure_style
 def plot_pareto(
     df, # rows of one task
     color='teacher_epoch', # 'teacher_epoch', 'alpha', 'method' or 'teacher'
@@ -183,7 +184,8 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
               for line,t in zip(axs, down) for ax,m in zip(line, across)]
     for ax,mine,t,m in panels:
         _plane(ax, s[mine & near], base, robust, *looks_of(s[mine & near]))
-        ax.set_title(', '.join([*([said('method', m)] if m else []), *([f'{kind_name(t)} teacher'] if t else [])]))
+        ax.set_title(', '.join([*([format_value('method', m)] if m else []),
+                                *([f'{kind_name(t)} teacher'] if t else [])]))
         if gone := (mine & ~near).sum():
             ax.text(.03, .03, f'{gone} far below', transform=ax.transAxes, fontsize=7.5, alpha=.8)
         if not (mine & near).any() and not gone: ax.text(.5, .5, 'none', transform=ax.transAxes, ha='center')
@@ -219,7 +221,8 @@ def maps(
     for (m,t),g in grids.items():
         if g.duplicated(['alpha','teacher_epoch']).any():
             others = varying(g, [c for c in settings if c not in ('alpha','teacher_epoch')])
-            raise NotEnough(f"has several students of {said('method', m)} and {kind_name(t)} with the same `alpha` "
+            raise NotEnough(f"has several students of {format_value('method', m)} and {kind_name(t)} with the same "
+                            "`alpha` "
                             f"and `teacher_epoch`, which differ in {others}", ': choose one, or take `main(df)`')
     return grids, cells, robust, robust if value == 'robust' else value
 
@@ -233,7 +236,7 @@ def map_table(
     base = base_near(cells, pd.concat(grids.values()), robust)
     stops = sorted({v for g in grids.values() for v in g['teacher_epoch']})
     empty = {f'ES {v:g}': '–' for v in stops}
-    lines = [{'Method': said('method', m), 'Teacher': kind_name(t), 'α': said('alpha', a)} | empty
+    lines = [{'Method': format_value('method', m), 'Teacher': kind_name(t), 'α': format_value('alpha', a)} | empty
              | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
     meaning = 'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'
@@ -265,7 +268,7 @@ def _draw_map(ax, g, c, alphas, stops, cmap, norm):
            yticklabels=[f'{v:g}' for v in alphas])
     return im
 
-@looks
+@figure_style
 def plot_map(
     df, # rows of one task
     value='robust', # 'clean', 'robust' (the strongest attack) or the name of an attack
@@ -280,7 +283,7 @@ def plot_map(
     fig,axs = panels(len(down), len(across), .5*len(stops)+.6, .33*len(alphas)+.5, sharex=True, sharey=True)
     cmap,norm = _map_colours(s[c], base, c)
     for ax,(t,m) in zip(axs.flat, [(t, m) for t in down for m in across]):
-        ax.set_title(f"{said('method', m)}, {kind_name(t)} teacher")
+        ax.set_title(f"{format_value('method', m)}, {kind_name(t)} teacher")
         ax.grid(False)
         if (m,t) in grids: im = _draw_map(ax, grids[m,t], c, alphas, stops, cmap, norm)
         else: ax.text(.5, .5, 'none', transform=ax.transAxes, ha='center')
@@ -293,7 +296,7 @@ def plot_map(
 
 def _map_words(s, c, base):
     top = s.loc[s[c].idxmax()]
-    who = (f"{said('method', top['method'])} with {kind_name(top['teacher'])} teacher, "
+    who = (f"{format_value('method', top['method'])} with {kind_name(top['teacher'])} teacher, "
            f"{hyper(top, s.assign(teacher=''))}")
     words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is {points(top[c])} %, by {who}"
     return words + (f"; white is the baseline’s {points(base.iloc[0][c])} %." if len(base) else '.')

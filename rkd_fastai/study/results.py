@@ -31,8 +31,8 @@ task = ['data','size','augment','eps','n','noise','arch','width'] # only network
 extras = ['lam','T','epochs','lr','bs','schedule','attack','teacher_epochs','teacher_arch']
 settings = [*task, *extras,
             'method','teacher','members','teacher_width','teacher_eps','teacher_epoch',
-            'alpha','beta','which','compile','bf16']
-_texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','which','diverged']
+            'alpha','beta','checkpoint','compile','bf16']
+_texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','checkpoint','diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')
 
@@ -73,7 +73,7 @@ def rows(
     for c in _texts: df[c] = df[c].astype(object).where(df[c].notna() & (df[c] != ''), None)
     for c in df.columns.difference(_texts):
         if c in (*settings, 'seed', 'compute') or _measured.fullmatch(str(c)): df[c] = _numbers(df[c], c)
-    df['which'] = df['which'].fillna('last')
+    df['checkpoint'] = df['checkpoint'].fillna('last')
     df['members'] = df['members'].fillna(df['teacher'].map(_members).astype(float))
     df['teacher_epoch'] = df['teacher_epoch'].fillna(df['teacher_epochs'])
     return df.assign(compute=df['compute'].fillna(df['epochs']
@@ -176,7 +176,8 @@ _heads = dict(data='Data', size='Image size', augment='Augmentation', n='Trainin
               schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled',
               bf16='bfloat16',
               teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
-              which='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
+              checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW',
+              fgsm='FGSM')
 
 def fraction(x):
     "1/16 rather than 0.0625"
@@ -198,7 +199,7 @@ def head(c):
     m = re.fullmatch(r'pgd(.+)', c)
     return f"PGD-{m[1].replace('x', '×')}" if m else _heads.get(c, c)
 
-def said(c, v):
+def format_value(c, v):
     "Value `v` of column `c` as a text"
     if pd.isna(v): return 'usual' if c in ('augment','size') else '–'
     if c == 'augment' and v == 'none': return 'no'
@@ -226,7 +227,7 @@ def accuracy(cell, c):
 def span(df, c):
     "The values of column `c` as a text: all up to three of them, else from the least to the greatest"
     values = sorted(df[c].dropna().unique()) if c in df else []
-    shown = [said(c, v) for v in values]
+    shown = [format_value(c, v) for v in values]
     return ', '.join(shown) if len(shown) <= 3 else f'{shown[0]} to {shown[-1]}'
 
 def _images(df, names):
@@ -281,7 +282,7 @@ def make_table(lines, df, what, robust, spread=False, **attrs):
     table.attrs.update(caption=caption(df, what, robust, spread), **attrs)
     return table
 
-def told_apart(df):
+def distinguishing_settings(df):
     "Those settings of students that tables say where they differ, besides method, teacher, α and stopping epoch"
     return varying(df, [*extras, 'beta']) + ['teacher_width']*(wider(df).nunique() > 1)
 

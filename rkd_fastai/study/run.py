@@ -172,17 +172,17 @@ def _described(card_path, path):
     "Card and network of the checkpoint `path`: no larger a one than the checkpoint is"
     with _read_from(card_path):
         card = read_json(card_path)
-        told = [card[k] for k in ('arch','width','n_in','n_out')]
+        settings = [card[k] for k in ('arch','width','n_in','n_out')]
     sizes = {n for t in tensors_in(read_state(path)) for n in t.shape}
-    with _read_from(card_path): return card, _network(card, told, path, sizes)
+    with _read_from(card_path): return card, _network(card, settings, path, sizes)
 
-def _network(card, told, path, sizes):
+def _network(card, settings, path, sizes):
     "The network that the card tells of, where the checkpoint has tensors of these `sizes`"
     if not {card['n_in'], card['n_out']} <= sizes:
         raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
-    if told[0] in ('cifar_resnet18', 'resnet18') or str(told[0]).startswith('wrn-'): # timm's are of one size
-        with torch.device('meta'): fitting_state(path, make_net(*told))
-    return make_net(*told)
+    if settings[0] in ('cifar_resnet18', 'resnet18') or str(settings[0]).startswith('wrn-'): # timm's are of one size
+        with torch.device('meta'): fitting_state(path, make_net(*settings))
+    return make_net(*settings)
 
 def _found(path):
     "Checkpoint, card and the network to load it into, of a run folder or of one checkpoint in it"
@@ -238,10 +238,10 @@ def held_out_digest(
 def describe_run(
     recipe, # a `Recipe`
     dls, # its DataLoaders
-    told, # dict of what else the card is to say; `arch` and `width` are needed to build the network again
+    settings, # dict of what else the card is to say; `arch` and `width` are needed to build the network again
 )->dict:
     "A run's card: what was told, and what that came to"
-    return told | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
+    return settings | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
                        bs=dls.train.bs,
                        images={k: len(dl.dataset) for k,dl in zip(('train','valid','test'), dls.loaders)},
                        held_out=held_out_digest(dls),

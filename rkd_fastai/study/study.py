@@ -24,7 +24,7 @@ from .cells import cell_dls, eval_images, has_test_split, seconds
 from .config import (Cell, betas, cell_from, read_study, recipe_of, settings_of, short_hash,
                                      teachers_of)
 from .report import views, write_report
-from .results import NotEnough, cells_of, head, main, measured, pareto, points, said
+from .results import NotEnough, cells_of, head, main, measured, pareto, points, format_value
 from .run import data_names, describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from ..teachers import Teacher
 from ..text import counted, say
@@ -50,7 +50,7 @@ def _read_results(path):
     "What was measured of the cell whose folder `path` is in; {} where the file is not whole, or of another cell"
     res = _read_json(path)
     try:
-        found = [v for which in ('last','best') for v in res.get(which, {}).values()]
+        found = [v for checkpoint in ('last','best') for v in res.get(checkpoint, {}).values()]
         whole = (cell_from(res['cell']).id == path.parent.name
                  and all(type(v['accuracy']) is float and type(v['n']) is int and len(v['asked']) == 2 for v in found))
     except (KeyError, TypeError, ValueError, AttributeError): whole = False
@@ -106,8 +106,8 @@ class Study:
         base = Path() if isinstance(self.spec, dict) else Path(self.spec).parent
         folder = (base/Path(c.data).expanduser()).resolve()
         if not folder.is_dir():
-            told = 'the study' if isinstance(self.spec, dict) else self.spec
-            raise ValueError(f"`data` of {told} is {c.data!r}, but there is no folder {folder}: name a folder of "
+            settings = 'the study' if isinstance(self.spec, dict) else self.spec
+            raise ValueError(f"`data` of {settings} is {c.data!r}, but there is no folder {folder}: name a folder of "
                              f"images, from the study's own, or one of {data_names}")
         return replace(c, data=str(folder))
 
@@ -121,20 +121,20 @@ class Study:
         c, # `Cell`
     ):
         "Is a cell trained and measured, or has it diverged?"
-        return bool(self.results(c).get('diverged')) or not self._lacking(c)
+        return bool(self.results(c).get('diverged')) or not self._missing(c)
 
 # %% ../../nbs/study/08_study.ipynb #b192bdac
 def _n(measure, attack): return measure['n_autoattack' if attack == 'autoattack' and measure['n_autoattack'] else 'n']
 
 @patch
-def _lacking(self:Study, c):
+def _missing(self:Study, c):
     "What is still to be measured: `(which, n)` and names of attacks"
     res,out = self.results(c),{}
-    for which in ['last', 'best'] if self.measure['best'] and not c.has_teacher else ['last']:
+    for checkpoint in ['last', 'best'] if self.measure['best'] and not c.has_teacher else ['last']:
         for a in self.measure['attacks']:
-            n,done = _n(self.measure, a), res.get(which, {}).get(a)
+            n,done = _n(self.measure, a), res.get(checkpoint, {}).get(a)
             if not done or done['asked'] != [n, self.measure['seed']] or done.get('fast', True) != self._fast(a):
-                out.setdefault((which, n), []).append(a)
+                out.setdefault((checkpoint, n), []).append(a)
     return out
 
 @patch
@@ -142,11 +142,11 @@ def _lacking(self:Study, c):
 def _fast(self:Study, attack): return self.measure['fast'] or attack not in ('autoattack','apgd','square')
 
 @patch
-def _model(self:Study, c, which='last'):
+def _model(self:Study, c, checkpoint='last'):
     "The network of a cell, or its teachers"
     if c.method == 'teacher': return self._teacher(c)
     folder = self.folder(c)
-    return load_run(folder/(f'epoch_{best_epoch(folder)}.pth' if which == 'best' else 'model.pth'))[0]
+    return load_run(folder/(f'epoch_{best_epoch(folder)}.pth' if checkpoint == 'best' else 'model.pth'))[0]
 
 @patch
 def _teacher(self:Study, c):
@@ -158,20 +158,20 @@ def _teacher(self:Study, c):
 def _measure_cell(self:Study, c, label):
     "Attack a cell's network by all that is lacking, and write down each result as it comes"
     folder,seed,found = self.folder(c),self.measure['seed'],self.with_images(c)
-    for (which,n),attacks in self._lacking(c).items():
-        state = folder/f"state_{short_hash(json.dumps([which, n, attacks, self.measure]))}.json"
+    for (checkpoint,n),attacks in self._missing(c).items():
+        state = folder/f"state_{short_hash(json.dumps([checkpoint, n, attacks, self.measure]))}.json"
         line = Line(label)
         x,y,sample = eval_images(found, self.path, n, seed)
-        r = measure_robustness(self._model(c, which).to(default_device()), x, y, attacks, c.eps, seed=seed,
+        r = measure_robustness(self._model(c, checkpoint).to(default_device()), x, y, attacks, c.eps, seed=seed,
                                state_path=state,
                                bs=self.measure['bs'], fast=self.measure['fast'], progress=line.progress, sample=sample)
         line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items())
-                    + ('' if which == 'last' else f', epoch {best_epoch(folder)}'))
+                    + ('' if checkpoint == 'last' else f', epoch {best_epoch(folder)}'))
         res = self.results(c)
-        res.setdefault(which, {}).update({k: v | dict(asked=[n, seed], fast=self._fast(k), n=r.n,
+        res.setdefault(checkpoint, {}).update({k: v | dict(asked=[n, seed], fast=self._fast(k), n=r.n,
                                                       sample=sample.to_dict())
                                           for k,v in r.to_dict()['results'].items()})
-        if which == 'best': res['best_epoch'] = best_epoch(folder)
+        if checkpoint == 'best': res['best_epoch'] = best_epoch(folder)
         self._write(c, res)
         state.unlink(missing_ok=True)
 
@@ -184,9 +184,9 @@ def _write(self:Study, c, res):
 def _train(self:Study, c, label):
     "Train a cell, or a teacher, unless that is done"
     out,recipe,found = self.folder(c),recipe_of(c),self.with_images(c)
-    dls,told = cell_dls(found, self.path),{k: getattr(found, k)
+    dls,settings = cell_dls(found, self.path),{k: getattr(found, k)
                                            for k in ('data','size','n','arch','width','eps','seed','epochs')}
-    card = describe_run(recipe, dls, told | dict(lr=c.lr or recipe.lr_for(dls), cell=settings_of(c)))
+    card = describe_run(recipe, dls, settings | dict(lr=c.lr or recipe.lr_for(dls), cell=settings_of(c)))
     keep = (math.gcd(c.epochs, *self.teachers[c]) if c in self.teachers else 1
             if self.measure['best'] and not c.distils else None)
     kwargs = dict(teacher=self._teacher(c)) if c.distils else {}
@@ -250,7 +250,7 @@ def work(self:Study,
         if self.is_done(c): continue
         first = [t for t in teachers_of(c) if t not in seen and not self._has(t)]
         seen.update(first)
-        asked = [(a, n) for (_,n),attacks in self._lacking(c).items() for a in attacks]
+        asked = [(a, n) for (_,n),attacks in self._missing(c).items() for a in attacks]
         train = c.method != 'teacher' and not self._has(c)
         out[c] = (sum(seconds(self.with_images(t), self.path) for t in first)
                   + seconds(self.with_images(c), self.path, train, asked, self.measure['fast']))
@@ -262,12 +262,12 @@ def _teacher_eps(c):
     eps = {r.attack.eps if r.attack else 0. for r in map(recipe_of, teachers_of(c))}
     return eps.pop() if len(eps) == 1 else None
 
-def _row(c, res, which):
+def _row(c, res, checkpoint):
     "A cell's settings and accuracies, as tables want them"
-    r = res.get(which, {})
+    r = res.get(checkpoint, {})
     n = len(teachers_of(c))
     d = (dict(id=c.id, clean=None) | asdict(c)
-         | dict(teacher_eps=_teacher_eps(c), which=which, members=n, diverged=res.get('diverged'),
+         | dict(teacher_eps=_teacher_eps(c), checkpoint=checkpoint, members=n, diverged=res.get('diverged'),
                 compute=(c.epochs or 0) + n*(c.teacher_epoch or 0)))
     samples = {k: v.get('sample', {}) for k,v in r.items()}
     splits = {s.get('split') for s in samples.values()} - {None}
@@ -283,8 +283,9 @@ def read_rows(
     if not (Path(folder)/'study.json').is_file():
         raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
     found = [res for f in sorted(Path(folder).glob('cells/*/results.json')) if (res := _read_results(f))]
-    return pd.DataFrame([_row(cell_from(res['cell']), res, which) for res in found for which in ('last','best')
-                         if which in res or (which == 'last' and res.get('diverged'))])
+    return pd.DataFrame([_row(cell_from(res['cell']), res, checkpoint) for res in found
+                         for checkpoint in ('last','best')
+                         if checkpoint in res or (checkpoint == 'last' and res.get('diverged'))])
 
 @patch
 def to_df(self:Study):
@@ -293,10 +294,10 @@ def to_df(self:Study):
     return rows[rows.id.isin(order)].sort_values('id', key=lambda ids: ids.map(order),
                                                  kind='stable').reset_index(drop=True) if len(rows) else rows
 
-def _said(c, varied):
+def _cell_text(c, varied):
     "A cell in a few words: its method, and what differs within the study"
     words = [c.method, *([f'{c.teacher}@{c.teacher_epoch}'] if c.teacher else [])]
-    return ' '.join(words + [f'{k} {said(k, v)}' for k in varied if (v := getattr(c, k)) is not None])
+    return ' '.join(words + [f'{k} {format_value(k, v)}' for k in varied if (v := getattr(c, k)) is not None])
 
 @patch
 def varied(self:Study):
@@ -316,7 +317,7 @@ def plan(self:Study)->pd.DataFrame:
     "What `run` would do, and about how long it would take one process here: a row per cell"
     work = self.work()
     varied = self.varied()
-    rows = [dict(cell=_said(c, varied), teachers=len(teachers_of(c)), state=_state(self, c),
+    rows = [dict(cell=_cell_text(c, varied), teachers=len(teachers_of(c)), state=_state(self, c),
                  seconds=math.ceil(work.get(c, 0))) for c in self.cells]
     return pd.DataFrame(rows)
 
@@ -325,9 +326,9 @@ def plan_text(
 )->str:
     "A line for each cell with its time, and the time of all"
     cells,times = plan['cell'],plan['seconds'].map(clock)
-    wide,late = cells.str.len().max(),times.str.len().max()
+    width,late = cells.str.len().max(),times.str.len().max()
     left = int(plan['seconds'].sum())
-    return '\n'.join([f'{c:<{wide}}  {t:>{late}}{f"  {s}" if s else ""}'
+    return '\n'.join([f'{c:<{width}}  {t:>{late}}{f"  {s}" if s else ""}'
                       for c,t,s in zip(cells, times, plan['state'])] +
                      [counted(len(plan), 'cell') + (f', about {clock(left)} for one process here, teachers included'
                                                     if left else ', nothing left to do')])
@@ -348,10 +349,10 @@ def _company(study, n, cell):
     threads,before = max((os.cpu_count() or 1)//n, 1),torch.get_num_threads()
     code = ('import json,sys; from rkd_fastai.study import Study; spec,out,path,cell = json.loads(sys.argv[1]); '
             'Study(spec, out, path).run(cell)')
-    told,env = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell]),os.environ | dict(
+    settings,env = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell]),os.environ | dict(
         OMP_NUM_THREADS=str(threads))
     logs = [open(study.out/f'process_{k}.log', 'w') for k in range(2, n+1)]
-    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, told], stdout=f, stderr=f, env=env)
+    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, settings], stdout=f, stderr=f, env=env)
               for f in logs]
     if n > 1: torch.set_num_threads(threads)
     try: yield
@@ -398,9 +399,9 @@ class _Table:
     def __init__(self, study, cells):
         self.study,self.cells,self.n,self.varied,self.work = study,cells,0,study.varied(),study.work(cells)
         self.start,self.all = time.time(),sum(self.work.values())
-        self.wide = max((len(_said(c, self.varied)) for c in cells), default=0)
+        self.width = max((len(_cell_text(c, self.varied)) for c in cells), default=0)
 
-    def label(self, c): return f'{self.n+1}/{len(self.cells)} {_said(c, self.varied)}'
+    def label(self, c): return f'{self.n+1}/{len(self.cells)} {_cell_text(c, self.varied)}'
 
     def done(self, c):
         self.n += 1
@@ -409,27 +410,28 @@ class _Table:
         left = f', about {clock(spent*left/(self.all-left))} left' if had and left else ''
         found = ('diverged: ' + res['diverged'] if res.get('diverged')
                  else '  '.join(f"{k} {v['accuracy']:.1%}" for k,v in res.get('last', {}).items()))
-        say(f'{self.n:>4}/{len(self.cells)}  {_said(c, self.varied):<{self.wide}}  {found}  ({clock(spent)}{left})')
+        say(f'{self.n:>4}/{len(self.cells)}  '
+            f'{_cell_text(c, self.varied):<{self.width}}  {found}  ({clock(spent)}{left})')
 
 # %% ../../nbs/study/08_study.ipynb #a132d7c2
 def pareto_text(
     df, # from `read_rows`
-    wide=64, # columns of the plot
-    high=14, # its lines
+    width=64, # columns of the plot
+    height=14, # its lines
 ):
     "Clean against robust accuracy of the main task as text, a mark for each mean over the seeds"
     df,robust = cells_of(main(df))
     df = df[df['method'] != 'teacher'].reset_index(drop=True)
     front,(x,y) = pareto(df, robust=robust).index,(df['clean'],df[robust])
-    cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,wide),(y,high)))
-    grid = [[' ']*wide for _ in range(high)]
+    cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,width),(y,height)))
+    grid = [[' ']*width for _ in range(height)]
     own = ~df['method'].isin(list(distil_methods))
     for i in [*df.index[~df.index.isin(front)], *front, *df.index[own]]:
         grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
-    side = [f'{points(y.max()):>5} ┤', *['      │']*(high-2), f'{points(y.min()):>5} ┤']
+    side = [f'{points(y.max()):>5} ┤', *['      │']*(height-2), f'{points(y.min()):>5} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
-    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*wide,
-                      f"       {points(x.min()):<4}{'clean, %':^{wide-8}}{points(x.max()):>4}",
+    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*width,
+                      f"       {points(x.min()):<4}{'clean, %':^{width-8}}{points(x.max()):>4}",
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
 def hours(
@@ -438,8 +440,8 @@ def hours(
     "A sentence on what all that is there took"
     folder = Path(folder)
     train = sum(train_seconds(f.parent) for f in folder.glob('*/*/history.csv'))
-    found = [v for f in folder.glob('cells/*/results.json') for which in ('last','best')
-             for v in _read_results(f).get(which, {}).values()]
+    found = [v for f in folder.glob('cells/*/results.json') for checkpoint in ('last','best')
+             for v in _read_results(f).get(checkpoint, {}).values()]
     return (f"Training took {train/3600:.2f} hours, attacking {sum(v.get('seconds', 0) for v in found)/3600:.2f}, the "
             "times of all processes added up.")
 

@@ -9,8 +9,8 @@ __all__ = ['select', 'own_students', 'table2', 'gains', 'gain', 'table3', 'table
 import numpy as np, pandas as pd
 from ..core import check_fraction
 from .results import (NotEnough, accuracy, cells_of, extras, head, key_of, kind_name,
-                                      make_table, measures, methods, one_task, points, rows, said, students_of,
-                                      task, told_apart, varying, wider)
+                                      make_table, measures, methods, one_task, points, rows, format_value, students_of,
+                                      task, distinguishing_settings, varying, wider)
 from ..text import counted
 
 # %% ../../nbs/study/04_tables.ipynb #0ef239b5
@@ -31,7 +31,7 @@ def baseline_of(cells, baseline=None):
 def nearest(base, compute, robust):
     "Those of `base` nearest in compute; the more robust one of last and best epoch comes first, of equals the last"
     far = (base['compute'] - compute).abs().fillna(np.inf)
-    near = base[far == far.min()].assign(last=lambda o: o['which'] == 'last')
+    near = base[far == far.min()].assign(last=lambda o: o['checkpoint'] == 'last')
     return near.sort_values([robust, 'last'], ascending=False, kind='stable').drop(columns='last')
 
 def pairs_of(cells, baseline=None):
@@ -55,8 +55,8 @@ def _best(s, by, then): return s.sort_values([by, then], ascending=False, kind='
 def compute_text(row, base):
     "Epochs in all, marked where they are more than 10 % fewer (†) or more (‡) than the baseline's"
     a,b = row['compute'],base['compute']
-    if pd.isna(a) or pd.isna(b): return said('compute', a)
-    return f"{said('compute', a)}{' ‡' if a > 1.1*b + 1e-9 else ' †' if a < .9*b - 1e-9 else ''}"
+    if pd.isna(a) or pd.isna(b): return format_value('compute', a)
+    return f"{format_value('compute', a)}{' ‡' if a > 1.1*b + 1e-9 else ' †' if a < .9*b - 1e-9 else ''}"
 
 def spread(cell, c):
     """What chance does to the accuracy `c`: its standard deviation over seeds; of one seed that over test images;
@@ -75,9 +75,9 @@ _marks = "† more than 10 % fewer epochs in all than the baseline, ‡ more tha
 def hyper(row, among):
     "The hyperparameters of a student, those that differ `among` the students and always α and ES"
     stopped = pd.notna(row['teacher_epoch']) and not row['teacher_epoch'] >= row['teacher_epochs']
-    texts = [f"ES={row['teacher_epoch']:g}" if stopped else 'no ES', f"α={said('alpha', row['alpha'])}"]
-    more = [c for c in told_apart(among[among['method'] == row['method']]) if pd.notna(row[c])]
-    texts += [f'{head(c)}={said(c, row[c])}' for c in more]
+    texts = [f"ES={row['teacher_epoch']:g}" if stopped else 'no ES', f"α={format_value('alpha', row['alpha'])}"]
+    more = [c for c in distinguishing_settings(among[among['method'] == row['method']]) if pd.notna(row[c])]
+    texts += [f'{head(c)}={format_value(c, row[c])}' for c in more]
     return ', '.join(texts + ([kind_name(row['teacher'])] if among['teacher'].nunique() > 1 else []))
 
 def _choose(s, base, robust, within):
@@ -102,17 +102,17 @@ def _about(df, s, baselines):
 
 def _teacher_line(b, names, more, used):
     "The line of a baseline, in whose settings `more` baselines differ"
-    how = ', '.join([said('method', b['method']), *(f'{head(c).lower()} {said(c, b[c])}' for c in more),
+    how = ', '.join([format_value('method', b['method']), *(f'{head(c).lower()} {format_value(c, b[c])}' for c in more),
                      *used*['compared with']])
     return ({'Method': f"Only teacher, {b['which']} epoch"} | {head(c): accuracy(b, c) for c in names} |
-            {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': said('compute', b['compute'])})
+            {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': format_value('compute', b['compute'])})
 
 def _student_line(label, row, base, names, among, none):
     "The line of a student, or of there being `none`"
     if row is None:
         return {'Method': label} | {head(c): '–' for c in names} | {'Best loss': '–', 'Hyperparameters': none}
     return ({'Method': label} | {head(c): accuracy(row, c) for c in names} |
-            {'Best loss': said('method', row['method']), 'Hyperparameters': hyper(row, among),
+            {'Best loss': format_value('method', row['method']), 'Hyperparameters': hyper(row, among),
              'Epochs in all': compute_text(row, base)})
 
 # %% ../../nbs/study/04_tables.ipynb #e2bfee86
@@ -128,11 +128,12 @@ def select(
     stronger = (found := measures(everyone))[1:found.index(robust)] if robust in measures(everyone) else []
     lines,vary,names = [], varying(everyone, task), ['clean', robust, *stronger]
     for s,bases,chosen in picks:
-        of_task = [_teacher_line(b, names, told_apart(bases), used=not i) for i,(_,b) in enumerate(bases.iterrows())]
+        of_task = [_teacher_line(b, names, distinguishing_settings(bases), used=not i)
+                   for i,(_,b) in enumerate(bases.iterrows())]
         for label,row,other in zip(('RKD-Acc.','RKD-Rob.'), chosen, (head(robust), 'clean')):
             of_task.append(_student_line(label, row, bases.iloc[0], names, everyone,
                                          f'none: every student loses more than {100*within:g} points {other}'))
-        lines += [{head(c): said(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
+        lines += [{head(c): format_value(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
     among = (f"; chosen by {head(robust)} and these very numbers among {counted(len(everyone), 'setting')}, which "
              "flatters them a little" if len(everyone) > 1 else '')
     what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust than the "
@@ -165,7 +166,7 @@ def gains(
     robust=None, # attack; None means `strongest(df)`
 ):
     """`over_seeds(df)` of the students, and the attack. Its further columns are `clean_gain` and `robust_gain`, their
-    standard deviations (`clean_gain_std`), `baseline_compute`, and `dear`: is a student's more than 10 % above it?"""
+    standard deviations (`clean_gain_std`), `baseline_compute`, and `exceeds_compute`: is a student's more than 10 % above it?"""
     cells,robust = cells_of(df, robust)
     found = []
     for s,bases in pairs_of(cells, baseline):
@@ -174,13 +175,13 @@ def gains(
             new = {f'{name}_{k}': v for name,c in (('clean','clean'),('robust',robust))
                    for k,v in gain_over(row, b, c).items()}
             found.append(dict(row, **new, baseline=b['method'], baseline_compute=b['compute'],
-                              mark=compute_text(row, b), dear=row['compute'] > 1.1*b['compute'] + 1e-9))
+                              mark=compute_text(row, b), exceeds_compute=row['compute'] > 1.1*b['compute'] + 1e-9))
     return pd.DataFrame(found), robust
 
 def _won(g, name): return np.sign(g[f'{name}_gain'])*(g[f'{name}_gain'].abs() > g[f'{name}_gain_std'] + 1e-9)
 
-def _result(c, r, dear):
-    if dear and max(c, r) > 0:
+def _result(c, r, exceeds_compute):
+    if exceeds_compute and max(c, r) > 0:
         return 'bought with more epochs' + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
     if c > 0 and r > 0: return 'better in both'
     if c > 0 or r > 0:
@@ -196,14 +197,14 @@ _unset = dict(size='at the usual image size', n='with all training images')
 def _name(s, g):
     "The task of the students `s` by all that differs among those of all students `g`"
     first = s.iloc[0]
-    text = lambda c: _unset[c] if c in _unset and pd.isna(first[c]) else _where[c].format(said(c, first[c]))
+    text = lambda c: _unset[c] if c in _unset and pd.isna(first[c]) else _where[c].format(format_value(c, first[c]))
     return ', '.join(map(text, varying(g, task))) or 'here'
 
 def _outcome(g, name, other, within, where):
     """Whether a student of one task wins in `name` without losing `within` in `other`, at the baseline's compute or
     less; and a text"""
-    if g['dear'].all(): return False, f'{where} (all took more than 10 % more epochs)'
-    held = g[~g['dear'] & (g[f'{other}_gain'] >= -within - 1e-9)]
+    if g['exceeds_compute'].all(): return False, f'{where} (all took more than 10 % more epochs)'
+    held = g[~g['exceeds_compute'] & (g[f'{other}_gain'] >= -within - 1e-9)]
     if not len(held): return False, f'{where} (none keeps the other accuracy to within {100*within:g} points)'
     wins = held[_won(held, name) > 0]
     top = (wins if len(wins) else held).sort_values(f'{name}_gain').iloc[-1]
@@ -231,12 +232,12 @@ def gain(
     check_fraction(within=within)
     g,robust = gains(df, baseline, robust)
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
-    shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *told_apart(g)]
+    shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *distinguishing_settings(g)]
     gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
                            for name,label in (('clean','Clean'),('robust',head(robust)))}
-    lines = [{head(c): said(c, r[c]) for c in shown} | gain_text(r)
-             | {'Epochs in all': r['mark'], 'Baseline’s': said('compute', r['baseline_compute']),
-             'Result': _result(c, rob, r['dear'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'),
+    lines = [{head(c): format_value(c, r[c]) for c in shown} | gain_text(r)
+             | {'Epochs in all': r['mark'], 'Baseline’s': format_value('compute', r['baseline_compute']),
+             'Result': _result(c, rob, r['exceeds_compute'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'),
                                                                           _won(g, 'robust'))]
     what = ("Student less the baseline nearest in compute, of whose last and best epoch the more robust one is taken. "
             "Of a difference ± is the root of both variances; "
@@ -253,7 +254,8 @@ def _floor(cells, robust, within, baseline):
     except NotEnough:
         return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
-    return (b[robust] - within, f"For comparison, {said('method', b['method'])} without a teacher ({b['which']} "
+    return (b[robust] - within, f"For comparison, {format_value('method', b['method'])} without a teacher "
+                                f"({b['which']} "
                                 f"epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}.")
 
 def _for_kind(s, kind, robust, floor):
@@ -293,10 +295,11 @@ def table3(
                         "compare")
     lines = []
     for kind,of_kind in sorted(s.groupby('teacher', sort=False), key=lambda o: _teacher_eps(o[1], o[0])):
-        line = {'Teacher training': kind_name(kind), 'ε of the teacher': said('eps', _teacher_eps(of_kind, kind))}
+        line = {'Teacher training': kind_name(kind), 'ε of the teacher': format_value('eps', _teacher_eps(of_kind,
+                                                                                                          kind))}
         for m in methods:
             if (s['method'] == m).any():
-                line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, said('method', m), s)
+                line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, format_value('method', m), s)
         lines.append(line)
     return make_table(lines, df, f'One student per kind of teacher. {_rule(within)} {comparison}', robust)
 
@@ -332,7 +335,7 @@ def table5(
         one = s[(s['method'] == m) & (s['kind'] == kind) & (s['members'] == 1)]
         if not len(one): continue
         one,many = _common(one, many)
-        start = {'Method': said('method', m), 'Teacher training': kind_name(kind)}
+        start = {'Method': format_value('method', m), 'Teacher training': kind_name(kind)}
         lines.append(start | _chosen(one, kind, robust, floor, '1 model', s)
                      | _chosen(many, kind, robust, floor, f'{k:g} models', s))
     if not lines: raise NotEnough("has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
@@ -343,7 +346,7 @@ def _as_they_are(df, shown, what, robust):
     """A line for each of the networks `df`: its settings, those that the function `shown` names, and its accuracy by
     every attack"""
     cells,robust = cells_of(df, robust)
-    lines = [{head(c): said(c, r[c]) for c in shown(cells)} | {head(c): accuracy(r, c) for c in measures(cells)}
+    lines = [{head(c): format_value(c, r[c]) for c in shown(cells)} | {head(c): accuracy(r, c) for c in measures(cells)}
              for _,r in cells.iterrows()]
     return make_table(lines, df, what, robust)
 
@@ -367,5 +370,5 @@ def baselines(
     df = rows(df)
     df = df[~df['method'].isin([*methods, 'teacher'])]
     if not len(df): raise NotEnough("has no network trained without a teacher: rows whose `method` is 'at' or 'trades'")
-    shown = lambda cells: [*varying(cells, task), 'method', 'which', *told_apart(cells), 'compute']
+    shown = lambda cells: [*varying(cells, task), 'method', 'checkpoint', *distinguishing_settings(cells), 'compute']
     return _as_they_are(df, shown, 'Networks trained without a teacher: what students are compared with.', robust)

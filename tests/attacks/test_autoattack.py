@@ -198,12 +198,12 @@ def test_fast_is_plain(which, eps, n, request, test_images):
         fast = AutoAttack(eps, fast=True, bs=100)(net, x, y)
         flags = right(net, AutoAttack(eps, bs=100)(net, x, y), y)
         once_more = right(net, AutoAttack(eps, version='apgd-ce', bs=100)(net, x, y), y)
-    stands = right(net, fast, y)
-    assert (stands & ~flags).sum() <= n/1000 and 0 < flags.sum() < n
-    assert (flags & ~stands).sum() <= n/100 # it may find more: what falls has fallen on the plain model
+    is_robust = right(net, fast, y)
+    assert (is_robust & ~flags).sum() <= n/1000 and 0 < flags.sum() < n
+    assert (flags & ~is_robust).sum() <= n/100 # it may find more: what falls has fallen on the plain model
     assert (fast - x).abs().max() <= eps + 1e-6 and 0 <= fast.min() and fast.max() <= 1
-    assert torch.equal(fast[stands], x[stands])
-    assert not (stands & ~once_more).any()
+    assert torch.equal(fast[is_robust], x[is_robust])
+    assert not (is_robust & ~once_more).any()
 
 @contextmanager
 def wearing(model, forward):
@@ -231,11 +231,11 @@ def test_what_falls_on_the_fast_model_alone_is_searched_for_again(forward, robus
     want = right(robust_net, AutoAttack(.1, bs=12)(robust_net, x, y), y)
     asked = wrong_model(monkeypatch, forward)
     fast = AutoAttack(.1, fast=True, bs=12)(robust_net, x, y)
-    stands = right(robust_net, fast, y)
+    is_robust = right(robust_net, fast, y)
     assert asked and 0 < want.sum() < 30
-    assert (stands & ~want).sum() <= 3 and torch.equal(fast[stands], x[stands])
+    assert (is_robust & ~want).sum() <= 3 and torch.equal(fast[is_robust], x[is_robust])
     assert torch.equal(measure_robustness(robust_net, x, y, 'autoattack', .1, bs=12, fast=True).flags['autoattack'],
-                       stands)
+                       is_robust)
 
 def test_all_that_falls_on_the_fast_model_is_searched_for_again(robust_net, test_images, monkeypatch, short):
     """Where the faster model is wrong about everything, every part is done on the plain one, if with other random
@@ -309,12 +309,13 @@ def test_an_ensemble_that_only_the_transfer_part_breaks(robust_net, plain_net, t
     before, rng = snapshot.take(model), torch.get_rng_state()
     with shorter(20, 100):
         aa = AutoAttack(.1, bs=17)
-        stands = right(model, x, y); n = stands.sum().item()
-        for part in aa.parts(model, 10)[:-1]: stands[stands.clone()] = robust_flags(model, x[stands], y[stands], part)
+        is_robust = right(model, x, y); n = is_robust.sum().item()
+        for part in aa.parts(model, 10)[:-1]:
+            is_robust[is_robust.clone()] = robust_flags(model, x[is_robust], y[is_robust], part)
         x_adv = aa(model, x, y)
         r = measure_robustness(model, x, y, 'autoattack', .1, bs=17)
     got = right(model, x_adv, y)
-    assert got.sum() < stands.sum() < n and not (got & ~stands).any(), 'the transfer part breaks more'
+    assert got.sum() < is_robust.sum() < n and not (got & ~is_robust).any(), 'the transfer part breaks more'
     assert torch.equal(r.flags['autoattack'], got) and 'transfer' in r.attacks['autoattack'][-1]
     assert ((x_adv - x).abs().max() <= .1 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
             and torch.equal(x_adv[got], x[got]))

@@ -225,11 +225,11 @@ def test_the_same_images_fall(name, which, eps, request, test_images):
     x, y = right_ones(net, test_images, 80)
     mine, their, kwargs = searches[name]
     got = mine(net, x, y, eps, **kwargs)
-    stands = right(net, got, y)
-    assert torch.equal(stands, right(net, their(net, x, y, eps, **kwargs), y))
-    assert 0 < stands.sum() < 80
+    is_robust = right(net, got, y)
+    assert torch.equal(is_robust, right(net, their(net, x, y, eps, **kwargs), y))
+    assert 0 < is_robust.sum() < 80
     assert distance(got, x).max() <= eps + 1e-6 and 0 <= got.min() and got.max() <= 1
-    assert torch.equal(got[stands], x[stands]), 'where nothing is found, the image itself'
+    assert torch.equal(got[is_robust], x[is_robust]), 'where nothing is found, the image itself'
 
 
 # --- the losses ---
@@ -359,9 +359,9 @@ def test_any_images(name, shape, n_out, eps, snapshot):
     assert (x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
             and x_adv.data_ptr() != x.data_ptr())
     assert 0 <= x_adv.min() and x_adv.max() <= 1 and distance(x_adv, x).max() <= eps + 1e-6
-    stands = right(net, x_adv, y)
-    assert torch.equal(x_adv[stands], x[stands]) and (distance(x_adv, x)[~stands] > 0).all()
-    if not eps: assert stands.all()
+    is_robust = right(net, x_adv, y)
+    assert torch.equal(x_adv[is_robust], x[is_robust]) and (distance(x_adv, x)[~is_robust] > 0).all()
+    if not eps: assert is_robust.all()
 
 class Always(nn.Module):
     "Takes every image for class `c`, by logits that an attack can climb"

@@ -117,10 +117,10 @@ def test_gap(gap, says, scripted, capsys):
 
 @pytest.mark.parametrize('n,fell,says', [(200, .06, False), (200, .12, True), (5000, .04, True), (5000, .015, False),
                                          (1, .3, False), (None, .06, True)])
-def test_a_fall_within_chance(n, fell, says, scripted, capsys):
+def test_a_fall_within_chance(n, succeeded, says, scripted, capsys):
     """More than two standard errors of the difference, and than the gap: (.5*.5 + .44*.56)/200 is .05 squared; the
     number of images is told"""
-    learn, cb, _ = scripted([.3, .5, .5-fell], restore=True)
+    learn, cb, _ = scripted([.3, .5, .5-succeeded], restore=True)
     learn.metrics[1].seen = n
     learn.fit(3)
     out = capsys.readouterr().out

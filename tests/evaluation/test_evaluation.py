@@ -8,7 +8,7 @@ from fastai.vision.all import ProgressCallback, accuracy, imagenet_stats
 from rkd_fastai.evaluation import masking, robustness as evaluation
 from rkd_fastai.all import *
 from rkd_fastai.core import NotFinite
-from rkd_fastai.evaluation.robustness import make_attack, measure_robustness, wilson
+from rkd_fastai.evaluation.robustness import make_attack, measure_robustness, wilson_interval
 from rkd_fastai.pixel import pixel_data
 from rkd_fastai.sampling import sample_positions
 
@@ -157,7 +157,7 @@ def watched(run, path, die_at=None):
         try: return run(path), seeds
         except Killed: return None, seeds
 
-def images_of(path): return {k: v['stands'] for k,v in json.loads(path.read_text())['attacks'].items()}
+def images_of(path): return {k: v['is_robust'] for k,v in json.loads(path.read_text())['attacks'].items()}
 
 @pytest.mark.parametrize('at', range(1, 8))
 def test_resume(at, learn, tmp_path):
@@ -229,7 +229,7 @@ def test_state_file_with_other_images(learn, tmp_path):
     path = tmp_path/'s.json'
     learn.robustness(**small, state_path=path)
     state = json.loads(path.read_text())
-    state['attacks']['clean']['stands'] = state['attacks']['clean']['stands'][:-1]
+    state['attacks']['clean']['is_robust'] = state['attacks']['clean']['is_robust'][:-1]
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match='is not a state file'): learn.robustness(**small, state_path=path)
 
@@ -246,10 +246,10 @@ def test_attack_names():
     assert type(make_attack('fgsm', .1)) is FGSM and make_attack('fgsm', .5, 'L2').norm == 'L2'
 
 def test_wilson_interval():
-    low, high = wilson(.5, 100) # by hand: (0.5 ± 1.96·√(0.25/100 + 1.96²/40000) + 1.96²/200)/(1 + 1.96²/100)
+    low, high = wilson_interval(.5, 100) # by hand: (0.5 ± 1.96·√(0.25/100 + 1.96²/40000) + 1.96²/200)/(1 + 1.96²/100)
     assert (low, high) == pytest.approx((.4038, .5962), abs=1e-4)
-    assert (wilson(0., 20)[0] == 0 and wilson(1., 20)[1] == pytest.approx(1)
-            and wilson(1., 20)[0] == pytest.approx(20/(20+1.96**2)))
+    assert (wilson_interval(0., 20)[0] == 0 and wilson_interval(1., 20)[1] == pytest.approx(1)
+            and wilson_interval(1., 20)[0] == pytest.approx(20/(20+1.96**2)))
 
 
 # --- the metric ---

@@ -6,7 +6,7 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, MixUp, Progress
 from rkd_fastai.evaluation import interpret
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.interpret import robustness_curve
-from rkd_fastai.evaluation.robustness import wilson
+from rkd_fastai.evaluation.robustness import wilson_interval
 from rkd_fastai.pixel import pixel_data
 from rkd_fastai.sampling import sample_positions
 
@@ -72,7 +72,7 @@ def test_each_point_is_the_number_of_robustness(attack, norm, eps, seed, bs, lea
     for e,row in curve.iterrows():
         card = learn.robustness(attack, e, norm, n, seed, bs=bs) if e else learn.robustness('clean', n=n, seed=seed)
         assert row.accuracy == card.results[attack if e else 'clean']
-        assert (row.low, row.high) == wilson(row.accuracy, n) == tuple(card.to_df().iloc[0][['low','high']])
+        assert (row.low, row.high) == wilson_interval(row.accuracy, n) == tuple(card.to_df().iloc[0][['low','high']])
     assert curve.attrs == dict(attack=attack, norm=norm, n=n, seed=seed,
                                sample=learn.robustness('clean', n=n, seed=seed).sample.to_dict())
 

@@ -19,9 +19,10 @@ def no_figure_is_left():
 
 base = dict(data='toys', eps=8/255, n=1000, noise=0., width=1.)
 
-def at(clean, robust, which='last', epochs=80, **kwargs):
+def at(clean, robust, checkpoint='last', epochs=80, **kwargs):
     "A baseline"
-    return base | dict(method='at', which=which, epochs=epochs, clean=clean, pgd20=robust, n_clean=400, n_pgd20=400,
+    return base | dict(method='at', checkpoint=checkpoint, epochs=epochs, clean=clean, pgd20=robust, n_clean=400,
+                       n_pgd20=400,
                        seed=0) | kwargs
 
 def student(clean, robust, method='akd', teacher='at', alpha=.5, teacher_epoch=40, **kwargs):
@@ -35,8 +36,8 @@ def study(seed=0, methods=('akd','rslad'), teachers=('st','at'), stops=(10,20,40
           **kwargs):
     "Invented rows of a grid, with baselines"
     rng,found = np.random.default_rng(seed),[]
-    for which,i in itertools.product(('last','best'), range(seeds)):
-        found.append(at(*rng.uniform([.7,.4], [.75,.45]), which, seed=i, **kwargs))
+    for checkpoint,i in itertools.product(('last','best'), range(seeds)):
+        found.append(at(*rng.uniform([.7,.4], [.75,.45]), checkpoint, seed=i, **kwargs))
     for m,t,s,a,i in itertools.product(methods, teachers, stops, alphas, range(seeds)):
         found.append(student(*rng.uniform([.66,.36], [.78,.48]), m, t, a, s, seed=i, lam=5/6 if m == 'rslad' else None,
                              **kwargs))
@@ -51,8 +52,8 @@ def test_means_against_a_loop():
     got = over_seeds(df)
     groups = {}
     for r in df.to_dict('records'):
-        groups.setdefault((r['method'], r.get('teacher'), r['teacher_epoch'], r['alpha'], r['which'])
-                          if r['method'] in methods else r['which'], []).append(r)
+        groups.setdefault((r['method'], r.get('teacher'), r['teacher_epoch'], r['alpha'], r['checkpoint'])
+                          if r['method'] in methods else r['checkpoint'], []).append(r)
     assert len(got) == len(groups) == 2*2*9 + 2 and (got.seeds == 3).all()
     want = sorted((statistics.mean(r['clean'] for r in g), statistics.stdev(r['clean'] for r in g),
                    statistics.mean(r['pgd20'] for r in g), statistics.stdev(r['pgd20'] for r in g))
@@ -61,8 +62,8 @@ def test_means_against_a_loop():
 
 @pytest.mark.parametrize('name', settings)
 def test_settings_are_kept_apart(name):
-    other = {'data': 'others', 'method': 'rslad', 'teacher': 'st', 'which': 'best'}.get(name, .25)
-    a = student(.7, .4, teacher_width=1., members=1, lam=.5, T=1., beta=.5, teacher_eps=0., which='last')
+    other = {'data': 'others', 'method': 'rslad', 'teacher': 'st', 'checkpoint': 'best'}.get(name, .25)
+    a = student(.7, .4, teacher_width=1., members=1, lam=.5, T=1., beta=.5, teacher_eps=0., checkpoint='last')
     got = over_seeds(frame(a, a | {name: other, 'clean': .6, 'seed': 1}))
     assert got.clean.tolist() == [.7,.6] and (got.seeds == 1).all() and got.clean_std.isna().all()
 
@@ -131,7 +132,7 @@ def test_main_is_the_task_of_most_students():
 @pytest.mark.parametrize('seed', range(12))
 def test_select_against_a_loop(seed):
     df = study(seed)
-    mean = df.groupby(['method','teacher','alpha','teacher_epoch','which'],
+    mean = df.groupby(['method','teacher','alpha','teacher_epoch','checkpoint'],
                       dropna=False)[['clean','pgd20']].mean().reset_index()
     teachers = mean[mean.method == 'at'].sort_values('pgd20').to_dict('records')
     b = teachers[-1]
@@ -677,7 +678,7 @@ def test_text_plot_is_of_one_task():
     "Students of another radius are no rivals, and a teacher is no baseline"
     df = frame(at(.7, .4), student(.75, .45), student(.72, .5, alpha=.8))
     plot = pareto_text(df)
-    other = frame(student(.9, .9, eps=1/255), base | dict(method='teacher', teacher='st', which='last', clean=.95,
+    other = frame(student(.9, .9, eps=1/255), base | dict(method='teacher', teacher='st', checkpoint='last', clean=.95,
                                                           pgd20=.01, seed=0))
     assert pareto_text(pd.concat([df, other])) == plot and plot.count('●') == 3 and ' 50.0 ┤' in plot
 
@@ -694,7 +695,7 @@ def test_figures_and_text_round_as_tables_do():
     assert '75.3 % clean' in plot_pareto(df).get_label()
 
 def test_all_stars_of_the_mixture_are_in_its_legend():
-    df = frame(at(.7, .4), at(.69, .42, which='best'), *[student(.7+b/50, .5-b/50, teacher='2 st, 2 at', beta=b)
+    df = frame(at(.7, .4), at(.69, .42, checkpoint='best'), *[student(.7+b/50, .5-b/50, teacher='2 st, 2 at', beta=b)
                                                          for b in (0., .5, 1.)])
     fig = plot_beta(df)
     texts = [t.get_text() for t in fig.legends[0].get_texts()]
@@ -703,8 +704,9 @@ def test_all_stars_of_the_mixture_are_in_its_legend():
     assert [h.get_linestyle() for h in fig.legends[0].legend_handles[1:]] == ['--', 'None']
 
 def test_baselines_as_they_are():
-    df = frame(at(.7, .4), at(.72, .42, seed=1), at(.69, .42, which='best'), at(.71, .41, method='trades', epochs=60),
-               student(.9, .9), base | dict(method='teacher', teacher='st', which='last', clean=.9, pgd20=0.))
+    df = frame(at(.7, .4), at(.72, .42, seed=1), at(.69, .42, checkpoint='best'),
+               at(.71, .41, method='trades', epochs=60),
+               student(.9, .9), base | dict(method='teacher', teacher='st', checkpoint='last', clean=.9, pgd20=0.))
     got = baselines(df)
     assert (got.Method.tolist() == ['AT','AT','TRADES'] and got.Epoch.tolist() == ['last','best','last']
             and got.Epochs.tolist() == ['80','80','60'])
@@ -712,7 +714,7 @@ def test_baselines_as_they_are():
     assert list(views(frame(at(.7, .4)))) == ['baselines']
 
 def test_legend_of_one_panel_is_whole():
-    df = frame(at(.7, .4), at(.69, .42, which='best'), student(.75, .45), student(.72, .5, alpha=.8))
+    df = frame(at(.7, .4), at(.69, .42, checkpoint='best'), student(.75, .45), student(.72, .5, alpha=.8))
     fig = plot_pareto(df)
     fig.canvas.draw()
     legend, = fig.legends

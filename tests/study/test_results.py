@@ -23,7 +23,7 @@ def test_report_is_that_of_its_cards(folder):
     for name,v in found.items(): assert (folder/f'report/{name}.md').read_text(encoding='utf8') == as_markdown(v.table), name
     assert read_study(folder.with_suffix('.toml'))[2] == json.loads((folder/'study.json').read_text(encoding='utf8'))['title']
 
-baseline = {'adversarial training, last epoch': dict(method='at', which='last'), 'the same, best epoch': dict(method='at', which='best')}
+baseline = {'adversarial training, last epoch': dict(method='at', checkpoint='last'), 'the same, best epoch': dict(method='at', checkpoint='best')}
 early = {f'AKD⁺ student, α {a:g}, teacher of epoch {e}': dict(method='akd', alpha=a, teacher_epoch=e) for a,e in ((.8, 40), (.8, 20), (.5, 10))}
 shown = [('README.md', 'early', 'What it is worth', baseline | {'AKD⁺ student': dict(teacher_epoch=40), 'AKD⁺ student, teacher of epoch 20': dict(teacher_epoch=20), 'AKD⁺ student, teacher of epoch 10, α 0.5': dict(teacher_epoch=10, alpha=.5)}),
          ('results/fashion_mnist/README.md', 'headline', 'Does a student beat', baseline | {'AKD⁺ student': dict(method='akd')}),
@@ -48,8 +48,8 @@ def test_tables_written_by_hand(page, study, heading, networks):
     section, = [s for s in re.split(r'^##+ ', (root/page).read_text(encoding='utf8'), flags=re.M) if s.startswith(heading)]
     cells = over_seeds(read_rows(root/'results/fashion_mnist'/study)).assign(augment=lambda o: o.augment.fillna('usual'))
     assert (cells.seeds >= 3).all() and (len(networks) == len(cells) or 'All are in the report' in section)
-    for start,which in networks.items():
-        c, = cells[(cells[list(which)] == list(which.values())).all(axis=1)].to_dict('records')
+    for start,checkpoint in networks.items():
+        c, = cells[(cells[list(checkpoint)] == list(checkpoint.values())).all(axis=1)].to_dict('records')
         row, = [[o.strip(' *') for o in l.strip('|').split('|')] for l in section.splitlines() if l.startswith(f'| {start} |')]
         assert row[2:] == [points(c[k], c[f'{k}_std']) for k in ('clean','pgd20','autoattack') if k in c], start
 
@@ -67,9 +67,9 @@ def test_the_table_of_gains():
     found = [[o.strip() for o in l.strip('|').split('|')] for l in (root/'README.md').read_text(encoding='utf8').splitlines() if '±' in l and l.startswith('|')]
     rows = {name: r[:2] for name,*r in found if name in short}
     assert rows.keys() == short.keys()
-    for name,(study,which) in short.items():
+    for name,(study,checkpoint) in short.items():
         g = gains(read_rows(root/'results/fashion_mnist'/study))[0].assign(augment=lambda o: o.augment.fillna('usual'))
-        one, = g[(g[list(which)] == list(which.values())).all(axis=1)].to_dict('records')
+        one, = g[(g[list(checkpoint)] == list(checkpoint.values())).all(axis=1)].to_dict('records')
         for cell,k in zip(rows[name], ('robust','clean')):
             gain,std = one[f'{k}_gain'],one[f'{k}_gain_std']
             text = points(gain, std, '+')

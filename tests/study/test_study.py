@@ -181,7 +181,7 @@ def test_best_epoch_and_last(finished):
     res = finished.results(c)
     kept = sorted(p.name for p in finished.folder(c).glob('epoch_*.pth'))
     assert kept == [f"epoch_{res['best_epoch']}.pth"]
-    assert set(finished.to_df().query('method == "at"').which) == {'last','best'}
+    assert set(finished.to_df().query('method == "at"').checkpoint) == {'last','best'}
 
 def test_nothing_is_done_twice(finished, monkeypatch):
     monkeypatch.setattr(Study, '_train', lambda *_: pytest.fail('trains again'))
@@ -297,7 +297,7 @@ def test_the_best_epoch_is_that_of_all_epochs(tmp_path):
     folder = s.folder(s.cells[0])
     (folder/'epoch_2.json').write_text(json.dumps(dict(robust_accuracy=1.))) # half of them will not do
     assert not s._has(s.cells[0])
-    assert set(s.run().which) == {'last','best'}
+    assert set(s.run().checkpoint) == {'last','best'}
 
 def test_a_slow_autoattack_is_not_the_fast_one(finished):
     c = finished.cells[0]
