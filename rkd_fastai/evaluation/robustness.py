@@ -331,7 +331,7 @@ class _Run:
         "Tell `progress` what is left where the batch `todo` begins, or the attack has ended, and what is known"
         if self.progress is None: return
         at_most = self._at_most()
-        known = f"{sum(at['stands'])/len(self.x):.1%} {'right' if name == 'clean' else 'robust'}"
+        known = f"{sum(at['is_robust'])/len(self.x):.1%} {'right' if name == 'clean' else 'robust'}"
         text = f'{name}: {known}' if at['part'] == len(self.parts[name]) else f'{name}: at most {known} so far'
         self.progress.expect(len(todo), *self._passes(name, at, len(todo), at_most), text, at_most)
 

@@ -118,7 +118,7 @@ def _plane(ax, s, base, robust, styles, sizes):
 
 def baseline_name(b):
     "The name of a baseline"
-    return f"{format_value('method', b['method'])} alone, {b['which']} epoch"
+    return f"{format_value('method', b['method'])} alone, {b['checkpoint']} epoch"
 
 def star_legend(base):
     "What the stars of baselines mean"

@@ -104,7 +104,7 @@ def _teacher_line(b, names, more, used):
     "The line of a baseline, in whose settings `more` baselines differ"
     how = ', '.join([format_value('method', b['method']), *(f'{head(c).lower()} {format_value(c, b[c])}' for c in more),
                      *used*['compared with']])
-    return ({'Method': f"Only teacher, {b['which']} epoch"} | {head(c): accuracy(b, c) for c in names} |
+    return ({'Method': f"Only teacher, {b['checkpoint']} epoch"} | {head(c): accuracy(b, c) for c in names} |
             {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': format_value('compute', b['compute'])})
 
 def _student_line(label, row, base, names, among, none):
@@ -166,7 +166,8 @@ def gains(
     robust=None, # attack; None means `strongest(df)`
 ):
     """`over_seeds(df)` of the students, and the attack. Its further columns are `clean_gain` and `robust_gain`, their
-    standard deviations (`clean_gain_std`), `baseline_compute`, and `exceeds_compute`: is a student's more than 10 % above it?"""
+    standard deviations (`clean_gain_std`), `baseline_compute`, and `exceeds_compute`: is a student's more than
+    10 % above it?"""
     cells,robust = cells_of(df, robust)
     found = []
     for s,bases in pairs_of(cells, baseline):
@@ -255,7 +256,7 @@ def _floor(cells, robust, within, baseline):
         return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return (b[robust] - within, f"For comparison, {format_value('method', b['method'])} without a teacher "
-                                f"({b['which']} "
+                                f"({b['checkpoint']} "
                                 f"epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}.")
 
 def _for_kind(s, kind, robust, floor):
