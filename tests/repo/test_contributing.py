@@ -99,6 +99,7 @@ def test_the_new_name_trains(title, callback, repo):
     "One epoch on the digits, with the loss or the attack that was added, from the copy; the callback is the last"
     use = 'import warnings; warnings.filterwarnings("ignore")\n' + walkthrough(title)[2]
     asked = '''
+from rkd_fastai.callback import RobustCallback
 cb, = [cb for cb in learn.cbs if isinstance(cb, RobustCallback)]
 finite = all(map(np.isfinite, learn.recorder.values[-1]))
 print(type(cb).__name__, type(cb.attack).__name__, len(learn.recorder.losses), rkd_fastai.__file__, finite)'''
