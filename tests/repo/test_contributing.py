@@ -11,13 +11,14 @@ def walkthrough(title):
     "The notebook that the section `title` makes, its cells as (language, text), and what it says to do from then on"
     section, = re.findall(rf'^## {title}\n(.*?)(?=^## |\Z)', page, re.M | re.S)
     *cells,use = re.findall(r'^```(\w+)\n(.*?)\n```$', section, re.M | re.S)
-    return re.search(r'`(nbs/\w+\.ipynb)`', section)[1], cells, use[1]
+    return re.search(r'`(nbs/[\w/]+\.ipynb)`', section)[1], cells, use[1]
 
 def write_notebook(path, cells):
     "In the format of 4.4, whose cells have no ids, as some editors still write it"
     def cell(language, text):
         both = dict(metadata={}, source=text.splitlines(True))
-        return dict(cell_type='markdown', **both) if language == 'markdown' else dict(cell_type='code', execution_count=None, outputs=[], **both)
+        if language == 'markdown': return dict(cell_type='markdown', **both)
+        return dict(cell_type='code', execution_count=None, outputs=[], **both)
     kernel = dict(display_name='python3', language='python', name='python3')
     nb = dict(cells=[cell(*c) for c in cells], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=4)
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf8')
@@ -30,7 +31,9 @@ class Repository:
         for folder in ('nbs', 'rkd_fastai', 'tools'): shutil.copytree(root/folder, path/folder, ignore=skip)
         for file in ('settings.ini', 'pyproject.toml', 'README.md'): shutil.copy(root/file, path)
 
-    def files(self): return {f.relative_to(self.path).as_posix(): f.read_bytes() for f in self.path.rglob('*') if f.is_file() and '__pycache__' not in f.parts}
+    def files(self):
+        found = [f for f in self.path.rglob('*') if f.is_file() and '__pycache__' not in f.parts]
+        return {f.relative_to(self.path).as_posix(): f.read_bytes() for f in found}
 
     def run(self, *cmd):
         env = os.environ | dict(PYTHONPATH=str(self.path), OMP_NUM_THREADS='1')
@@ -45,7 +48,7 @@ def export_lines():
     assert [l[0] for l in lines].count('nbdev-export') == 1
     return lines
 
-walks = {'Add a loss': 'brier', 'Add an attack': 'mifgsm'}
+walks = {'Add a loss': 'callback.brier', 'Add an attack': 'attacks.mifgsm'}
 
 @pytest.fixture(scope='module')
 def repo(tmp_path_factory):
@@ -61,7 +64,8 @@ def repo(tmp_path_factory):
 
 @slow
 def test_nothing_but_the_notebooks_and_their_modules_changes(repo):
-    after,new = repo.files(), {walkthrough(t)[0] for t in walks} | {f'rkd_fastai/{m}.py' for m in walks.values()}
+    after = repo.files()
+    new = {walkthrough(t)[0] for t in walks} | {f'rkd_fastai/{m.replace(".", "/")}.py' for m in walks.values()}
     changed = {f for f in {*after, *repo.before} if after.get(f) != repo.before.get(f)}
     assert changed == new | {'rkd_fastai/_modidx.py'}
 
@@ -69,24 +73,38 @@ def test_nothing_but_the_notebooks_and_their_modules_changes(repo):
 def test_all_is_in_step(repo): assert 'in step' in repo.run(sys.executable, 'tools/check.py')
 
 @slow
+def test_imports_still_point_down(repo):
+    "No module has to be added to the layers in pyproject.toml"
+    repo.run(bin/'lint-imports', '--no-cache')
+
+@slow
 def test_both_have_a_page(repo):
-    "The copy has notebooks and settings, and of the site's other pages none: what is missing there is not the walkthroughs' doing"
-    asked = "import docs; print(docs.groups()['reference/more'], {p for p in docs.notebooks() if p.startswith('reference/')} - {p for _,ps in docs.groups().values() for p in ps})"
-    assert repo.run(sys.executable, '-c', f"import sys; sys.path.insert(0, 'tools'); {asked}").strip() == "('More', ['reference/brier', 'reference/mifgsm']) set()"
+    "On the site, in the group of their package; the copy has none of the site's other pages, so none is asked for"
+    groups = {'reference/callbacks': 'reference/callback.brier', 'reference/attacks': 'reference/attacks.mifgsm'}
+    asked = f'''
+import sys; sys.path.insert(0, 'tools')
+import docs
+grouped = {{p for _,ps in docs.groups().values() for p in ps}}
+reference = {{p for p in docs.notebooks() if p.startswith('reference/')}}
+print([p in docs.groups()[g][1] for g,p in {groups}.items()], reference - grouped)'''
+    assert repo.run(sys.executable, '-c', asked).strip() == '[True, True] set()'
 
 @slow
 @pytest.mark.parametrize('title', walks)
 def test_the_notebook_passes(title, repo): assert 'Success' in repo.run(bin/'nbdev-test', walkthrough(title)[0])
 
 @slow
-@pytest.mark.parametrize('title,callback', [('Add a loss', 'BrierCallback'), ('Add an attack', 'AdversarialTraining')])
+@pytest.mark.parametrize('title,callback', [('Add a loss','BrierCallback'), ('Add an attack','AdversarialTraining')])
 def test_the_new_name_trains(title, callback, repo):
     "One epoch on the digits, with the loss or the attack that was added, from the copy; the callback is the last"
     use = 'import warnings; warnings.filterwarnings("ignore")\n' + walkthrough(title)[2]
     asked = '''
+from rkd_fastai.callback import RobustCallback
 cb, = [cb for cb in learn.cbs if isinstance(cb, RobustCallback)]
-print(type(cb).__name__, type(cb.attack).__name__, len(learn.recorder.losses), rkd_fastai.__file__, all(map(np.isfinite, learn.recorder.values[-1])))'''
-    name,attack,steps,file,finite = repo.run(sys.executable, '-c', use + '\nimport rkd_fastai' + asked).splitlines()[-1].split()
+finite = all(map(np.isfinite, learn.recorder.values[-1]))
+print(type(cb).__name__, type(cb.attack).__name__, len(learn.recorder.losses), rkd_fastai.__file__, finite)'''
+    said = repo.run(sys.executable, '-c', use + '\nimport rkd_fastai' + asked)
+    name,attack,steps,file,finite = said.splitlines()[-1].split()
     assert name == callback and attack == dict(BrierCallback='PGD').get(callback, 'MIFGSM') and finite == 'True'
     assert int(steps) == 1437//128 and Path(file).is_relative_to(repo.path)
 
@@ -95,5 +113,6 @@ def test_what_the_page_names_is_there():
     targets = re.findall(r'^([\w-]+):', (root/'Makefile').read_text(encoding='utf8'), re.M)
     named = {t for o in re.findall(r'`make ([\w -]+)`', page) for t in o.split()}
     assert named >= {'test', 'export', 'check', 'tutorials', 'test-all'} and named <= {*targets}
-    files = {o for o in re.findall(r'`([\w./]+/[\w./]*)`', page) if not o.startswith(('x_adv', 'nbs/37', 'nbs/38'))} - {'eps/steps'}
+    new = {walkthrough(t)[0] for t in walks}
+    files = {o for o in re.findall(r'`([\w./]+/[\w./]*)`', page) if not o.startswith('x_adv')} - new - {'eps/steps'}
     assert len(files) >= 8 and all((root/f).exists() for f in files), [f for f in files if not (root/f).exists()]
