@@ -78,7 +78,7 @@ def test_tutorials_assert_and_describe_their_figures(nb):
 @pytest.mark.parametrize('page', ['nbs/works_with.ipynb', 'tests/README.md'])
 def test_tests_that_are_named_exist(page):
     "What the pages say is proved, and by which test"
-    defined = {m for f in (root/'tests').glob('test_*.py') for m in re.findall(r'^def (test_\w+)', f.read_text(encoding='utf8'), re.M)}
+    defined = {m for f in (root/'tests').rglob('test_*.py') for m in re.findall(r'^def (test_\w+)', f.read_text(encoding='utf8'), re.M)}
     named = set(re.findall(r'`(test_\w+)`', (root/page).read_text(encoding='utf8')))
     assert len(named) > 10 and named <= defined, named - defined
 
@@ -101,7 +101,7 @@ def test_every_operator_has_its_mutants():
 
 def test_security_names_tests_that_are_there():
     "Each word of a `-k` in SECURITY.md is part of a test's name in that file"
-    named = re.findall(r'`(test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?`', (root/'SECURITY.md').read_text(encoding='utf8'))
+    named = re.findall(r'`((?:\w+/)?test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?`', (root/'SECURITY.md').read_text(encoding='utf8'))
     assert len(named) > 10
     for file,several,one in named:
         tests = re.findall(r'^def (test_\w+)', (root/'tests'/file).read_text(encoding='utf8'), re.M)
