@@ -14,14 +14,15 @@ from fastai.vision.learner import vision_learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .attacks.pgd import PGD
+from .callback import distill
 from .callback.adversarial import AdversarialTraining, RobustCallback, check_known
-from .callback.distill import AKDCallback, ARDCallback, CKDCallback, RSLADCallback
 from .core import check_fraction
 from .models import cifar_resnet18, wide_resnet
+from .registry import callbacks
 import rkd_fastai.schedules # noqa: F401 (patches `fit_exp` and `fit_rkd` on `Learner`)
 
 # %% ../nbs/12_learner.ipynb #51d5549e
-distil_methods = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
+distil_methods = {name: getattr(distill, callback) for name,callback in callbacks.items()}
 
 def _turn(learn, cb):
     "Replace the Learner's training method by `cb`, which is checked before anything is changed"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_teacher', 'paper_student', 'rebuffi_at_plus', 'wang_at_plus', 'wang_trades', 'rslad_official', 'ard_official',
-           'trades_official', 'fast_at', 'all_recipes', 'teacher_kinds', 'Recipe', 'recipe_of_kind']
+           'trades_official', 'fast_at', 'all_recipes', 'kind_recipes', 'Recipe', 'recipe_of_kind']
 
 # %% ../nbs/13_recipes.ipynb #cc0e879c
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +27,7 @@ from .data.transforms import Cutout
 from .learner import distil_methods
 from .models import cifar_resnet18, wide_resnet
 from .pixel import sample_images
+from .registry import teacher_kinds
 from .schedules import ExpDecay, OneCycle, Steps, Triangle, WarmupCosine, batchnorm_splitter, sgd
 from .text import did_you_mean
 
@@ -245,7 +246,7 @@ fast_at = Recipe('Wong et al., Fast is better than free (2020), CIFAR10/train_fg
 all_recipes = {k: v for k,v in list(globals().items()) if isinstance(v, Recipe)}
 
 # %% ../nbs/13_recipes.ipynb #a50202ee
-teacher_kinds = {
+kind_recipes = {
     'st': paper_teacher.replace(method='st', attack=None), # standard training
     'at': paper_teacher, # adversarial training, PGD-7
     'lat': paper_teacher.at_eps(2/255), # low-epsilon adversarial training (Table 4)
@@ -261,4 +262,4 @@ def recipe_of_kind(
     "How a teacher of one kind is trained"
     if kind not in teacher_kinds:
         raise ValueError(f"unknown kind of teacher {kind!r}: use one of {list(teacher_kinds)}")
-    return teacher_kinds[kind].at_eps(eps/4 if kind == 'lat' else eps)
+    return kind_recipes[kind].at_eps(eps/4 if kind == 'lat' else eps)

@@ -1,5 +1,5 @@
 "What the test files share: one thread, fixed seeds, small digits `DataLoaders`, tiny networks and two trained ones."
-import copy, os, random, sys
+import copy, os, random, subprocess, sys, textwrap
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,6 +12,12 @@ from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.data.arrays import arrays_dls
 
 torch.set_num_threads(1)
+
+def python(code):
+    "What `code` prints in a fresh interpreter"
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    return r.stdout.strip()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):

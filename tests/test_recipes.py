@@ -11,11 +11,11 @@ from fastai.vision.all import (Callback, CrossEntropyLossFlat, CutMix, IntToFloa
 from conftest import plain
 from rkd_fastai.all import *
 from rkd_fastai.recipes import (ard_official, fast_at, paper_student, paper_teacher, rebuffi_at_plus,
-                                rslad_official, teacher_kinds, trades_official, wang_at_plus, wang_trades)
+                                rslad_official, kind_recipes, trades_official, wang_at_plus, wang_trades)
 from rkd_fastai.schedules import Triangle, WarmupCosine, sgd
 from rkd_fastai.recipes import *
 
-every = {**all_recipes, **{f'kind {k}': r for k,r in teacher_kinds.items()}}
+every = {**all_recipes, **{f'kind {k}': r for k,r in kind_recipes.items()}}
 distilling = ['paper_student', 'rslad_official', 'ard_official']
 each = pytest.mark.parametrize('name', every)
 
@@ -280,7 +280,7 @@ def test_paper_student_steps(make_dls, tiny_net):
 
 def test_standard_training_is_fastais(make_dls, tiny_net):
     "`st` attacks nothing: clean cross-entropy"
-    _, record = run(teacher_kinds['st'], make_dls(), tiny_net())
+    _, record = run(kind_recipes['st'], make_dls(), tiny_net())
     model = record.start.train()
     opt = sgd_of(5e-4, True)(model)
     for s in record.steps:
@@ -403,7 +403,7 @@ def test_but_and_at_eps():
         assert new.settings == old.settings | dict(eps=16/255, step_size=new.step_size) and old.eps < 8.1/255
     fast = fast_at.at_eps(16/255).attack
     assert type(fast) is FFGSM and fast.settings == dict(eps=16/255, step_size=pytest.approx(20/255))
-    assert teacher_kinds['st'].at_eps(.1) is teacher_kinds['st']
+    assert kind_recipes['st'].at_eps(.1) is kind_recipes['st']
     assert type(paper_teacher.replace(attack=FGSM()).at_eps(.1).attack) is FGSM
     assert paper_teacher.at_eps(0.).attack.step_size == 0
 

@@ -128,9 +128,9 @@ def test_command_line(folder, constant, tmp_path, capsys):
     assert f'{n} of 150 test images, stratified by class, seed 42' in capsys.readouterr().out
 
 def test_fewer_are_watched_than_there_are(folder, constant, tmp_path, monkeypatch):
-    from rkd_fastai.cli import main as cli
+    from rkd_fastai.cli import commands
     from rkd_fastai.study import run as runs
-    monkeypatch.setattr(cli, 'fit_run', partial(runs.fit_run, watch=n))
+    monkeypatch.setattr(commands, 'fit_run', partial(runs.fit_run, watch=n))
     main(['train', '--data', str(folder), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
     row, = csv.DictReader((tmp_path/'run/history.csv').read_text().splitlines())
     assert abs(float(row['robust_accuracy']) - true) <= 1.001/n

@@ -16,7 +16,8 @@ from pathlib import Path
 from ..attacks.pgd import FFGSM, PGD
 from ..evaluation.robustness import make_attack
 from ..learner import distil_methods, method_class
-from ..recipes import paper_student, recipe_of_kind, teacher_kinds
+from ..recipes import paper_student, recipe_of_kind
+from ..registry import teacher_kinds
 from ..schedules import ExpDecay, OneCycle, Steps
 from ..text import counted, did_you_mean, say
 try: import tomllib

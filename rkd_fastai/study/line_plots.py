@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .plots import (accuracy_label, baseline_name, base_near, error_bars, legend_below, figure_style,
                                     panels,
                                     red, star_legend, stars)
-from .results import (NotEnough, accuracy, cells_of, fraction, head, kind_name, make_table,
-                                      methods, one_task, points, rows, format_value, settings, task)
+from ..registry import methods
+from .results import (NotEnough, accuracy, cells_of, fraction, head, kind_name, make_table, one_task, points, rows, format_value, settings, task)
 from .tables import gain_over, hyper, own_students, picks_of, unpaired
 from ..style import colours, markers
 

@@ -15,7 +15,8 @@ from ..checkpoint import atomic_path, write_atomic
 from .line_plots import (axis_table, beta_table, capacity_table, plot_axis, plot_beta,
                                          plot_capacity)
 from .plots import front_table, map_table, plot_map, plot_pareto
-from .results import NotEnough, as_markdown, is_number, main, methods, over_seeds, rows
+from ..registry import methods
+from .results import NotEnough, as_markdown, is_number, main, over_seeds, rows
 from .tables import baselines, gain, table12, table2, table3, table5
 
 # %% ../../nbs/study/07_report.ipynb #dc4bd0c7

@@ -25,7 +25,8 @@ from .config import (Cell, betas, cell_from, read_study, recipe_of, settings_of,
                                      teachers_of)
 from .report import views, write_report
 from .results import NotEnough, cells_of, head, main, measured, pareto, points, format_value
-from .run import data_names, describe_run, fit_run, load_run, machine, n_watched, train_seconds
+from ..registry import data_names
+from .run import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from ..teachers import Teacher
 from ..text import counted, say
 

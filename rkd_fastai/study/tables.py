@@ -8,8 +8,9 @@ __all__ = ['select', 'own_students', 'table2', 'gains', 'gain', 'table3', 'table
 # %% ../../nbs/study/04_tables.ipynb #b8e7efde
 import numpy as np, pandas as pd
 from ..core import check_fraction
+from ..registry import methods
 from .results import (NotEnough, accuracy, cells_of, extras, head, key_of, kind_name,
-                                      make_table, measures, methods, one_task, points, rows, format_value, students_of,
+                                      make_table, measures, one_task, points, rows, format_value, students_of,
                                       task, distinguishing_settings, varying, wider)
 from ..text import counted
 

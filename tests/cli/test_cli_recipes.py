@@ -7,11 +7,11 @@ from rkd_fastai.callback.adversarial import RobustCallback
 from rkd_fastai.study.run import load_run
 from rkd_fastai.cli.main import main, number
 from rkd_fastai.models import cifar_resnet18
-from rkd_fastai.recipes import Recipe, all_recipes, teacher_kinds
+from rkd_fastai.recipes import Recipe, all_recipes, kind_recipes
 from rkd_fastai.teachers import Teacher
 
 small = ('--data', 'digits', '--width', '1/16', '--n', 64, '--epochs', 1)
-hows = [*teacher_kinds, *(k for k,r in all_recipes.items() if not r.needs_teacher)]
+hows = [*kind_recipes, *(k for k,r in all_recipes.items() if not r.needs_teacher)]
 distilling = [k for k,r in all_recipes.items() if r.needs_teacher]
 
 def rkd(*args): main([str(a) for a in args])

@@ -61,9 +61,9 @@ def test_interrupted_and_resumed(teacher, photos, monkeypatch, capsys):
 
 def test_student_sees_images_of_the_teachers_size(teacher, photos, tmp_path, monkeypatch):
     "also where the folder is named in another way, or is another folder; published data have a size of their own"
-    from rkd_fastai.cli import main as cli
+    from rkd_fastai.cli import commands
     seen = []
-    monkeypatch.setattr(cli, '_run', lambda args, *_, **__: seen.append(args.size))
+    monkeypatch.setattr(commands, '_run', lambda args, *_, **__: seen.append(args.size))
     monkeypatch.chdir(photos.parent)
     for data in (photos, photos.name, f'{photos}/../{photos.name}', tmp_path, 'fashion_sample'):
         rkd('distill', '--data', data, '--teacher', teacher, '--out', tmp_path/'s')

@@ -4,7 +4,7 @@ import copy, json, random
 
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import Callback, CancelEpochException, TensorImage, Transform, load_learner, set_seed
-from test_imports import python
+from conftest import python
 
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.trajectories import Trajectory, cosine, difficulty, easiest_hardest, smooth

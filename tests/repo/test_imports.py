@@ -1,15 +1,10 @@
 "The public names: where they are, what they take, and what importing them costs."
-import ast, importlib, inspect, json, re, subprocess, sys, textwrap
+import ast, importlib, inspect, re
 from pathlib import Path
 import pytest, torch.nn as nn
+from conftest import python
 
 root = Path(__file__).parents[2]
-
-def python(code):
-    "What `code` prints in a fresh interpreter"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
-    return r.stdout.strip()
 
 def test_pytorch_modules_need_no_fastai():
     assert python('''
@@ -90,7 +85,7 @@ def test_losses_take_reduction(name):
 
 @pytest.mark.parametrize('name', patched)
 def test_patched_on_learner(name):
-    import rkd_fastai.all
+    import rkd_fastai.all # noqa: F401 (patches `Learner`)
     from fastai.learner import Learner
     check_signature(name, getattr(Learner, name), patched[name])
 
