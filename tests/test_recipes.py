@@ -329,7 +329,7 @@ schedulers = torch.optim.lr_scheduler
         final_div_factor=1e4), 1),
     (6, OneCycle(.5, 10., 100.), lambda opt: schedulers.OneCycleLR(opt, .1, 19, pct_start=(.5*18+1)/19,
                                                                    cycle_momentum=False, div_factor=10,
-        final_div_factor=10), 1)], ids=str)
+        final_div_factor=10), 1)], ids=lambda v: 'oracle' if isinstance(v, type(lambda: 0)) else str(v))
 def test_schedule_against_pytorch(n_epoch, sched, make, every, make_learner):
     assert np.ravel(rates_of(make_learner, n_epoch, .1, sched)) == pytest.approx(
         pytorchs(make, 3*n_epoch, every=every), rel=1e-6,
