@@ -9,7 +9,7 @@ root = Path(__file__).parent.parent
 
 # --- which page is where ---
 
-how_to = ['choosing_a_teacher', 'works_with', 'faq']
+how_to = ['command_line', 'choosing_a_teacher', 'works_with', 'faq']
 packages = dict(attacks='Attacks', data='Data', evaluation='Evaluation', callback='Callbacks', study='Studies',
                 cli='Command line') # folders of nbs/
 basics = 'Modules' # the numbered notebooks of nbs/ itself

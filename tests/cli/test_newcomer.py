@@ -1,4 +1,5 @@
-"""What a newcomer does with a folder of images by README alone: train, distil, be interrupted, go on, evaluate,
+"""What a newcomer does with a folder of images by the page on the
+command line alone: train, distil, be interrupted, go on, evaluate,
 compare in a study, read its report."""
 import csv, json
 import numpy as np, pytest, torch
