@@ -392,8 +392,10 @@ def test_but_and_at_eps():
     r = rslad_official.replace(epochs=20, bs=64)
     assert ((r.epochs, r.bs, r.lr, r.method, r.settings) == (20, 64, .1, 'rslad', dict(alpha=1., lam=5/6))
             and rslad_official.epochs == 300)
-    with pytest.raises(TypeError, match="a recipe has no `epoch`: did you mean 'epochs'"): rslad_official.replace(epoch=20)
-    with pytest.raises(TypeError, match="a recipe has no `x`: use one of .*'epochs'"): rslad_official.replace(bs=2, x=20)
+    with pytest.raises(TypeError, match="a recipe has no `epoch`: did you mean 'epochs'"):
+        rslad_official.replace(epoch=20)
+    with pytest.raises(TypeError, match="a recipe has no `x`: use one of .*'epochs'"):
+        rslad_official.replace(bs=2, x=20)
     with pytest.raises(TypeError, match=r'`settings=recipe.settings \| dict\(alpha=0.5\)`'):
         rslad_official.replace(alpha=.5)
     with pytest.raises(Exception, match='assign'): rslad_official.epochs = 20
@@ -451,7 +453,8 @@ def dls_state(dls):
     net: r['fast_at'].learner(dls, net, teacher=net),
     lambda r, dls, net: r['fast_at'].learner(dls, net, synthetic='no.npz'), lambda r, dls,
     net: r['rebuffi_at_plus'].learner(dls, net, synthetic='no.npz'),
-    lambda r, dls, net: r['paper_student'].replace(settings=dict(alpha=2.)).learner(dls, net, teacher=net), lambda r, dls,
+    lambda r, dls, net: r['paper_student'].replace(settings=dict(alpha=2.)).learner(dls, net, teacher=net), lambda r,
+    dls,
     net: r['wang_trades'].replace(settings=dict(beta=-1.)).learner(dls, net),
     lambda r, dls, net: r['rebuffi_at_plus'].replace(ema=1.).learner(dls, net), lambda r, dls,
     net: r['paper_student'].learner(dls, net, teacher=net[:5]), # 128 classes

@@ -119,7 +119,8 @@ def check(group):
 def main():
     os.environ['OMP_NUM_THREADS'] = '1'
     sys.dont_write_bytecode = True # a mutant of the same second would be taken for the one before
-    import fastai.vision.all, foolbox, sklearn.datasets, timm, torchattacks # noqa: F401 slow to import, and the same for all
+    # slow to import, and the same for all
+    import fastai.vision.all, foolbox, sklearn.datasets, timm, torchattacks # noqa: F401
     left = [m for g in sys.argv[1:] or groups for m in check(g)]
     sys.exit(bool(left))
 

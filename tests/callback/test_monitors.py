@@ -115,7 +115,8 @@ def test_gap(gap, says, scripted, capsys):
     for bad in (-.1, 2, float('nan')):
         with pytest.raises(ValueError, match='`gap`'): RobustOverfitting(gap=bad)
 
-@pytest.mark.parametrize('n,succeeded,says', [(200, .06, False), (200, .12, True), (5000, .04, True), (5000, .015, False),
+@pytest.mark.parametrize('n,succeeded,says', [(200, .06, False), (200, .12, True), (5000, .04, True),
+                                              (5000, .015, False),
                                          (1, .3, False), (None, .06, True)])
 def test_a_fall_within_chance(n, succeeded, says, scripted, capsys):
     """More than two standard errors of the difference, and than the gap: (.5*.5 + .44*.56)/200 is .05 squared; the

@@ -10,7 +10,8 @@ import docs, site_check
 def cells(f): return json.loads(f.read_text(encoding='utf8'))['cells']
 def prose(f):
     "The Markdown of a page"
-    return f.read_text(encoding='utf8') if f.suffix == '.md' else '\n\n'.join(''.join(c['source']) for c in cells(f) if c['cell_type'] == 'markdown')
+    return (f.read_text(encoding='utf8') if f.suffix == '.md'
+            else '\n\n'.join(''.join(c['source']) for c in cells(f) if c['cell_type'] == 'markdown'))
 
 # --- navigation and links ---
 
@@ -20,7 +21,8 @@ def base(tmp_path):
     for f in docs.sources().values():
         to = tmp_path/f.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text('# A page\n' if f.suffix == '.md' else json.dumps(dict(cells=[docs.markdown('# A page')])), encoding='utf8')
+        to.write_text('# A page\n' if f.suffix == '.md' else json.dumps(dict(cells=[docs.markdown('# A page')])),
+                      encoding='utf8')
     shutil.copy(root/'pyproject.toml', tmp_path)
     (tmp_path/'nbs/images').mkdir()
     (tmp_path/'nbs/images/a.png').write_bytes(b'')
@@ -50,7 +52,8 @@ def test_a_module_of_ones_own_is_in_a_group(base):
     (base/'nbs/own').mkdir(exist_ok=True)
     (base/'nbs/own/00_mine.ipynb').write_text('{}')
     docs.check_navigation(base)
-    assert docs.groups(base)['reference/own'] == ('Own', ['reference/own.mine']) and 'reference/own' in dict(docs.navigation(base))['Reference']
+    assert (docs.groups(base)['reference/own'] == ('Own', ['reference/own.mine'])
+            and 'reference/own' in dict(docs.navigation(base))['Reference'])
 
 def test_tutorials_are_picked_up(base):
     (base/'nbs/tutorials/7_seventh.ipynb').write_text('{}')
@@ -79,12 +82,14 @@ def test_links_of_all_pages_lead_somewhere():
 def test_where_links_lead(base):
     links = docs.Links(base)
     target = lambda link, page='bench/README': links.target(link, page)
-    assert target('NOTES.md') == 'NOTES.md' and target('../CONTRIBUTING.md') == '../CONTRIBUTING.md' # from the page's own folder
+    # from the page's own folder
+    assert target('NOTES.md') == 'NOTES.md' and target('../CONTRIBUTING.md') == '../CONTRIBUTING.md'
     assert target('bench/NOTES.md', 'index') == 'bench/NOTES.md' # of the root, as in README.md
     assert target('nbs/works_with.ipynb', 'index') == 'works_with.ipynb'
     assert target('attacks/apgd.html#apgd', 'reference/attacks.pgd') == 'attacks.apgd.ipynb#apgd' # as nbdev names pages
     assert target('04_losses.ipynb', 'faq') == 'reference/losses.ipynb'
-    assert target('images/a.png', 'index') == 'nbs/images/a.png' and target('images/a.png', 'reference/losses') == '../nbs/images/a.png'
+    assert (target('images/a.png', 'index') == 'nbs/images/a.png'
+            and target('images/a.png', 'reference/losses') == '../nbs/images/a.png')
     assert target('../examples/one.py') == f'{links.repository}/blob/main/examples/one.py'
     assert target('examples', 'index') == f'{links.repository}/tree/main/examples'
     assert target('https://a.b/c') == 'https://a.b/c' and target('#here') == '#here'
@@ -92,12 +97,16 @@ def test_where_links_lead(base):
 
 def test_what_becomes_a_link(base):
     links = docs.Links(base)
-    links.symbols = {'AKDCallback': 'reference/callback.distill', 'Learner.robustness': 'reference/evaluation.robustness'}
+    links.symbols = {'AKDCallback': 'reference/callback.distill',
+                     'Learner.robustness': 'reference/evaluation.robustness'}
     new = lambda md: links.rewrite(md, 'index')
     assert new('by `AKDCallback`.') == 'by [`AKDCallback`](reference/callback.distill.ipynb#akdcallback).'
-    assert new('`AKDCallback(t, alpha=.3)`').endswith('#akdcallback)') and new('`learn.robustness()`').endswith('#learnerrobustness)')
+    assert (new('`AKDCallback(t, alpha=.3)`').endswith('#akdcallback)')
+            and new('`learn.robustness()`').endswith('#learnerrobustness)'))
     assert new('see `bench/README.md`') == 'see [`bench/README.md`](bench/README.md)'
-    for md in ('# `AKDCallback`', '[`AKDCallback`](https://a.b)', '```python\nAKDCallback\n[a](lost.md)\n```', '`other`', '`lost/file.md`', '``AKDCallback``'): assert new(md) == md
+    for md in ('# `AKDCallback`', '[`AKDCallback`](https://a.b)', '```python\nAKDCallback\n[a](lost.md)\n```',
+               '`other`', '`lost/file.md`', '``AKDCallback``'):
+        assert new(md) == md
     assert new('```\n`a`\n```\n`AKDCallback`').count('](') == 1
 
 # --- documentation of symbols ---
@@ -119,7 +128,8 @@ def test_table_of_a_function(tmp_path):
     try: import made_up
     finally: sys.path.remove(str(tmp_path))
     text = docs.show_doc('f', made_up.f, ast.parse(source).body[0], 'https://repo')
-    assert text.startswith('### f\n') and 'f(x, eps=8/255, mode=\'a\', cut=None, **kwargs)' in text and r'What is \*returned\*' in text
+    assert (text.startswith('### f\n') and 'f(x, eps=8/255, mode=\'a\', cut=None, **kwargs)' in text
+            and r'What is \*returned\*' in text)
     lines = [l for l in text.splitlines() if l.startswith('|')]
     assert lines[0] == '| Argument | Type | Default | Meaning |' and len(lines) == 7
     assert lines[2] == r'| `x` |  |  | images, `(bs, c)` \| a\*b |'
@@ -130,16 +140,20 @@ def test_docstrings_link_to_symbols():
     from rkd_fastai.study import config as grid, tables
     links = docs.Links()
     links.symbols = docs.symbols(links)
-    text = '\n'.join(docs.shown(c, grid, 'reference/study.config', links)['source'] for c in cells(docs.notebooks()['reference/study.config']) if docs.definitions(c))
-    for name,where in dict(make_dls='runs', AdversarialTraining='callback.adversarial').items(): assert f'| see [`{name}`]({where}.ipynb#{name.lower()}) |' in text
+    text = '\n'.join(docs.shown(c, grid, 'reference/study.config', links)['source']
+                     for c in cells(docs.notebooks()['reference/study.config']) if docs.definitions(c))
+    for name,where in dict(make_dls='runs', AdversarialTraining='callback.adversarial').items():
+        assert f'| see [`{name}`]({where}.ipynb#{name.lower()}) |' in text
     assert '[`Cell`](grid.ipynb#cell)' in text and '### Cell\n' in text
-    node, = [o for o in ast.parse(Path(tables.__file__).read_text(encoding='utf8')).body if getattr(o, 'name', '') == 'own_students']
+    node, = [o for o in ast.parse(Path(tables.__file__).read_text(encoding='utf8')).body
+             if getattr(o, 'name', '') == 'own_students']
     text = docs.show_doc('own_students', tables.own_students, node, 'https://repo', link=lambda span: f'linked {span}')
     assert '| `df` | from linked `read_rows` |' in text and '\n`df` with no students' in text
 
 def test_fields_of_a_dataclass_are_as_written():
     from rkd_fastai.study import config as grid
-    node, = [o for o in ast.parse(Path(grid.__file__).read_text(encoding='utf8')).body if getattr(o, 'name', '') == 'Cell']
+    node, = [o for o in ast.parse(Path(grid.__file__).read_text(encoding='utf8')).body
+             if getattr(o, 'name', '') == 'Cell']
     text = docs.show_doc('Cell', grid.Cell, node, 'https://repo')
     assert 'width=1/8, eps=8/255' in text and '| `eps` | `float` | `8/255` |' in text and 'Cell(method, ' in text
 
@@ -147,16 +161,19 @@ def test_every_public_symbol_has_its_table():
     "One class and one patched method of the library, and no name is lost"
     import rkd_fastai.callback.distill as distill, rkd_fastai.evaluation.robustness as evaluation
     links = docs.Links()
-    for module,page,name in ((distill, 'reference/callback.distill', 'AKDCallback'), (evaluation, 'reference/evaluation.robustness', 'Learner.robustness')):
+    for module,page,name in ((distill, 'reference/callback.distill', 'AKDCallback'),
+                             (evaluation, 'reference/evaluation.robustness', 'Learner.robustness')):
         found = {n: (c, node) for c in cells(docs.notebooks()[page]) for n,node in docs.definitions(c).items()}
-        assert name in found and {n for n in module.__all__ if inspect.isfunction(getattr(module, n)) or inspect.isclass(getattr(module, n))} <= set(found)
+        assert name in found and {n for n in module.__all__ if inspect.isfunction(getattr(module, n))
+                                  or inspect.isclass(getattr(module, n))} <= set(found)
         text = docs.shown(found[name][0], module, page, links)['source']
-        assert f'### {name}\n' in text and f"{links.repository}/blob/main/rkd_fastai/{module.__name__.split('.', 1)[1].replace('.', '/')}.py#L" in text
+        assert f'### {name}\n' in text and f"{links.repository}/blob/main/rkd_fastai/{module.__name__.split('.', 1)[1].replace('.', '/')}.py#L" in text # noqa: E501
         args = list(inspect.signature(evaluation.Learner.robustness if '.' in name else distill.AKDCallback).parameters)
         assert all(f'| `{a}` |' in text for a in args if a not in ('self', 'compile', 'bf16'))
 
 def test_figures_need_a_description():
-    cell = lambda src: dict(cell_type='code', source=src, metadata={}, outputs=[{'output_type': 'display_data', 'data': {'image/png': ''}}])
+    cell = lambda src: dict(cell_type='code', source=src, metadata={},
+                            outputs=[{'output_type': 'display_data', 'data': {'image/png': ''}}])
     with pytest.raises(ValueError, match='page .*fig-alt'): docs.described(cell('plot()'), 'page')
     found = docs.described(cell('#| fig-alt: "Two lines that cross"\nplot()'), 'page')
     assert found['metadata'] == {'mystnb': {'image': {'alt': 'Two lines that cross'}}} and found['source'] == 'plot()'
@@ -180,11 +197,13 @@ def test_every_question_is_answered_and_shown():
     for text,code in questions:
         words = len(text.split('\n', 2)[2].split())
         assert 30 < words < 140, text
-        assert re.search(r'\b(assert|test_eq|test_close|test_fail)\b', '\n'.join(code)) and all(len(c.splitlines()) <= 15 for c in code), text
+        assert re.search(r'\b(assert|test_eq|test_close|test_fail)\b',
+                         '\n'.join(code)) and all(len(c.splitlines()) <= 15 for c in code), text
 
 def test_quick_start_runs_what_it_says():
     code = '\n'.join(''.join(c['source']) for c in cells(root/'nbs/quick_start.ipynb') if c['cell_type'] == 'code')
-    assert all(o in code for o in ('to_adversarial', 'to_rkd', 'KeepEpochs', 'robustness', 'check_robustness')) and code.count('assert') >= 3
+    assert (all(o in code for o in ('to_adversarial', 'to_rkd', 'KeepEpochs', 'robustness', 'check_robustness'))
+            and code.count('assert') >= 3)
 
 # --- what is automated ---
 
@@ -206,7 +225,8 @@ def test_issue_forms(f):
     form = yaml.safe_load(f.read_text())
     assert {'name', 'description', 'body'} <= set(form)
     ids = [o['id'] for o in form['body'] if o['type'] != 'markdown']
-    assert len(ids) == len(set(ids)) >= 3 and all(o['attributes'].get('label') or o['attributes'].get('value') for o in form['body'])
+    assert len(ids) == len(set(ids)) >= 3 and all(o['attributes'].get('label') or o['attributes'].get('value')
+                                                  for o in form['body'])
     assert any(o.get('validations', {}).get('required') for o in form['body'])
 
 def test_commit_hooks_run_what_is_there():
@@ -222,18 +242,25 @@ def test_dead_links_are_seen(tmp_path):
     (tmp_path/'a.html').write_text('')
     home, repo = 'http://h:1', 'https://repo'
     dead = lambda *urls: list(site_check.dead({'a.html': urls}, {'a.html': {'top', 'é'}}, tmp_path, home, repo))
-    assert dead(f'{home}/a.html', f'{home}/a.html#top', f'{home}/a.html#%C3%A9', f'{repo}/blob/main/Makefile#L3', f'{repo}/tree/main/tests', f'{repo}/issues', 'https://else.where/x') == []
-    assert dead(f'{home}/b.html') == ['a.html: b.html is not there'] and dead(f'{home}/a.html#low') == ['a.html: a.html has no #low']
+    assert dead(f'{home}/a.html', f'{home}/a.html#top', f'{home}/a.html#%C3%A9', f'{repo}/blob/main/Makefile#L3',
+                f'{repo}/tree/main/tests', f'{repo}/issues', 'https://else.where/x') == []
+    assert (dead(f'{home}/b.html') == ['a.html: b.html is not there']
+            and dead(f'{home}/a.html#low') == ['a.html: a.html has no #low'])
     assert dead(f'{repo}/blob/main/lost.py') == ['a.html: the repository has no lost.py']
 
 def test_complaints_of_the_browser():
     event = lambda method, **params: dict(method=method, params=params)
     seen = lambda *events: list(site_check.complaints(events, 'http://h:1'))
     sent = lambda url: event('Network.requestWillBeSent', request=dict(url=url))
-    assert seen(sent('http://h:1/a.js'), sent('data:image/png'), event('Runtime.consoleAPICalled', type='log', args=[]), event('Log.entryAdded', entry=dict(level='info', text='')),
-                event('Network.responseReceived', response=dict(status=200, url='')), event('Network.loadingFailed', canceled=True, errorText='')) == []
-    bad = [sent('https://cdn.net/x.js'), event('Runtime.consoleAPICalled', type='error', args=[dict(value='no')]), event('Log.entryAdded', entry=dict(level='error', text='bad')),
-           event('Network.responseReceived', response=dict(status=404, url='x')), event('Network.loadingFailed', errorText='reset'),
+    assert seen(sent('http://h:1/a.js'), sent('data:image/png'),
+                event('Runtime.consoleAPICalled', type='log', args=[]),
+                event('Log.entryAdded', entry=dict(level='info', text='')),
+                event('Network.responseReceived', response=dict(status=200, url='')),
+                event('Network.loadingFailed', canceled=True, errorText='')) == []
+    bad = [sent('https://cdn.net/x.js'), event('Runtime.consoleAPICalled', type='error', args=[dict(value='no')]),
+           event('Log.entryAdded', entry=dict(level='error', text='bad')),
+           event('Network.responseReceived', response=dict(status=404, url='x')),
+           event('Network.loadingFailed', errorText='reset'),
            event('Runtime.exceptionThrown', exceptionDetails=dict(text='thrown'))]
     assert len(seen(*bad)) == len(bad)
 
@@ -245,7 +272,8 @@ def site(tmp_path_factory):
     pytest.importorskip('sphinx', reason="the site needs the extra `docs`: pip install -e '.[docs]'")
     if site_check.find_chromium() is None: pytest.skip('the site is looked at in chromium, which is not installed')
     folder = tmp_path_factory.mktemp('site')
-    subprocess.run([sys.executable, '-W', 'ignore', root/'tools/docs.py', folder/'pages', folder/'site'], check=True, cwd=root)
+    subprocess.run([sys.executable, '-W', 'ignore', root/'tools/docs.py', folder/'pages', folder/'site'], check=True,
+                   cwd=root)
     return folder/'site'
 
 @pytest.mark.slow
@@ -277,7 +305,8 @@ def test_each_fault_is_seen(site, tmp_path):
     clean, repository = page.read_text(encoding='utf8'), docs.Links().repository
     with site_check.served(tmp_path/'site') as home, site_check.Browser() as browser:
         for what,html in faults.items():
-            page.write_text(clean.replace('</article>', html.replace('REPO', repository) + '</article>', 1), encoding='utf8')
+            page.write_text(clean.replace('</article>', html.replace('REPO', repository) + '</article>', 1),
+                            encoding='utf8')
             problems, links, ids = site_check.check_page(browser, home, 'faq.html')
             problems += site_check.dead({'faq.html': links}, {'faq.html': ids}, tmp_path/'site', home, repository)
             assert any(what in p for p in problems), what

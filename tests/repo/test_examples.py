@@ -12,7 +12,8 @@ def example(name):
     return module
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (find_spec('foolbox') and find_spec('pyautoattack')), reason='needs the images of foolbox and the checkpoint of pyautoattack')
+@pytest.mark.skipif(not (find_spec('foolbox') and find_spec('pyautoattack')),
+                    reason='needs the images of foolbox and the checkpoint of pyautoattack')
 def test_foreign_checkpoint(capsys):
     "A plainly trained network: right on all 20 images, and on none under attack"
     res = example('foreign_checkpoint').main()

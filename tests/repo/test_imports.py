@@ -18,7 +18,7 @@ def test_pytorch_modules_need_no_fastai():
         net = models.cifar_resnet18(width=1/16, n_in=1)
         x_adv = attacks.PGD(steps=1)(net, torch.rand(2, 1, 8, 8), torch.tensor([1, 2]))
         print(losses.akd_loss(net(x_adv), torch.full((2, 10), .1), torch.tensor([1, 2])).ndim)
-    ''') == '0'
+    ''') == '0' # noqa: E501
 
 def star(first, second):
     "The names that `second` gives another meaning than `first` gave them"
@@ -43,22 +43,31 @@ public = { # module: name: argument: default
         trades_loss=dict(s_logits=no, s_logits_adv=no, targ=no, beta=6.)),
     'attacks': dict(
         PGD=dict(eps=e, steps=7, step_size=None, norm='Linf', random_start=True, restarts=1, objective='ce'),
-        FGSM=dict(eps=e), FFGSM=dict(eps=e, step_size=None), AutoAttack=dict(eps=e, norm='Linf', version='standard', seed=0, bs=250)),
+        FGSM=dict(eps=e), FFGSM=dict(eps=e, step_size=None),
+        AutoAttack=dict(eps=e, norm='Linf', version='standard', seed=0, bs=250)),
     'teachers': dict(Teacher=dict(models=no, betas=None, mean=None, std=None), load_teacher=dict(path=no, model=no)),
     'callback': dict(
         AdversarialTraining=dict(attack=pgd), TRADES=dict(attack=pgd, beta=6.),
-        AKDCallback=dict(teacher=no, alpha=.8, attack=pgd, T=1.), RSLADCallback=dict(teacher=no, alpha=.8, lam=5/6, attack=pgd, T=1.),
+        AKDCallback=dict(teacher=no, alpha=.8, attack=pgd, T=1.),
+        RSLADCallback=dict(teacher=no, alpha=.8, lam=5/6, attack=pgd, T=1.),
         ARDCallback=dict(teacher=no, alpha=.8, lam=5/6, attack=pgd, T=1.), CKDCallback=dict(teacher=no, lam=.9, T=1.),
-        WeightAveraging=dict(decay=.995), KeepEpochs=dict(every=1, fname='epoch'), RobustAccuracy=dict(attack=pgd, n=None)),
+        WeightAveraging=dict(decay=.995), KeepEpochs=dict(every=1, fname='epoch'),
+        RobustAccuracy=dict(attack=pgd, n=None)),
     'learner': dict(rkd_learner=dict(dls=no, arch=no, teacher=no, method='akd', alpha=.8, lam=5/6, attack=None, T=1.)),
-    'evaluation.export': dict(export_robustbench=dict(model=no, x=no, folder=no, robustness=None, norm='Linf', n_test=None)),
+    'evaluation.export': dict(export_robustbench=dict(model=no, x=no, folder=no, robustness=None, norm='Linf',
+                                                      n_test=None)),
     'evaluation': dict(robust_accuracy=dict(model=no, x=no, targ=no, attack=None, bs=256)),
-    'models': dict(cifar_resnet18=dict(n_out=10, width=1., n_in=3), wide_resnet=dict(depth=28, widen=10, n_out=10, act=nn.SiLU, n_in=3)),
-    'data': dict(digits_dls=dict(bs=128, valid_pct=.2, seed=42), fashion_sample_dls=dict(bs=125, size=14), fashion_mnist_dls=dict(path=None, bs=256),
-                 cifar10_dls=dict(path=None, bs=256), cifar100_dls=dict(path=None, bs=256), tiny_imagenet_dls=dict(path=None, bs=256))}
-patched = dict(to_rkd=dict(teacher=no, method='akd'), to_adversarial=dict(attack=None), to_natural={}, fit_exp=dict(n_epoch=no, lr_max=.1, decay=.9),
+    'models': dict(cifar_resnet18=dict(n_out=10, width=1., n_in=3),
+                   wide_resnet=dict(depth=28, widen=10, n_out=10, act=nn.SiLU, n_in=3)),
+    'data': dict(digits_dls=dict(bs=128, valid_pct=.2, seed=42), fashion_sample_dls=dict(bs=125, size=14),
+                 fashion_mnist_dls=dict(path=None, bs=256),
+                 cifar10_dls=dict(path=None, bs=256), cifar100_dls=dict(path=None, bs=256),
+                 tiny_imagenet_dls=dict(path=None, bs=256))}
+patched = dict(to_rkd=dict(teacher=no, method='akd'), to_adversarial=dict(attack=None), to_natural={},
+               fit_exp=dict(n_epoch=no, lr_max=.1, decay=.9),
                fit_rkd=dict(n_epoch=no, lr_max=.21),
-               robustness=dict(attacks=('clean', 'pgd20', 'autoattack'), eps=e, norm='Linf', n=None, seed=0, dl=None, state_path=None),
+               robustness=dict(attacks=('clean', 'pgd20', 'autoattack'), eps=e, norm='Linf', n=None, seed=0, dl=None,
+                               state_path=None),
                to_robustbench=dict(folder=no, robustness=None, norm='Linf'))
 pgd_settings = dict(TRADES=dict(steps=10, objective='kl'), RobustAccuracy=dict(steps=20))
 
@@ -96,7 +105,8 @@ def test_star_import_brings_the_public_names():
     for module,names in public.items():
         for name in names: assert name in ns or hasattr(fastai, name), name
     assert 'resnet18' not in ns # torchvision's, to fastai users
-    for name in ('write_atomic', 'digest', 'unwrap', 'own_loss', 'check_xy', 'load_plain'): assert name not in ns, 'a helper of one module for another'
+    for name in ('write_atomic', 'digest', 'unwrap', 'own_loss', 'check_xy', 'load_plain'):
+        assert name not in ns, 'a helper of one module for another'
 
 def test_teacher_methods():
     from rkd_fastai.teachers import Teacher
@@ -134,12 +144,15 @@ def described(owner, name, f):
     "What of the function `f`, exported as `name`, has no comment: its own parameters, and itself"
     from fastcore.docments import docments
     said = docments(f)
-    own = [p.name for p in inspect.signature(f, follow_wrapped=False).parameters.values() if p.name not in ('self','cls') and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    own = [p.name for p in inspect.signature(f, follow_wrapped=False).parameters.values()
+           if p.name not in ('self','cls') and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     src = inspect.getsource(f)
-    return [f'{owner}.{name}({p})' for p in own if not said.get(p) and re.search(rf'\b{p}\b', src.split('):')[0])] + ([f'{owner}.{name}'] if not (f.__doc__ or name.endswith('__init__')) else [])
+    return ([f'{owner}.{name}({p})' for p in own if not said.get(p) and re.search(rf'\b{p}\b', src.split('):')[0])]
+            + ([f'{owner}.{name}'] if not (f.__doc__ or name.endswith('__init__')) else []))
 
 def test_all_that_is_exported_is_described():
-    "Every function and every constructor in `__all__` has a docstring, and each of its parameters a comment: the reference shows them"
+    """Every function and every constructor in `__all__` has a docstring, and each of its parameters a comment: the
+    reference shows them"""
     import pkgutil, rkd_fastai
     lacking = []
     for info in pkgutil.walk_packages(rkd_fastai.__path__, 'rkd_fastai.'):
@@ -150,23 +163,28 @@ def test_all_that_is_exported_is_described():
             if inspect.isfunction(o): lacking += described(info.name, name, o)
             elif inspect.isclass(o):
                 if not o.__doc__: lacking.append(f'{info.name}.{name}')
-                if '__init__' in vars(o) and not hasattr(o, '__dataclass_fields__'): lacking += described(info.name, f'{name}.__init__', o.__init__)
+                if '__init__' in vars(o) and not hasattr(o, '__dataclass_fields__'):
+                    lacking += described(info.name, f'{name}.__init__', o.__init__)
     assert lacking == []
 
 def test_names_are_imported_from_where_they_are_made():
     "and not from a module that imports them itself"
     for f in [f for f in (root/'rkd_fastai').rglob('*.py') if f.name not in ('all.py', '__init__.py', '_modidx.py')]:
-        for node in [n for n in ast.walk(ast.parse(f.read_text(encoding='utf8'))) if isinstance(n, ast.ImportFrom) and n.level and n.module]:
+        for node in [n for n in ast.walk(ast.parse(f.read_text(encoding='utf8'))) if isinstance(n, ast.ImportFrom)
+                     and n.level and n.module]:
             source = f.parents[node.level-1]/f'{node.module.replace(".", "/")}.py'
             if not source.exists(): continue
-            lent = {a.asname or a.name for n in ast.walk(ast.parse(source.read_text(encoding='utf8'))) if isinstance(n, ast.ImportFrom) for a in n.names}
-            assert not lent & {a.name for a in node.names}, f'{f.name} takes {lent & {a.name for a in node.names}} from {source.name}'
+            lent = {a.asname or a.name for n in ast.walk(ast.parse(source.read_text(encoding='utf8')))
+                    if isinstance(n, ast.ImportFrom) for a in n.names}
+            assert not lent & {a.name for a in node.names}, f'{f.name} takes {lent & {a.name for a in node.names}} from {source.name}' # noqa: E501
 
 def unused(source):
     "Names that `source` imports and never mentions, but in lines marked `noqa`"
     lines,tree = source.splitlines(), ast.parse(source)
-    brought = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and 'noqa' not in lines[n.lineno-1] for a in n.names}
-    return brought - {'*'} - {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    brought = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree)
+               if isinstance(n, (ast.Import, ast.ImportFrom)) and 'noqa' not in lines[n.lineno-1] for a in n.names}
+    return brought - {'*'} - {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
 
 @pytest.mark.parametrize('folder', ['rkd_fastai', 'tests', 'tools', 'bench', 'examples'])
 def test_no_import_is_left_over(folder):

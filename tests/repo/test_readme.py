@@ -52,7 +52,8 @@ def test_the_study(tmp_path, monkeypatch, capsys):
     "The study's file, on digits, for one epoch, without AutoAttack: from the plan to the page"
     monkeypatch.chdir(tmp_path)
     block, = blocks('toml', 'nbs/command_line.ipynb')
-    small = {'"fashion_sample"': '"digits"\nwidth = "1/16"\neps = "25/255"', '[1, 2, 3]': '1', '= 30': '= 1', '= 60': '= 2', '[0.5, 0.8, 1.0]': '[0.5, 0.8]', '[15, 30]': '1',
+    small = {'"fashion_sample"': '"digits"\nwidth = "1/16"\neps = "25/255"', '[1, 2, 3]': '1', '= 30': '= 1',
+             '= 60': '= 2', '[0.5, 0.8, 1.0]': '[0.5, 0.8]', '[15, 30]': '1',
              ', "pgd20", "autoattack"': ', "pgd2"', 'n_autoattack = 100': 'n = 60'}
     for a,b in small.items():
         assert a in block
@@ -74,5 +75,6 @@ def test_make_lines():
 @pytest.mark.parametrize('page', ['README.md','nbs/index.ipynb'])
 def test_links_lead_somewhere(page):
     "In the notebook from its own folder, in the README from the root"
-    links = [l for l in re.findall(r'\]\(([^)]+)\)', (root/page).read_text(encoding='utf8')) if not l.startswith('http')]
+    links = [l for l in re.findall(r'\]\(([^)]+)\)', (root/page).read_text(encoding='utf8'))
+             if not l.startswith('http')]
     assert len(links) > 20 and all(((root/page).parent/l.split('#')[0]).exists() for l in links), links

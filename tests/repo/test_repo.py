@@ -20,7 +20,8 @@ def test_requirements_come_from_settings():
     wanted = {re.split('[<>=;]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
     assert wanted == {re.split('[<>=;! ]', r)[0] for r in requires('rkd_fastai') if 'extra' not in r}
 
-@pytest.mark.parametrize('command', [[Path(sys.executable).parent/'rkd'], [sys.executable, '-m', 'rkd_fastai'], [sys.executable, '-m', 'rkd_fastai.cli']], ids=['rkd', 'package', 'module'])
+@pytest.mark.parametrize('command', [[Path(sys.executable).parent/'rkd'], [sys.executable, '-m', 'rkd_fastai'],
+                                     [sys.executable, '-m', 'rkd_fastai.cli']], ids=['rkd', 'package', 'module'])
 def test_command_is_installed(command):
     out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == f'rkd_fastai {rkd_fastai.__version__}' and out.stderr == ''
@@ -37,15 +38,19 @@ def test_notebooks_are_small_and_without_outputs():
 
 def test_tutorials_are_numbered_and_export_nothing():
     assert [f.name[0] for f in tutorials] == [str(i+1) for i in range(len(tutorials))] and len(tutorials) >= 6
-    for nb in tutorials: assert not any(re.search(r'^#\| ?(default_exp|export)', ''.join(c['source']), re.M) for c in cells(nb)), nb
+    for nb in tutorials:
+        assert not any(re.search(r'^#\| ?(default_exp|export)', ''.join(c['source']), re.M) for c in cells(nb)), nb
 
 @pytest.mark.parametrize('nb', tutorials, ids=lambda f: f.stem)
 def test_stored_outputs_make_no_noise(nb):
-    "No errors or warnings, paths of a machine, addresses, progress bars or timings: what changes from run to run without meaning anything"
+    """No errors or warnings, paths of a machine, addresses, progress bars or timings: what changes from run to run
+    without meaning anything"""
     outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
     assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
-    texts = [''.join(o.get('text', '')) + ''.join(''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text/')) for o in outputs]
-    noise = re.compile(r'/(?:home|root|tmp|work|usr|Users|private)/|site-packages|\.venv| at 0x[0-9a-f]+|[█\r]|\b\d+:\d\d\b|\bseconds\b')
+    texts = [''.join(o.get('text', '')) + ''.join(''.join(v) for k,v in o.get('data', {}).items()
+                                                  if k.startswith('text/')) for o in outputs]
+    noise = re.compile(r'/(?:home|root|tmp|work|usr|Users|private)/|site-packages|\.venv| at '
+                       r'0x[0-9a-f]+|[█\r]|\b\d+:\d\d\b|\bseconds\b')
     assert not [m for t in texts for m in [noise.search(t)] if m]
     assert all(c.get('execution_count') is None for c in cells(nb)) # as `nbdev-clean` leaves them
 
@@ -70,15 +75,18 @@ def test_stored_outputs_are_what_the_code_says_now(nb, tmp_path):
 def test_tutorials_assert_and_describe_their_figures(nb):
     "A caption in prose, in italics, follows each cell that shows a figure"
     found = cells(nb)
-    assert sum(len(re.findall(r'^\s*(?:for .*: ?)?(?:assert |test_\w+\()', ''.join(c['source']), re.M)) for c in found) >= 4
+    assert sum(len(re.findall(r'^\s*(?:for .*: ?)?(?:assert |test_\w+\()', ''.join(c['source']), re.M))
+               for c in found) >= 4
     for c,after in zip(found, found[1:]):
         if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])):
-            assert after['cell_type'] == 'markdown' and re.match(r'\*[^*]', ''.join(after['source'])), ''.join(c['source'])
+            assert after['cell_type'] == 'markdown' and re.match(r'\*[^*]',
+                                                                 ''.join(after['source'])), ''.join(c['source'])
 
 @pytest.mark.parametrize('page', ['nbs/works_with.ipynb', 'tests/README.md'])
 def test_tests_that_are_named_exist(page):
     "What the pages say is proved, and by which test"
-    defined = {m for f in (root/'tests').rglob('test_*.py') for m in re.findall(r'^def (test_\w+)', f.read_text(encoding='utf8'), re.M)}
+    defined = {m for f in (root/'tests').rglob('test_*.py')
+               for m in re.findall(r'^def (test_\w+)', f.read_text(encoding='utf8'), re.M)}
     named = set(re.findall(r'`(test_\w+)`', (root/page).read_text(encoding='utf8')))
     assert len(named) > 10 and named <= defined, named - defined
 
@@ -86,7 +94,8 @@ def test_table_of_teachers_is_that_of_its_cards():
     import importlib.util
     spec = importlib.util.spec_from_file_location('teacher_kinds', root/'results/teacher_kinds.py')
     module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-    found = {k: [json.loads(f.read_text()) for f in sorted((root/'results/teacher_kinds').glob(f'{k}_*.json'))] for k in module.kinds}
+    found = {k: [json.loads(f.read_text()) for f in sorted((root/'results/teacher_kinds').glob(f'{k}_*.json'))]
+             for k in module.kinds}
     cards = {k: v for k,v in found.items() if v}
     assert len(cards) >= 4 and all(len(v) >= 2 for v in cards.values())
     page = ''.join(json.loads((root/'nbs/choosing_a_teacher.ipynb').read_text(encoding='utf8'))['cells'][2]['source'])
@@ -101,8 +110,10 @@ def test_every_operator_has_its_mutants():
 
 def test_security_names_tests_that_are_there():
     "Each word of a `-k` in SECURITY.md is part of a test's name in that file"
-    named = re.findall(r'`((?:\w+/)?test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?`', (root/'SECURITY.md').read_text(encoding='utf8'))
+    named = re.findall(r'`((?:\w+/)?test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?`',
+                       (root/'SECURITY.md').read_text(encoding='utf8'))
     assert len(named) > 10
     for file,several,one in named:
         tests = re.findall(r'^def (test_\w+)', (root/'tests'/file).read_text(encoding='utf8'), re.M)
-        for word in filter(None, (several or one).split(' or ')): assert any(word in t for t in tests), f'{file} -k {word}'
+        for word in filter(None, (several or one).split(' or ')):
+            assert any(word in t for t in tests), f'{file} -k {word}'

@@ -140,7 +140,8 @@ def test_select_against_a_loop(seed):
     rob = [r for r in mean.to_dict('records') if r['method'] != 'at' and r['clean'] >= b['clean'] - .02]
     acc,rob = max(acc, key=lambda r: r['clean']),max(rob, key=lambda r: r['pgd20'])
     got = select(df)
-    assert got.Method.tolist() == [f"Only teacher, {b['checkpoint']} epoch", f"Only teacher, {teachers[0]['checkpoint']} epoch",
+    assert got.Method.tolist() == [f"Only teacher, {b['checkpoint']} epoch",
+                                   f"Only teacher, {teachers[0]['checkpoint']} epoch",
                                    'RKD-Acc.', 'RKD-Rob.']
     assert 'compared with' in got.Hyperparameters[0] and 'compared with' not in got.Hyperparameters[1]
     for i,r in ((0, b), (2, acc), (3, rob)):
