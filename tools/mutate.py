@@ -16,25 +16,26 @@ groups = dict(
     losses=('losses.py',
             ['_ce','_kl','soft_targets','ensemble_probs','ckd_loss','ard_loss','rslad_loss','akd_loss','trades_loss'],
             ['tests/test_losses.py']),
-    pgd=('attacks.py',
+    pgd=('attacks/pgd.py',
          ['_settle','_lengths','_Linf','_L2','PGD.loss','PGD.perturb','PGD._ascend','PGD._noise','PGD._score'],
          ['tests/attacks/test_attacks.py', '-k', 'not autoattack and not AutoAttack']),
-    search=('search.py', None, ['tests/attacks/test_search.py']),
+    **{name: (f'attacks/{name}.py', None, ['tests/attacks/test_search.py'])
+       for name in ('search','apgd','fab','square')},
 )
 
 # mutants that change nothing: (module, before, after), and why
 harmless = {
-    ('attacks.py', 'torch.sign(wide - x_adv).to(torch.int16) * too_far',
-     'torch.sign(wide - x_adv).to(torch.int16) / too_far'): 'a quotient by zero is 0 as an int16',
-    ('search.py', 'gap >= 0', 'gap > 0'): 'a gap of 0 is no way to go, in either direction',
-    ('search.py', 'w > 0', 'w >= 0'): 'a component of weight 0 does not move',
-    ('search.py', 'room > by[:, None]', 'room >= by[:, None]'): 'a component that has just arrived makes one step '
+    ('attacks/pgd.py', 'torch.sign(x_float - x_adv).to(torch.int16) * too_far',
+     'torch.sign(x_float - x_adv).to(torch.int16) / too_far'): 'a quotient by zero is 0 as an int16',
+    ('attacks/fab.py', 'gap >= 0', 'gap > 0'): 'a gap of 0 is no way to go, in either direction',
+    ('attacks/fab.py', 'w > 0', 'w >= 0'): 'a component of weight 0 does not move',
+    ('attacks/fab.py', 'room > by[:, None]', 'room >= by[:, None]'): 'a component that has just arrived makes one step '
                                                                 'shorter, of thirty',
-    **{('search.py', *swap): 'how often it looks whether it is done' for swap in
+    **{('attacks/fab.py', *swap): 'how often it looks whether it is done' for swap in
        (('i % 4 == 3', 'i % 4 != 3'), ('i % 4', 'i * 4'), ('more <= 1e-06 * by', 'more < 1e-06 * by'))},
-    ('search.py', '2 * eps * colour', '2 * eps / colour'): 'colours are 1 and -1',
-    ('search.py', 'eps * _random((n, c, 1, w), rng, x.device).sign()',
-     'eps / _random((n, c, 1, w), rng, x.device).sign()'): 'so are these',
+    ('attacks/square.py', '2 * eps * colour', '2 * eps / colour'): 'colours are 1 and -1',
+    ('attacks/square.py', 'eps * uniform_noise((n, c, 1, w), rng, x.device).sign()',
+     'eps / uniform_noise((n, c, 1, w), rng, x.device).sign()'): 'so are these',
 }
 
 swaps = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.Pow: [ast.Mult],
