@@ -13,7 +13,7 @@ from rkd_fastai.data.arrays import arrays_dls
 from rkd_fastai.pixel import measured_images, measured_positions
 from rkd_fastai.study.run import make_dls
 from rkd_fastai.sampling import class_labels, stratified_order
-from rkd_fastai.study.study import Study
+from rkd_fastai.study.study import Runner, Study
 
 # --- one network, one number, in every place ---
 
@@ -140,12 +140,13 @@ def test_study(folder, constant, tmp_path):
     spec = dict(data=str(folder), size=8, method='at', epochs=1, bs=50,
                 measure=dict(attacks=['clean','pgd2','autoattack'], n=n, n_autoattack=12, best=False))
     study = Study(spec, tmp_path/'study')
+    runner = Runner(study)
     c, = study.cells
-    study._train(c, 'training')
-    assert study._lacking(c) == {('last',n): ['clean','pgd2'], ('last',12): ['autoattack']}
+    runner.train(c, 'training')
+    assert study.missing(c) == {('last',n): ['clean','pgd2'], ('last',12): ['autoattack']}
     # which takes its images as AutoAttack does, and no minutes
-    study._lacking = lambda c: {('last',n): ['clean','pgd2'], ('last',12): ['fgsm']}
-    study._measure_cell(c, 'measuring')
+    study.missing = lambda c: {('last',n): ['clean','pgd2'], ('last',12): ['fgsm']}
+    runner.measure(c, 'measuring')
     found = study.results(c)['last']
     for name,k in (('clean',n), ('pgd2',n), ('fgsm',12)):
         assert found[name]['n'] == k and abs(found[name]['accuracy'] - true) <= 1.001/k

@@ -11,7 +11,8 @@ from .plots import (accuracy_label, baseline_name, base_near, error_bars, legend
                                     panels,
                                     red, star_legend, stars)
 from ..registry import methods
-from .results import (NotEnough, accuracy, cells_of, fraction, head, kind_name, make_table, one_task, points, rows, format_value, settings, task)
+from .results import (NotEnough, accuracy, cells_of, fraction, head, kind_name, make_table, one_task,
+                                      points, rows, format_value, settings, task)
 from .tables import gain_over, hyper, own_students, picks_of, unpaired
 from ..style import colours, markers
 

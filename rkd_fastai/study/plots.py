@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from ..registry import methods
-from .results import (NotEnough, accuracy, cells_of, check_column, head, kind_name, make_table, one_task, pareto, points, rows, format_value, settings, students_of,
+from .results import (NotEnough, accuracy, cells_of, check_column, head, kind_name, make_table,
+                                      one_task, pareto, points, rows, format_value, settings, students_of,
                                       distinguishing_settings, varying)
 from .tables import baseline_of, hyper, nearest
 from ..style import colours, markers

@@ -12,7 +12,7 @@ from rkd_fastai.study.cells import cell_dls
 from rkd_fastai.study.config import Cell, make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.data.loaders import with_label_noise
 from rkd_fastai.study.run import load_run, make_dls, train_seconds
-from rkd_fastai.study.study import Study, plan_text, read_rows, study_report as report_text
+from rkd_fastai.study.study import Runner, Study, plan_text, read_rows, study_report as report_text
 
 settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
 measured = dict(attacks=['clean','pgd2'], n=50)
@@ -144,7 +144,7 @@ def test_teachers_stop_where_the_cell_says(finished):
     x,_ = pixel_data(make_dls('digits'))
     for c in [c for c in finished.cells if c.distils]:
         teacher = load_run(finished.folder(teachers_of(c)[0])/f'epoch_{c.teacher_epoch}.pth')[0]
-        torch.testing.assert_close(finished._teacher(c).probs(x[:5]), teacher.probs(x[:5]))
+        torch.testing.assert_close(Runner(finished).teacher(c).probs(x[:5]), teacher.probs(x[:5]))
     assert {c.teacher_epoch for c in finished.cells if c.distils} == {1, 3}
 
 def test_members_differ_in_their_start_and_not_in_their_data(tmp_path):
@@ -172,7 +172,7 @@ def test_ensemble_is_measured_by_its_weights(finished):
     nets = {t.method: load_run(finished.folder(t)/'epoch_3.pth')[0] for t in teachers_of(st)}
     alone = measure_robustness(nets['at'], x, y, ['clean','pgd2'], at.eps)
     assert finished.results(at)['last']['clean']['accuracy'] == alone.clean
-    mixed = finished._teacher(st)
+    mixed = Runner(finished).teacher(st)
     probs = .75*nets['st'].probs(x[:5]) + .25*nets['at'].probs(x[:5])
     torch.testing.assert_close(mixed.probs(x[:5]), probs)
 
@@ -184,17 +184,17 @@ def test_best_epoch_and_last(finished):
     assert set(finished.to_df().query('method == "at"').checkpoint) == {'last','best'}
 
 def test_nothing_is_done_twice(finished, monkeypatch):
-    monkeypatch.setattr(Study, '_train', lambda *_: pytest.fail('trains again'))
+    monkeypatch.setattr(Runner, 'train', lambda *_: pytest.fail('trains again'))
     monkeypatch.setattr('rkd_fastai.study.study.measure_robustness', lambda *_, **__: pytest.fail('measures again'))
     before = table(finished.to_df())
     again = Study(spec(*grids), finished.out)
     pd.testing.assert_frame_equal(table(again.run()), before)
-    assert again.work() == {}
+    assert again.seconds_left() == {}
 
 def test_another_attack_is_all_that_is_added(tmp_path, monkeypatch):
     s = Study(spec(dict(method='at')), tmp_path/'s')
     first = s.run()
-    monkeypatch.setattr(Study, '_train', lambda *_: pytest.fail('trains again'))
+    monkeypatch.setattr(Runner, 'train', lambda *_: pytest.fail('trains again'))
     more = Study(spec(dict(method='at'), measure=dict(attacks=['clean','pgd2','fgsm'])), tmp_path/'s').run()
     assert list(more.clean) == list(first.clean) and more.fgsm.notna().all()
     other = Study(spec(dict(method='at'), measure=dict(n=20)), tmp_path/'s').run()
@@ -228,11 +228,11 @@ def test_a_cell_that_diverges_is_marked_and_the_grid_goes_on(tmp_path):
     assert s.is_done(s.cells[0]) and not (s.folder(s.cells[0])/'resume.pth').exists()
 
 def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
-    train = Study._train
+    train = Runner.train
     def diverging(self, c, label):
         if c.schedule == 'teacher': raise FloatingPointError('the loss is NaN')
         return train(self, c, label)
-    monkeypatch.setattr(Study, '_train', diverging)
+    monkeypatch.setattr(Runner, 'train', diverging)
     df = Study(spec(dict(method='akd')), tmp_path/'s').run()
     assert len(df) == 1 and report_text(tmp_path/'s').endswith('yet; trainings that diverged: 1')
     df = Study(spec(dict(method='akd'), dict(method='at')), tmp_path/'s').run()
@@ -293,24 +293,24 @@ def test_the_best_epoch_is_that_of_all_epochs(tmp_path):
     "Where a training kept too few checkpoints, because it was not asked for the best, it is done again"
     Study(spec(dict(method='at'), measure=dict(best=False)), tmp_path/'s').run()
     s = Study(spec(dict(method='at')), tmp_path/'s')
-    assert not s._has(s.cells[0])
+    assert not s.is_trained(s.cells[0])
     folder = s.folder(s.cells[0])
     (folder/'epoch_2.json').write_text(json.dumps(dict(robust_accuracy=1.))) # half of them will not do
-    assert not s._has(s.cells[0])
+    assert not s.is_trained(s.cells[0])
     assert set(s.run().checkpoint) == {'last','best'}
 
 def test_a_slow_autoattack_is_not_the_fast_one(finished):
     c = finished.cells[0]
     res = json.loads((finished.folder(c)/'results.json').read_text())
     s = Study(spec(*grids, measure=dict(fast=False)), finished.out)
-    assert not s._lacking(c) # PGD is what it is
+    assert not s.missing(c) # PGD is what it is
     res['last']['autoattack'] = res['last']['pgd2'] | dict(fast=True)
     s.measure['attacks'] = ['clean','autoattack']
     s.measure['best'] = False
     s.results = lambda c: res
-    assert s._lacking(c) == {('last', 50): ['autoattack']}
+    assert s.missing(c) == {('last', 50): ['autoattack']}
     s.measure['fast'] = True
-    assert not s._lacking(c)
+    assert not s.missing(c)
 
 def test_more_parts_than_cells(tmp_path):
     assert len(Study(spec(dict(method='st', epochs=1)), tmp_path/'s').run('2/2')) == 0
