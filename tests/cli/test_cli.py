@@ -2,6 +2,7 @@
 import io, json, sys
 import numpy as np, pytest, torch
 from PIL import Image
+from conftest import python
 from rkd_fastai.all import PGD
 from rkd_fastai.cli.main import main
 from rkd_fastai.study.run import make_dls
@@ -286,3 +287,15 @@ def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
                     path=tmp_path)
     with one_line(learn, 'µ'): learn.fit(2, 0.)
     assert 'robust overfitting: accuracy_eps was 90.0%' in said()
+
+@pytest.mark.parametrize('argv, code', [(['--help'], 0), (['--version'], 0), (['train', '--help'], 0), (['trian'], 2),
+                                        (['train', '--epoch', '3'], 2)])
+def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
+    "Nothing that takes long to import is imported before a command runs"
+    assert python(f'''
+        import contextlib, io, sys
+        from rkd_fastai.cli.main import main
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main({argv})
+        except SystemExit as e: print(e.code or 0, sorted({{'torch', 'fastai', 'numpy', 'pandas'}} & set(sys.modules)))
+    ''') == f'{code} []'
