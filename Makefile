@@ -1,6 +1,7 @@
 # `make demo` and `make test` are all a fresh clone needs; both make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
+parallel := --numprocesses 2 --dist worksteal
 .PHONY: demo test test-nbs test-py coverage test-all mutants export tutorials check docs docs-check clean
 
 demo: .venv/installed
@@ -12,12 +13,12 @@ test-nbs: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 
 test-py: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(parallel)
 
 # test-py, and which lines it leaves out
 coverage: .venv/dev
 	rm -rf build/coverage && mkdir -p build/coverage
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(parallel)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
