@@ -236,7 +236,7 @@ class RobustOverfitting(EachEpoch):
         if self.restore: self.kept = copy_state(unwrap(self.model))
 
     def _seen(self):
-        "Return the number of images behind the metric, or None: `seen` of `RobustAccuracy`, `count` of fastai's metrics"
+        "Return the number of images of the metric, or None: `seen` of `RobustAccuracy`, `count` of fastai's metrics"
         metric = next((m for m in self.learn.metrics if m.name == self.by), None)
         return next((n for k in ('seen','count') if isinstance(n := getattr(metric, k, None), int)), None)
 
