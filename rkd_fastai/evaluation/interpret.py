@@ -190,7 +190,7 @@ def _shown(x): return (_Grey if x.shape[-3] == 1 else TensorImage)(x)
 def _names(dls, n_out):
     "Return the names of `n_out` classes; numbers for classes without a name in `dls`"
     vocab = ifnone(getattr(dls, 'vocab', None), [])
-    if len(vocab) and isinstance(vocab[-1], (CategoryMap,L,list,tuple)): vocab = vocab[-1] # the DataLoaders have several blocks
+    if len(vocab) and isinstance(vocab[-1], (CategoryMap,L,list,tuple)): vocab = vocab[-1] # several blocks
     return [*vocab, *range(len(vocab), n_out)]
 
 # %% ../../nbs/evaluation/02_interpret.ipynb #283d5438

@@ -172,7 +172,7 @@ class Robustness:
     def _repr_html_(self): return f'{self._shown().to_html()}<p>{self._caption}</p>'
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #5e70f223
-_published = dict(autoattack='standard', apgd='apgd-ce', square='square') # by the names that tables use
+_published = dict(autoattack='standard', apgd='apgd-ce', square='square') # attack name to AutoAttack version
 
 def make_attack(
     name:str, # 'clean', 'fgsm', 'pgd20', 'pgd50x10' (steps × restarts), 'cw', 'apgd', 'square', 'autoattack'
@@ -480,7 +480,7 @@ def _validation_batches(dls, n):
 
 @contextmanager
 def _unseen_draws():
-    "Return a context after which the random states of Python, NumPy and PyTorch are restored"
+    "Return a context after which the random states of Python, NumPy and PyTorch's CPU generator are restored"
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try: yield
