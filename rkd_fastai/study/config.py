@@ -47,7 +47,7 @@ class Cell:
     teacher_epoch:int|None=None # epoch whose checkpoint is the teacher; None means the last one
     teacher_arch:str|None=None # network of the teacher; None means the student's
     teacher_width:float|None=None # width of the teacher; None means the student's
-    beta:float|None=None # weight of an ensemble's last kind, the others share the rest; None weighs all teachers equally
+    beta:float|None=None # weight of an ensemble's last kind, the others share the rest; None means equal weights
     alpha:float|None=None # weight of the teacher in the soft target
     lam:float|None=None # weight of the adversarial term, or of the distilled term in CKD
     T:float|None=None # temperature
@@ -118,7 +118,7 @@ def allowed_settings(
     every = {'method','data','size','n','noise','augment','seed','arch','width','eps'}
     if method == 'teacher': return every | _teacher_settings | {'compile','bf16'}
     every |= _of_training | ({'attack'} if method in ('at','akd','rslad','ard') else set())
-    if method not in distil_methods: return every | ({'schedule'} if method != 'at+' else set()) # AT⁺ has a fixed schedule
+    if method not in distil_methods: return every | ({'schedule'} if method != 'at+' else set()) # AT⁺: fixed schedule
     return every | _teacher_settings | {'alpha','lam','T'} & set(signature(method_class(method)).parameters)
 
 _renamed = dict(stop='teacher_epoch') # settings with a different name in older versions
@@ -295,7 +295,7 @@ def _tables(spec):
 def read_study(
     spec, # path of a TOML file, or a dict with its content
 )->tuple: # cells, settings of `[measure]`, title
-    "Return the cells of a study without duplicates, its `[measure]` settings and its title; raise a `ValueError` for errors"
+    "Return the cells of a study without duplicates, its `[measure]` settings and its title; raise a `ValueError` if invalid"
     title = '' if isinstance(spec, dict) else Path(spec).stem
     spec = spec if isinstance(spec, dict) else _read_toml(spec)
     grids,measure = [_with_new_names(g) for g in _tables(spec)],_read_measure(spec.get('measure', {}))
@@ -313,7 +313,7 @@ def read_study(
             if 'method' not in settings: raise ValueError("a grid has no `method`: say one, such as 'akd' or 'at'")
             known = allowed_settings(settings['method'])
             cells[make_cell(**{k: v for k,v in settings.items() if k in known or k in g})] = None
-    return sorted(cells, key=lambda c: c.seed),measure,spec.get('title', title) # run all cells of one seed before the next seed
+    return sorted(cells, key=lambda c: c.seed),measure,spec.get('title', title) # one seed after another
 
 def _read_toml(path):
     try: return tomllib.loads(Path(path).read_text(encoding='utf8'))

@@ -70,8 +70,8 @@ def _check_version(folder):
 class Study:
     "A grid of trainings whose results are in a folder"
     def __init__(self,
-        # path of a TOML file, or a dict with its content; a folder of images in `data` is relative to the file's folder,
-        # or to the current folder for a dict
+        # path of a TOML file, or a dict with its content; a folder of images in `data` is relative to the folder of
+        # the file, or to the current folder for a dict
         spec,
         out=None, # folder of the study; None means the file's name in `studies`
         path=None, # folder of a published data set; None means that it is found or downloaded
@@ -103,8 +103,8 @@ class Study:
     def with_images(self,
         c, # `Cell`
     ):
-        """Return a copy of the cell whose `data` is an absolute folder, or the cell itself for a named data set; raise a
-        `ValueError` if the folder does not exist"""
+        """Return a copy of the cell whose `data` is an absolute folder, or the cell itself for a named data set; raise
+        a `ValueError` if the folder does not exist"""
         if c.data in data_names: return c
         base = Path() if isinstance(self.spec, dict) else Path(self.spec).parent
         folder = (base/Path(c.data).expanduser()).resolve()
@@ -179,7 +179,7 @@ class Study:
                                                      kind='stable').reset_index(drop=True) if len(rows) else rows
 
     def varied(self):
-        "Return the settings in which the cells differ, except method, teacher and teacher epoch, which all names contain"
+        "Return the settings in which the cells differ, except those in every name: method, teacher and teacher epoch"
         many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','teacher_epoch')
                 and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
         return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width)
