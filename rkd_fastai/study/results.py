@@ -343,7 +343,7 @@ def main(
 
 # %% ../../nbs/study/03_results.ipynb #baa51ee4
 def one_task(cells, free=()):
-    "Return the `cells` of the students' task; raise a `ValueError` if the students have several tasks, except in `free`"
+    "Return the `cells` of the students' task; raise a `ValueError` if their tasks differ in settings other than `free`"
     columns = [c for c in task if c not in free]
     s = students_of(cells)
     for c in varying(s, columns):

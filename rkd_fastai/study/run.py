@@ -176,7 +176,7 @@ def _described(card_path, path):
     with _read_from(card_path): return card, _network(card, settings, path, sizes)
 
 def _network(card, settings, path, sizes):
-    "Return the network that the card describes; raise a `ValueError` unless its sizes are among the checkpoint's `sizes`"
+    "Return the network that the card describes; raise a `ValueError` if the checkpoint's `sizes` do not fit"
     if not {card['n_in'], card['n_out']} <= sizes:
         raise ValueError(f"{counted(card['n_in'], 'channel')} and {card['n_out']} classes are not those of {path.name}")
     if settings[0] in ('cifar_resnet18', 'resnet18') or str(settings[0]).startswith('wrn-'): # networks of any size
@@ -282,7 +282,7 @@ def fit_run(
 def train_seconds(
     folder, # folder of a run
 )->float:
-    "Return the approximate seconds of the epochs in `history.csv`, 0 without any; fastai rounds them down to whole seconds"
+    "Return the approximate seconds of the epochs in `history.csv`, 0 without any; fastai rounds each down to a second"
     path = Path(folder)/'history.csv'
     if not path.is_file() or not path.stat().st_size: return 0. # fastai writes its first line after the first epoch
     # the last line may be incomplete
