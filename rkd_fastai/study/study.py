@@ -33,7 +33,7 @@ from ..text import counted, say
 # %% ../../nbs/study/08_study.ipynb #b5d0c50a
 @contextmanager
 def _lock(folder):
-    "Within it `folder` belongs to this process, if True; the system frees the lock of a process that ends"
+    "Lock `folder` and yield True, or yield False if another process has the lock"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'lock', blocking=False)
     try: lock.acquire()
@@ -42,13 +42,13 @@ def _lock(folder):
     finally: lock.release()
 
 def _read_json(path):
-    "The dict in `path`, {} where there is none that can be read"
+    "Return the dict in the JSON file `path`, or {} if it is missing or unreadable"
     try: d = read_json(path)
     except (FileNotFoundError, ValueError): return {}
     return d if isinstance(d, dict) else {}
 
 def _read_results(path):
-    "What was measured of the cell whose folder `path` is in; {} where the file is not whole, or of another cell"
+    "Return the results in the file `path` of a cell's folder, or {} if the file is incomplete or of another cell"
     res = _read_json(path)
     try:
         found = [v for checkpoint in ('last','best') for v in res.get(checkpoint, {}).values()]
@@ -60,7 +60,7 @@ def _read_results(path):
 def _n(measure, attack): return measure['n_autoattack' if attack == 'autoattack' and measure['n_autoattack'] else 'n']
 
 def _check_version(folder):
-    "Raise where `folder` is a study of another version of this package"
+    "Raise a `ValueError` if another version of this package made the study in `folder`"
     made_by = _read_json(Path(folder)/'study.json').get('rkd_fastai', rkd_fastai.__version__)
     if made_by != rkd_fastai.__version__:
         raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with "
@@ -68,13 +68,13 @@ def _check_version(folder):
 
 # %% ../../nbs/study/08_study.ipynb #073c488c
 class Study:
-    "A grid of trainings in a folder"
+    "A grid of trainings whose results are in a folder"
     def __init__(self,
-        # path of a TOML file, or the dict it holds; a folder of images in `data` is taken from the file's folder, of a
-        # dict from the current one
+        # path of a TOML file, or a dict with its content; a folder of images in `data` is relative to the folder of
+        # the file, or to the current folder for a dict
         spec,
-        out=None, # folder; None: the file's name in `studies`
-        path=None, # folder of a published data set; None: it is found or downloaded
+        out=None, # folder of the study; None means the file's name in `studies`
+        path=None, # folder of a published data set; None means that it is found or downloaded
     ):
         if out is None and isinstance(spec, dict): raise ValueError("`out`: name a folder for a study that has no file")
         self.cells,self.measure,self.title = read_study(spec)
@@ -88,7 +88,7 @@ class Study:
 
     @cached_property
     def teachers(self):
-        "The teachers that the cells share, each once, and the epochs at which they are taken"
+        "Dict from each teacher of the cells to the set of epochs at which it is used"
         out = {}
         for c in self.cells:
             for t in teachers_of(c): out.setdefault(t, set()).add(c.teacher_epoch)
@@ -97,14 +97,14 @@ class Study:
     def folder(self,
         c, # `Cell`
     ):
-        "Where a cell or a teacher is kept"
+        "Return the folder of a cell or a teacher"
         return self.out/('teachers' if c.schedule == 'teacher' else 'cells')/c.id
 
     def with_images(self,
         c, # `Cell`
     ):
-        """The cell with the folder of images that its `data` names; the cell itself, and so its id, keep what the
-        file says"""
+        """Return a copy of the cell whose `data` is an absolute folder, or the cell itself for a named data set; raise
+        a `ValueError` if the folder does not exist"""
         if c.data in data_names: return c
         base = Path() if isinstance(self.spec, dict) else Path(self.spec).parent
         folder = (base/Path(c.data).expanduser()).resolve()
@@ -117,19 +117,19 @@ class Study:
     def results(self,
         c, # `Cell`
     ):
-        "What has been measured of a cell"
+        "Return the results of a cell as a dict, {} if there are none"
         return _read_results(self.folder(c)/'results.json')
 
     def is_done(self,
         c, # `Cell`
     ):
-        "Is a cell trained and measured, or has it diverged?"
+        "Return True if a cell is trained and measured, or if its training diverged"
         return bool(self.results(c).get('diverged')) or not self.missing(c)
 
     def missing(self,
         c, # `Cell`
     )->dict:
-        "What is still to be measured: `{(checkpoint, n): names of attacks}`"
+        "Return the missing measurements of a cell: `{(checkpoint, n): names of attacks}`"
         res,out = self.results(c),{}
         for checkpoint in ['last', 'best'] if self.measure['best'] and not c.has_teacher else ['last']:
             for a in self.measure['attacks']:
@@ -142,13 +142,13 @@ class Study:
     def searches_fast(self,
         attack, # name of an attack
     ):
-        "Is `attack` measured on a faster copy of the network? Only AutoAttack and its parts can be"
+        "Return False if `attack` is AutoAttack or one of its parts and the study has `fast = false`, else True"
         return self.measure['fast'] or attack not in ('autoattack','apgd','square')
 
     def is_trained(self,
         c, # `Cell`
     ):
-        "Is a cell, or a teacher, trained, with all checkpoints that are asked for?"
+        "Return True if a cell or a teacher is trained and has all checkpoints that the study needs"
         folder = self.folder(c)
         if (self.measure['best'] and not c.has_teacher and c not in self.teachers
             and not ('best_epoch' in self.results(c) or len(list(folder.glob('epoch_*.json'))) == c.epochs)):
@@ -157,9 +157,9 @@ class Study:
                 and all((folder/f'epoch_{n}.pth').exists() for n in self.teachers.get(c, [])))
 
     def seconds_left(self,
-        cells=None, # those to look at; None means all
+        cells=None, # cells to include; None means all
     )->dict:
-        """Estimated seconds of each unfinished cell on this machine, `{cell: seconds}`; a teacher's time counts with
+        """Estimate the seconds of each unfinished cell on this machine, `{cell: seconds}`; a teacher's time is added to
         the first cell that needs it"""
         out,seen = {},set()
         for c in self.cells if cells is None else cells:
@@ -173,20 +173,20 @@ class Study:
         return out
 
     def to_df(self):
-        "The rows of this study's cells, in their order, see `read_rows`"
+        "Return the rows of this study's cells in the order of the cells, see `read_rows`"
         rows,order = read_rows(self.out),{c.id: i for i,c in enumerate(self.cells)}
         return rows[rows.id.isin(order)].sort_values('id', key=lambda ids: ids.map(order),
                                                      kind='stable').reset_index(drop=True) if len(rows) else rows
 
     def varied(self):
-        "The settings in which the cells differ, without those that every name says"
+        "Return the settings in which the cells differ, except those in every name: method, teacher and teacher epoch"
         many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','teacher_epoch')
                 and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
         return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width)
                                                                for c in self.cells)]
 
     def plan(self)->pd.DataFrame:
-        "What `run` would do, and about how long it would take one process here: a row per cell"
+        "Return a DataFrame with one row per cell: its state and the estimated seconds of one process on this machine"
         seconds_left = self.seconds_left()
         varied = self.varied()
         rows = [dict(cell=_cell_text(c, varied), teachers=len(teachers_of(c)), state=_state(self, c),
@@ -194,13 +194,13 @@ class Study:
         return pd.DataFrame(rows)
 
     def run(self,
-        cell=None, # 'i/n': every n-th cell from the i-th, for job arrays; None: all
-        # so many at a time on this machine, which share its cores: on a CPU as many as there are cores suit small
-        # networks
+        cell=None, # 'i/n' runs every n-th cell from the i-th, for job arrays; None runs all
+        # number of processes on this machine, which share its cores; for small networks on a CPU use as many as there
+        # are cores
         processes:int=1,
-        wait=5., # seconds between looks at cells that other processes are at
+        wait=5., # seconds before cells of other processes are checked again
     )->pd.DataFrame:
-        "Train and measure what is not done yet, and return the rows of all that is"
+        "Train and measure all unfinished cells, and return the rows of all finished ones, see `to_df`"
         if processes < 1: raise ValueError(f"`processes` must be >= 1, got {processes}")
         todo = _part(self.cells, cell)
         self._load_and_describe(todo)
@@ -217,31 +217,31 @@ class Study:
         return self.to_df()
 
     def _load_and_describe(self, cells):
-        "Load all data once, so that an error comes before anything is trained, and write `study.json`"
+        "Load all data once, so that errors in it are raised before any training, and write `study.json`"
         for c in {o for c in cells for o in (c, *teachers_of(c)) if o.method != 'teacher'}:
             cell_dls(self.with_images(c), self.path)
-        others = _read_json(self.out/'study.json').get('no_test_split', []) # of a study that shares the folder
+        others = _read_json(self.out/'study.json').get('no_test_split', []) # other studies may share the folder
         no_test = {*others, *(c.data for c in self.cells if not has_test_split(self.with_images(c), self.path))}
         write_atomic(self.out/'study.json', json.dumps(dict(
             title=self.title, rkd_fastai=rkd_fastai.__version__, torch=torch.__version__, machine=machine(),
             no_test_split=sorted(no_test))))
 
     def report(self)->str:
-        "Write tables, figures and a page of them to `report` in the study's folder; return what a terminal shows"
+        "Write tables, figures and an HTML page to `report` in the study's folder; return a summary for the terminal"
         return study_report(self.out)
 
 # %% ../../nbs/study/08_study.ipynb #262f9d37
 class Runner:
     "Trains and measures the cells of a study in this process; other processes may work on the same folder"
     def __init__(self,
-        study:Study, # whose cells are trained and measured
+        study:Study, # study with the cells
     ): self.study = study
 
     def finish(self,
         c, # `Cell`
-        label, # its name on the screen
+        label, # name of the cell on the screen
     ):
-        "Train and measure a cell; False while another process works on it"
+        "Train and measure a cell; return False if another process works on it, else True"
         if self.study.is_done(c): return True
         if not self.make(c, label): return False
         with _lock(self.study.folder(c)) as mine:
@@ -250,9 +250,9 @@ class Runner:
 
     def make(self,
         c, # `Cell`
-        label, # its name on the screen
+        label, # name of the cell on the screen
     ):
-        "Train a cell or a teacher where it is not trained; False while another process works on it"
+        "Train a cell or a teacher unless it is trained; return False if another process works on it, else True"
         if self.study.is_trained(c): return True
         with _lock(self.study.folder(c)) as mine:
             if not mine: return False
@@ -263,7 +263,7 @@ class Runner:
                     if gone: self.write(c, dict(diverged=f'its teacher {t.id}: {gone}')); return True
                 if c.method != 'teacher':
                     try:
-                        # once more where a training went on that had been begun for fewer checkpoints
+                        # train again if the study now needs more checkpoints than when the training began
                         while not self.study.is_trained(c): self.train(c, label)
                     except FloatingPointError as e:
                         self.write(c, dict(diverged=reason(e)))
@@ -272,9 +272,9 @@ class Runner:
 
     def train(self,
         c, # `Cell`
-        label, # its name on the screen
+        label, # name of the cell on the screen
     ):
-        "Train a cell, or a teacher, unless that is done"
+        "Train a cell or a teacher, or continue its training"
         out,recipe,found = self.study.folder(c),recipe_of(c),self.study.with_images(c)
         dls,settings = cell_dls(found, self.study.path),{k: getattr(found, k)
                                                for k in ('data','size','n','arch','width','eps','seed','epochs')}
@@ -282,14 +282,14 @@ class Runner:
         keep = (math.gcd(c.epochs, *self.study.teachers[c]) if c in self.study.teachers else 1
                 if self.study.measure['best'] and not c.distils else None)
         kwargs = dict(teacher=self.teacher(c)) if c.distils else {}
-        # the folder is the cell's alone
+        # the folder belongs to this cell only
         fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs)
 
     def measure(self,
         c, # `Cell`
-        label, # its name on the screen
+        label, # name of the cell on the screen
     ):
-        "Attack a cell's network by all that is missing, and write each result as it comes"
+        "Measure the missing accuracies of a cell, and save them after each checkpoint and number of images"
         folder,seed,found = self.study.folder(c),self.study.measure['seed'],self.study.with_images(c)
         for (checkpoint,n),attacks in self.study.missing(c).items():
             state = folder/f"state_{short_hash(json.dumps([checkpoint, n, attacks, self.study.measure]))}.json"
@@ -313,7 +313,7 @@ class Runner:
         c, # `Cell`
         checkpoint='last', # 'last' or 'best'
     ):
-        "The network of a cell, or its teachers"
+        "Return the trained network of a cell, or its teachers for the method 'teacher'"
         if c.method == 'teacher': return self.teacher(c)
         folder = self.study.folder(c)
         return load_run(folder/(f'epoch_{best_epoch(folder)}.pth' if checkpoint == 'best' else 'model.pth'))[0]
@@ -321,33 +321,33 @@ class Runner:
     def teacher(self,
         c, # `Cell`
     ):
-        "The teachers of a cell as one"
+        "Return the teachers of a cell as one `Teacher`"
         nets = [load_run(self.study.folder(t)/f'epoch_{c.teacher_epoch}.pth')[0] for t in teachers_of(c)]
         return Teacher(nets, betas=betas(c.teacher, c.beta))
 
     def write(self,
         c, # `Cell`
-        res, # what was measured, or why it diverged
+        res, # dict of results, or of the reason why the training diverged
     ):
-        "Write the results of a cell, whole or not at all"
+        "Write the results of a cell to its `results.json`, completely or not at all"
         write_atomic(self.study.folder(c)/'results.json', json.dumps(dict(cell=settings_of(c)) | res, indent=2))
 
     def tidy(self,
         c, # `Cell`
     ):
-        "Keep the best of a finished cell's checkpoints only"
+        "Delete the checkpoints of a finished cell except the best one"
         best = self.study.results(c).get('best_epoch')
         for f in self.study.folder(c).glob('epoch_*.*'):
             if best is not None and f.stem != f'epoch_{best}': f.unlink()
 
 # %% ../../nbs/study/08_study.ipynb #ac547bc0
 def _teacher_eps(c):
-    "The radius that the teachers of a cell were trained with, None where there are several or none"
+    "Return the attack radius in the training of a cell's teachers; None if there are several radii or no teachers"
     eps = {r.attack.eps if r.attack else 0. for r in map(recipe_of, teachers_of(c))}
     return eps.pop() if len(eps) == 1 else None
 
 def _row(c, res, checkpoint):
-    "A cell's settings and accuracies, as tables want them"
+    "Return a cell's settings and accuracies as a dict, the row of a table"
     r = res.get(checkpoint, {})
     n = len(teachers_of(c))
     d = (dict(id=c.id, clean=None) | asdict(c)
@@ -360,10 +360,10 @@ def _row(c, res, checkpoint):
             | dict(split=splits.pop() if len(splits) == 1 else None))
 
 def read_rows(
-    folder, # of a study
+    folder, # folder of a study
 )->pd.DataFrame:
-    """A row per network that has been measured there, or has diverged: settings, accuracies as fractions, and
-    `compute`, the epochs of teachers and student together"""
+    """Return one row per network that was measured or diverged: settings, accuracies as fractions, and `compute`, the
+    epochs of teachers and student together; raise a `MissingFile` error if `folder` has no study"""
     if not (Path(folder)/'study.json').is_file():
         raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
     found = [res for f in sorted(Path(folder).glob('cells/*/results.json')) if (res := _read_results(f))]
@@ -372,21 +372,21 @@ def read_rows(
                          if checkpoint in res or (checkpoint == 'last' and res.get('diverged'))])
 
 def _cell_text(c, varied):
-    "A cell in a few words: its method, and what differs within the study"
+    "Return a short name of a cell: its method, its teacher and the settings that vary in the study"
     words = [c.method, *([f'{c.teacher}@{c.teacher_epoch}'] if c.teacher else [])]
     return ' '.join(words + [f'{k} {format_value(k, v)}' for k in varied if (v := getattr(c, k)) is not None])
 
 # %% ../../nbs/study/08_study.ipynb #6135d8c1
 def _state(study, c):
-    "How far the cell `c` is, in words"
+    "Return the state of the cell `c` in words"
     if study.is_done(c): return 'done'
     if c.method != 'teacher' and study.is_trained(c): return 'trained'
     return 'cut off' if study.folder(c).exists() else ''
 
 def plan_text(
-    plan, # from `Study.plan`
+    plan, # DataFrame from `Study.plan`
 )->str:
-    "A line for each cell with its time, and the time of all"
+    "Return the plan as text: one line per cell with its time, and the total time"
     cells,times = plan['cell'],plan['seconds'].map(clock)
     width,late = cells.str.len().max(),times.str.len().max()
     left = int(plan['seconds'].sum())
@@ -396,7 +396,7 @@ def plan_text(
                                                     if left else ', nothing left to do')])
 
 def _part(cells, part):
-    "Every n-th cell from the i-th, of 'i/n'"
+    "Return every n-th cell from the i-th, for `part` 'i/n'"
     if part is None: return cells
     m = re.fullmatch(r'(\d+)/(\d+)', part)
     if not m or not 1 <= int(m[1]) <= int(m[2]):
@@ -406,8 +406,8 @@ def _part(cells, part):
 # %% ../../nbs/study/08_study.ipynb #4a1bffab
 @contextmanager
 def _other_processes(study, n, cell):
-    """Within it `n`-1 further processes work on the study's cells, and all share the processor's cores; what they
-    print is in `process_k.log`"""
+    """Return a context in which `n`-1 further processes work on the study's cells; all processes share the CPU cores,
+    and `process_k.log` has the output of process k"""
     threads,before = max((os.cpu_count() or 1)//n, 1),torch.get_num_threads()
     code = ('import json,sys; from rkd_fastai.study import Study; spec,out,path,cell = json.loads(sys.argv[1]); '
             'Study(spec, out, path).run(cell)')
@@ -421,11 +421,11 @@ def _other_processes(study, n, cell):
     finally:
         for p,f in zip(others, logs):
             if p.poll(): say(f'a process has failed, see {f.name}')
-            p.terminate(); p.wait(); f.close() # done, or it can go on another time
+            p.terminate(); p.wait(); f.close() # a process that is not done can be continued later
         torch.set_num_threads(before)
 
 class _Table:
-    "What a person sees while a study runs: a row for each finished cell, and the time left"
+    "Print a row for each finished cell and the time left while a study runs"
     def __init__(self, study, cells):
         self.study,self.cells,self.n,self.varied,self.work = study,cells,0,study.varied(),study.seconds_left(cells)
         self.start,self.all = time.time(),sum(self.work.values())
@@ -445,11 +445,11 @@ class _Table:
 
 # %% ../../nbs/study/08_study.ipynb #a132d7c2
 def pareto_text(
-    df, # from `read_rows`
-    width=64, # columns of the plot
-    height=14, # its lines
+    df, # DataFrame from `read_rows`
+    width=64, # width of the plot in characters
+    height=14, # height of the plot in lines
 ):
-    "Clean against robust accuracy of the main task as text, a mark for each mean over the seeds"
+    "Return a text plot of clean against robust accuracy of the main task, with one mark per mean over the seeds"
     df,robust = cells_of(main(df))
     df = df[df['method'] != 'teacher'].reset_index(drop=True)
     front,(x,y) = pareto(df, robust=robust).index,(df['clean'],df[robust])
@@ -465,9 +465,9 @@ def pareto_text(
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
 def hours(
-    folder, # of a study
+    folder, # folder of a study
 )->str:
-    "A sentence on what all that is there took"
+    "Return a sentence with the hours that training and attacks took"
     folder = Path(folder)
     train = sum(train_seconds(f.parent) for f in folder.glob('*/*/history.csv'))
     found = [v for f in folder.glob('cells/*/results.json') for checkpoint in ('last','best')
@@ -476,16 +476,16 @@ def hours(
             "times of all processes added up.")
 
 def _no_students(df):
-    "Why there is nothing to compare, or an empty text"
+    "Return a sentence that says why no student can be compared, or an empty text"
     s = df[df['method'].isin(list(distil_methods))]
     if len(s) and len(measured(s)): return ''
     return ("No student is compared: "
             f"{f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}.")
 
 def study_report(
-    folder, # of a study
+    folder, # folder of a study
 )->str:
-    "Write tables, figures and a page of them to `report` in the study's folder; what a terminal is to show of them"
+    "Write tables, figures and an HTML page to `report` in the study's folder; return a summary for the terminal"
     _check_version(folder)
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
     if not len(df) or not len(measured(df)):
