@@ -6,11 +6,12 @@
 __all__ = ['View', 'views', 'write_report']
 
 # %% ../../nbs/study/07_report.ipynb #8e988acc
-import base64, html, io
+import base64, io
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
+from jinja2 import Environment
 from ..checkpoint import atomic_path, write_atomic
 from .line_plots import (axis_table, beta_table, capacity_table, plot_axis, plot_beta,
                                          plot_capacity)
@@ -122,50 +123,78 @@ def _png(plot, dark=False, dpi=120):
         finally: plt.close(fig)
     return out.getvalue(), fig.get_size_inches(), fig.get_label()
 
-def _image(view, light, dark):
-    "Return the HTML of a figure, which follows light or dark mode and has a minimum width"
+_template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string('''
+{%- macro line(tag, values, styles) %}
+<tr>
+{%- for v in values %}
+<{{ tag }}{{ ' scope=col' if tag == 'th' }}{{ ' class=' ~ styles[loop.index0] if styles[loop.index0] }}>{{ v }}</{{ tag }}>
+{%- endfor %}
+</tr>
+{%- endmacro -%}
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{{ title }}</title><style>{{ css | safe }}</style></head>
+<body><main><h1>{{ title }}</h1>
+{% for text in notes %}
+<p>{{ text }}</p>
+{% endfor %}
+<nav aria-label="Contents"><ul>
+{%- for v in views %}<li><a href="#{{ v.name }}">{{ v.title }}</a></li>{% endfor -%}
+</ul></nav>
+{% for v in views %}
+<section id="{{ v.name }}"><h2>{{ v.title }}</h2>
+{% for text in v.verdict %}
+<p class="verdict">{{ text }}</p>
+{% endfor %}
+{% if v.picture %}
+<figure><div class="scroll" tabindex="0" role="group" aria-label="{{ v.title }}"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="{{ v.picture.dark }}">
+<img src="{{ v.picture.light }}" {{ v.picture.size | safe }} alt="{{ v.picture.words }}"></picture></div></figure>
+{% endif %}
+{% if v.folded %}
+<details><summary>{{ v.folded }}</summary>
+{% endif %}
+<div class="scroll" tabindex="0" role="group" aria-label="Table: {{ v.title }}"><table>
+<thead>{{ line('th', v.columns, v.styles) }}</thead><tbody>
+{%- for row in v.rows %}{{ line('td', row, v.styles) }}{% endfor -%}
+</tbody></table></div>
+{% if v.folded %}
+</details>
+{% endif %}
+<p class="caption">{{ v.caption }}</p></section>
+{% endfor %}
+{% if missing %}
+<section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not there.</p><ul class="left">
+{%- for name,why in missing.items() %}<li>{{ name }}: {{ why }}</li>{% endfor -%}
+</ul></section>
+{% endif %}
+</main></body></html>
+''')
+
+def _picture(light, dark):
+    "Return what the template needs of a figure, which follows light or dark mode and has a minimum width"
     (png,(w,h),words),data = light,lambda b: 'data:image/png;base64,' + base64.b64encode(b).decode()
     size = f'width="{96*w:.0f}" height="{96*h:.0f}" style="width:100%;max-width:{105*w:.0f}px;min-width:{72*w:.0f}px"'
-    return (f'<figure><div class="scroll" tabindex="0" role="group" aria-label="{html.escape(view.title)}"><picture>'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{data(dark[0])}">'
-            f'<img src="{data(png)}" {size} alt="{html.escape(words)}"></picture></div></figure>')
+    return dict(light=data(png), dark=data(dark[0]), size=size, words=words)
 
-def _html_table(view, table):
-    "Return the HTML of a table"
-    sides = ['number' if is_number(table[c]) else 'wide' if table[c].astype(str).str.len().max() > 40 else ''
-             for c in table]
-    def cell(tag, v, side):
-        attributes = ' scope=col'*(tag == 'th') + (f' class={side}' if side else '')
-        return f'<{tag}{attributes}>{html.escape(str(v))}</{tag}>'
-    line = lambda tag, values: f"<tr>{''.join(cell(tag, v, s) for v,s in zip(values, sides))}</tr>"
-    body = ''.join(line('td', r) for r in table.itertuples(index=False))
-    return ('<div class="scroll" tabindex="0" role="group" aria-label="Table: '
-            f'{html.escape(view.title)}"><table><thead>{line("th", table)}</thead><tbody>{body}</tbody></table></div>')
+def _style(column):
+    "Return the class of a table's column: numbers are right-aligned, long texts get room"
+    if is_number(column): return 'number'
+    return 'wide' if column.astype(str).str.len().max() > 40 else ''
 
 def _section(name, view, pictures):
-    "Return the HTML of a view; a long table, or the table of a figure, is collapsed"
+    "Return what the template needs of a view; a long table, or the table of a figure, is folded"
     t = view.table
-    table,n = _html_table(view, t),len(t)
-    if pictures or n > 24:
-        table = f"<details><summary>{'The numbers' if pictures else f'All {n} rows'}</summary>{table}</details>"
-    verdict = ''.join(f'<p class="verdict">{html.escape(v)}</p>' for v in t.attrs.get('verdict', '').splitlines())
-    image = _image(view, *pictures) if pictures else ''
-    return (f'<section id="{name}"><h2>{html.escape(view.title)}</h2>{verdict}{image}{table}'
-            f'<p class="caption">{html.escape(t.attrs["caption"])}</p></section>')
+    folded = 'The numbers' if pictures else f'All {len(t)} rows' if len(t) > 24 else None
+    return dict(name=name, title=view.title, verdict=t.attrs.get('verdict', '').splitlines(), folded=folded,
+                picture=_picture(*pictures) if pictures else None, columns=list(t), rows=t.itertuples(index=False),
+                styles=[_style(t[c]) for c in t], caption=t.attrs['caption'])
 
 def _page(title, notes, found, missing, pictures):
-    "Return the HTML of the whole page"
-    text,links = html.escape(title),''.join(f'<li><a href="#{k}">{html.escape(v.title)}</a></li>'
-                                            for k,v in found.items())
-    about = ''.join(f'<p>{html.escape(p)}</p>' for p in notes.split('\n\n') if p.strip())
-    left = ''.join(f'<li>{html.escape(k)}: {html.escape(why)}</li>' for k,why in missing.items())
-    left = ('<section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not '
-            f'there.</p><ul class="left">{left}</ul></section>' if left else '')
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><title>{text}</title>'
-            f'<style>{_css}</style></head>\n<body><main><h1>{text}</h1>{about}<nav '
-            f'aria-label="Contents"><ul>{links}</ul></nav>\n'
-            + '\n'.join(_section(k, v, pictures.get(k)) for k,v in found.items()) + f'\n{left}</main></body></html>\n')
+    "Return the page as HTML"
+    paragraphs = [p for p in notes.split('\n\n') if p.strip()]
+    views = [_section(k, v, pictures.get(k)) for k,v in found.items()]
+    return _template.render(title=title, css=_css, notes=paragraphs, views=views, missing=missing) + '\n'
 
 # %% ../../nbs/study/07_report.ipynb #a3b0d8df
 def _write(path, data):
