@@ -97,7 +97,7 @@ def _read(f):
 def load_plain(
     path, # file from `torch.save`
 ):
-    "Return the tensors, numbers, text and containers in a checkpoint without executing code; raise `ValueError` for others"
+    "Return the tensors, numbers, text and containers in a checkpoint, or raise `ValueError`; never execute its code"
     try:
         _check_size(path)
         return _read(path)
@@ -219,7 +219,7 @@ def state_and_stats(
     path, # checkpoint, as for `read_state`
     model:nn.Module, # network, whose weights are not used
 ):
-    "Return `fitting_state`, and the `(mean, std)` of a normaliser in the checkpoint that `model` does not have, or None"
+    "Return `fitting_state`, and the `(mean, std)` of a normaliser that only the checkpoint has, or None"
     check_initialized(model)
     want = model.state_dict()
     state,stats = _strip(read_state(path), want, path)

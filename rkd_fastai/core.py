@@ -124,7 +124,7 @@ def naming_batchnorm(
     model, # any callable, in eval mode
     name='model', # name of the model in the error
 ):
-    "Name the layer in PyTorch's BatchNorm error, if it is a layer without running statistics, within this context"
+    "Add the layer's name to PyTorch's BatchNorm error within this context, if the layer has no running statistics"
     try: yield model
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e) or not (layer := batch_statistics(model)): raise

@@ -12,7 +12,7 @@ from .text import counted
 
 # %% ../nbs/04_losses.ipynb #c041a8d4
 def _check(logits, t_probs, name='s_logits', targ=None):
-    "Raise `ValueError` unless the student `logits` (argument `name`), `t_probs` and `targ` have matching shapes"
+    "Raise an error unless the student `logits` (argument `name`), `t_probs` and `targ` have matching shapes"
     if logits.ndim != 2: raise ValueError(f"`{name}` must be (bs, n_out), got shape {tuple(logits.shape)}")
     if targ is not None: check_targ(targ, logits.shape[1])
     if targ is not None and len(targ) != len(logits):

@@ -48,7 +48,7 @@ def cifar_resnet18(
     width:float=1., # factor on the channels of every layer; the paper uses 1, 1/4 and 1/16
     n_in:int=3, # image channels
 ):
-    "Return a CIFAR ResNet-18 from images `(bs, n_in, h, w)` to logits `(bs, n_out)` (He et al., 2016; paper, Section 3.3)"
+    "Return a CIFAR ResNet-18 from images `(bs, n_in, h, w)` to logits `(bs, n_out)` (He et al., 2016; paper, Sec. 3.3)"
     (n_out,n_in),width = _check_sizes(n_out=n_out, n_in=n_in),as_number('width', width)
     if not 0 < width < 100: raise ValueError(f"`width` is a positive factor on the channels, got {width}")
     return _ResNet((2,2,2,2), n_out, width, n_in)
@@ -57,7 +57,7 @@ resnet18 = cifar_resnet18 # the name in older versions; torchvision has a differ
 
 # %% ../nbs/05_models.ipynb #b08726eb
 class _WideBlock(nn.Module):
-    "Two times BatchNorm, activation and convolution; the shortcut starts after the first activation if the shape changes"
+    "Two times BatchNorm, activation and convolution; if the shape changes, the shortcut follows the first activation"
     def __init__(self, n_in, n_out, stride, act):
         super().__init__()
         self.batchnorm_0,self.relu_0,self.conv_0 = nn.BatchNorm2d(n_in), act(), nn.Conv2d(n_in, n_out, 3,
@@ -101,7 +101,7 @@ def wide_resnet(
     n_out:int=10, # number of classes
     act=nn.SiLU, # class or function that creates an activation
     n_in:int=3, # image channels
-    mean=0., # mean with which the network normalises its input, one number or one per channel; the default changes nothing
+    mean=0., # mean with which the network normalises its input, one number or one per channel; default: unchanged input
     std=1., # standard deviation, in the same form
 ):
     "Return a WideResNet from images `(bs, n_in, h, w)` to logits (Zagoruyko & Komodakis, 2016; Rebuffi et al., 2021)"

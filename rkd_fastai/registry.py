@@ -8,7 +8,7 @@ __all__ = ['methods', 'callbacks', 'teacher_kinds', 'teacher_recipes', 'student_
 
 # %% ../nbs/00_registry.ipynb #60c5b495
 methods = dict(akd='AKD⁺', rslad='RSLAD⁺', ard='ARD⁺', ckd='CKD') # distillation methods, as written in tables
-callbacks = dict(akd='AKDCallback', rslad='RSLADCallback', ard='ARDCallback', ckd='CKDCallback') # the callback classes of the methods
+callbacks = dict(akd='AKDCallback', rslad='RSLADCallback', ard='ARDCallback', ckd='CKDCallback') # their classes
 
 teacher_kinds = { # methods to train a teacher
     'st': 'standard training', 'at': 'adversarial training by PGD', 'lat': 'the same with a quarter of eps',

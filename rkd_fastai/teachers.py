@@ -37,7 +37,7 @@ def _probs(member, x, T):
     with folded(member, x), naming_batchnorm(member, 'teacher'): out = member(x)
     if not getattr(member, 'known', False):
         check_no_probs(out, 'teacher')
-        member.known = not (torch.is_tensor(out) and out.ndim == 2 and are_probs(out)) # checked once: a GPU waits
+        member.known = not (torch.is_tensor(out) and out.ndim == 2 and are_probs(out)) # once, because a GPU has to wait
     return (check_logits(out, 'teacher')/T).softmax(1)
 
 class Teacher(nn.Module):

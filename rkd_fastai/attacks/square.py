@@ -16,7 +16,7 @@ from ..progress import count_passes
 _sides = [(10,1), (50,2), (200,4), (500,8), (1000,16), (2000,32), (4000,64), (6000,128), (8000,256), (math.inf,512)]
 
 def _side(query, h, w):
-    "Return the side of the square in pixels; its area starts at 0.8 of the image and decreases with `query`"
+    "Return the side of the square in pixels; its area starts at 0.8 of the image and is halved repeatedly"
     part = .8/next(d for last,d in _sides if query <= last)
     return min(max(round(math.sqrt(part*h*w)), 1), h, w)
 

@@ -37,7 +37,7 @@ class FitCallback(Callback):
 def add_location(
     learn, # Learner in a fit
 ):
-    """Return a context that adds epoch and batch to a `FloatingPointError`, and says so if the student's weights are not
+    """Return a context that adds epoch and batch to a `FloatingPointError`, and says whether the student's weights are
     finite"""
     try: yield
     except FloatingPointError as e:

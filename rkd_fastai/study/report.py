@@ -127,7 +127,8 @@ _template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 {%- macro line(tag, values, styles) %}
 <tr>
 {%- for v in values %}
-<{{ tag }}{{ ' scope=col' if tag == 'th' }}{{ ' class=' ~ styles[loop.index0] if styles[loop.index0] }}>{{ v }}</{{ tag }}>
+{%- set style = styles[loop.index0] %}
+<{{ tag }}{{ ' scope=col' if tag == 'th' }}{{ ' class=' ~ style if style }}>{{ v }}</{{ tag }}>
 {%- endfor %}
 </tr>
 {%- endmacro -%}
