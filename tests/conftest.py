@@ -19,6 +19,18 @@ def python(code):
     assert r.returncode == 0, r.stderr
     return r.stdout.strip()
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Of a test that is marked `few(n)`, `n` cases spread over all of them are quick; the others are slow"
+    groups = {}
+    for item in items:
+        if item.get_closest_marker('few'): groups.setdefault((item.path, item.originalname), []).append(item)
+    for cases in groups.values():
+        n = cases[0].get_closest_marker('few').args[0]
+        kept = {round(i*(len(cases) - 1)/max(n - 1, 1)) for i in range(n)}
+        for i,item in enumerate(sorted(cases, key=lambda o: o.nodeid)):
+            if i not in kept: item.add_marker(pytest.mark.slow)
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """The same random numbers in every test, whatever ran before; here and not in a fixture, after which
