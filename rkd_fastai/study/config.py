@@ -295,7 +295,7 @@ def _tables(spec):
 def read_study(
     spec, # path of a TOML file, or a dict with its content
 )->tuple: # cells, settings of `[measure]`, title
-    "Return the distinct cells of a study, its `[measure]` settings and its title; raise a `ValueError` if it is invalid"
+    "Return the distinct cells of a study, its `[measure]` settings and its title; raise a `ValueError` for errors"
     title = '' if isinstance(spec, dict) else Path(spec).stem
     spec = spec if isinstance(spec, dict) else _read_toml(spec)
     grids,measure = [_with_new_names(g) for g in _tables(spec)],_read_measure(spec.get('measure', {}))

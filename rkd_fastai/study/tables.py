@@ -121,7 +121,7 @@ def _student_line(label, row, base, names, among, none):
 def select(
     df, # rows of a study
     baseline=None, # method of the baseline; None means 'at', or else the only one
-    within=.02, # what the other accuracy may lose
+    within=.02, # largest allowed loss in the other accuracy, as a fraction
     robust=None, # attack; None means `strongest(df)`
 ):
     "Return the paper's Table 2: for each task the baseline, the most accurate and the most robust student"
