@@ -32,8 +32,8 @@ def _outputs(model, x, y):
 
 # %% ../../nbs/callback/08_trajectory.ipynb #fb43095c
 class RecordTrajectory(EachEpoch):
-    """Callback that saves each image's probability of the right class, clean and under `attack`, and the mean entropy of
-    the outputs to the folder `path` after every epoch"""
+    """Callback that saves each image's probability of the right class, clean and under `attack`, and the mean entropy
+    of the outputs to the folder `path` after every epoch"""
     # does not change the training, see `Resume`; neither images nor loader are exported
     only_shows,_stateattrs = True,('data','dl')
     data = dl = None
