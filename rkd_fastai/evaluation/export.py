@@ -62,7 +62,7 @@ def _model_info(card, robustness, n_test):
 
 # %% ../../nbs/evaluation/03_export.ipynb #b9e695cc
 def _on_cpu(model, hooks=True):
-    "Return a contiguous float32 copy of `model` on the CPU; `hooks=False` removes forward and backward hooks"
+    "Return a contiguous float32 copy of `model` on the CPU; `hooks=False` removes its hooks, except forward pre-hooks"
     watchers = () if hooks else [h for m in model.modules()
                                  for h in (m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)]
     check_initialized(model)

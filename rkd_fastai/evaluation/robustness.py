@@ -226,7 +226,7 @@ def _whole_float32():
     finally: cudnn.allow_tf32 = was[0]; torch.set_float32_matmul_precision(was[1])
 
 class _Run:
-    "Run attacks on one model batch by batch, with the progress and the robust images saved to disk if a path is given"
+    "Attacks on one model, run batch by batch; with a path, the progress and the robust images are saved to disk"
     def __init__(self, model, x, y, attacks, settings, seed, bs, path, progress):
         self.model,self.x,self.y,self.seed,self.progress,self.device = model,x,y,seed,progress,model_device(model)
         if progress is not None: progress.device = self.device

@@ -206,7 +206,7 @@ def _label(ax, **labels):
 
 def plot_entropy(
     trajectories, # dict of `Trajectory` by name
-    kind='clean', # entropy on 'clean' or on 'adv' images
+    kind='clean', # 'clean' or 'adv' images
     ax=None, # axes to draw into; None creates new axes
 ):
     "Plot the mean entropy of the outputs after each epoch (Fig. 5) and return the axes"
@@ -340,7 +340,7 @@ def plot_easiest_hardest(
     score, # difficulty of the images, `(m,)`, see `difficulty`
     n=32, # number of easiest and of hardest images
     cls=None, # class of the images; None means all classes
-    ncols=8, # images in a row
+    ncols=8, # number of images in a row
     axs=None, # two axes to draw into; None creates new axes
 ):
     """Show the `n` easiest images, the easiest first, and the `n` hardest, the hardest first (Fig. 8 and 9), and return

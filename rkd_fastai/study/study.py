@@ -232,7 +232,7 @@ class Study:
 
 # %% ../../nbs/study/08_study.ipynb #262f9d37
 class Runner:
-    "Trains and measures the cells of a study in this process; other processes may work on the same folder"
+    "Worker that trains and measures the cells of a study; workers of several processes may share the folder"
     def __init__(self,
         study:Study, # study with the cells
     ): self.study = study
@@ -425,7 +425,7 @@ def _other_processes(study, n, cell):
         torch.set_num_threads(before)
 
 class _Table:
-    "Print a row for each finished cell and the time left while a study runs"
+    "Output of a running study: a row for each finished cell, and the time left"
     def __init__(self, study, cells):
         self.study,self.cells,self.n,self.varied,self.work = study,cells,0,study.varied(),study.seconds_left(cells)
         self.start,self.all = time.time(),sum(self.work.values())
