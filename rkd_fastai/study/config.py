@@ -28,7 +28,7 @@ except ImportError: import tomli as tomllib # Python 3.10
 class Cell:
     "Settings of one network of a study; None for settings that its method does not have"
     method:str # 'akd', 'rslad', 'ard', 'ckd'; without a teacher 'at', 'st', …; 'teacher' measures the teacher itself
-    data:str='fashion_sample' # name of a data set or folder of images, see `make_dls`
+    data:str='fashion_sample' # see `make_dls`
     size:int|None=None # side of the images in pixels, see `make_dls`
     n:int|None=None # number of training images; None means all
     noise:float=0. # fraction of wrong training labels

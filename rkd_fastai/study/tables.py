@@ -146,9 +146,9 @@ def select(
 
 # %% ../../nbs/study/04_tables.ipynb #6db85121
 def own_students(
-    df, # DataFrame from `read_rows`
+    df, # from `read_rows`
 ):
-    "Return the rows of `df` without students of several teachers or of a teacher with another architecture or width"
+    "`df` with no students of several teachers or of a teacher with another architecture or width"
     df = rows(df)
     own = (df['members'].fillna(1) == 1) & (wider(df) == 1) & (df['teacher_arch'].isna()
                                                                | (df['teacher_arch'] == df['arch']))
