@@ -30,7 +30,7 @@ def check_known(
     cls, # a training method
     names, # names of arguments that `cls` does not take
 ):
-    "Raise a `TypeError` for the first of `names` that says what to write instead; do nothing if `names` is empty"
+    "Raise a `TypeError` with advice for the first of `names`; do nothing if `names` is empty"
     allowed_settings = [k for k,p in signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD
                         and k != 'teacher']
     for k in names:
@@ -90,8 +90,7 @@ class RobustCallback(FitCallback):
     def check_loss(self,
         loss_func, # the Learner's loss function
     ):
-        """Raise a `ValueError` if the method has its own loss and `loss_func` has a setting that this loss cannot
-        use"""
+        "Raise a `ValueError` if the method has its own loss and `loss_func` has a setting that this loss cannot use"
         if type(self).method_loss is RobustCallback.method_loss: return
         settings = changed_settings(loss_func)
         if is_cross_entropy(loss_func):
@@ -147,7 +146,7 @@ class RobustCallback(FitCallback):
         self._check_mixing(learner_loss(self.learn)) # MixUp replaces the loss in `before_train`
 
     def before_train(self):
-        if self.pixel is not None: return # not the first epoch
+        if self.pixel is not None: return # set up only in the first epoch
         self._check_alone()
         self._check_metrics()
         self.check(self.dls)
@@ -205,7 +204,7 @@ class RobustCallback(FitCallback):
 # %% ../../nbs/callback/02_adversarial.ipynb #472b18a1
 @delegates()
 class AdversarialTraining(RobustCallback):
-    "Train on adversarial examples in place of clean ones (Madry et al., 2018)"
+    "Training on adversarial examples instead of clean ones (Madry et al., 2018)"
     def __init__(self,
         attack=PGD(), # attack on the training images: e.g. with a small `eps` (LAT), or of another kind such as `FFGSM`
         **kwargs

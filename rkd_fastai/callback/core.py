@@ -37,8 +37,8 @@ class FitCallback(Callback):
 def add_location(
     learn, # Learner in a fit
 ):
-    """Return a context that adds epoch and batch to a `FloatingPointError`, and says whether the student's weights are
-    finite"""
+    """Return a context that turns a `FloatingPointError` into a `NotFinite` error with epoch and batch; the error also
+    reports whether the student's weights are the cause"""
     try: yield
     except FloatingPointError as e:
         broken = not all(t.isfinite().all() for t in chain(learn.model.parameters(), learn.model.buffers()))

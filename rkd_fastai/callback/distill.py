@@ -57,7 +57,7 @@ class DistillationCallback(AdversarialTraining):
     _stateattrs = AdversarialTraining._stateattrs + ('teacher','t_probs','kept')
     teacher = kept = None
     tried = False # True once the teacher has been tried on validation images
-    alpha = 1. # weight of the teacher inside the soft target, in methods that mix labels
+    alpha = 1. # weight of the teacher in the soft target, for methods that mix labels
 
     @delegates(RobustCallback.__init__)
     def __init__(self,
@@ -96,7 +96,7 @@ class DistillationCallback(AdversarialTraining):
         return CleanCache(partial(self.teacher.probs, T=self.T), getattr(ds, 'n_items', len(ds)))
 
     def memory(self):
-        """Return the cache for `Resume` to keep, since the last bits of an image's probabilities depend on its batch"""
+        "Return the cache for `Resume` to save, since the last bits of an image's probabilities depend on its batch"
         return (dict(keys=list(self.kept.rows), rows=torch.stack(list(self.kept.rows.values())).cpu())
                 if self.kept and self.kept.rows else {})
 

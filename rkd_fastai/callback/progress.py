@@ -48,8 +48,7 @@ class Line:
         share, # share of the task that is done, in [0, 1]
         text, # text, which includes the time left if it is known
     ):
-        """Call `update`; pass this method as the `progress` of `learn.robustness` and others, which estimate the
-        time left"""
+        "Call `update`; pass this method as `progress` to `learn.robustness` and others, which estimate the time left"
         self.update(share, text, left='')
 
     def finish(self,

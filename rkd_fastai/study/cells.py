@@ -50,7 +50,7 @@ def cell_dls(
 ):
     "Return the DataLoaders for the training of a cell, and set the random seed"
     dls = _all_images(c.data, path, c.size)
-    # at most as many validation as training images, but not fewer than `n_watched`
+    # limit the validation images to the number of training images, or to `n_watched` if that is larger
     if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, n_watched))
     if c.augment: dls = with_augmentation(dls, c.augment)
     if c.noise: dls = with_label_noise(dls, c.noise, c.seed)

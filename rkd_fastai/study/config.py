@@ -28,7 +28,7 @@ except ImportError: import tomli as tomllib # Python 3.10
 class Cell:
     "Settings of one network of a study; None for settings that its method does not have"
     method:str # 'akd', 'rslad', 'ard', 'ckd'; without a teacher 'at', 'st', …; 'teacher' measures the teacher itself
-    data:str='fashion_sample' # name of a data set or folder of images, see `make_dls`
+    data:str='fashion_sample' # see `make_dls`
     size:int|None=None # side of the images in pixels, see `make_dls`
     n:int|None=None # number of training images; None means all
     noise:float=0. # fraction of wrong training labels
@@ -295,8 +295,7 @@ def _tables(spec):
 def read_study(
     spec, # path of a TOML file, or a dict with its content
 )->tuple: # cells, settings of `[measure]`, title
-    """Return the distinct cells of a study, its `[measure]` settings and its title; raise a `ValueError` if it is
-    invalid"""
+    "Return the distinct cells of a study, its `[measure]` settings and its title; raise a `ValueError` for errors"
     title = '' if isinstance(spec, dict) else Path(spec).stem
     spec = spec if isinstance(spec, dict) else _read_toml(spec)
     grids,measure = [_with_new_names(g) for g in _tables(spec)],_read_measure(spec.get('measure', {}))
