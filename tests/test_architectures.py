@@ -75,6 +75,7 @@ def teacher_net(channels):
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.Flatten(),
                          nn.Dropout(), nn.Linear(8*4, 10)).eval()
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize('method', ['akd', 'rslad'])
 @pytest.mark.parametrize('name', archs)
 def test_steps_are_those_of_plain_pytorch(name, method, silent, check_distillation):

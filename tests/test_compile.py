@@ -48,6 +48,7 @@ def fit(make_learner, dls, model, cb, **kw):
 
 # --- compiled ---
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', methods)
 def test_compiled_training_is_the_same(name, shapes, make_learner, make_dls, tiny_net):
     "With a last batch that is smaller, dropout, normalisation, BatchNorm statistics"
@@ -59,6 +60,7 @@ def test_compiled_training_is_the_same(name, shapes, make_learner, make_dls, tin
     kinds = {(m, mode) for m,mode,_ in shapes}
     assert ('Sequential', True) in kinds and (name == 'ckd' or ('PixelModel', False) in kinds)
 
+@pytest.mark.slow
 def test_compiled_with_the_real_compiler(make_learner, make_dls):
     def net():
         torch.manual_seed(0)
@@ -217,6 +219,7 @@ def test_users_own_compilation(shapes):
 
 # --- in bfloat16 ---
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('name', models)
 def test_bf16_gradient(name):
     "Nearly the float32 one, on every architecture"

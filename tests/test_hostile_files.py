@@ -190,6 +190,7 @@ def test_safetensors_headers(tmp_path):
 
 def idx(dims, data=b''): return bytes([0, 0, 8, len(dims)]) + struct.pack(f'>{len(dims)}I', *dims) + data
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('dims', [(10, 28, 28), (2**32-1, 28, 28), (10, 2**31, 2**31), (0, 28, 28), (2**32-1,), (10,)])
 def test_packed_idx(dims, tmp_path):
     "300 MB of zeros in 300 KB; only a header that says so may have them"

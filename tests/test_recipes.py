@@ -479,7 +479,7 @@ def test_an_architecture_in_place_of_a_network(make_dls, tiny_net):
         net = paper_teacher.learner(dls, arch).model
         assert isinstance(net, nn.Module) and net(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     rng = torch.get_rng_state()
-    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got cifar_resnet18, which makes one: call it, '
+    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got resnet18, which makes one: call it, '
                                                     'for 4 classes, or leave `net` out'), (
         nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
         with pytest.raises(TypeError, match=says): paper_teacher.learner(dls, arch)

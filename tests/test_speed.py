@@ -78,6 +78,7 @@ def logits_and_grad(model, x, y):
     logits = model(x)
     return logits.detach(), torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), x)[0]
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('name', models)
 def test_same_logits_and_gradient_signs(name):
     make, n_folded = models[name]

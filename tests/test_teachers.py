@@ -351,6 +351,7 @@ def student(dls, tiny_net, make_learner):
     return make_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(8), tiny_net(n_in=3)), opt_func=SGD), ([.2, .3, .4],
                                                                                                        [.3, .25, .35])
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize('suffix,method', [('', 'akd'), ('', 'rslad'), ('.pth', 'akd'), ('.safetensors', 'akd')])
 @pytest.mark.parametrize('name', peers)
 def test_networks_of_peers(name, suffix, method, tmp_path, make_dls, make_learner, tiny_net, check_distillation):

@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-import rkd_fastai.evaluation # noqa: F401 (patches `robustness` and others on `Learner`)
+import rkd_fastai.evaluation.masking # noqa: F401 (patches `robustness` and others on `Learner`)
 from ..attacks.pgd import FFGSM
 from ..callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from ..callback.progress import Line

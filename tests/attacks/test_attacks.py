@@ -33,6 +33,7 @@ def foolbox_pgd(model, norm, e, steps, step_size, random_start):
     fmodel = foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu')
     return lambda x,y: attack(fmodel, x, y, epsilons=e)[1]
 
+@pytest.mark.few(4)
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('theirs', [torchattacks_pgd, foolbox_pgd])
 @pytest.mark.parametrize('random_start', [True, False])
@@ -286,6 +287,7 @@ def test_under_no_grad_and_inference_mode(attack, mode, tiny_net):
     assert not got.is_inference() # it can be trained on
     F.cross_entropy(model(got), y).backward()
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_autoattack_under_no_grad_and_inference_mode(tiny_net):
     model, x = tiny_net().eval(), torch.rand(2, 1, 8, 8)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest, torch, torch.nn as nn
 
-from rkd_fastai.attacks import autoattack as attacks
+from rkd_fastai.attacks import autoattack as attacks, pgd
 from rkd_fastai.evaluation import robustness as evaluation
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.robustness import measure_robustness, robust_flags
@@ -57,6 +57,7 @@ def published_flags(net, x, y, eps, norm='Linf', seed=0, bs=250, version='standa
                              version=version).run_standard_evaluation(x, y, batch_size=bs)
     return right(net, x, y) & right(net, x_adv, y)
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('norm,eps,seed,n,bs', [('Linf', .15, 3, 110, 24), ('L2', .6, 1, 14, 5)])
 def test_the_flags_of_the_package(norm, eps, seed, n, bs, robust_net, test_images):
     "Where several batches of survivors are packed again before each part, and by `measure_robustness`"
@@ -219,7 +220,7 @@ def wrong_model(monkeypatch, forward):
     def fake(model, x):
         asked.append(len(x))
         return wearing(model, lambda z: forward(lambda z: type(model).forward(model, z), z))
-    monkeypatch.setattr(attacks, 'folded', fake)
+    monkeypatch.setattr(pgd, 'folded', fake)
     return asked
 
 @pytest.mark.parametrize('forward', [lambda net, x: -net(x), lambda net, x: net(x.flip(3)), lambda net,
@@ -302,6 +303,7 @@ def test_members_take_what_the_ensemble_takes(robust_net, plain_net):
         PixelModel(Teacher([robust_net, plain_net]), .2, .5))):
         torch.testing.assert_close(member(x), net((x - .2)/.5))
 
+@pytest.mark.slow
 def test_an_ensemble_that_only_the_transfer_part_breaks(robust_net, plain_net, test_images, snapshot):
     "With members so sure that log-probabilities saturate, images stand before everything that AutoAttack is made of"
     x, y = right_ones(robust_net, test_images, 40)
@@ -422,6 +424,7 @@ def watched(run, die_at=None):
         try: return run(), n
         except Killed: return None, n
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('fast', [False, True])
 def test_resume_in_any_batch(fast, robust_net, test_images, tmp_path):
     "Killed in any batch of any part, a run ends with the same flags, and no batch is done twice"
@@ -455,6 +458,7 @@ def test_resume_with_a_halved_batch(robust_net, test_images, tmp_path):
             if len(before) > 4: assert state['clean']['bs'] <= 8, 'the size that fits is kept'
     assert 0 < want.autoattack < 1
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('at', range(2, 9))
 @pytest.mark.parametrize('how', ['ENOSPC', 'limit'])
 def test_full_disk(how, at, robust_net, test_images, tmp_path):
@@ -688,6 +692,7 @@ def test_sigkill(robust_net, test_images, tmp_path):
     assert (before['run'] == json.loads((tmp_path/'killed.json').read_text())['run']
             and before['attacks'] != json.loads((tmp_path/'whole.json').read_text())['attacks'])
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('form', ['channels_last', 'transposed', 'soft'])
 def test_images_and_labels_in_other_forms(form, robust_net, test_images):
     "Views are no trouble, and soft labels count as their largest class, as in every attack"
@@ -720,6 +725,7 @@ def test_square_on_a_network_in_bfloat16(norm, robust_net, test_images):
     x_adv = AutoAttack(.1, norm, version='square', queries=20)(net, x.bfloat16(), y)
     assert x_adv.dtype == torch.bfloat16 and x_adv.shape == x.shape
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', ['apgd', 'square', 'autoattack'])
 def test_soft_labels(name, tiny_net):
     "Stand for the class they name, as in every other attack"
@@ -750,6 +756,7 @@ class OwnTensors(nn.Module):
     def __init__(self, net): super().__init__(); self.net,self.seen = net,set()
     def forward(self, x): self.seen.add(torch.zeros(1, device='cpu').dtype); return self.net(x)
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('dtype,device', [(torch.float64, None), (torch.float32, 'meta')], ids=['float64', 'device'])
 @pytest.mark.parametrize('fast', [False, True], ids=['published', 'fast'])
 def test_other_defaults_of_pytorch(dtype, device, fast, robust_net, test_images, other_defaults):

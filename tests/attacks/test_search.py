@@ -45,7 +45,7 @@ def right(net, x, y): return net(x).argmax(1) == y
 def surest(net, images, n):
     "The `n` images that `net` is surest of"
     x, y = images
-    margin = search._margin(net, x, y)
+    margin = square_module._margin(net, x, y)
     idx = margin.argsort(descending=True)[:n]
     return x[idx], y[idx]
 
@@ -205,7 +205,7 @@ def test_sides_of_the_squares():
     their = SquareAttack(None, p_init=.8, resc_schedule=False)
     for h,w in ((8,8), (32,32), (5,12), (1,3), (224,224)):
         want = [min(max(int(round(math.sqrt(their.p_selection(q)*h*w))), 1), h, w) for q in range(10_000)]
-        assert [search._side(q, h, w) for q in range(10_000)] == want
+        assert [square_module._side(q, h, w) for q in range(10_000)] == want
 
 
 # --- the same images fall ---
@@ -218,6 +218,7 @@ searches = dict(
     fab=(fab, package_fab, dict(targets=9, steps=15)), square=(square, package_square, dict(queries=300, seed=2)))
 every_search = pytest.mark.parametrize('name', searches)
 
+@pytest.mark.few(8)
 @every_search
 @pytest.mark.parametrize('which,eps', [('robust_net', .1), ('robust_net', .2), ('plain_net', .06), ('plain_net', .15)])
 def test_the_same_images_fall(name, which, eps, request, test_images):
@@ -240,14 +241,14 @@ def test_dlr(n_out):
     z, y = torch.randn(50, n_out).double()*3, torch.arange(50) % n_out
     z[:10].scatter_(1, y[:10,None], 9.) # right ones
     z[10:12] = (torch.arange(n_out) != y[10:12,None]).double() # all others alike: the unit is 1e-12
-    got = search._dlr(z, y, None)
+    got = apgd_module._dlr(z, y, None)
     for row,c,v in zip(z.tolist(), y.tolist(), got.tolist()):
         pi = sorted(row, reverse=True)
         assert v == pytest.approx(-(row[c] - max(o for k,o in enumerate(row) if k != c))/(pi[0] - pi[2] + 1e-12),
                                   abs=1e-9)
     if n_out < 4: return
     for target in range(n_out):
-        got = search._dlr_targeted(z, y, torch.full((50,), target))
+        got = apgd_module._dlr_targeted(z, y, torch.full((50,), target))
         for row,c,v in zip(z.tolist(), y.tolist(), got.tolist()):
             pi = sorted(row, reverse=True)
             assert v == pytest.approx(-(row[c] - row[target])/(pi[0] - .5*(pi[2] + pi[3]) + 1e-12), abs=1e-9)
@@ -255,7 +256,7 @@ def test_dlr(n_out):
 def test_ce_is_that_of_each_image():
     z, y = torch.randn(20, 5).double(), torch.arange(20) % 5
     want = -z.softmax(1)[torch.arange(20), y].log()
-    torch.testing.assert_close(search._ce(z, y, None), want)
+    torch.testing.assert_close(apgd_module._ce(z, y, None), want)
 
 def test_targets_in_turn():
     "Rank 2 is the likeliest wrong class, also where the right one is not the likeliest"
@@ -299,7 +300,7 @@ def test_onto_plane(k, kind):
     b = at + share*(torch.where(torch.arange(40) % 2 == 0, highest, lowest) - at)
     if kind == 'infeasible': b = torch.where(torch.arange(40) % 2 == 0, highest + 1, lowest - 1)
     if kind == 'through': b = at
-    got, want = search._onto_plane(t, w, b), bisected(t, w, b)
+    got, want = fab_module._onto_plane(t, w, b), bisected(t, w, b)
     assert got.shape == (40, k) and got.isfinite().all()
     if kind == 'through': assert got.abs().max() < 1e-5; return
     torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-5)
@@ -311,7 +312,7 @@ def test_onto_plane_needs_few_steps():
     t, w = torch.cat([torch.linspace(0, 1, 3072)[None], torch.logspace(-6, 0, 3072)[None]]), torch.ones(2, 3072)
     for share in (.01, .5, .9, .999, .99999):
         b = (w*t).sum(1)*(1-share)
-        torch.testing.assert_close(search._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=0,
+        torch.testing.assert_close(fab_module._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=0,
                                    atol=2e-3 if share > .999 else 1e-4)
 
 def test_onto_plane_of_small_distances():
@@ -319,7 +320,7 @@ def test_onto_plane_of_small_distances():
     t, w = torch.logspace(-9, -3, 768)[None], torch.ones(1, 768)
     for share in (.5, .9, .99):
         b = (w*t).sum(1)*(1-share)
-        torch.testing.assert_close(search._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(fab_module._onto_plane(t, w, b).double(), bisected(t, w, b), rtol=1e-3, atol=1e-9)
 
 def test_fab_takes_what_is_just_within_the_radius():
     "Only at white does this image fall, which is as far away as it may go"

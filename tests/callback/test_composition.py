@@ -331,6 +331,7 @@ inference = dict(
     show_results   = lambda l: [l.show_results(max_n=4), drawn()],
     Interpretation = interpreted)
 
+@pytest.mark.few(12)
 @each
 @pytest.mark.parametrize('call', inference.values(), ids=inference)
 def test_inference_is_the_plain_learners(method, call, make_learner, make_dls, tiny_net):
@@ -376,6 +377,7 @@ def test_export_to_another_process(make_learner, make_dls, digits, tmp_path):
     assert literal_eval(r.stdout.splitlines()[-1]) == {name: pytest.approx(p, abs=1e-6) for name,p in probs.items()}
 
 
+@pytest.mark.slow
 def test_export_for_fastai_alone(make_images, tmp_path):
     """After `to_natural` a process that cannot import this package predicts the same, as the works-with page says;
     without, it cannot read the file"""

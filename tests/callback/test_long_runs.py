@@ -167,6 +167,7 @@ events = [e for e in vars(event) if e.split('_')[0] in ('before','after') and e 
 
 def test_these_are_all_events(): assert len(events) == 23 and {e for e in events if 'cancel' in e} == set(cancels)
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize('first', [True, False], ids=['before all others','after all others'])
 @pytest.mark.parametrize('name', ['akd','rslad'])
 @pytest.mark.parametrize('event', events)
@@ -205,6 +206,7 @@ places = dict( # how to lay it: (Learner, the how manieth call, monkeypatch), wh
     statistics=lambda l, n, mp: cut(mp, nn.BatchNorm2d, 'forward', n), average=lambda l, n,
               mp: cut(mp, WeightAveraging, '_load', n))
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize('n', [1, 2, 4])
 @pytest.mark.parametrize('where,name', [(p, name) for p in places for name in ('akd','rslad')
                                         if (p, name) != ('average','rslad')])
@@ -253,6 +255,7 @@ def at_every(lines, name, make_learner, make_dls, tiny_net):
         try: goes_on_as_new(learn, make())
         except Exception as e: raise AssertionError(f'Ctrl-C at {where}, line {n}') from e
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', methods)
 def test_ctrl_c_at_some_lines(name, make_learner, make_dls, tiny_net):
     at_every(np.random.default_rng(0).integers(1, 2500, 12).tolist(), name, make_learner, make_dls, tiny_net)
@@ -262,6 +265,7 @@ def test_ctrl_c_at_some_lines(name, make_learner, make_dls, tiny_net):
 def test_ctrl_c_at_every_seventh_line(name, make_learner, make_dls, tiny_net):
     assert at_every(range(1, 100_000, 7), name, make_learner, make_dls, tiny_net) > 1500
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('known', [False, True])
 def test_interrupted_attack_leaves_the_model(known, tiny_net, snapshot):
     "At every line, of the first attack on a network and of a later one"

@@ -326,7 +326,7 @@ def test_start_epoch_in_a_new_process(make_learner, make_dls):
 def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path, monkeypatch):
     """The first epoch is there and `Resume` has not kept it: the training that starts anew writes it again, and no
     other one does"""
-    from rkd_fastai.callback import monitor
+    from rkd_fastai.callback import keep
     def start(path='run.pth', cbs=()):
         make_learner(make_dls(n=64), cbs=[KeepEpochs(every), *cbs, *([Resume(tmp_path/path)] if path else [])]).fit(
             every if how == 'finished' else 4)
@@ -339,9 +339,9 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
     if how == 'finished': start(); (tmp_path/'run.pth').unlink()
     else:
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            write = monitor.write_atomic
+            write = keep.write_atomic
             if how == 'after the weights':
-                m.setattr(monitor, 'write_atomic', lambda path,
+                m.setattr(keep, 'write_atomic', lambda path,
                           text: die() if path.name == f'epoch_{every}.json' else write(path, text))
             start(cbs=[Die()])
     assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')

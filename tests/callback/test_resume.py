@@ -90,6 +90,7 @@ def check(make, folder, fit=one_cycle, kills=((None, 6),), event='after_batch'):
 
 # --- the same bits ---
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('every', [None, 1, 3])
 def test_killed_after_any_batch(every, base, make_dls, tmp_path):
     "Twelve batches, and a power cut after each of them"
@@ -97,6 +98,7 @@ def test_killed_after_any_batch(every, base, make_dls, tmp_path):
                              cbs=[AdversarialTraining(PGD(.1, steps=1)), WeightAveraging(.9)])
     check(make, tmp_path, kills=[(every, step) for step in range(every or 5, 13)]) # from the first that is kept on
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize('event,step', [('before_train', 4), ('before_epoch', 8), ('before_batch', 7),
                                         ('after_loss', 6), ('before_backward', 6), ('after_backward', 5),
                                         ('before_step', 6), ('after_step', 9), ('after_train', 8),
@@ -131,6 +133,7 @@ trainings = dict(
                       cbs=lambda: [WeightAveraging(), GradientAccumulation(64), GradientClip(.1), MixUp(.4)],
                       opt_func=lambda: sgd_nesterov))
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize('which', trainings)
 def test_every_training(which, base, tmp_path):
     "Methods, callbacks, losses and optimisers, killed in the second epoch"
@@ -188,6 +191,7 @@ by_epoch = dict(
     torch_generator = lambda make, digits: torch_dls(digits, generator=True),
     workers = lambda make, digits: make(n=128, num_workers=2, batch_tfms=[Draws()]))
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('which', loaders)
 def test_every_loader(which, base, make_dls, digits, tmp_path):
     "The order of the images and what is done to them"
@@ -336,6 +340,7 @@ class Validates(Callback):
             for k,v in now.items(): setattr(self.learn, k, v)
             if event == 'after_batch': self.learn.model.train()
         setattr(self, event, validate)
+@pytest.mark.few(4)
 @pytest.mark.parametrize('event', ['before_epoch', 'before_train', 'after_train', 'after_epoch', 'after_batch'])
 @pytest.mark.parametrize('every', [None, 1])
 def test_validation_in_the_middle(event, every, base, make_dls, tmp_path):
@@ -546,6 +551,7 @@ def until_killed(make, fit, folder, cuts, wide=False, every=None):
                     seed=i and 90+i, net=i and 4+i, dies=bool(cut))
     return learn
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('every', [None, 3])
 @pytest.mark.parametrize('how', sequences)
 def test_killed_in_any_fit(how, every, base, make_dls, tmp_path):

@@ -738,13 +738,13 @@ def test_two_methods_at_once_are_refused(make_learner, tiny_net):
 @pytest.mark.parametrize('when', ['weights', 'card'])
 def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, monkeypatch):
     "What was there is whole; a half-written epoch is none"
-    from rkd_fastai.callback import monitor
+    from rkd_fastai.callback import keep
     learn = make_learner(make_dls(), tiny_net(), metrics=accuracy, cbs=KeepEpochs())
     learn.fit(2, .01)
     folder = learn.path/learn.model_dir
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
     def die(*args, **kwargs): raise KeyboardInterrupt
-    if when == 'card': monkeypatch.setattr(monitor, 'write_atomic', die)
+    if when == 'card': monkeypatch.setattr(keep, 'write_atomic', die)
     else: monkeypatch.setattr(torch, 'save', die)
     with pytest.raises(KeyboardInterrupt): learn.fit(1, .01)
     assert sorted(p.name for p in folder.iterdir()) == sorted([*old, *['epoch_3.pth']*(when == 'card')])
@@ -885,6 +885,7 @@ def continue_from(state, opt_state, make_learner, make_dls, tiny_net, name, how)
     torch.manual_seed(5); how(learn)
     return weights(learn.model)
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize('error', [CancelFitException, KeyboardInterrupt, RuntimeError, CancelTrainException,
                                    CancelEpochException])
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_backward',

@@ -259,6 +259,7 @@ def console(monkeypatch):
     return make
 narrow = pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
 
+@pytest.mark.slow
 def test_a_study_on_a_narrow_console(console, tmp_path):
     "Trains, prints its rows and its report, α and all, and then the help"
     (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\nepochs = '

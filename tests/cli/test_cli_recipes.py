@@ -10,7 +10,7 @@ from rkd_fastai.models import cifar_resnet18
 from rkd_fastai.recipes import Recipe, all_recipes, kind_recipes
 from rkd_fastai.teachers import Teacher
 
-small = ('--data', 'digits', '--width', '1/16', '--n', 64, '--epochs', 1)
+small = ('--data', 'digits', '--width', '1/16', '--n', 64, '--bs', 64, '--epochs', 1)
 hows = [*kind_recipes, *(k for k,r in all_recipes.items() if not r.needs_teacher)]
 distilling = [k for k,r in all_recipes.items() if r.needs_teacher]
 
@@ -61,6 +61,7 @@ common_keys = {'seed', 'data', 'data_path', 'size', 'bs', 'n', 'synthetic', 'fra
                'n_in', 'n_out', 'vocab', 'images', 'held_out', 'source', 'method', 'attack', 'last_epoch', 'versions'}
 settings = dict(trades=dict(beta=6.), wang_trades=dict(beta=5.), trades_official=dict(beta=6.))
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize('how, lr', list(zip(hows, [.1]*5 + [.4*64/1024, .1, .4*64/1024, .2*64/512, .2*64/512, .1,
                                                              .2]))) # 64 images: one batch
 def test_every_way_to_train(how, lr, tmp_path, fits, capsys):
@@ -112,7 +113,7 @@ def test_names_are_covered():
     (('--how', 'wang_trades', '--bs', 256), 256, .1, 400),
     (('--how', 'at+', '--lr', .3), 125, .3, 400), (('--how', 'at+', '--lr', 0), 125, 0., 400),
                                                   (('--how', 'fast_at'), 128, .2, 15),
-    (('--how', 'trades_official', '--n', 30), 30, .1, 76), (('--how', 'at', '--bs', 1437), 1437, .1, 100)])
+    (('--how', 'trades_official', '--n', 30), 7, .1, 76), (('--how', 'at', '--bs', 1437), 1437, .1, 100)])
 def test_numbers_are_said(args, bs, lr, epochs, planned):
     "The recipe's batch size where eight of them fill an epoch, a rate in proportion where it says so, and its epochs"
     card, learn = planned('train', '--data', 'digits', '--width', '1/16', *args)
@@ -260,7 +261,7 @@ def test_fashion_mnist_files(fashion, tmp_path, planned):
     common = ('--data', 'fashion_mnist', '--data-path', fashion, '--width', '1/16')
     rkd('train', *common, '--n', 32, '--epochs', 1, '--steps', 1, '--out', tmp_path/'out')
     card = card_of(tmp_path/'out')
-    assert (card['n_in'], card['n_out'], card['bs'], card['data_path'], card['vocab'][1]) == (1, 10, 32, str(fashion),
+    assert (card['n_in'], card['n_out'], card['bs'], card['data_path'], card['vocab'][1]) == (1, 10, 8, str(fashion),
                                                                                               'Trouser')
     whole, learn = planned('train', *common)
     assert whole['bs'] == 90 and len(learn.dls.train_ds) == 90 and len(learn.dls.valid_ds) == 10

@@ -93,6 +93,7 @@ def test_card(learn, digits, robust_net, tmp_path):
     assert card['n'] == 40 and card['eps'] == .1 and card['seed'] == 3 and card['results']['pgd5']['accuracy'] == r.pgd5
     assert 'pgd5' in repr(r) and 'pgd5' in r._repr_html_() and 'all 40 test images' in repr(r)
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_default_attacks(learn):
     r = learn.robustness(n=6, eps=.15)

@@ -117,6 +117,7 @@ nets = dict( # name: (makes a network, shape of its images)
     timm=(timm_vit, (3, 16, 16)), torchvision=(lambda: torchvision_model('resnet18'), (3, 32, 32)),
     fastai=(lambda: create_vision_model(__import__('torchvision').models.resnet18, 10, pretrained=False), (3, 32, 32)))
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize('name', nets)
 def test_networks(name, tmp_path, snapshot):
     "Of many kinds, in train mode when they are given; they and the images are left as they were"
@@ -177,6 +178,7 @@ def one_process():
     yield
     torch.distributed.destroy_process_group()
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize('change', changes)
 @each_stats
 def test_learners(change, channels, stats, tmp_path, make_learner, make_dls, snapshot, one_process):

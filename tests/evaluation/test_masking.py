@@ -23,6 +23,7 @@ masks = dict(
     detached  = dict(before=lambda x: x.detach() + 0*x),
     misled    = dict(before=lambda x: 2*x.detach() - x)) # the gradient points the other way
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name', masks)
 def test_masks_are_seen(name, robust_net, test_images):
     "By each symptom that it has"
@@ -41,6 +42,7 @@ def test_accuracies_in_the_wrong_order(check, accs, suspicious, monkeypatch):
     monkeypatch.setattr(masking, '_accuracy', lambda *_: next(left))
     assert getattr(masking, check)(None, torch.zeros(200), None, .1)[1] == suspicious
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize('eps', [.05, .1])
 def test_robust_and_plain_networks_are_not_suspicious(eps, robust_net, plain_net, test_images, snapshot):
     "A network that falls is not one that hides; neither is changed by being looked at"
@@ -88,6 +90,7 @@ def test_a_check_of_ones_own(robust_net, test_images):
     finally: masking._symptoms.pop()
     assert not report.ok and 'Take an umbrella.' in repr(report)
 
+@pytest.mark.slow
 def test_in_batches_and_in_float32(robust_net, test_images, make_learner, make_dls, monkeypatch):
     """No more images at a time than `bs`, with gradients neither; a network in half precision is measured as
     float32, where the loaders are"""

@@ -243,6 +243,7 @@ def record(make, folder, *cbs, run=None, seed=0, n_epoch=4, **kwargs):
                  *([Resume(run, kwargs.pop('every', None))] if run else []), seed=seed, **kwargs)
     learn.fit(n_epoch, .01)
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize('every', [None, 1])
 @pytest.mark.parametrize('event,at,order', [('after_epoch', 0, 900), ('after_epoch', 0, 40), ('after_epoch', 2, 900),
                                             ('after_epoch', 1, 2000), ('after_batch', 2, 2000),

@@ -36,6 +36,7 @@ def test_python_blocks(one_epoch, make_images, tmp_path, monkeypatch):
         exec(compile(block, f'block {i}', 'exec'), space)
     assert space['student'].cbs # the last block made a Learner
 
+@pytest.mark.slow
 def test_rkd_lines(tmp_path, monkeypatch, capsys):
     "The terminal session, on digits, for one epoch and without AutoAttack's minutes"
     monkeypatch.chdir(tmp_path)
@@ -48,6 +49,7 @@ def test_rkd_lines(tmp_path, monkeypatch, capsys):
         main(shlex.split(line)[1:])
     assert '100 of 360 validation images' in capsys.readouterr().out
 
+@pytest.mark.slow
 def test_the_study(tmp_path, monkeypatch, capsys):
     "The study's file, on digits, for one epoch, without AutoAttack: from the plan to the page"
     monkeypatch.chdir(tmp_path)

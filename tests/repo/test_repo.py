@@ -105,7 +105,7 @@ def test_every_operator_has_its_mutants():
     "What `tools/mutate.py` lists is there to be changed"
     mutate = run_path(str(root/'tools/mutate.py'))
     for module,names,tests in mutate['groups'].values():
-        assert len(list(mutate['mutants']((root/'rkd_fastai'/module).read_text(encoding='utf8'), names))) >= 20
+        assert len(list(mutate['mutants']((root/'rkd_fastai'/module).read_text(encoding='utf8'), names))) >= 8
         assert (root/tests[0]).is_file()
 
 def test_security_names_tests_that_are_there():

@@ -256,6 +256,7 @@ def test_students_without_a_baseline_are_said(table):
     assert ' 2 students have no baseline of the same task here and are left out.' in table(
         pd.concat([*pairs, two])).attrs['caption']
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize('name, values, where', [('augment', ('flip', 'none'), 'with no augmentation'),
                                                  ('augment', ('flip', None), 'with usual augmentation'),
                                                  ('size', (None, 14), 'at image size 14'),
@@ -573,6 +574,7 @@ def test_files_of_every_view(whole, written):
         if v.plot: assert plt.imread(folder/f'{k}.png').shape[1] > 450
     assert len(pd.read_csv(folder/'means.csv')) == len(over_seeds(whole))
 
+@pytest.mark.few(1)
 def test_page_is_whole_and_fetches_nothing(whole, written):
     _,text = written
     page,found = Page(text),views(whole)

@@ -13,6 +13,7 @@ from rkd_fastai.study.tables import gains
 root = Path(__file__).parents[2]
 collected = sorted(f.parent for f in (root/'results').glob('*/*/study.json'))
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize('folder', collected, ids=lambda f: f.name)
 def test_report_is_that_of_its_cards(folder):
     "The whole study is there, and its tables are what `rkd study report` makes of the cards"

@@ -246,6 +246,7 @@ def test_other_version(finished, tmp_path):
     with pytest.raises(ValueError, match='made by rkd_fastai 99.0, this is'): Study(spec(*grids), tmp_path/'s')
     with pytest.raises(ValueError, match='made by rkd_fastai 99.0, this is'): report_text(tmp_path/'s')
 
+@pytest.mark.slow
 def test_parts_of_a_job_array(finished, tmp_path):
     "Any split of the cells ends in the same table"
     for part in ('2/3','3/3','1/3'): Study(spec(*grids), tmp_path/'s').run(cell=part)
@@ -353,6 +354,7 @@ def test_two_processes_share_a_folder(finished, tmp_path):
     trained = sum(text.count('2 epochs,') for text in said) # the last line of each student's training
     assert trained == sum(c.distils for c in finished.cells), said
 
+@pytest.mark.slow
 def test_processes(finished, tmp_path, capfd):
     "Two at a time end in the same table, and none is left behind"
     df = Study(spec(*grids), tmp_path/'s').run(processes=2, wait=.2)
