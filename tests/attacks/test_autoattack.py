@@ -258,7 +258,7 @@ def test_what_stands_on_the_fast_model_meets_apgd_on_the_plain_one(robust_net, t
 
 def test_plain_autoattack_folds_nothing(robust_net, test_images, monkeypatch, short):
     x, y = (o[:6] for o in test_images)
-    monkeypatch.setattr(attacks, 'folded', lambda *_: 1/0)
+    monkeypatch.setattr(pgd, 'folded', lambda *_: 1/0)
     monkeypatch.setattr(attacks, 'faster', lambda **_: 1/0)
     AutoAttack(.1)(robust_net, x, y)
     with pytest.raises(ZeroDivisionError): AutoAttack(.1, fast=True)(robust_net, x, y)

@@ -7,7 +7,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 
-from rkd_fastai.attacks import search
+from rkd_fastai.attacks import apgd as apgd_module, fab as fab_module, search, square as square_module
 from rkd_fastai.attacks.apgd import apgd
 from rkd_fastai.attacks.fab import fab
 from rkd_fastai.attacks.square import square

@@ -264,7 +264,7 @@ def test_fashion_mnist_files(fashion, tmp_path, planned):
     assert (card['n_in'], card['n_out'], card['bs'], card['data_path'], card['vocab'][1]) == (1, 10, 8, str(fashion),
                                                                                               'Trouser')
     whole, learn = planned('train', *common)
-    assert whole['bs'] == 90 and len(learn.dls.train_ds) == 90 and len(learn.dls.valid_ds) == 10
+    assert whole['bs'] == 22 and len(learn.dls.train_ds) == 90 and len(learn.dls.valid_ds) == 10
 
 @pytest.mark.parametrize('name', [f'{s}-{k}-ubyte' for s in ('train', 't10k') for k in ('images-idx3', 'labels-idx1')])
 def test_missing_file_is_named(name, fashion, tmp_path):

@@ -142,9 +142,9 @@ def test_docstrings_link_to_symbols():
     links.symbols = docs.symbols(links)
     text = '\n'.join(docs.shown(c, grid, 'reference/study.config', links)['source']
                      for c in cells(docs.notebooks()['reference/study.config']) if docs.definitions(c))
-    for name,where in dict(make_dls='runs', AdversarialTraining='callback.adversarial').items():
+    for name,where in dict(make_dls='study.run', AdversarialTraining='callback.adversarial').items():
         assert f'| see [`{name}`]({where}.ipynb#{name.lower()}) |' in text
-    assert '[`Cell`](grid.ipynb#cell)' in text and '### Cell\n' in text
+    assert '[`Cell`](study.config.ipynb#cell)' in text and '### Cell\n' in text
     node, = [o for o in ast.parse(Path(tables.__file__).read_text(encoding='utf8')).body
              if getattr(o, 'name', '') == 'own_students']
     text = docs.show_doc('own_students', tables.own_students, node, 'https://repo', link=lambda span: f'linked {span}')
