@@ -201,7 +201,8 @@ def test_fast_is_plain(which, eps, n, request, test_images):
         once_more = right(net, AutoAttack(eps, version='apgd-ce', bs=100)(net, x, y), y)
     is_robust = right(net, fast, y)
     assert (is_robust & ~flags).sum() <= n/1000 and 0 < flags.sum() < n
-    assert (flags & ~is_robust).sum() <= n/100 # it may find more: what falls has fallen on the plain model
+    # it may find a few more: what it finds fools the plain model, too
+    assert (flags & ~is_robust).sum() <= max(1, n/100)
     assert (fast - x).abs().max() <= eps + 1e-6 and 0 <= fast.min() and fast.max() <= 1
     assert torch.equal(fast[is_robust], x[is_robust])
     assert not (is_robust & ~once_more).any()
