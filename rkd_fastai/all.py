@@ -1,4 +1,4 @@
-"""The public names, for `from rkd_fastai.all import *` beside `from fastai.vision.all import *`, of which they shadow none."""
+"""The public names for `from rkd_fastai.all import *`; they shadow no name of `fastai.vision.all`."""
 from . import recipes
 from .core import PixelModel
 from .losses import soft_targets, ensemble_probs, ckd_loss, ard_loss, rslad_loss, akd_loss, trades_loss
