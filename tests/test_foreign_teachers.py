@@ -109,7 +109,7 @@ def test_timm_natively(name, kw, size):
     assert (native - probs(net, x)).abs().max() > 1e-4 and native.std(0).max() > 1e-5 # the normalisation matters here
     assert not t.training and not any(p.requires_grad for p in t.parameters())
 
-def test_timm_loads_weights_unless_told_not_to():
+def test_timm_loads_weights_by_default():
     with patch.object(timm, 'create_model', side_effect=lambda name, pretrained,
                       **kw: timm.models.create_model(name, num_classes=4)) as made:
         Teacher.from_timm('test_resnet', num_classes=4)
@@ -232,14 +232,14 @@ def test_check_of_a_normalised_teacher(make_dls, tiny_net, digits):
 def test_check_is_seeded_and_leaves_things_alone(make_dls, robust_net, snapshot):
     "Global random numbers, the teacher, the DataLoaders; the same seed, the same number"
     t, dls = Teacher(robust_net), make_dls(n=64, n_valid=100, stats=([.3], [.25]))
-    before, looks = snapshot.take(t), [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders]
+    before, transforms = snapshot.take(t), [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders]
     random.seed(1); np.random.seed(1); torch.manual_seed(1)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     card = t.check(dls, ('clean', 'pgd2', 'pgd1x2'), eps=.15)
     assert (random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
             and torch.equal(torch.get_rng_state(), state[2]))
     assert (snapshot.same(before, snapshot.take(t))
-            and looks == [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders])
+            and transforms == [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders])
     torch.manual_seed(7)
     assert t.check(dls, ('clean', 'pgd2', 'pgd1x2'), eps=.15).results == card.results
     assert len({tuple(t.check(dls, 'pgd1x2', eps=.15, seed=s).results.values()) for s in range(6)}) > 1
@@ -314,7 +314,7 @@ def test_wide_resnet_defaults_and_bad_statistics():
 def test_start_around_the_image(start, eps, objective, tiny_net, digits):
     "Against a plain loop in float64, with the same noise: `x + 0.001*randn`, into the ball and [0, 1], then the steps"
     net, x, y = tiny_net(seed=3).eval(), digits.x[:20], digits.y[:20]
-    wide = copy.deepcopy(net).double()
+    net64 = copy.deepcopy(net).double()
     targ = y if objective == 'ce' else net(x).softmax(1).detach()
     torch.manual_seed(5)
     got = PGD(eps, steps=3, step_size=eps/3, random_start=start, objective=objective)(net, x, targ)
@@ -322,17 +322,17 @@ def test_start_around_the_image(start, eps, objective, tiny_net, digits):
     x64 = x.double()
     into = lambda a: torch.minimum(torch.maximum(a, x64 - eps), x64 + eps).clamp(0, 1)
     want = into(x64 + start*torch.randn(x.shape).double())
-    q = wide(x64).softmax(1).detach()
+    q = net64(x64).softmax(1).detach()
     for _ in range(3):
         want = want.detach().requires_grad_()
-        z = wide(want)
+        z = net64(want)
         loss = F.cross_entropy(z, y, reduction='sum') if objective == 'ce' else (q*(q.log() - z.log_softmax(1))).sum()
         g, = torch.autograd.grad(loss, want)
         want = into(want.detach() + eps/3*g.sign())
     assert ((got.double() - want).abs() < 1e-5).float().mean() > .995 # the sign of a vanishing gradient is anyone's
     assert (got - x).abs().max() <= eps + 1e-7 and got.min() >= 0 and got.max() <= 1
 
-def test_start_alone(tiny_net):
+def test_random_start_without_steps(tiny_net):
     "Of no steps the start is left: normal, of that size, in every image another; 1 is True"
     x = torch.full((50, 1, 8, 8), .5)
     targ, net = torch.zeros(50).long(), tiny_net()
@@ -398,12 +398,12 @@ def test_teacher_at_chance_is_asked_once(make_dls, make_learner, tiny_net):
         teacher = Teacher(Asked(blind))
         learn = make_learner(make_dls(n_valid=n_valid, shuffle=False)).to_rkd(teacher, 'akd', attack=PGD(.1, steps=1))
         before = teacher.members[0].model.n
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter('always')
             learn.fit(1); learn.fit(1)
         # two epochs, two checks that it fits
         assert teacher.members[0].model.n - before == 2*96 + 2*2 + min(n_valid, 200)
-        assert [bool(re.match(guessing, str(w.message))) for w in said] == [True]*(n_valid >= 50)
+        assert [bool(re.match(guessing, str(w.message))) for w in messages] == [True]*(n_valid >= 50)
         ends.append((random.random(), np.random.rand(), torch.rand(1).item(),
                      *[v.sum().item() for v in learn.model.state_dict().values()]))
     assert ends[0] == ends[1] == ends[2]

@@ -59,12 +59,12 @@ class_counts = st.one_of(st.integers(2, 12), st.sampled_from([2, 3, 100, 1000]))
 
 # --- the losses in float64, from what float32 holds of their arguments ---
 
-def wide(t): return t.detach().float().to(double)
+def to_double(t): return t.detach().float().to(double)
 def logp(z, T=1.):
     z = z/T
     z = z - z.amax(1, keepdim=True)
     return z - z.exp().sum(1, keepdim=True).log()
-def dist(y, c): return wide(y) if y.is_floating_point() else torch.eye(c, dtype=double)[y.long()]
+def dist(y, c): return to_double(y) if y.is_floating_point() else torch.eye(c, dtype=double)[y.long()]
 def ce(z, target, T=1.): return -(target*logp(z, T)).sum(1)
 def kl(z, target, T=1.): return torch.where(target > 0, target*(target.clamp_min(1e-320).log() - logp(z, T)), 0.).sum(1)
 def mix(t, y, alpha): return alpha*t + (1-alpha)*y
@@ -101,7 +101,7 @@ each_loss = pytest.mark.parametrize('name', losses)
 @given(st.data())
 def test_loss_is_the_float64_one(name, data):
     loss, ref, zs, ts, y, kw = data.draw(loss_calls(name))
-    want = ref(*map(wide, zs), *map(wide, ts), dist(y, zs[0].shape[1]), **kw)
+    want = ref(*map(to_double, zs), *map(to_double, ts), dist(y, zs[0].shape[1]), **kw)
     got = loss(*zs, *ts, y, **kw, reduction='none')
     assert got.dtype == torch.float32 and got.shape == want.shape and got.isfinite().all()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=tolerance(zs, kw))
@@ -118,10 +118,10 @@ def test_loss_is_the_float64_one(name, data):
 def test_gradient_is_finite_and_the_float64_one(name, data):
     "Also where probabilities underflow"
     loss, ref, zs, ts, y, kw = data.draw(loss_calls(name))
-    ours, theirs = [z.detach().float().requires_grad_() for z in zs], [wide(z).requires_grad_() for z in zs]
+    ours, theirs = [z.detach().float().requires_grad_() for z in zs], [to_double(z).requires_grad_() for z in zs]
     grad = lambda f, z, *args: torch.autograd.grad(f(*z, *args).sum(), z, materialize_grads=True, allow_unused=True)
     for got, want in zip(grad(lambda *a: loss(*a, y, **kw, reduction='none'), ours, *ts),
-                         grad(lambda *a: ref(*a, dist(y, zs[0].shape[1]), **kw), theirs, *map(wide, ts))):
+                         grad(lambda *a: ref(*a, dist(y, zs[0].shape[1]), **kw), theirs, *map(to_double, ts))):
         assert got.isfinite().all()
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=3*tolerance(zs, kw))
     low = [z.detach().clone().requires_grad_() for z in zs] # in the logits' own dtype it need not be so near
@@ -174,7 +174,7 @@ def test_soft_targets_are_probabilities(data, bs, c, alpha):
     t, y = data.draw(probs_of(bs, c)), data.draw(labels_of(bs, c))
     got = soft_targets(t, y, alpha)
     assert got.dtype == torch.float32 and (got >= 0).all()
-    torch.testing.assert_close(got.double(), mix(wide(t), dist(y, c), alpha), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.double(), mix(to_double(t), dist(y, c), alpha), rtol=1e-6, atol=1e-7)
 
 @fuzz(150)
 @given(st.data(), batch_sizes, class_counts, st.integers(1, 4))
@@ -183,7 +183,8 @@ def test_ensembles(data, bs, c, n):
     betas = data.draw(st.sampled_from([None, (w/w.sum()).tolist()]))
     got = ensemble_probs(ps, betas)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), sum(b*wide(p) for b,p in zip(betas or [1/n]*n, ps)), rtol=1e-6, atol=1e-7)
+    want = sum(b*to_double(p) for b,p in zip(betas or [1/n]*n, ps))
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
 
 def broken(draw, args, kw, c):
     "The arguments with one thing wrong, and what the error has to name"

@@ -264,7 +264,7 @@ def test_arrays_of_every_number(protocol, tmp_path):
             assert (got[b'names'] == [b'a\xff', 'é'] and got['x'][0].dtype == o.dtype.newbyteorder('=')
                     and np.array_equal(got['x'][0], o) and got['n'] == (1, 2.5, None, True, 10**30))
 
-@pytest.mark.parametrize('said', [dict(width=16), dict(width=1000.), dict(n_out=10**8), dict(n_in=10**6),
+@pytest.mark.parametrize('changes', [dict(width=16), dict(width=1000.), dict(n_out=10**8), dict(n_in=10**6),
                                   dict(arch='wrn-28-100'), dict(arch='wrn-4000-1'), dict(arch='wrn-100000-100000'),
                                   dict(arch='wrn-994-1'),
     dict(n_out=10**30), dict(n_out=-1), dict(n_out=True), dict(n_out=None), dict(n_out=[10]), dict(width='x'),
@@ -272,12 +272,12 @@ def test_arrays_of_every_number(protocol, tmp_path):
                                   dict(arch='resnet18.foo'),
     dict(arch='hf-hub:a/b'), dict(arch='local-dir:/etc'), dict(arch='../../resnet18'), dict(arch='resnet18\0'),
                                   dict(arch='test_resnet'), dict(arch='wrn-10-1')], ids=str)
-def test_cards_that_describe_another_network(said, tmp_path):
+def test_cards_that_describe_another_network(changes, tmp_path):
     "Refused before the network is made, however large it would be"
     torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
     card = dict(arch='resnet18', width=1/16, n_in=1, n_out=10)
     (tmp_path/'card.json').write_text(json.dumps(card)); load_run(tmp_path)
-    (tmp_path/'card.json').write_text(json.dumps(card | said))
+    (tmp_path/'card.json').write_text(json.dumps(card | changes))
     refused(lambda: load_run(tmp_path), tmp_path)
 
 bad_json = ['['*10**5, '{"a":'*10**5, '1'*5000, '"x"', '[]', 'null', '3', '', '{', '\0',
@@ -306,17 +306,17 @@ def test_normalisation_that_is_none(mean, tmp_path, tiny_net):
               lambda: load_teacher(tmp_path/'epoch_1.pth', tiny_net())):
         with pytest.raises(ValueError, match='mean'): f()
 
-@pytest.mark.parametrize('said', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9),
+@pytest.mark.parametrize('changes', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9),
                                   dict(bs=0), dict(bs=-1), dict(bs=None), dict(seconds=-1.), dict(seconds='1'),
                                   dict(seconds=float('nan')),
     dict(is_robust='9999'), dict(is_robust='111'), dict(is_robust='11x1'), dict(is_robust=['1']*4 + ['']), dict(more=1),
                                   dict(part=True)], ids=str)
-def test_state_files_that_lie(said, tmp_path, plain_net, test_images):
+def test_state_files_that_lie(changes, tmp_path, plain_net, test_images):
     x, y = (o[:4] for o in test_images)
     run = lambda: measure_robustness(plain_net, x, y, ['clean','pgd2'], .1, state_path=tmp_path/'s', bs=2)
     want = run().results
     state = json.loads((tmp_path/'s').read_text())
-    state['attacks']['pgd2'] |= said
+    state['attacks']['pgd2'] |= changes
     (tmp_path/'s').write_text(json.dumps(state))
     with pytest.raises(ValueError, match='`state_path`'): run()
     assert json.loads((tmp_path/'s').read_text())['attacks'].keys() == {'clean','pgd2'}
@@ -339,7 +339,7 @@ def training(make_learner, path, dies=True):
     if not dies: return learn.fit(4) or learn
     with pytest.raises(AssertionError): learn.fit(4)
 
-@pytest.mark.parametrize('said', [dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')),
+@pytest.mark.parametrize('changes', [dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')),
                                   dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)),
                                   dict(keep_epochs=dict(card={})),
     dict(keep_epochs=dict(each_epoch=3)), dict(keep_epochs=dict(learn=3)), dict(keep_epochs=dict(run=False)),
@@ -347,21 +347,21 @@ def training(make_learner, path, dies=True):
                                   dict(keep_epochs=dict(dls=3)),
     dict(weight_averaging=dict(decay=2.)), dict(weight_averaging=dict(model=3)), dict(keep_epochs=dict(opt=3))],
                          ids=str)
-def test_a_training_that_sets_what_it_did_not_keep(said, make_learner, tmp_path):
+def test_a_training_that_sets_what_it_did_not_keep(changes, make_learner, tmp_path):
     "The memory of a callback is its memory, neither its settings nor the Learner's folders"
     path = tmp_path/'run'/'run.pth'
     training(make_learner, path)
-    changed(path, memory=lambda m: {k: v | said.get(k, {}) for k,v in m.items()})
+    changed(path, memory=lambda m: {k: v | changes.get(k, {}) for k,v in m.items()})
     before = sorted(p for p in tmp_path.rglob('*'))
     with pytest.raises(ValueError, match='is nothing that `Resume` keeps'): training(make_learner, path, False)
     assert sorted(p for p in tmp_path.rglob('*')) == before
 
-@pytest.mark.parametrize('said', [dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3),
+@pytest.mark.parametrize('changes', [dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3),
                                   dict(done=10**9)], ids=str)
-def test_a_training_of_absurd_numbers(said, make_learner, tmp_path):
+def test_a_training_of_absurd_numbers(changes, make_learner, tmp_path):
     path = tmp_path/'run.pth'
     training(make_learner, path)
-    changed(path, **said)
+    changed(path, **changes)
     with pytest.raises(ValueError, match='run.pth` is damaged'): training(make_learner, path, False)
 
 @pytest.mark.parametrize('k', 'training epoch done model opt memory random'.split())
@@ -402,11 +402,11 @@ def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):
     with pytest.raises(FileNotFoundError): Teacher.at_epoch(tmp_path/'a', 1, tiny_net(), fname='../b/epoch')
     with pytest.raises(FileNotFoundError): best_epoch(tmp_path/'a', fname='../b/epoch')
 
-@pytest.mark.parametrize('said', [dict(data=None), dict(data=3), dict(data=['x']), dict(data_path=3), dict(size='64'),
-                                  dict(data='no/such/folder'), dict(data='../../no')], ids=str)
-def test_evaluate_without_data(said, tmp_path, monkeypatch):
+@pytest.mark.parametrize('changes', [dict(data=None), dict(data=3), dict(data=['x']), dict(data_path=3),
+                                     dict(size='64'), dict(data='no/such/folder'), dict(data='../../no')], ids=str)
+def test_evaluate_without_data(changes, tmp_path, monkeypatch):
     torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
-    (tmp_path/'card.json').write_text(json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10) | said))
+    (tmp_path/'card.json').write_text(json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10) | changes))
     with pytest.raises(SystemExit, match='^rkd: error: .*--data'): cli.main(['evaluate', str(tmp_path)])
 
 def test_names_in_tiny_imagenet_stay_in_their_folder(tmp_path):

@@ -415,15 +415,15 @@ def test_repr_is_readable_and_complete(name):
     recipe, names = every[name], dict(Recipe=Recipe, PGD=PGD, FFGSM=FFGSM, ExpDecay=ExpDecay, OneCycle=OneCycle,
                                       Steps=Steps,
         WarmupCosine=WarmupCosine, Triangle=Triangle, cifar_resnet18=cifar_resnet18)
-    said = repr(recipe)
-    assert ' object at ' not in said and 'functools' not in said and 'lambda' not in said
-    lines = said.splitlines()
+    text = repr(recipe)
+    assert ' object at ' not in text and 'functools' not in text and 'lambda' not in text
+    lines = text.splitlines()
     assert (lines[0] == 'Recipe(' and lines[-1] == ')'
             and all(l.startswith('    ') and l.endswith(',') for l in lines[1:-1]))
-    again = eval(said, names | dict(wide_resnet=lambda *args, **kw: partial(wide_resnet, *args, **kw), ReLU=nn.ReLU))
+    again = eval(text, names | dict(wide_resnet=lambda *args, **kw: partial(wide_resnet, *args, **kw), ReLU=nn.ReLU))
     for k in numbers[name]:
         if k != 'attack': assert getattr(again, k) == getattr(recipe, k), k
-    assert repr(again) == said and ('note=' in said) == bool(recipe.note)
+    assert repr(again) == text and ('note=' in text) == bool(recipe.note)
 
 @pytest.mark.parametrize('bad', ['kd', 'AT', '', None])
 def test_unknown_method(bad, make_dls, tiny_net):

@@ -200,8 +200,8 @@ def make_attack(
 # %% ../../nbs/evaluation/00_robustness.ipynb #04309dd8
 def _out_of_memory(e):
     # messages of a plain RuntimeError
-    messages = "can't allocate memory", 'CUBLAS_STATUS_ALLOC_FAILED', 'CUDNN_STATUS_ALLOC_FAILED'
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(s in str(e) for s in messages)
+    shown = "can't allocate memory", 'CUBLAS_STATUS_ALLOC_FAILED', 'CUDNN_STATUS_ALLOC_FAILED'
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(s in str(e) for s in shown)
 
 def _identity(model):
     """Return a hash of everything that determines the outputs of `model`: weights, buffers that are not saved with

@@ -185,8 +185,8 @@ def test_attack_is_the_same_for_each_image_whatever_the_batch(robust_net, test_i
     "The loss is summed, not averaged, and tiny gradients keep their sign: an image does not feel its neighbours"
     x, y = (o[:32] for o in test_images)
     for attack in (PGD(eps, random_start=False), PGD(.5, norm='L2', random_start=False)):
-        alone = torch.cat([attack(robust_net, a, b) for a,b in zip(x.split(1), y.split(1))])
-        assert ((attack(robust_net, x, y) - alone).abs() < 1e-4).float().mean() > .99
+        one_by_one = torch.cat([attack(robust_net, a, b) for a,b in zip(x.split(1), y.split(1))])
+        assert ((attack(robust_net, x, y) - one_by_one).abs() < 1e-4).float().mean() > .99
 
 @every_attack
 @pytest.mark.parametrize('n', [0, 1])

@@ -74,9 +74,9 @@ def test_the_flags_of_the_package(norm, eps, seed, n, bs, robust_net, test_image
     assert r.autoattack == want.sum().item()/n and list(r.flags) == ['autoattack']
 
 @pytest.mark.slow
-@pytest.mark.parametrize('which,eps', [('robust_net', .15), ('plain_net', .1)])
-def test_the_flags_of_the_package_in_full(which, eps, request, test_images):
-    net, (x, y) = request.getfixturevalue(which), (o[:110] for o in test_images)
+@pytest.mark.parametrize('net_name,eps', [('robust_net', .15), ('plain_net', .1)])
+def test_the_flags_of_the_package_in_full(net_name, eps, request, test_images):
+    net, (x, y) = request.getfixturevalue(net_name), (o[:110] for o in test_images)
     want = published_flags(net, x, y, eps, bs=24)
     assert (torch.equal(measure_robustness(net, x, y, 'autoattack', eps, bs=24).flags['autoattack'], want)
             and 48 < want.sum() < 110)
@@ -95,12 +95,13 @@ def test_other_versions(version, robust_net, test_images):
 def used(version, norm='Linf'):
     "The numbers that the package uses for each part of `version`, as our words would say them"
     from pyautoattack import AutoAttack as Published
-    said = []
+    described = []
     def note(name, o):
         targets = getattr(o, 'n_target_classes', 0) if name.endswith('-t') else 0
         how = f'{targets} targets' if targets else f'{o.n_restarts} restart(s)'
         eot = f', each gradient a mean of {o.eot_iter}' if getattr(o, 'eot_iter', 1) > 1 else ''
-        said.append(f'square: {o.n_queries} queries' if name == 'square' else f'{name}: {o.n_iter} steps, {how}{eot}')
+        described.append(f'square: {o.n_queries} queries' if name == 'square'
+                         else f'{name}: {o.n_iter} steps, {how}{eot}')
     aa = Published(lambda x: x.flatten(1)[:,:10], norm=norm, eps=.1, seed=0, version=version)
     x = torch.rand(3, 1, 8, 8)
     y = x.flatten(1)[:,:10].argmax(1)
@@ -108,7 +109,7 @@ def used(version, norm='Linf'):
                    (aa.fab, lambda o: 'fab-t' if o.targeted else 'fab'), (aa.square, lambda o: 'square')):
         o.perturb = lambda x, y, o=o, name=name: (note(name(o), o), x)[1]
     with torch.random.fork_rng(): aa.run_standard_evaluation(x, y)
-    return said
+    return described
 
 @pytest.mark.parametrize('norm', ['Linf', 'L2'])
 @pytest.mark.parametrize('version', ['standard', 'plus', 'rand'])
@@ -136,10 +137,10 @@ names = lambda parts: [p.name for p in parts]
 def test_few_classes(n_out, version, want, without, tiny_net):
     net = tiny_net(n_out=n_out).eval()
     aa = AutoAttack(.3, version=version)
-    parts, said = aa.parts(net, n_out), aa.composition(net, n_out)
+    parts, described = aa.parts(net, n_out), aa.composition(net, n_out)
     assert ' '.join(names(parts)) == want
-    assert [s.split(':')[0] for s in said if not s.startswith('without')] == want.split()
-    assert [s for s in said if s.startswith('without')] == [f'without {p}: its loss needs '
+    assert [s.split(':')[0] for s in described if not s.startswith('without')] == want.split()
+    assert [s for s in described if s.startswith('without')] == [f'without {p}: its loss needs '
                                                             f'{dict([("apgd-dlr", 3), ("apgd-t", 4)])[p]} classes'
                                                             for p in without.split()]
     for p in parts:
@@ -187,12 +188,12 @@ def test_numbers_of_the_search(robust_net):
 
 # --- on a faster model ---
 
-@pytest.mark.parametrize('which,eps,n', [('robust_net', .15, 60), ('plain_net', .1, 60),
+@pytest.mark.parametrize('net_name,eps,n', [('robust_net', .15, 60), ('plain_net', .1, 60),
     *(pytest.param(w, e, 300, marks=pytest.mark.slow) for w,e in (('robust_net', .15), ('plain_net', .1)))])
-def test_fast_is_plain(which, eps, n, request, test_images):
+def test_fast_is_plain(net_name, eps, n, request, test_images):
     """The same verdict on 999 of 1,000 images, but for a few that it finds and the package does not; none is called
     broken that stands on the plain model, and who stands met APGD on it"""
-    net, (x, y) = request.getfixturevalue(which), right_ones(request.getfixturevalue(which), test_images, n)
+    net, (x, y) = request.getfixturevalue(net_name), right_ones(request.getfixturevalue(net_name), test_images, n)
     n = len(x)
     # on many images only the whole search is sure of those that are close
     with shorter(20, 100) if n <= 60 else nullcontext():
@@ -227,7 +228,7 @@ def wrong_model(monkeypatch, forward):
 @pytest.mark.parametrize('forward', [lambda net, x: -net(x), lambda net, x: net(x.flip(3)), lambda net,
                                      x: net(x) + torch.randn(10)*9, lambda net, x: net(x)*float('nan')],
                          ids=['other signs', 'other image', 'other bias', 'NaN'])
-def test_what_falls_on_the_fast_model_alone_is_searched_for_again(forward, robust_net, test_images, monkeypatch, short):
+def test_errors_of_the_fast_model_alone_are_searched_again(forward, robust_net, test_images, monkeypatch, short):
     "The verdict is that of the plain model, however wrong the faster one is"
     x, y = right_ones(robust_net, test_images, 30)
     want = right(robust_net, AutoAttack(.1, bs=12)(robust_net, x, y), y)
@@ -248,7 +249,7 @@ def test_all_that_falls_on_the_fast_model_is_searched_for_again(robust_net, test
     got = right(robust_net, AutoAttack(.12, bs=12, fast=True)(robust_net, x, y), y)
     assert (got != want).sum() <= 2 and 0 < want.sum() < 30
 
-def test_what_stands_on_the_fast_model_meets_apgd_on_the_plain_one(robust_net, test_images, monkeypatch):
+def test_images_robust_on_the_fast_model_are_attacked_on_the_plain_one(robust_net, test_images, monkeypatch):
     x, y = test_images
     x, y = right_ones(robust_net, (x[y == 3], y[y == 3]), 20)
     want = right(robust_net, AutoAttack(.15, version='apgd-ce')(robust_net, x, y), y)
@@ -374,12 +375,12 @@ def test_out_of_memory(error, most, robust_net, test_images):
     "Half as many at a time until they fit, and every image is attacked"
     x, y = (o[:40] for o in test_images)
     want = measure_robustness(robust_net, x, y, ('clean', 'fgsm'), .1)
-    with pytest.warns(UserWarning, match='out of memory') as said, batches() as sizes:
+    with pytest.warns(UserWarning, match='out of memory') as messages, batches() as sizes:
         got = measure_robustness(Small(robust_net, most, error), x, y, ('clean', 'fgsm'), .1, bs=40)
     assert all(torch.equal(got.flags[k], want.flags[k]) for k in want.flags) and 0 < want.fgsm < want.clean
     halved = {39: [20], 5: [20, 10, 5], 1: [20, 10, 5, 2, 1]}[most]
     n = sum(map(int, want.flags['clean']))
-    texts = [str(w.message) for w in said]
+    texts = [str(w.message) for w in messages]
     assert texts[:len(halved)] == [f'out of memory with {a} images at a time: going on with {b}'
                                    for a,b in zip([40, *halved], halved)]
     assert (sum(s for s,ok in sizes if ok) == 40 + n and max(s for s,ok in sizes if ok) <= most
@@ -396,9 +397,9 @@ def test_out_of_memory_with_a_single_image(error, robust_net, test_images, tmp_p
             net.most = 0
             return real(*args)
         m.setattr(evaluation, 'robust_flags', never)
-        with pytest.warns(UserWarning, match='going on with') as said:
+        with pytest.warns(UserWarning, match='going on with') as messages:
             measure_robustness(net, x, y, 'fgsm', .1, state_path=state)
-    assert e.value is error and [str(w.message)[-1] for w in said] == ['3', '1']
+    assert e.value is error and [str(w.message)[-1] for w in messages] == ['3', '1']
     net.most = 100
     assert measure_robustness(net, x, y, 'fgsm', .1, state_path=state).n == 6
 
@@ -512,13 +513,13 @@ def test_a_folder_that_cannot_be_written(where, robust_net, test_images, tmp_pat
                                      'square'], ids=str)
 @pytest.mark.parametrize('through', ['model', 'learner'])
 def test_progress(attacks, through, robust_net, test_images, make_learner, make_dls, tmp_path, short):
-    told, note = [], lambda share, text: told.append((share, text))
+    reported, note = [], lambda share, text: reported.append((share, text))
     if through == 'learner':
         r = make_learner(make_dls(n=64, n_valid=25), robust_net).robustness(attacks, .15, bs=7, progress=note)
     else:
         r = measure_robustness(robust_net, *(o[:25] for o in test_images), attacks, .15, bs=7, progress=note,
                                state_path=tmp_path/'s.json')
-    shares, texts = zip(*told)
+    shares, texts = zip(*reported)
     assert (shares[0] == 0 and shares[-1] == 1 and all(a <= b for a,b in zip(shares, shares[1:]))
             and len(set(shares)) > 4)
     known = [t.rpartition(' left, ')[2] for t in texts]
@@ -557,18 +558,18 @@ def one_pass_a_second(robust_net, monkeypatch):
 def test_time_left_in_passes(bs, fast, one_pass_a_second, test_images):
     """Until AutoAttack's first part has ended an upper bound, which says so; from then on within a factor of two;
     and it moves within a batch"""
-    net, said, starts = one_pass_a_second, [], []
+    net, shown, starts = one_pass_a_second, [], []
     class Noted(Progress):
         def expect(self, *args): starts.append(net.passes); super().expect(*args)
     with shorter(15, 150):
         r = measure_robustness(net, *(o[:48] for o in test_images), 'autoattack', .18, bs=bs, fast=fast,
-                               progress=Noted(lambda share, text: said.append((net.passes, share, text))))
-    whole, shares = net.passes, [share for _,share,_ in said]
+                               progress=Noted(lambda share, text: shown.append((net.passes, share, text))))
+    whole, shares = net.passes, [share for _,share,_ in shown]
     assert (12 <= r.flags['autoattack'].sum() <= 20 and shares == sorted(shares) and shares[-1] == 1
             and max(shares[:-1]) < 1)
     first = r.n*(3*15 + 10)*1.1 # no more than that has been asked when the first part ends
     known = [(passes, 'at most' in text.split(' left,')[0], seconds_left(text), whole - passes)
-             for passes,_,text in said if seconds_left(text)]
+             for passes,_,text in shown if seconds_left(text)]
     bounds, estimates = ([(passes, left, true) for passes,at_most,left,true in known if at_most == yes]
                          for yes in (True, False))
     assert max(passes for passes,*_ in bounds) <= min(passes for passes,*_ in estimates) < first
@@ -597,11 +598,11 @@ def test_counting_changes_nothing(fast, robust_net, test_images, short, monkeypa
 
 def test_progress_of_what_is_gone_on_with(robust_net, test_images, tmp_path, short):
     x, y = (o[:25] for o in test_images)
-    told = []
+    reported = []
     run = lambda: measure_robustness(robust_net, x, y, ('autoattack', 'pgd3'), .12, bs=8, state_path=tmp_path/'s.json',
-                                     progress=lambda share, text: told.append(share))
-    watched(run, 7); told.clear(); run()
-    assert told[0] >= 0 and told[-1] == 1 and told == sorted(told)
+                                     progress=lambda share, text: reported.append(share))
+    watched(run, 7); reported.clear(); run()
+    assert reported[0] >= 0 and reported[-1] == 1 and reported == sorted(reported)
 
 def test_flags(robust_net, test_images):
     x, y = (o[:30] for o in test_images)

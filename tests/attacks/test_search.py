@@ -114,10 +114,10 @@ def double(monkeypatch, robust_net, plain_net): # which are trained before, in f
     yield
     torch.set_default_dtype(before)
 
-@pytest.mark.parametrize('which', ['robust_net', 'plain_net'])
-def test_fab_takes_the_steps_of_the_package(which, request, test_images, double):
+@pytest.mark.parametrize('net_name', ['robust_net', 'plain_net'])
+def test_fab_takes_the_steps_of_the_package(net_name, request, test_images, double):
     "Towards each target, the same first steps; then rounding drives two runs apart"
-    net = copy.deepcopy(request.getfixturevalue(which)).double()
+    net = copy.deepcopy(request.getfixturevalue(net_name)).double()
     x, y = surest(net, tuple(o.double() if o.is_floating_point() else o for o in test_images), 16)
     mine, their, steps, targets = Recorder(net), Recorder(net), 6, 4
     got, want = fab(mine, x, y, .02, targets=targets, steps=steps), package_fab(their, x, y, .02, targets=targets,
@@ -156,12 +156,12 @@ def replay(calls, logits, y):
         best, lowest = torch.where(better.view(-1,1,1,1), new, best), torch.where(better, m, lowest)
     return asked, same
 
-@pytest.mark.parametrize('which,seed,plateaus', [('robust_net', 0, False), ('plain_net', 3, False),
+@pytest.mark.parametrize('net_name,seed,plateaus', [('robust_net', 0, False), ('plain_net', 3, False),
                                                  ('robust_net', 1, True)])
-def test_square_takes_the_steps_of_the_package(which, seed, plateaus, request, test_images):
+def test_square_takes_the_steps_of_the_package(net_name, seed, plateaus, request, test_images):
     """On images that stand, all that is left out are questions about images that did not change; what is no better
     is not taken, on `plateaus` of a rounded margin either"""
-    net64 = copy.deepcopy(request.getfixturevalue(which)).double()
+    net64 = copy.deepcopy(request.getfixturevalue(net_name)).double()
     # a comparison of two margins must not hang on the size of a batch
     net = lambda x: net64(x.double()).round() if plateaus else net64(x.double())
     x, y = surest(net, test_images, 8)
@@ -220,9 +220,10 @@ every_search = pytest.mark.parametrize('name', searches)
 
 @pytest.mark.few(8)
 @every_search
-@pytest.mark.parametrize('which,eps', [('robust_net', .1), ('robust_net', .2), ('plain_net', .06), ('plain_net', .15)])
-def test_the_same_images_fall(name, which, eps, request, test_images):
-    net = request.getfixturevalue(which)
+@pytest.mark.parametrize('net_name,eps', [('robust_net', .1), ('robust_net', .2), ('plain_net', .06),
+                                          ('plain_net', .15)])
+def test_the_same_images_fall(name, net_name, eps, request, test_images):
+    net = request.getfixturevalue(net_name)
     x, y = right_ones(net, test_images, 80)
     mine, their, kwargs = searches[name]
     got = mine(net, x, y, eps, **kwargs)
@@ -391,7 +392,7 @@ def test_all_fall_at_once(name):
     assert len(calls) - 1 <= dict(ce=1, dlr=1, targets=2, fab=5, square=1)[name]
 
 @every_quick
-def test_who_fell_is_not_asked_again(name, robust_net, test_images):
+def test_misclassified_images_are_not_searched_again(name, robust_net, test_images):
     f, kwargs = quick[name]
     x, y = right_ones(robust_net, test_images, 60)
     net = Recorder(robust_net)

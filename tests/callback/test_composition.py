@@ -257,23 +257,23 @@ def test_show_graph(method, make_learner, make_dls, tiny_net, monkeypatch):
 def tensorboard(monkeypatch):
     "fastai's callback, with a writer that keeps what it is told: TensorBoard itself need not be installed"
     class Writer:
-        def __init__(self, log_dir): self.told = told
-        def add_scalar(self, name, value, step): self.told.setdefault(name, []).append((step, float(value)))
-        def add_graph(self, model, x): self.told['graph'] = x
-        def add_figure(self, name, fig, step): self.told[name] = step; plt.close(fig)
-        def close(self): self.told['closed'] = True
-    told = {}
+        def __init__(self, log_dir): self.logged = logged
+        def add_scalar(self, name, value, step): self.logged.setdefault(name, []).append((step, float(value)))
+        def add_graph(self, model, x): self.logged['graph'] = x
+        def add_figure(self, name, fig, step): self.logged[name] = step; plt.close(fig)
+        def close(self): self.logged['closed'] = True
+    logged = {}
     monkeypatch.setitem(sys.modules, 'tensorboard', types.ModuleType('tensorboard'))
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.delitem(sys.modules, 'fastai.callback.tensorboard', raising=False)
     from fastai.callback.tensorboard import TensorBoardCallback
-    yield TensorBoardCallback, told
+    yield TensorBoardCallback, logged
     sys.modules.pop('fastai.callback.tensorboard')
 
 @each
 def test_tensorboard(method, tensorboard, sgd_learner, make_dls, tiny_net):
     "It is told of clean images, the method's losses and clean metrics, and the training is that without it"
-    TensorBoardCallback, told = tensorboard
+    TensorBoardCallback, logged = tensorboard
     def fit(*cbs):
         seen = Seen()
         learn = sgd_learner(make_dls(n=64, bs=32, shuffle=False), tiny_net(), metrics=accuracy,
@@ -282,11 +282,11 @@ def test_tensorboard(method, tensorboard, sgd_learner, make_dls, tiny_net):
         return learn, seen
     (learn, seen), (without, _) = fit(TensorBoardCallback()), fit()
     assert same(weights(learn.model), weights(without.model))
-    assert torch.equal(plain(told['graph']), plain(next(iter(learn.dls.train))[0]))
-    assert dict(told['train_loss'])[4] == pytest.approx(smooth(seen.losses), rel=1e-5)
+    assert torch.equal(plain(logged['graph']), plain(next(iter(learn.dls.train))[0]))
+    assert dict(logged['train_loss'])[4] == pytest.approx(smooth(seen.losses), rel=1e-5)
     clean = sgd_learner(learn.dls, learn.model, metrics=accuracy).validate()
-    assert ([dict(told[k])[4] for k in ('valid_loss', 'accuracy')] == pytest.approx(clean)
-            and told['Sample results'] == 4 and told['closed'])
+    assert ([dict(logged[k])[4] for k in ('valid_loss', 'accuracy')] == pytest.approx(clean)
+            and logged['Sample results'] == 4 and logged['closed'])
 
 
 # --- inference ---
@@ -378,7 +378,7 @@ def test_export_to_another_process(make_learner, make_dls, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_export_for_fastai_alone(make_images, tmp_path):
+def test_export_for_plain_fastai(make_images, tmp_path):
     """After `to_natural` a process that cannot import this package predicts the same, as the works-with page says;
     without, it cannot read the file"""
     dls = ImageDataLoaders.from_folder(make_images(), valid_pct=.3, seed=0, bs=2, num_workers=0)

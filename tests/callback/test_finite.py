@@ -103,9 +103,9 @@ def test_logits(make_learner, tiny_net, method, value):
     learn = make_learner(model=BadNet(tiny_net(), 4 if method not in ('trades','rslad','ard') else 8, value),
                          cbs=[NonFinite(), *([methods()[method]] if method else [])])
     with torch.no_grad(): learn.model.net[-1].weight.mul_(20)
-    said = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the "
+    message = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the "
                                               "learning rate")
-    assert 'The weights are those before this batch' in said
+    assert 'The weights are those before this batch' in message
 
 @pytest.mark.parametrize('method', ['at','akd','rslad','trades'])
 def test_logits_that_overflow_under_the_attack_too(make_learner, method):

@@ -89,23 +89,23 @@ def test_each_epoch_that_is_cut_short(make_learner, make_dls):
 
 # --- what `RobustOverfitting` says ---
 
-@pytest.mark.parametrize('values,said', [([.3, .5, .4], ('50.0% after epoch 2', '40.0% now')),
+@pytest.mark.parametrize('values,expected', [([.3, .5, .4], ('50.0% after epoch 2', '40.0% now')),
                                          ([.5, .4, .45], ('50.0% after epoch 1', '45.0% now')),
                                          ([.5, .5, .3], ('after epoch 1', '30.0%')),
                                          ([.3, .4, .5], None), ([.5, .4, .49], None), ([.5, .5, .5], None),
                                          ([.1], None), ([0., 0., 0.], None)])
 @pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
-def test_says_how_far_it_fell(values, said, restore, scripted, capsys):
+def test_message_of_the_loss_in_accuracy(values, expected, restore, scripted, capsys):
     learn, cb, keep = scripted(values, restore=restore)
     learn.fit(len(values), .01)
     out = capsys.readouterr().out
-    if said is None: assert out == ''
+    if expected is None: assert out == ''
     else:
-        assert out.count('robust overfitting') == 1 and all(s in out for s in said)
+        assert out.count('robust overfitting') == 1 and all(s in out for s in expected)
         assert (('back to those weights' in out) == restore
                 and (f'at_epoch(folder, {values.index(max(values))+1}' in out) == (not restore))
     assert cb.best == max(values) and cb.best_epoch == values.index(max(values)) + 1
-    at = values.index(max(values)) if said and restore else -1
+    at = values.index(max(values)) if expected and restore else -1
     assert same(weights(learn.model), keep.at[at]) and (len(values) == 1 or not same(keep.at[0], keep.at[-1]))
 
 @pytest.mark.parametrize('gap,says', [(0., True), (.05, True), (.15, False), (1., False)])
@@ -156,7 +156,7 @@ def test_kept_weights_are_a_copy(scripted):
 
 @pytest.mark.filterwarnings(ANY)
 @pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
-def test_said_once(restore, scripted, capsys):
+def test_printed_once(restore, scripted, capsys):
     "What is no fit says nothing, and puts nothing back"
     learn, _, keep = scripted([.5, .4], restore=restore)
     learn.validate(); learn.get_preds(); learn.lr_find(show_plot=False, num_it=5)
@@ -417,7 +417,7 @@ def test_restores_averaged_weights(averaging_last, scripted, make_dls):
     learn.fit(2, .05)
     assert same(weights(learn.model), keep.at[4])
 
-def test_restored_weights_are_as_accurate_as_said(make_learner, make_dls, robust_net, plain_net):
+def test_restored_weights_are_as_accurate_as_printed(make_learner, make_dls, robust_net, plain_net):
     "Real networks: after the fit the Learner is as robust as in its best epoch"
     class Script(Callback):
         order, run_valid = 60, False

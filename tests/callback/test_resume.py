@@ -134,10 +134,10 @@ trainings = dict(
                       opt_func=lambda: sgd_nesterov))
 
 @pytest.mark.few(8)
-@pytest.mark.parametrize('which', trainings)
-def test_every_training(which, base, tmp_path):
+@pytest.mark.parametrize('kind', trainings)
+def test_every_training(kind, base, tmp_path):
     "Methods, callbacks, losses and optimisers, killed in the second epoch"
-    made = lambda: {k: v if k == 'teacher' else v() for k,v in trainings[which].items()}
+    made = lambda: {k: v if k == 'teacher' else v() for k,v in trainings[kind].items()}
     check(lambda **kw: base(**kw, **made()), tmp_path, kills=[(None, 6), (3, 8)])
 
 fits = dict(fit=lambda l, cbs: l.fit(3, .01, cbs=cbs), one_cycle=one_cycle, flat_cos=lambda l,
@@ -192,16 +192,16 @@ by_epoch = dict(
     workers = lambda make, digits: make(n=128, num_workers=2, batch_tfms=[Draws()]))
 
 @pytest.mark.few(4)
-@pytest.mark.parametrize('which', loaders)
-def test_every_loader(which, base, make_dls, digits, tmp_path):
+@pytest.mark.parametrize('kind', loaders)
+def test_every_loader(kind, base, make_dls, digits, tmp_path):
     "The order of the images and what is done to them"
-    check(lambda **kw: base(**kw, dls=loaders[which](make_dls, digits)), tmp_path, kills=[(None, 6), (3, 8), (1, 5)])
+    check(lambda **kw: base(**kw, dls=loaders[kind](make_dls, digits)), tmp_path, kills=[(None, 6), (3, 8), (1, 5)])
 
-@pytest.mark.parametrize('which', by_epoch)
-def test_loaders_that_go_on_by_epoch(which, base, make_dls, digits, tmp_path):
+@pytest.mark.parametrize('kind', by_epoch)
+def test_loaders_that_go_on_by_epoch(kind, base, make_dls, digits, tmp_path):
     """In the middle of an epoch their random numbers are out of reach: `every` is refused before anything is done,
     and so is another's file of that kind"""
-    make = lambda **kw: base(**kw, dls=by_epoch[which](make_dls, digits))
+    make = lambda **kw: base(**kw, dls=by_epoch[kind](make_dls, digits))
     check(make, tmp_path)
     learn = make()
     before = weights(learn)
@@ -240,7 +240,7 @@ def test_random_items(base, digits, tmp_path):
     dl = lambda a, b: torch.utils.data.DataLoader(Augmented(digits.x[a:b], digits.y[a:b]), 32, shuffle=True)
     check(lambda **kw: base(**kw, dls=DataLoaders(dl(0, 128), dl(128, 176))), tmp_path)
 
-def test_what_callbacks_are_told(base, tmp_path):
+def test_what_callbacks_see(base, tmp_path):
     "Epoch, batch, part of the training: those of the whole run, for a callback that comes first too"
     def places(cbs, **kw):
         where = Where()
@@ -384,13 +384,13 @@ def test_trackers(every, step, base, tmp_path, capsys):
         return [(type(cb).__name__, cb.best, getattr(cb, 'wait', None), cb.new_best)
                 for cb in cbs], [bits(torch.load(tmp_path/'models'/f'{n}.pth')) for n in ('by_loss','by_acc')]
     whole = run(make, fit)
-    want, told = (end(whole), seen(whole)), capsys.readouterr().out
-    assert 'reducing lr' in told and 'early stopping' in told
+    want, printed = (end(whole), seen(whole)), capsys.readouterr().out
+    assert 'reducing lr' in printed and 'early stopping' in printed
     run(make, fit, [Resume(tmp_path/'run.pth', every), Die(step)], dies=True)
     first = capsys.readouterr().out
     again = run(make, fit, [Resume(tmp_path/'run.pth')], seed=9, net=5)
     assert differ(end(again), want[0]) == [] and seen(again) == want[1]
-    assert first + capsys.readouterr().out == told
+    assert first + capsys.readouterr().out == printed
 
 class Watches(EachEpoch):
     "A user's callback that counts in this and that"
@@ -474,13 +474,13 @@ def test_robust_overfitting_restores(base, tmp_path, capsys):
         return run(lambda **k: base(**k, metrics=[accuracy, ValueMetric(lambda: next(scores), 'robust_accuracy')],
                                     cbs=RobustOverfitting(restore=True)), one_cycle, cbs, **kw)
     whole = fit([], best_at_first())
-    told = capsys.readouterr().out
-    assert 'back to those weights' in told
+    printed = capsys.readouterr().out
+    assert 'back to those weights' in printed
     scores = best_at_first()
     fit([Resume(tmp_path/'run.pth'), Die(6)], scores, dies=True)
     again = fit([Resume(tmp_path/'run.pth')], scores, seed=9, net=5)
     assert (differ(end(again), end(whole)) in ([], ['values']) and weights(again) == weights(whole)
-            and capsys.readouterr().out == told)
+            and capsys.readouterr().out == printed)
 
 @pytest.mark.parametrize('stop', [True, False])
 def test_catastrophic_overfitting(stop, base, tmp_path, monkeypatch, capsys):
@@ -542,13 +542,13 @@ class DieIn(Die):
 def groups(base, **more):
     return lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])],
                              **{k: v() for k,v in more.items()})
-def until_killed(make, fit, folder, cuts, wide=False, every=None):
+def until_killed(make, fit, folder, cuts, learner_wide=False, every=None):
     "A training killed at each of `cuts` in turn and begun again from its start, and at last left alone"
     for i,cut in enumerate([*cuts, None]):
         resume = Resume(folder/'run.pth', every)
         cbs = [DieIn(*cut)] if cut else []
-        learn = run((lambda **kw: make(**kw).add_cb(resume)) if wide else make, fit, cbs if wide else [resume, *cbs],
-                    seed=i and 90+i, net=i and 4+i, dies=bool(cut))
+        made,cbs = ((lambda **kw: make(**kw).add_cb(resume)), cbs) if learner_wide else (make, [resume, *cbs])
+        learn = run(made, fit, cbs, seed=i and 90+i, net=i and 4+i, dies=bool(cut))
     return learn
 
 @pytest.mark.few(3)
@@ -563,7 +563,7 @@ def test_killed_in_any_fit(how, every, base, make_dls, tmp_path):
                              [(0, 8 if how == 'twice' else 4, 'after_fit'), (1, 0, 'before_train')]]
                             + [[(1, 8, 'after_fit'), (2, 1), (2, 4, 'after_fit')]]*(how == 'thrice')):
         (tmp_path/f'{i}').mkdir()
-        assert differ(end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, wide=i % 2, every=every)),
+        assert differ(end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, learner_wide=i % 2, every=every)),
                       want) == [], cuts
 
 def test_killed_in_the_first_of_two_fits(base, tmp_path):
@@ -583,10 +583,10 @@ def test_a_second_fit_trains(base, tmp_path, capsys):
     other, first = base(net=5), run(base, end_of_first)
     other.fit(2, .01, cbs=Resume(path)) # in a new process
     assert differ(end(other), end(first)) == []
-    said = capsys.readouterr().out
-    assert said == f'`{path}`: fit 1 of 3 has ended and is not trained again\n'
+    printed = capsys.readouterr().out
+    assert printed == f'`{path}`: fit 1 of 3 has ended and is not trained again\n'
 
-def test_what_is_said_of_several_fits(base, tmp_path, capsys):
+def test_messages_of_several_fits(base, tmp_path, capsys):
     path = tmp_path/'run.pth'
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     assert capsys.readouterr().out == ''
@@ -595,21 +595,21 @@ def test_what_is_said_of_several_fits(base, tmp_path, capsys):
     run(groups(base), tuned, [Resume(path)])
     assert f'`{path}` holds all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
 
-@pytest.mark.parametrize('wide', [False, True])
-def test_ctrl_c_in_a_second_fit(wide, base, tmp_path):
+@pytest.mark.parametrize('learner_wide', [False, True])
+def test_ctrl_c_in_a_second_fit(learner_wide, base, tmp_path):
     "The cell is run again on the same Learner: all of `fine_tune`, or the second fit alone where that is the cell"
     def interrupted(make, fit, name):
         path = tmp_path/f'{name}.pth'
         set_seed(0)
         learn = make()
-        if wide: learn.add_cb(Resume(path))
-        cbs = lambda *more: [*more, *([] if wide else [Resume(path)])]
+        if learner_wide: learn.add_cb(Resume(path))
+        cbs = lambda *more: [*more, *([] if learner_wide else [Resume(path)])]
         with pytest.raises(KeyboardInterrupt): fit(learn, cbs(DieIn(1, 6)))
         return learn, cbs()
     learn, cbs = interrupted(groups(base), tuned, 'tuned')
     tuned(learn, cbs)
     assert differ(end(learn), end(run(groups(base), tuned))) == []
-    if not wide: return
+    if not learner_wide: return
     learn, cbs = interrupted(base, twice, 'twice')
     learn.fit(2, .01)
     assert differ(end(learn), end(run(base, twice))) == []

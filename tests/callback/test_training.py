@@ -130,9 +130,9 @@ def test_default_rates_are_for_sgd(opt_func, name, make_learner):
         if name is None: getattr(learn, fit)(1)
         else:
             with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, and this Learner trains by "
-                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as said: # noqa: E501
+                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as messages: # noqa: E501
                 getattr(learn, fit)(1)
-            assert said[0].filename == __file__ # points at the line that fits
+            assert messages[0].filename == __file__ # points at the line that fits
     learn.opt_func = sgd_nesterov
     learn.fit_rkd(1, reset_opt=True) # by the new optimiser, whatever was there
 

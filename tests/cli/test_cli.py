@@ -107,9 +107,9 @@ def test_a_check_that_finds_too_few_images(tmp_path, capsys):
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0, '--out',
         tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
-    said = capsys.readouterr().out
-    assert ('not looked for masked gradients: ' in said and 'of 20 images rightly' in said
-            and 'take more images (`--n`)' in said and '20 of 360 validation images' in said)
+    printed = capsys.readouterr().out
+    assert ('not looked for masked gradients: ' in printed and 'of 20 images rightly' in printed
+            and 'take more images (`--n`)' in printed and '20 of 360 validation images' in printed)
 
 def test_images_of_one_class(images, tmp_path):
     "All in one folder, or one sub-folder: 100 % would be no merit"
@@ -136,9 +136,9 @@ def test_a_training_that_diverges_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as e:
         rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30,
             '--out', tmp_path/'out')
-    said = e.value.code
-    assert (said.startswith('rkd: error: ') and '\n' not in said and 'lower the learning rate (`--lr`)' in said
-            and 'epoch 1' in said and 'batch' in said and 'GradientClip' not in said)
+    printed = e.value.code
+    assert (printed.startswith('rkd: error: ') and '\n' not in printed and 'lower the learning rate (`--lr`)' in printed
+            and 'epoch 1' in printed and 'batch' in printed and 'GradientClip' not in printed)
     assert not (tmp_path/'out/model.pth').exists()
 
 def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
@@ -181,9 +181,9 @@ def test_evaluate_fast_and_check(tmp_path, capsys):
     rkd('evaluate', tmp_path/'run', '--attacks', 'apgd', '--n', 30, '--fast', '--check', '--json', tmp_path/'card.json')
     assert json.loads((tmp_path/'card.json').read_text())['results']['apgd']['attack'] == ['apgd-ce: 100 steps, 1 '
                                                                                            'restart(s), fast search']
-    said = capsys.readouterr().out
-    assert '30 of 360 validation images' in said
-    assert 'larger radius' in said and ('no sign of masked gradients' in said or 'not to be trusted' in said)
+    printed = capsys.readouterr().out
+    assert '30 of 360 validation images' in printed
+    assert 'larger radius' in printed and ('no sign of masked gradients' in printed or 'not to be trusted' in printed)
 
 def test_a_folder_without_images(tmp_path):
     from rkd_fastai.study.run import make_dls
@@ -200,9 +200,9 @@ def test_robust_overfitting_names_a_command(keep, says, tmp_path, monkeypatch, c
     from rkd_fastai.callback.monitor import RobustOverfitting
     monkeypatch.setattr(RobustOverfitting, 'logged', lambda self: dict(robust_accuracy=.9 - .1*self.epoch))
     rkd('train', *small, '--how', 'st', '--epochs', 2, '--keep', keep, '--out', tmp_path/'run')
-    said = capsys.readouterr().out
-    assert ('was 90.0% after epoch 1' in said and says.format(out=tmp_path/'run') in said and 'KeepEpochs' not in said
-            and 'at_epoch' not in said)
+    printed = capsys.readouterr().out
+    assert 'was 90.0% after epoch 1' in printed and says.format(out=tmp_path/'run') in printed
+    assert 'KeepEpochs' not in printed and 'at_epoch' not in printed
 
 def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypatch, capsys):
     import sys, warnings
@@ -265,9 +265,9 @@ def test_a_study_on_a_narrow_console(console, tmp_path):
     (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\nepochs = '
                                    '1\nteacher_epochs = 1\n[measure]\nattacks = ["clean", "fgsm"]\nn = '
                                    '20\n[[grid]]\nmethod = "akd"\nalpha = [0.5, 1.0]\n', encoding='utf8')
-    said = console('cp1252')
+    printed = console('cp1252')
     rkd('study', tmp_path/'s.toml', '--out', tmp_path/'s')
-    assert '2/2' in said() and 'alpha' in said() and 'α' not in said()
+    assert '2/2' in printed() and 'alpha' in printed() and 'α' not in printed()
     with pytest.raises(SystemExit) as e: rkd('distill', '--help')
     assert e.value.code == 0
 
@@ -277,17 +277,17 @@ def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
     from fastai.vision.all import Learner, ValueMetric
     from rkd_fastai.all import RobustOverfitting, cifar_resnet18, digits_dls
     from rkd_fastai.callback.progress import Line, one_line
-    said, scores = console(encoding), iter([.9, .5])
+    printed, scores = console(encoding), iter([.9, .5])
     line = Line('ε = 8/255')
     line.every = 0
     line.update(.5, 'pgd20 ≤ 54 %')
     line.finish('→ 猫')
-    assert 'eps = 8/255' in said() and '##########..........' in said() and '<= 54 %' in said() and '-> ?' in said()
+    for text in ('eps = 8/255', '##########..........', '<= 54 %', '-> ?'): assert text in printed()
     learn = Learner(digits_dls(bs=512), cifar_resnet18(10, 1/16, 1),
                     metrics=ValueMetric(lambda: next(scores), 'accuracy_ε'), cbs=RobustOverfitting('accuracy_ε'),
                     path=tmp_path)
     with one_line(learn, 'µ'): learn.fit(2, 0.)
-    assert 'robust overfitting: accuracy_eps was 90.0%' in said()
+    assert 'robust overfitting: accuracy_eps was 90.0%' in printed()
 
 @pytest.mark.parametrize('argv, code', [(['--help'], 0), (['--version'], 0), (['train', '--help'], 0), (['trian'], 2),
                                         (['train', '--epoch', '3'], 2)])

@@ -114,7 +114,7 @@ def test_names_are_covered():
     (('--how', 'at+', '--lr', .3), 125, .3, 400), (('--how', 'at+', '--lr', 0), 125, 0., 400),
                                                   (('--how', 'fast_at'), 128, .2, 15),
     (('--how', 'trades_official', '--n', 30), 7, .1, 76), (('--how', 'at', '--bs', 1437), 1437, .1, 100)])
-def test_numbers_are_said(args, bs, lr, epochs, planned):
+def test_numbers_are_in_the_text(args, bs, lr, epochs, planned):
     "The recipe's batch size where eight of them fill an epoch, a rate in proportion where it says so, and its epochs"
     card, learn = planned('train', '--data', 'digits', '--width', '1/16', *args)
     assert ((card['bs'], card['lr'], card['epochs']) == (bs, pytest.approx(lr), epochs)

@@ -389,13 +389,13 @@ def test_damaged(how, tmp_path):
     "A byte changed, anywhere: either it does not matter, or it is told"
     x, y = coded(20, 1)
     data = npz(tmp_path/'a.npz', how, image=x, label=y).read_bytes()
-    told, rng = 0, random.Random(0)
+    refused, rng = 0, random.Random(0)
     for i in range(0, len(data), 7):
         (tmp_path/'a.npz').write_bytes(data[:i] + bytes([data[i] ^ rng.randint(1, 255)]) + data[i+1:])
         try: got = read_synthetic(tmp_path/'a.npz')
-        except ValueError as e: assert 'a.npz' in str(e); told += 1
+        except ValueError as e: assert 'a.npz' in str(e); refused += 1
         else: assert np.array_equal(got[0], x) and np.array_equal(got[1], y)
-    assert told > len(data)/10
+    assert refused > len(data)/10
 
 def test_no_npz(tmp_path):
     path = tmp_path/'a.npz'

@@ -304,8 +304,8 @@ def test_probabilities_are_not_logits(make_learner, make_dls, robust_net):
                                                      '`targ` must hold'), (dict(x=[1]), '`x` must be a tensor')],
                          ids=str)
 def test_arguments_of_robust_accuracy(wrong, says, tiny_net):
-    told = dict(x=torch.rand(4, 1, 8, 8), targ=torch.zeros(4, dtype=torch.long)) | wrong
-    with pytest.raises((TypeError, ValueError), match=says): robust_accuracy(tiny_net(), **told)
+    arguments = dict(x=torch.rand(4, 1, 8, 8), targ=torch.zeros(4, dtype=torch.long)) | wrong
+    with pytest.raises((TypeError, ValueError), match=says): robust_accuracy(tiny_net(), **arguments)
 
 def test_a_learner_is_measured_through_its_normalisation(make_learner, make_dls, tiny_net):
     learn = make_learner(make_dls(stats=([.3], [.4])), tiny_net())
@@ -366,18 +366,18 @@ def test_batch_statistics_are_named(make_learner, digits):
         with pytest.warns(UserWarning, match=without.format(1, 'model')): call()
     for call in (lambda: make_learner().to_rkd(many), lambda: Teacher([many, Teacher(one)])
                  .check(make_learner().dls, 'clean')):
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as shown:
             warnings.simplefilter('always')
             try: call()
             # of the check of one image at a time
             except ValueError as e: assert re.search(without.format('.*', 'model'), str(e))
-        assert any(re.match(without.format('members.0.model.1', 'teacher'), str(w.message)) for w in said)
+        assert any(re.match(without.format('members.0.model.1', 'teacher'), str(w.message)) for w in shown)
     groups = nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.GroupNorm(2, 8), nn.Flatten(),
                            nn.Linear(288, 10)) # each image by itself
     assert 0 <= robust_accuracy(groups, x, y, PGD(steps=1)) <= 1
 # --- bars ---
 
-looks = dict(robustness=dict(attacks='pgd2'), check_robustness={}, robustness_curve=dict(eps=(0, .1), attack='pgd2'),
+views = dict(robustness=dict(attacks='pgd2'), check_robustness={}, robustness_curve=dict(eps=(0, .1), attack='pgd2'),
              plot_robustness_curve=dict(eps=(0, .1), attack='pgd2'))
 
 @pytest.fixture
@@ -396,10 +396,10 @@ def bars(monkeypatch):
 @pytest.fixture
 def one_symptom(monkeypatch): monkeypatch.setattr(masking, '_symptoms', masking._symptoms[2:3])
 
-@pytest.mark.parametrize('look', looks)
+@pytest.mark.parametrize('look', views)
 def test_who_sees_a_bar(look, learn, bars, one_symptom):
     "Whoever sees fastai's, unless `progress` says otherwise: one, which comes to its end and is cleared"
-    see = lambda **kwargs: getattr(learn, look)(n=20, **{'eps': .1} | looks[look] | kwargs)
+    see = lambda **kwargs: getattr(learn, look)(n=20, **{'eps': .1} | views[look] | kwargs)
     see(); see(progress=False)
     assert not bars
     see(progress=True)
@@ -414,11 +414,11 @@ def test_who_sees_a_bar(look, learn, bars, one_symptom):
         assert all(re.match(r'\d+% \[\d+:\d\d, ', text) for _,text in bar.shown)
     plt.close('all')
 
-@pytest.mark.parametrize('look', looks)
+@pytest.mark.parametrize('look', views)
 def test_no_bar_in_a_file(look, learn, one_symptom, capsys):
     "Where the output is no terminal nothing is printed"
     learn.add_cb(ProgressCallback())
-    for progress in (None, True): getattr(learn, look)(n=20, **{'eps': .1} | looks[look], progress=progress)
+    for progress in (None, True): getattr(learn, look)(n=20, **{'eps': .1} | views[look], progress=progress)
     plt.close('all')
     assert capsys.readouterr() == ('', '')
 
@@ -430,11 +430,11 @@ def test_a_bar_is_cleared_after_an_error(learn, bars):
     assert [bar.live for bar in bars] == [False]
 
 @pytest.mark.parametrize('bad', ['bar', 1, [print]], ids=str)
-@pytest.mark.parametrize('look', looks)
+@pytest.mark.parametrize('look', views)
 def test_what_progress_cannot_be(look, bad, learn, monkeypatch):
     "Said before any image is read"
     for dl in learn.dls.loaders: monkeypatch.setattr(dl, 'new', lambda *_, **__: pytest.fail('images were read'))
-    with pytest.raises(TypeError, match='`progress` must be True'): getattr(learn, look)(**looks[look], progress=bad)
+    with pytest.raises(TypeError, match='`progress` must be True'): getattr(learn, look)(**views[look], progress=bad)
 
 @pytest.mark.parametrize('look,kwargs', [('robustness', dict(attacks=('pgd20', 'pgd10'), eps=.1)),
                                          ('check_robustness', dict(eps=.1)),
@@ -443,15 +443,15 @@ def test_what_progress_cannot_be(look, bad, learn, monkeypatch):
 def test_progress_as_a_function(look, kwargs, learn, monkeypatch):
     """A share that never falls, from 0 to 1; within a factor of two the time left, in passes of the network; and it
     moves within batches"""
-    passes, said = [0], []
+    passes, shown = [0], []
     learn.model.register_forward_hook(lambda m, x, out: passes.append(passes.pop()
                                                                       + len(out)*(3 if out.requires_grad else 1)))
     monkeypatch.setattr('rkd_fastai.progress.time', SimpleNamespace(time=lambda: passes[0])) # whose clock goes by them
     monkeypatch.setattr('rkd_fastai.progress.Progress.memory', 1e9)
-    getattr(learn, look)(**kwargs, bs=30, progress=lambda share, text: said.append((passes[0], share, text)))
-    shares = [share for _,share,_ in said]
+    getattr(learn, look)(**kwargs, bs=30, progress=lambda share, text: shown.append((passes[0], share, text)))
+    shares = [share for _,share,_ in shown]
     assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares) and len(set(shares)) > 60
-    left = [(re.match(r'(at most )?(?:(\d+):)?(\d+):(\d\d) left, ', text), passes[0] - done) for done,_,text in said]
+    left = [(re.match(r'(at most )?(?:(\d+):)?(\d+):(\d\d) left, ', text), passes[0] - done) for done,_,text in shown]
     left = [(sum(k*int(m[i] or 0) for i,k in ((2, 3600), (3, 60), (4, 1))), true, m[1]) for m,true in left if m]
     assert all(true/2 < seconds < 2*true for seconds,true,_ in left if .05 < true/passes[0] < .95)
     assert look != 'check_robustness' or not any(at_most for *_,at_most in left)

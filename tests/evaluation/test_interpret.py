@@ -445,7 +445,7 @@ def test_loaders_of_pytorch(digits, make_learner, robust_net):
 
 # --- nothing is changed ---
 
-looks = dict(
+views = dict(
     curve = lambda l, net: l.plot_robustness_curve((0,.1), 'pgd5', n=20),
     show = lambda l, net: l.show_adversarial('pgd5', eps=.1),
     interpretation = lambda l, net: AdversarialInterpretation.from_learner(l, 'pgd5', eps=.1, n=20))
@@ -456,7 +456,7 @@ def state(learn):
     return ([*learn.cbs], learn.loss_func, learn.dls, loaders, random.getstate(), np.random.get_state()[1].tolist(),
             torch.get_rng_state().tolist(), learn.model)
 
-@pytest.mark.parametrize('look', looks)
+@pytest.mark.parametrize('look', views)
 @pytest.mark.parametrize('train', [True, False])
 @pytest.mark.parametrize('stats', [None, stats])
 def test_looking_changes_nothing(look, train, stats, make_dls, make_learner, tiny_net, snapshot):
@@ -464,7 +464,7 @@ def test_looking_changes_nothing(look, train, stats, make_dls, make_learner, tin
     learn.model.train(train)
     list(learn.model.parameters())[0].requires_grad_(False)
     before,was = snapshot.take(learn.model),state(learn)
-    looks[look](learn, None)
+    views[look](learn, None)
     assert snapshot.same(before, snapshot.take(learn.model)) and state(learn) == was
 
 class Noisy(nn.Module):
@@ -472,18 +472,18 @@ class Noisy(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(x + .3*torch.randn_like(x))
 
-@pytest.mark.parametrize('look', looks)
+@pytest.mark.parametrize('look', views)
 def test_random_networks_draw_nothing(look, make_dls, make_learner, robust_net):
     "From the random numbers of others"
     learn = make_learner(make_dls(), Noisy(robust_net))
     was = state(learn)
-    looks[look](learn, None)
+    views[look](learn, None)
     assert state(learn) == was
 
-@pytest.mark.parametrize('look', looks)
+@pytest.mark.parametrize('look', views)
 def test_looking_twice_shows_the_same(look, learner):
     def shown():
-        res = looks[look](learner(), None)
+        res = views[look](learner(), None)
         if look == 'interpretation': return [res.losses.tolist(), res.confusion_matrix().tolist()]
         return ([p[0].tolist() for p in pictures()]
                 + [line.get_xydata().tolist() for ax in plt.gcf().axes for line in ax.lines])
@@ -499,7 +499,7 @@ def test_networks_that_cannot_be_attacked(look, after, says, learner, robust_net
         def forward(self, x): return after(self.net(x))
     learn = learner()
     learn.model = Spoilt()
-    with pytest.raises(ValueError, match=says): looks[look](learn, None)
+    with pytest.raises(ValueError, match=says): views[look](learn, None)
     assert not plt.get_fignums()
 
 @pytest.mark.parametrize('look', ['show', 'interpretation'])

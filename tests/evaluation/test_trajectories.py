@@ -295,11 +295,11 @@ def test_another_training_is_refused(make, tmp_path):
             record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
     assert files(tmp_path/'t') == before
 
-@pytest.mark.parametrize('how,said', [(dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
+@pytest.mark.parametrize('how,message', [(dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
                                       (dict(attack=None), 'with attack PGD.*not None'),
     (dict(attack=PGD(.2, steps=1)), 'with attack PGD'), (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'),
                                       (dict(lost='card.json'), 'no card'), (dict(dl=True), 'with labels')])
-def test_resumed_with_other_settings(how, said, make, tmp_path):
+def test_resumed_with_other_settings(how, message, make, tmp_path):
     with pytest.raises(KeyboardInterrupt): record(make, tmp_path/'t', Die('before_train', 2), run=tmp_path/'r.pth')
     how = dict(how)
     if lost := how.pop('lost', None): (tmp_path/'t'/lost).unlink()
@@ -307,7 +307,7 @@ def test_resumed_with_other_settings(how, said, make, tmp_path):
     learn = make(AdversarialTraining(RANDOM), Resume(tmp_path/'r.pth'))
     if how.pop('dl', None): how['dl'] = learn.dls.train
     learn.add_cb(RecordTrajectory(tmp_path/'t', **dict(n=20, attack=RANDOM) | how))
-    with pytest.raises(ValueError, match=f'`path`.*{said}'): learn.fit(4, .01)
+    with pytest.raises(ValueError, match=f'`path`.*{message}'): learn.fit(4, .01)
     assert files(tmp_path/'t') == before
 
 def test_recording_starts_with_the_training(make, tmp_path):
@@ -335,9 +335,9 @@ def test_one_epoch_is_overwritten(make, tmp_path):
 
 # --- bad input of the callback ---
 
-@pytest.mark.parametrize('kw,said', [(dict(n=0), '`n`'), (dict(bs=0), '`bs`'), (dict(dl=[]), '`dl` is empty')])
-def test_bad_recorder(kw, said, make, tmp_path):
-    with pytest.raises(ValueError, match=said): make(RecordTrajectory(tmp_path/'t', **kw)).fit(1)
+@pytest.mark.parametrize('kw,message', [(dict(n=0), '`n`'), (dict(bs=0), '`bs`'), (dict(dl=[]), '`dl` is empty')])
+def test_bad_recorder(kw, message, make, tmp_path):
+    with pytest.raises(ValueError, match=message): make(RecordTrajectory(tmp_path/'t', **kw)).fit(1)
     assert not (tmp_path/'t').exists()
 
 def test_bad_folders_networks_and_loaders(make, make_dls, tiny_net, tmp_path):
@@ -385,10 +385,10 @@ damages = dict(
 
 @pytest.mark.parametrize('what', damages)
 def test_damaged(what, folder):
-    damage,said = damages[what]
+    damage,message = damages[what]
     assert load_trajectory(folder).epochs == 3
     damage(folder)
-    with pytest.raises(ValueError, match=said): load_trajectory(folder)
+    with pytest.raises(ValueError, match=message): load_trajectory(folder)
 
 def test_what_does_not_belong_there(folder):
     (folder/'notes.txt').touch(); (folder/'epoch_best.npz').touch(); (folder/'.epoch_0004.npz.77.tmp').touch()
@@ -439,7 +439,7 @@ def test_smooth_against_a_loop(n, width):
     np.testing.assert_allclose(smooth(v, width), [at(i) for i in range(n)], rtol=1e-12)
     np.testing.assert_allclose(smooth(np.arange(n), width), np.arange(n), atol=1e-9)
 
-@pytest.mark.parametrize('f,said', [
+@pytest.mark.parametrize('f,message', [
     (lambda: difficulty([.5, .5]), '`p` must have 2'), (lambda: difficulty([[1.1]]), r'`p` must be probabilities'),
     (lambda: difficulty([[-.1]]), '`p` must be'), (lambda: difficulty([[np.nan]]), '`p` holds NaN'),
     (lambda: difficulty('p'), '`p` must be an array of numbers'),
@@ -453,8 +453,8 @@ def test_smooth_against_a_loop(n, width):
     (lambda: Trajectory([[.5]], entropy=1.), '`entropy` must have 1'),
     (lambda: Trajectory([[.5]]).until(0), '`epoch` must be from 1 to 1'),
     (lambda: Trajectory([[.5]]).until(2), '`epoch`'), (lambda: Trajectory([[.5]]).probs('x'), '`kind`')])
-def test_bad_numbers(f, said):
-    with pytest.raises(ValueError, match=said): f()
+def test_bad_numbers(f, message):
+    with pytest.raises(ValueError, match=message): f()
 
 def test_until():
     p = np.random.default_rng(0).random((4, 3))
@@ -509,7 +509,7 @@ def test_pictures_by_difficulty(kind, own, pair):
 def test_nothing_is_drawn_of_what_does_not_fit(pair):
     t,s,other = pair
     no_adv,few = Trajectory(s.clean),Trajectory(s.clean[:,:59])
-    for f,said in ((lambda: plot_similarity(t, few), '`student` is of 59'),
+    for f,message in ((lambda: plot_similarity(t, few), '`student` is of 59'),
                    (lambda: plot_right_class(t, other), 'other classes, or in another order'),
                    (lambda: plot_improvement(dict(akd=other), t), '`akd` and `teacher`'),
                    (lambda: plot_similarity(t, no_adv, kind='adv'), 'without an attack'),
@@ -521,7 +521,7 @@ def test_nothing_is_drawn_of_what_does_not_fit(pair):
                    (lambda: plot_entropy({}), '`trajectories` is empty'),
                    (lambda: plot_entropy(dict(s=no_adv)), "'s' has no entropy"),
                    (lambda: plot_similarity(t, s, kind='x'), '`kind`')):
-        with pytest.raises(ValueError, match=said): f()
+        with pytest.raises(ValueError, match=message): f()
     assert plt.get_fignums() == []
 
 # --- easiest and hardest ---
@@ -551,12 +551,12 @@ def test_sheets_of_images(channels, digits):
 
 def test_bad_images(digits):
     x,y,score = digits.x[:20],digits.y[:20]*0,np.arange(20.)
-    for f,said in ((lambda: easiest_hardest(x, y, score), '`n` must be from 1 to 10'),
+    for f,message in ((lambda: easiest_hardest(x, y, score), '`n` must be from 1 to 10'),
                    (lambda: easiest_hardest(x, y, score, 0), '`n`'),
                    (lambda: easiest_hardest(x, y, score, 1, 3), 'class 3'),
                    (lambda: easiest_hardest(x, y[1:], score, 2), '`x`, `y` and `score`'),
                    (lambda: plot_easiest_hardest(x[:,0], y, score, 2), '`x` must be images'),
                    (lambda: plot_easiest_hardest(x, y, score, 2, ncols=0), '`ncols`'),
                    (lambda: easiest_hardest(x, y, score*np.nan, 2), '`score`')):
-        with pytest.raises(ValueError, match=said): f()
+        with pytest.raises(ValueError, match=message): f()
     assert plt.get_fignums() == []

@@ -103,8 +103,8 @@ from rkd_fastai.callback import RobustCallback
 cb, = [cb for cb in learn.cbs if isinstance(cb, RobustCallback)]
 finite = all(map(np.isfinite, learn.recorder.values[-1]))
 print(type(cb).__name__, type(cb.attack).__name__, len(learn.recorder.losses), rkd_fastai.__file__, finite)'''
-    said = repo.run(sys.executable, '-c', use + '\nimport rkd_fastai' + asked)
-    name,attack,steps,file,finite = said.splitlines()[-1].split()
+    printed = repo.run(sys.executable, '-c', use + '\nimport rkd_fastai' + asked)
+    name,attack,steps,file,finite = printed.splitlines()[-1].split()
     assert name == callback and attack == dict(BrierCallback='PGD').get(callback, 'MIFGSM') and finite == 'True'
     assert int(steps) == 1437//128 and Path(file).is_relative_to(repo.path)
 

@@ -143,29 +143,29 @@ def test_default_attacks_are_not_shared():
 def described(owner, name, f):
     "What of the function `f`, exported as `name`, has no comment: its own parameters, and itself"
     from fastcore.docments import docments
-    said = docments(f)
+    comments = docments(f)
     own = [p.name for p in inspect.signature(f, follow_wrapped=False).parameters.values()
            if p.name not in ('self','cls') and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     src = inspect.getsource(f)
-    return ([f'{owner}.{name}({p})' for p in own if not said.get(p) and re.search(rf'\b{p}\b', src.split('):')[0])]
+    return ([f'{owner}.{name}({p})' for p in own if not comments.get(p) and re.search(rf'\b{p}\b', src.split('):')[0])]
             + ([f'{owner}.{name}'] if not (f.__doc__ or name.endswith('__init__')) else []))
 
 def test_all_that_is_exported_is_described():
     """Every function and every constructor in `__all__` has a docstring, and each of its parameters a comment: the
     reference shows them"""
     import pkgutil, rkd_fastai
-    lacking = []
+    missing = []
     for info in pkgutil.walk_packages(rkd_fastai.__path__, 'rkd_fastai.'):
         module = importlib.import_module(info.name)
         for name in getattr(module, '__all__', []):
             o = getattr(module, name)
             if getattr(o, '__module__', None) != info.name: continue
-            if inspect.isfunction(o): lacking += described(info.name, name, o)
+            if inspect.isfunction(o): missing += described(info.name, name, o)
             elif inspect.isclass(o):
-                if not o.__doc__: lacking.append(f'{info.name}.{name}')
+                if not o.__doc__: missing.append(f'{info.name}.{name}')
                 if '__init__' in vars(o) and not hasattr(o, '__dataclass_fields__'):
-                    lacking += described(info.name, f'{name}.__init__', o.__init__)
-    assert lacking == []
+                    missing += described(info.name, f'{name}.__init__', o.__init__)
+    assert missing == []
 
 def test_names_are_imported_from_where_they_are_made():
     "and not from a module that imports them itself"

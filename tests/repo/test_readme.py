@@ -64,10 +64,11 @@ def test_the_study(tmp_path, monkeypatch, capsys):
     main(['study','my.toml','--dry-run'])
     assert capsys.readouterr().out.count('alpha 0.8') == 2 and not Path('studies').exists()
     main(['study','my.toml'])
-    said = capsys.readouterr().out
-    assert 'Only teacher' in said and 'without a teacher' in said and Path('studies/my/report/index.html').exists()
+    printed = capsys.readouterr().out
+    assert 'Only teacher' in printed and 'without a teacher' in printed
+    assert Path('studies/my/report/index.html').exists()
     main(['study','report','studies/my'])
-    assert capsys.readouterr().out in said
+    assert capsys.readouterr().out in printed
 
 def test_make_lines():
     lines = [l.split('#')[0].split() for b in blocks('bash') for l in b.splitlines() if l.startswith('make ')]

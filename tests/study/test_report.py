@@ -247,7 +247,7 @@ def test_verdict_names_all_that_differs():
         assert where in verdict
 
 @pytest.mark.parametrize('table', [gain, select, capacity_table])
-def test_students_without_a_baseline_are_said(table):
+def test_students_without_a_baseline_are_named(table):
     pairs = [frame(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., .5)]
     assert 'no baseline' not in table(pd.concat(pairs)).attrs['caption']
     one,two = frame(student(.8, .6, width=.25)),frame(student(.8, .6, width=.25), student(.8, .6, width=.25, alpha=.9))
@@ -261,7 +261,7 @@ def test_students_without_a_baseline_are_said(table):
                                                  ('augment', ('flip', None), 'with usual augmentation'),
                                                  ('size', (None, 14), 'at image size 14'),
     ('arch', ('resnet18', 'wrn-28-10'), 'with wrn-28-10')])
-def test_every_setting_of_a_task_can_be_said(name, values, where):
+def test_every_setting_of_a_task_has_a_text(name, values, where):
     "Augmentation, image size and network once ended every report that they differed in"
     df = pd.concat([frame(at(.7, .4), student(.8, r)).assign(**{name: v}) for v,r in zip(values, (.6, .2))])
     assert where in gain(df).attrs['verdict'] and len(select(df)) == 6 and set(views(df)) >= {'selected','gain'}
@@ -280,7 +280,7 @@ def test_runs_of_one_folder_may_be_compiled_or_not():
     df = pd.concat([study(seeds=1).assign(compile=c, bf16=c) for c in (False, True)])
     assert len(over_seeds(df)) == len(df) and len(views(df)) > 3
 
-def test_students_that_differ_in_how_they_were_trained_are_told_apart():
+def test_students_that_were_trained_differently_are_distinguished():
     df = frame(at(.7, .4), *(student(.7+i/100, .5, lr=lr, attack=a)
                              for i,(lr,a) in enumerate([(.1, None), (.2, None), (.2, 'pgd3')])))
     got = gain(df)
@@ -291,7 +291,7 @@ def test_students_that_differ_in_how_they_were_trained_are_told_apart():
     assert (sorted(by[:2]) == ['AT, schedule exp', 'AT, schedule onecycle, compared with']
             or sorted(by[:2]) == ['AT, schedule exp, compared with', 'AT, schedule onecycle'])
 
-def test_teacher_width_is_said_where_it_is_not_the_students():
+def test_teacher_width_is_named_where_it_differs():
     own = frame(*(r for w in (1., .25) for r in (at(.7, .4, width=w), student(.7, .5, width=w, teacher_width=w),
                                                  student(.7, .5, width=w, teacher_width=w, alpha=.8))))
     assert len(main(own, free=['width'])) == len(own) and set(views(own)) >= {'selected','capacity'}
@@ -721,8 +721,8 @@ def test_legend_of_one_panel_is_whole():
     fig = plot_pareto(df)
     fig.canvas.draw()
     legend, = fig.legends
-    box,(wide,high) = legend.get_window_extent(),fig.get_size_inches()*fig.dpi
-    assert len(fig.axes) == 1 and box.x0 >= 0 and box.x1 <= wide and box.y0 >= 0 and box.y1 <= high
+    box,(width,high) = legend.get_window_extent(),fig.get_size_inches()*fig.dpi
+    assert len(fig.axes) == 1 and box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= high
 
 def test_why_a_figure_is_not_shown(tmp_path):
     "Where nothing varies that it would show, and not that there were no students"

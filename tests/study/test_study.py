@@ -170,8 +170,8 @@ def test_ensemble_is_measured_by_its_weights(finished):
     st,at = [c for c in finished.cells if c.method == 'teacher']
     x,y = pixel_data(make_dls('digits'), n=50)
     nets = {t.method: load_run(finished.folder(t)/'epoch_3.pth')[0] for t in teachers_of(st)}
-    alone = measure_robustness(nets['at'], x, y, ['clean','pgd2'], at.eps)
-    assert finished.results(at)['last']['clean']['accuracy'] == alone.clean
+    separate = measure_robustness(nets['at'], x, y, ['clean','pgd2'], at.eps)
+    assert finished.results(at)['last']['clean']['accuracy'] == separate.clean
     mixed = Runner(finished).teacher(st)
     probs = .75*nets['st'].probs(x[:5]) + .25*nets['at'].probs(x[:5])
     torch.testing.assert_close(mixed.probs(x[:5]), probs)
@@ -348,11 +348,11 @@ def start(out, *gs, **more):
 
 def test_two_processes_share_a_folder(finished, tmp_path):
     both = [start(tmp_path/'s', *grids) for _ in range(2)]
-    said = [p.communicate(timeout=300)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+    printed = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], printed
     pd.testing.assert_frame_equal(table(read_rows(tmp_path/'s')), table(finished.to_df()))
-    trained = sum(text.count('2 epochs,') for text in said) # the last line of each student's training
-    assert trained == sum(c.distils for c in finished.cells), said
+    trained = sum(text.count('2 epochs,') for text in printed) # the last line of each student's training
+    assert trained == sum(c.distils for c in finished.cells), printed
 
 @pytest.mark.slow
 def test_processes(finished, tmp_path, capfd):
@@ -442,8 +442,8 @@ def test_studies_that_share_a_folder_say_it_of_all_data(make_images, tmp_path):
     Study(spec(dict(method='at', epochs=1)), tmp_path/'s').run()
     Study(spec(dict(method='at', epochs=1), data=str(images), n=30, bs=10, size=8, measure=dict(n=8)),
           tmp_path/'s').run()
-    said = report_text(tmp_path/'s') and (tmp_path/'s/report/index.html').read_text()
-    assert f"{images}, digits: there is no test split" in said
+    printed = report_text(tmp_path/'s') and (tmp_path/'s/report/index.html').read_text()
+    assert f"{images}, digits: there is no test split" in printed
 
 def test_a_cell_keeps_its_name():
     "Folders of finished cells are found by these names: a change of them orphans what has been measured"
@@ -459,8 +459,8 @@ def test_old_names_of_settings_are_read(old, new, capsys):
         want = read_study(where(new))[0]
         assert capsys.readouterr().out == ''
         assert read_study(where(old))[0] == want
-        said = capsys.readouterr().out.splitlines()
-        assert len(said) == 1 and 'is now called `' in said[0]
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == 1 and 'is now called `' in printed[0]
     with pytest.raises(ValueError, match='`stop` and `teacher_epoch` are the same setting'):
         read_study(spec(dict(method='akd', stop=1, teacher_epoch=1)))
 
