@@ -117,3 +117,31 @@ def test_security_names_tests_that_are_there():
         tests = re.findall(r'^def (test_\w+)', (root/'tests'/file).read_text(encoding='utf8'), re.M)
         for word in filter(None, (several or one).split(' or ')):
             assert any(word in t for t in tests), f'{file} -k {word}'
+
+def test_few_cases_are_quick(monkeypatch):
+    "Of nine cases that are marked `few(3)`, the first, the middle and the last one are not slow"
+    from tests.conftest import pytest_collection_modifyitems
+    class Item:
+        path,originalname = Path('test_a.py'),'test_a'
+        def __init__(self, i): self.nodeid,self.marks = f'test_a[{i}]',[pytest.mark.few(3).mark]
+        def get_closest_marker(self, name): return next((m for m in self.marks if m.name == name), None)
+        def add_marker(self, mark): self.marks.append(mark.mark)
+    items = [Item(i) for i in (4, 0, 8, 3, 1, 7, 2, 6, 5)] # the order of collection does not matter
+    pytest_collection_modifyitems(items)
+    assert sorted(o.nodeid for o in items if not o.get_closest_marker('slow')) == ['test_a[0]','test_a[4]','test_a[8]']
+
+def test_folders_of_an_older_study_are_renamed(tmp_path, capsys):
+    "The script gives a cell of version 0.0, named after all its settings, the folder and settings of today"
+    today = next((root/'results/fashion_mnist/early/cells').glob('akd_at@10_*'))
+    files = {f: json.loads((today/f).read_text(encoding='utf8')) for f in ('card.json','results.json')}
+    from rkd_fastai.study.config import cell_from
+    settings = vars(cell_from(files['card.json']['cell']))
+    old = {'stop' if k == 'teacher_epoch' else k: v for k,v in settings.items()}
+    old |= {k: v.removeprefix('cifar_') for k,v in old.items() if k in ('arch','teacher_arch')}
+    folder = tmp_path/'cells/akd_at@10_a0.5_s1_00000000'
+    folder.mkdir(parents=True)
+    for f,d in files.items(): (folder/f).write_text(json.dumps(d | dict(cell=old)))
+    (tmp_path/'study.json').write_text('{}')
+    run_path(str(root/'tools/rename_cells.py'))['main'](tmp_path)
+    assert capsys.readouterr().out == f'{folder.name} -> {today.name}\n' and not folder.exists()
+    for f,d in files.items(): assert json.loads((tmp_path/'cells'/today.name/f).read_text()) == d
