@@ -191,10 +191,10 @@ def table(args, link=str):
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 def signature(name, args):
-    "The call, wrapped where it is long"
-    inner = ', '.join(n + (f'={d}' if d else '') for n,_,d,_ in args)
+    "The call, wrapped between arguments where it is long"
+    inner = ', '.join((n + (f'={d}' if d else '')).replace(' ', '\0') for n,_,d,_ in args)
     return '\n'.join(textwrap.wrap(f'{name}({inner})', 84, subsequent_indent=' '*4, break_long_words=False,
-                                   break_on_hyphens=False))
+                                   break_on_hyphens=False)).replace('\0', ' ')
 
 def source_url(obj, repository):
     "Page of the line where `obj` is defined, or None"
