@@ -49,12 +49,22 @@ def test_new_and_lost_notebooks_are_noticed(base, monkeypatch):
 def test_a_module_of_ones_own_is_in_a_group(base):
     (base/'nbs/99_new.ipynb').write_text('{}')
     docs.check_navigation(base)
-    assert 'reference/new' in docs.groups(base)['reference/modules'][1]
+    assert 'reference/new' in docs.groups(base)['reference/helpers'][1]
     (base/'nbs/own').mkdir(exist_ok=True)
     (base/'nbs/own/00_mine.ipynb').write_text('{}')
     docs.check_navigation(base)
     assert (docs.groups(base)['reference/own'] == ('Own', ['reference/own.mine'])
             and 'reference/own' in dict(docs.navigation(base))['Reference'])
+
+def test_groups_of_the_reference():
+    "What most people use comes first, the helpers come last; every package says in a line what it is"
+    found = docs.groups()
+    titles = [title for title,_ in found.values()]
+    assert titles == ['Basics', *docs.packages.values(), 'Helpers']
+    assert found['reference/basics'][1] == [f'reference/{m}' for m in docs.basics]
+    packages = {f.parent.name for f in (root/'rkd_fastai').glob('*/__init__.py')}
+    assert packages == {*docs.packages}
+    for title,pages in found.values(): assert docs.about_group(title, pages).endswith('.')
 
 def test_tutorials_are_picked_up(base):
     (base/'nbs/tutorials/7_seventh.ipynb').write_text('{}')
@@ -135,6 +145,14 @@ def test_table_of_a_function(tmp_path):
     assert lines[0] == '| Argument | Type | Default | Meaning |' and len(lines) == 7
     assert lines[2] == r'| `x` |  |  | images, `(bs, c)` \| a\*b |'
     assert lines[3] == '| `eps` | `float` | `8/255` | radius |' and lines[4] == "| `mode` | `str` | `'a'` | how |"
+
+def test_calls_are_wrapped_between_arguments():
+    "Not inside a string; a default that is a sentence is left out"
+    args = [(f'argument_{i}', 'str', "'two words, and more'", '') for i in range(4)]
+    lines = docs.signature('call', args).splitlines()
+    assert len(lines) > 1 and all(l.count("'") % 2 == 0 and len(l) <= 84 for l in lines)
+    node, = ast.parse(f"def f(a='{'word '*9}', b='{'word '*3}'): pass").body
+    assert docs.written_defaults(node) == dict(a='...', b=repr('word '*3))
 
 def test_docstrings_link_to_symbols():
     "Of their text and their tables, but not their own name and arguments"
