@@ -148,7 +148,7 @@ def test_table_of_a_function(tmp_path):
 
 def test_calls_are_wrapped_between_arguments():
     "Not inside a string; a default that is a sentence is left out"
-    args = [(f'argument_{i}', 'str', "'two words, and more'", '') for i in range(4)]
+    args = [(f'argument_{i}', 'str', "'a b c d e f g h i j k l m n o p'", '') for i in range(4)]
     lines = docs.signature('call', args).splitlines()
     assert len(lines) > 1 and all(l.count("'") % 2 == 0 and len(l) <= 84 for l in lines)
     node, = ast.parse(f"def f(a='{'word '*9}', b='{'word '*3}'): pass").body
