@@ -11,7 +11,7 @@ myst_heading_anchors = 4  # `losses.ipynb#akd_loss` is the heading of that name
 suppress_warnings = ['myst.header']  # README-like pages may jump from # to ###
 
 html_theme = 'furo'
-html_title = 'rkd_fastai'
+html_title, html_favicon = 'rkd_fastai', 'icon.svg'
 html_css_files = ['extra.css']
 html_show_sphinx = html_show_sourcelink = html_copy_source = False
 pygments_style, pygments_dark_style = 'friendly', 'monokai'

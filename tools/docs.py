@@ -4,15 +4,19 @@ nbdev's own `proc_nbs` runs every notebook's imports in a process of its own. He
 the documentation of a symbol is a table."""
 import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 
 root = Path(__file__).parent.parent
 
 # --- which page is where ---
 
 how_to = ['command_line', 'choosing_a_teacher', 'works_with', 'faq']
-packages = dict(attacks='Attacks', data='Data', evaluation='Evaluation', callback='Callbacks', study='Studies',
-                cli='Command line') # folders of nbs/
-basics = 'Modules' # the numbered notebooks of nbs/ itself
+# The reference: what most people use, each folder of nbs/, and the modules that all of these share
+basics = ['learner', 'teachers', 'losses', 'models', 'schedules', 'recipes']
+packages = dict(attacks='Attacks', callback='Callbacks', data='Data', evaluation='Evaluation', study='Studies',
+                cli='Commands')
+about_modules = dict(Basics='Learners that train robustly: their teachers, losses, networks, schedules and recipes.',
+                     Helpers='What the other modules share. You need them for methods and attacks of your own.')
 
 # where a page's own is too long, or is none
 titles = {'SECURITY': 'Security', 'CHANGELOG': 'Changelog', 'bench/NOTES': 'Benchmark notes'}
@@ -27,14 +31,17 @@ def notebooks(base=root):
         return 'reference/' + '.'.join([*path.parts[:-1], re.sub(r'^\d+_', '', path.name)])
     return {page(f): f for f in found}
 
+def package_of(page): return page.removeprefix('reference/').rpartition('.')[0]
+
 def groups(base=root):
-    """Page name of each group of the reference → `(title, its pages)`: the modules of the package itself, then each
-    package in it"""
-    pages = {'': [], **{p: [] for p in packages}}
-    for p in notebooks(base):
-        if p.startswith('reference/'): pages.setdefault(p.removeprefix('reference/').rpartition('.')[0], []).append(p)
-    title = lambda package: packages.get(package, package.capitalize()) if package else basics
-    return {'reference/' + title(k).lower().replace(' ', '_'): (title(k), ps) for k,ps in pages.items() if ps}
+    "Page name of each group of the reference → `(title, its pages)`"
+    found = [p for p in notebooks(base) if p.startswith('reference/')]
+    first = [p for m in basics if (p := f'reference/{m}') in found]
+    titled = {'Basics': first, **{title: [] for title in packages.values()}}
+    for p in found:
+        if (k := package_of(p)): titled.setdefault(packages.get(k, k.capitalize()), []).append(p)
+    titled['Helpers'] = [p for p in found if not package_of(p) and p not in first]
+    return {f'reference/{title.lower()}': (title, pages) for title,pages in titled.items() if pages}
 
 def navigation(base=root):
     "`[(caption, pages)]` of the sidebar"
@@ -144,9 +151,11 @@ def default_exp(cells):
     return next((m.group(1) for c in cells if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']),
                                                               re.M))), None)
 
+longest_default = 40 # characters; a sentence would take the room of what an argument means
+
 def written_defaults(node):
-    """Argument → default as it was written (`8/255`), of the syntax tree of a function, a class's `__init__`, or a
-    dataclass's fields"""
+    """Argument → default as it was written (`8/255`; `...` if that is long), of the syntax tree of a function, of a
+    class's `__init__`, or of a dataclass's fields"""
     init = node
     if isinstance(node, ast.ClassDef):
         init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == '__init__'), None)
@@ -156,9 +165,12 @@ def written_defaults(node):
         names = [o.arg for o in a.posonlyargs + a.args]
         both = (list(zip(names[len(names)-len(a.defaults):], a.defaults))
                 + list(zip([o.arg for o in a.kwonlyargs], a.kw_defaults)))
-    return {n: re.sub(' ([/*]) ', r'\1', ast.unparse(d)) for n,d in both if d is not None}
+    written = {n: re.sub(' ([/*]) ', r'\1', ast.unparse(d)) for n,d in both if d is not None}
+    return {n: d if len(d) <= longest_default else '...' for n,d in written.items()}
 
-def type_name(t): return '' if t in (inspect._empty, type(None)) else getattr(t, '__name__', str(t))
+def type_name(t):
+    if t in (FunctionType, BuiltinFunctionType): return 'callable'
+    return '' if t in (inspect._empty, type(None)) else getattr(t, '__name__', str(t))
 
 def arguments(obj, node):
     "`(name, type, default, comment)` of every argument"
@@ -191,10 +203,10 @@ def table(args, link=str):
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 def signature(name, args):
-    "The call, wrapped where it is long"
-    inner = ', '.join(n + (f'={d}' if d else '') for n,_,d,_ in args)
+    "The call, wrapped between arguments where it is long"
+    inner = ', '.join((n + (f'={d}' if d else '')).replace(' ', '\0') for n,_,d,_ in args)
     return '\n'.join(textwrap.wrap(f'{name}({inner})', 84, subsequent_indent=' '*4, break_long_words=False,
-                                   break_on_hyphens=False))
+                                   break_on_hyphens=False)).replace('\0', ' ')
 
 def source_url(obj, repository):
     "Page of the line where `obj` is defined, or None"
@@ -217,9 +229,9 @@ def show_doc(name, obj, node, repository, level=3, link=str):
     args, url = arguments(obj, node), source_url(obj, repository)
     own = {f'`{o}`' for o in (name, *(n for n,*_ in args))}
     other = lambda span: span if span in own else link(span)
-    shown = signature(name, args)
+    says_nothing = [n for n,*_ in args] == ['*args', '**kwargs'] # Python's own for a class without `__init__`
     parts = [f"{'#'*level} {name}", f'<a class="api-source" href="{url}">source</a>' if url else '',
-             f'```python\n{shown}\n```',
+             '' if says_nothing else f'```python\n{signature(name, args)}\n```',
              escape(ast.get_docstring(node) or '', other), table(args, other) if any(c for *_,c in args) else '']
     methods = [show_doc(f'{name}.{n}', getattr(obj, n), f, repository, level+1, link)
                for n,f in documented_methods(obj, node).items()]
@@ -272,12 +284,19 @@ def about(f):
     m = re.search(r'^> (.+)$', text, re.M)
     return m.group(1) if m else ''
 
+def about_group(title, pages, base=root):
+    "What the line under a group's title says: of a package, its docstring"
+    if title in about_modules: return about_modules[title]
+    source = (base/'rkd_fastai'/package_of(pages[0])/'__init__.py').read_text(encoding='utf8')
+    return ast.get_docstring(ast.parse(source))
+
 def write_group(page, links, out):
     "The page of one group of the reference"
     title, pages = groups(links.base)[page]
-    lines = [f'- [{p.split("/")[1]}]({links.to(page, p)}): {about(links.pages[p])}' for p in pages]
+    lines = [f'- [{p.split("/")[1]}]({links.to(page, p)}): {links.rewrite(about(links.pages[p]), page)}' for p in pages]
+    parts = [f'# {title}', f'> {about_group(title, pages, links.base)}', '\n'.join(lines), toctree(page, pages)]
     (out/page).parent.mkdir(parents=True, exist_ok=True)
-    (out/f'{page}.md').write_text('\n\n'.join([f'# {title}', '\n'.join(lines), toctree(page, pages)]), encoding='utf8')
+    (out/f'{page}.md').write_text('\n\n'.join(parts), encoding='utf8')
 
 def write_page(page, links, out):
     "One notebook or Markdown page"

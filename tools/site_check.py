@@ -1,42 +1,57 @@
 """Open every page of a built site in headless Chromium, on a phone and a desk, light and dark, and say what is wrong
 with it."""
-import argparse, base64, json, shutil, subprocess, sys, tempfile, threading, time
-from contextlib import ExitStack, contextmanager
+import argparse, shutil, sys, threading
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 from docs import Links, root
 
-widths, schemes = (380, 1280), ('light', 'dark')
+screens = [(width, scheme) for width in (380, 1280) for scheme in ('light', 'dark')]
+own_pages_of_sphinx = {'search.html', 'genindex.html'}
 
-look = r"""(async () => {
+# What is wrong with a page's content, by name of the fault; its links and its ids
+content_js = r"""async () => {
   if (window.MathJax?.startup?.promise) await MathJax.startup.promise
   await document.fonts.ready
-  const text = document.body.cloneNode(true)
-  text.querySelectorAll('pre, code, script, style, mjx-container').forEach(o => o.remove())
-  const all = s => [...document.querySelectorAll(s)]
-  return {
+  const prose = document.body.cloneNode(true)
+  prose.querySelectorAll('pre, code, script, style, mjx-container').forEach(o => o.remove())
+  const all = selector => [...document.querySelectorAll(selector)]
+  const texts = found => found.map(o => o.textContent)
+  const images = [...document.images]
+  const code = all('.highlight-python pre, .highlight-ipython3 pre').filter(o => /[=()]/.test(o.textContent))
+  const faults = {
     'has no h1': all('h1').length == 1 ? [] : [`${all('h1').length} of them`],
-    'image without alt': [...document.images].filter(o => !o.alt.trim()).map(o => o.src),
-    'image that does not load': [...document.images].filter(o => o.complete && !o.naturalWidth).map(o => o.src),
-    'raw mathematics': text.textContent.match(/.{0,30}(\$|\\(frac|tag|mathrm|lambda|alpha|[(\[])).{0,30}/g) || [],
-    'mathematics that is not rendered': all('.math').filter(o => !o.querySelector('mjx-container')).concat(all('mjx-merror')).map(o => o.textContent),
-    'code that is not highlighted': all('.highlight-python pre, .highlight-ipython3 pre').filter(o => !o.querySelector('span[class]') && /[=()]/.test(o.textContent)).map(o => o.textContent),
-    links: [...document.links].map(o => o.href), ids: all('[id]').map(o => o.id)}
-})()""" # noqa: E501
+    'image without alt': images.filter(o => !o.alt.trim()).map(o => o.src),
+    'image that does not load': images.filter(o => o.complete && !o.naturalWidth).map(o => o.src),
+    'raw mathematics':
+      prose.textContent.match(/.{0,30}(\$|\\(frac|tag|mathrm|lambda|alpha|[(\[])).{0,30}/g) || [],
+    'mathematics that is not rendered':
+      texts([...all('.math').filter(o => !o.querySelector('mjx-container')), ...all('mjx-merror')]),
+    'code that is not highlighted': texts(code.filter(o => !o.querySelector('span[class]')))}
+  return [faults, [...document.links].map(o => o.href), all('[id]').map(o => o.id)]
+}"""
 
-measure = r"""(() => {
-  const light = c => { const [r,g,b] = c.match(/[\d.]+/g).map(Number); return (.3*r + .6*g + .1*b)/255 }
-  const pre = document.querySelector('.highlight')
-  const scrolls = o => o && o.tagName != 'ARTICLE' && (/auto|scroll/.test(getComputedStyle(o).overflowX) || scrolls(o.parentElement))
+# By how many pixels a page is too wide, and for which element; how light its colours are, from 0 to 1
+layout_js = r"""() => {
+  const style = o => getComputedStyle(o)
+  const light = colour => {
+    const [r, g, b] = colour.match(/[\d.]+/g).map(Number)
+    return (.3*r + .6*g + .1*b)/255
+  }
+  const scrolls = o => o && o.tagName != 'ARTICLE' &&
+    (/auto|scroll/.test(style(o).overflowX) || scrolls(o.parentElement))
   const past = o => Math.ceil(o.getBoundingClientRect().right - innerWidth)
-  const wide = [...document.querySelectorAll('article *')].filter(o => past(o) > 1 && !o.closest('mjx-container') && !scrolls(o.parentElement))
-  return {over: Math.max(document.documentElement.scrollWidth - document.documentElement.clientWidth, ...wide.map(past)),
+  const wide = [...document.querySelectorAll('article *')].filter(
+    o => past(o) > 1 && !o.closest('mjx-container') && !scrolls(o.parentElement))
+  const {scrollWidth, clientWidth} = document.documentElement
+  const code = document.querySelector('.highlight')
+  return {over: Math.max(scrollWidth - clientWidth, ...wide.map(past)),
           widest: wide.slice(0, 1).map(o => o.outerHTML.slice(0, 80)).join(),
-          page: light(getComputedStyle(document.body).backgroundColor), code: pre ? light(getComputedStyle(pre).backgroundColor) : null,
-          ink: light(getComputedStyle(document.body).color)}
-})()""" # noqa: E501
+          grounds: [document.body, code].filter(o => o).map(o => light(style(o).backgroundColor)),
+          ink: light(style(document.body).color)}
+}"""
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -53,106 +68,59 @@ def served(site):
 def find_chromium():
     return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
 
-def chromium():
-    "Chromium's path, or a SystemExit that says how to get it"
-    if (found := find_chromium()) is None:
+@contextmanager
+def open_browser():
+    "A headless Chromium, or a SystemExit that says how to get it"
+    from playwright.sync_api import sync_playwright
+    if (path := find_chromium()) is None:
         raise SystemExit('no chromium found: install it, for example with `apt-get install chromium`')
-    return found
+    flags = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+             '--disable-component-update', '--disable-sync']
+    with sync_playwright() as p, p.chromium.launch(executable_path=path, args=flags) as browser: yield browser
 
-class Browser:
-    "A headless Chromium with one page, spoken to through its DevTools protocol"
-    def __enter__(self):
-        self.folder, self.n, self.events, self.stack = tempfile.mkdtemp(), 0, [], ExitStack()
-        args = ['--headless=new', '--no-sandbox', '--remote-debugging-port=0', f'--user-data-dir={self.folder}',
-                '--disable-gpu',
-                '--hide-scrollbars', '--no-first-run', '--disable-background-networking', 'about:blank']
-        self.process = subprocess.Popen([chromium(), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try: self.connect()
-        except BaseException: self.__exit__(); raise
-        return self
+def note_complaints(page, home):
+    "A list to which each error on the console, failed request and request to elsewhere is added from now on"
+    complaints = []
+    def note(event, is_wrong, text): page.on(event, lambda o: complaints.append(text(o)) if is_wrong(o) else None)
+    note('pageerror', lambda error: True, lambda error: f'error: {error}')
+    note('console', lambda message: message.type in ('error', 'assert'),
+         lambda message: f"on the console: {message.text} ({message.location['url']})")
+    note('request', lambda request: not request.url.startswith((home, 'data:', 'blob:')),
+         lambda request: f'fetches {request.url}')
+    note('requestfailed', lambda request: request.failure != 'net::ERR_ABORTED',
+         lambda request: f'a request failed, {request.failure}: {request.url}')
+    note('response', lambda response: response.status >= 400, lambda response: f'{response.status}: {response.url}')
+    return complaints
 
-    def connect(self):
-        from websockets.sync.client import connect
-        port = Path(self.folder)/'DevToolsActivePort'
-        for _ in range(600):
-            if port.exists() and len(port.read_text().split()) == 2: break
-            if self.process.poll() is not None: raise RuntimeError(f'chromium ended with {self.process.returncode}')
-            time.sleep(.1)
-        where, path = port.read_text().split()
-        self.session = None
-        self.socket = self.stack.enter_context(connect(f'ws://127.0.0.1:{where}{path}', max_size=None,
-                                                       compression=None, ping_interval=None))
-        target = self.call('Target.createTarget', url='about:blank')['targetId']
-        self.session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
-        for domain in ('Page', 'Runtime', 'Network', 'Log'): self.call(f'{domain}.enable')
-        self.call('Network.setCacheDisabled', cacheDisabled=True)
+def layout_problems(page, width, scheme):
+    "What is wrong with the open page's layout at this width and in this scheme"
+    found, where = page.evaluate(layout_js), f'at {width} pixels, {scheme}'
+    if found['over'] > 0: yield f"{found['over']} pixels too wide {where}: {found['widest']}"
+    shades = [*found['grounds'], 1 - found['ink']]
+    if any((s > .5) != (scheme == 'light') for s in shades):
+        yield f'page, text or code in the colours of the other scheme {where}: {shades}'
 
-    def __exit__(self, *args):
-        self.stack.close()
-        self.process.terminate(); self.process.wait(30)
-        shutil.rmtree(self.folder, ignore_errors=True)
+def save_screenshot(page, path, width, max_height=2600):
+    height = min(max_height, page.evaluate('document.documentElement.scrollHeight'))
+    page.screenshot(path=path, full_page=True, clip=dict(x=0, y=0, width=width, height=height))
 
-    def call(self, method, **params):
-        "What `method` returns; events that come before it are kept in `events`"
-        self.n += 1
-        self.socket.send(json.dumps(dict(id=self.n, method=method, params=params)
-                                    | (dict(sessionId=self.session) if self.session else {})))
-        while (got := json.loads(self.socket.recv(timeout=120))).get('id') != self.n: self.events.append(got)
-        if 'error' in got: raise RuntimeError(f"{method}: {got['error']['message']}")
-        return got['result']
+def check_page(browser, home, name, screenshots=None):
+    "`(problems, links, ids)` of one page"
+    with browser.new_page() as page: # of its own: nothing is left in a cache
+        complaints = note_complaints(page, home)
+        page.goto(f'{home}/{name}')
+        faults, links, ids = page.evaluate(content_js)
+        problems = [f'{fault}: {o.strip()[:120]}' for fault,found in faults.items() for o in found]
+        for width,scheme in screens:
+            page.set_viewport_size(dict(width=width, height=900))
+            page.emulate_media(color_scheme=scheme)
+            problems += layout_problems(page, width, scheme)
+            if screenshots:
+                file = f"{name.removesuffix('.html').replace('/', '_')}_{width}_{scheme}.png"
+                save_screenshot(page, screenshots/file, width)
+    return [f'{name}: {p}' for p in complaints + problems], links, set(ids)
 
-    def open(self, url):
-        "Go to `url` and wait until it is loaded; returns the events of that"
-        self.events.clear()
-        self.call('Page.navigate', url=url)
-        while not any(e.get('method') == 'Page.loadEventFired' for e in self.events):
-            self.events.append(json.loads(self.socket.recv(timeout=120)))
-
-    def js(self, code):
-        "The value of the expression `code`"
-        got = self.call('Runtime.evaluate', expression=code, awaitPromise=True, returnByValue=True)
-        if 'exceptionDetails' in got: raise RuntimeError(got['exceptionDetails'])
-        return got['result'].get('value')
-
-    def screen(self, width, scheme, height=900):
-        "Set the window's width and the preferred colours"
-        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
-
-    def shot(self, path, height=2600):
-        "Write a PNG of the page's first `height` pixels"
-        tall = min(height, self.js('document.documentElement.scrollHeight'))
-        width = self.js('innerWidth')
-        png = self.call('Page.captureScreenshot', captureBeyondViewport=True,
-                        clip=dict(x=0, y=0, width=width, height=tall, scale=1))
-        path.write_bytes(base64.b64decode(png['data']))
-
-def complaints(events, home):
-    "What went wrong while a page was loaded: errors on the console, failed requests, requests to elsewhere"
-    for e in events:
-        p = e.get('params', {})
-        match e.get('method'):
-            case 'Runtime.exceptionThrown': yield f"error: {p['exceptionDetails'].get('exception', {}).get('description', p['exceptionDetails']['text'])}" # noqa: E501
-            case 'Runtime.consoleAPICalled' if p['type'] in ('error',
-                                                             'assert'): yield f"on the console: {[a.get('value') for a in p['args']]}" # noqa: E501
-            case 'Log.entryAdded' if p['entry']['level'] == 'error': yield f"in the log: {p['entry']['text']} {p['entry'].get('url', '')}" # noqa: E501
-            case 'Network.loadingFailed' if not p.get('canceled'): yield f"a request failed: {p['errorText']}"
-            case 'Network.responseReceived' if p['response']['status'] >= 400: yield f"{p['response']['status']}: {p['response']['url']}" # noqa: E501
-            case 'Network.requestWillBeSent' if not p['request']['url'].startswith(
-                (home, 'data:', 'blob:')): yield f"fetches {p['request']['url']}"
-
-def layout(browser):
-    "What is wrong with the open page's layout, at each width and in each scheme"
-    for width in widths:
-        for scheme in schemes:
-            browser.screen(width, scheme)
-            m, where = browser.js(measure), f'at {width} pixels, {scheme}'
-            if m['over'] > 0: yield f"{m['over']} pixels too wide {where}: {m['widest']}"
-            shades = [m['page'], 1 - m['ink']] + ([m['code']] if m['code'] is not None else [])
-            if any((s > .5) != (scheme == 'light') for s in shades):
-                yield f'page, text or code in the colours of the other scheme {where}: {shades}'
-
-def dead(links, ids, site, home, repository):
+def dead_links(links, ids, site, home, repository):
     "Links of the pages `{page: [url]}` that lead nowhere, on the site or in the repository"
     for page,urls in links.items():
         for url in sorted(set(urls)):
@@ -167,42 +135,28 @@ def dead(links, ids, site, home, repository):
                 if inside[0] in ('blob', 'tree') and not (root/unquote(inside[2])).exists():
                     yield f'{page}: the repository has no {inside[2]}'
 
-def found_by_search(browser, home, word='AKDCallback', page='callback.distill.html', tries=100):
-    "What is wrong with the search for `word`, which `page` defines"
-    browser.open(f'{home}/search.html')
-    browser.js(f"const box = document.querySelector('input[name=q]'); box.value = '{word}'; box.form.submit()")
-    for _ in range(tries):
-        hits = browser.js("[...document.querySelectorAll('#search-results li a')].map(o => o.href)")
-        if any(page in h for h in hits): return []
-        time.sleep(.2)
-    return [f'search.html: {word} does not find {page}, but {hits[:5]}']
+def search_problems(browser, home, word='AKDCallback', target='callback.distill.html', seconds=20):
+    "What is wrong with the search for `word`, which the page `target` defines"
+    from playwright.sync_api import TimeoutError
+    with browser.new_page() as page:
+        page.goto(f'{home}/search.html')
+        box = page.locator('input[name=q]').first
+        box.fill(word)
+        box.press('Enter')
+        try: page.wait_for_selector(f'#search-results li a[href*="{target}"]', timeout=1000*seconds)
+        except TimeoutError: return [f'search.html: {word} does not find {target}']
+    return []
 
-def check_page(browser, home, page, shots=None):
-    "`(problems, links, ids)` of one page"
-    browser.screen(1280, 'light')
-    browser.open(f'{home}/{page}')
-    seen = browser.js(look)
-    links, ids = seen.pop('links'), set(seen.pop('ids'))
-    problems = (list(complaints(browser.events, home))
-                + [f'{what}: {o.strip()[:120]}' for what,found in seen.items() for o in found])
-    problems += layout(browser)
-    for width,scheme in [(w, s) for w in widths for s in schemes] if shots else []:
-        browser.screen(width, scheme)
-        browser.shot(shots/f"{page.removesuffix('.html').replace('/', '_')}_{width}_{scheme}.png")
-    return [f'{page}: {p}' for p in problems], links, ids
-
-def check(site, shots=None, only=None):
-    "All that is wrong with the site in folder `site`, a line each; with pictures of every page in the folder `shots`"
-    # Sphinx's own
-    pages = sorted({f.relative_to(site).as_posix() for f in site.rglob('*.html')} - {'search.html', 'genindex.html'})
+def check(site, screenshots=None, only=None):
+    """All that is wrong with the site in folder `site`, a line each, and how many pages were opened; with pictures of
+    them in the folder `screenshots`"""
+    names = {f.relative_to(site).as_posix() for f in site.rglob('*.html')} - own_pages_of_sphinx
     problems, links, ids = [], {}, {}
-    if shots: shots.mkdir(parents=True, exist_ok=True)
-    with served(site) as home, Browser() as browser:
-        for page in pages:
-            if only and page not in only: continue
-            found, links[page], ids[page] = check_page(browser, home, page, shots)
+    with served(site) as home, open_browser() as browser:
+        for name in sorted(names & set(only) if only else names):
+            found, links[name], ids[name] = check_page(browser, home, name, screenshots)
             problems += found
-        problems += list(dead(links, ids, site, home, Links().repository)) + found_by_search(browser, home)
+        problems += [*dead_links(links, ids, site, home, Links().repository), *search_problems(browser, home)]
     return problems, len(links)
 
 if __name__ == '__main__':

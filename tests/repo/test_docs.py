@@ -1,6 +1,7 @@
 "The documentation site: its navigation, links and tables without building it; slow, the built site in a browser."
 import ast, inspect, json, re, shutil, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, yaml
 
 root = Path(__file__).parents[2]
@@ -48,12 +49,22 @@ def test_new_and_lost_notebooks_are_noticed(base, monkeypatch):
 def test_a_module_of_ones_own_is_in_a_group(base):
     (base/'nbs/99_new.ipynb').write_text('{}')
     docs.check_navigation(base)
-    assert 'reference/new' in docs.groups(base)['reference/modules'][1]
+    assert 'reference/new' in docs.groups(base)['reference/helpers'][1]
     (base/'nbs/own').mkdir(exist_ok=True)
     (base/'nbs/own/00_mine.ipynb').write_text('{}')
     docs.check_navigation(base)
     assert (docs.groups(base)['reference/own'] == ('Own', ['reference/own.mine'])
             and 'reference/own' in dict(docs.navigation(base))['Reference'])
+
+def test_groups_of_the_reference():
+    "What most people use comes first, the helpers come last; every package says in a line what it is"
+    found = docs.groups()
+    titles = [title for title,_ in found.values()]
+    assert titles == ['Basics', *docs.packages.values(), 'Helpers']
+    assert found['reference/basics'][1] == [f'reference/{m}' for m in docs.basics]
+    packages = {f.parent.name for f in (root/'rkd_fastai').glob('*/__init__.py')}
+    assert packages == {*docs.packages}
+    for title,pages in found.values(): assert docs.about_group(title, pages).endswith('.')
 
 def test_tutorials_are_picked_up(base):
     (base/'nbs/tutorials/7_seventh.ipynb').write_text('{}')
@@ -134,6 +145,14 @@ def test_table_of_a_function(tmp_path):
     assert lines[0] == '| Argument | Type | Default | Meaning |' and len(lines) == 7
     assert lines[2] == r'| `x` |  |  | images, `(bs, c)` \| a\*b |'
     assert lines[3] == '| `eps` | `float` | `8/255` | radius |' and lines[4] == "| `mode` | `str` | `'a'` | how |"
+
+def test_calls_are_wrapped_between_arguments():
+    "Not inside a string; a default that is a sentence is left out"
+    args = [(f'argument_{i}', 'str', "'a b c d e f g h i j k l m n o p'", '') for i in range(4)]
+    lines = docs.signature('call', args).splitlines()
+    assert len(lines) > 1 and all(l.count("'") % 2 == 0 and len(l) <= 84 for l in lines)
+    node, = ast.parse(f"def f(a='{'word '*9}', b='{'word '*3}'): pass").body
+    assert docs.written_defaults(node) == dict(a='...', b=repr('word '*3))
 
 def test_docstrings_link_to_symbols():
     "Of their text and their tables, but not their own name and arguments"
@@ -241,35 +260,42 @@ def test_commit_hooks_run_what_is_there():
 def test_dead_links_are_seen(tmp_path):
     (tmp_path/'a.html').write_text('')
     home, repo = 'http://h:1', 'https://repo'
-    dead = lambda *urls: list(site_check.dead({'a.html': urls}, {'a.html': {'top', 'é'}}, tmp_path, home, repo))
+    dead = lambda *urls: list(site_check.dead_links({'a.html': urls}, {'a.html': {'top', 'é'}}, tmp_path, home, repo))
     assert dead(f'{home}/a.html', f'{home}/a.html#top', f'{home}/a.html#%C3%A9', f'{repo}/blob/main/Makefile#L3',
                 f'{repo}/tree/main/tests', f'{repo}/issues', 'https://else.where/x') == []
     assert (dead(f'{home}/b.html') == ['a.html: b.html is not there']
             and dead(f'{home}/a.html#low') == ['a.html: a.html has no #low'])
     assert dead(f'{repo}/blob/main/lost.py') == ['a.html: the repository has no lost.py']
 
-def test_complaints_of_the_browser():
-    event = lambda method, **params: dict(method=method, params=params)
-    seen = lambda *events: list(site_check.complaints(events, 'http://h:1'))
-    sent = lambda url: event('Network.requestWillBeSent', request=dict(url=url))
-    assert seen(sent('http://h:1/a.js'), sent('data:image/png'),
-                event('Runtime.consoleAPICalled', type='log', args=[]),
-                event('Log.entryAdded', entry=dict(level='info', text='')),
-                event('Network.responseReceived', response=dict(status=200, url='')),
-                event('Network.loadingFailed', canceled=True, errorText='')) == []
-    bad = [sent('https://cdn.net/x.js'), event('Runtime.consoleAPICalled', type='error', args=[dict(value='no')]),
-           event('Log.entryAdded', entry=dict(level='error', text='bad')),
-           event('Network.responseReceived', response=dict(status=404, url='x')),
-           event('Network.loadingFailed', errorText='reset'),
-           event('Runtime.exceptionThrown', exceptionDetails=dict(text='thrown'))]
-    assert len(seen(*bad)) == len(bad)
+class FakePage:
+    "Keeps the handlers of a page's events, to call them without a browser"
+    def __init__(self): self.handlers = {}
+    def on(self, event, handler): self.handlers[event] = handler
+
+@pytest.mark.parametrize('event, harmless, bad', [
+    ('request', dict(url='http://h:1/a.js'), dict(url='https://cdn.net/x.js')),
+    ('request', dict(url='data:image/png'), dict(url='http://h:2/a.js')),
+    ('requestfailed', dict(url='x', failure='net::ERR_ABORTED'), dict(url='x', failure='net::ERR_CONNECTION_RESET')),
+    ('response', dict(url='x', status=304), dict(url='x', status=404)),
+    ('console', dict(text='yes', type='log'), dict(text='no', type='error')),
+    ('console', dict(text='yes', type='info'), dict(text='no', type='assert')),
+    ('pageerror', None, dict(message='thrown'))])
+def test_complaints_of_the_browser(event, harmless, bad):
+    page = FakePage()
+    complaints = site_check.note_complaints(page, 'http://h:1')
+    happen = lambda values: page.handlers[event](SimpleNamespace(location=dict(url='x'), **values))
+    if harmless: happen(harmless)
+    assert complaints == []
+    happen(bad)
+    assert len(complaints) == 1 and any(str(v) in complaints[0] for v in bad.values())
 
 # --- the built site ---
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The site, built in a temporary folder"
-    pytest.importorskip('sphinx', reason="the site needs the extra `docs`: pip install -e '.[docs]'")
+    for name in ('sphinx', 'playwright'):
+        pytest.importorskip(name, reason="the site needs the extra `docs`: pip install -e '.[docs]'")
     if site_check.find_chromium() is None: pytest.skip('the site is looked at in chromium, which is not installed')
     folder = tmp_path_factory.mktemp('site')
     subprocess.run([sys.executable, '-W', 'ignore', root/'tools/docs.py', folder/'pages', folder/'site'], check=True,
@@ -303,12 +329,12 @@ def test_each_fault_is_seen(site, tmp_path):
     shutil.copytree(site, tmp_path/'site')
     page = tmp_path/'site/faq.html'
     clean, repository = page.read_text(encoding='utf8'), docs.Links().repository
-    with site_check.served(tmp_path/'site') as home, site_check.Browser() as browser:
+    with site_check.served(tmp_path/'site') as home, site_check.open_browser() as browser:
         for what,html in faults.items():
             page.write_text(clean.replace('</article>', html.replace('REPO', repository) + '</article>', 1),
                             encoding='utf8')
             problems, links, ids = site_check.check_page(browser, home, 'faq.html')
-            problems += site_check.dead({'faq.html': links}, {'faq.html': ids}, tmp_path/'site', home, repository)
+            problems += site_check.dead_links({'faq.html': links}, {'faq.html': ids}, tmp_path/'site', home, repository)
             assert any(what in p for p in problems), what
         (tmp_path/'site/searchindex.js').write_text('Search.setIndex({})')
-        assert site_check.found_by_search(browser, home, tries=10)
+        assert site_check.search_problems(browser, home, seconds=2)

@@ -98,6 +98,41 @@ def test_patched_on_learner(name):
     from fastai.learner import Learner
     check_signature(name, getattr(Learner, name), patched[name])
 
+architecture = (root/'docs/architecture.md').read_text(encoding='utf8')
+
+def picture():
+    "The layers that docs/architecture.md draws, from top to bottom, and the modules that stand beside each package"
+    layers, modules = [[]], {}
+    for line in re.search(r'^```\n(.*?)^```', architecture, re.M | re.S)[1].splitlines():
+        left, middle = (re.findall(r'\w+', part) for part in (line[:20], line[20:56]))
+        if '▼' in line: layers.append([])
+        layers[-1] += left
+        if left: package = left[-1]
+        if middle: modules.setdefault(package, []).extend(middle)
+    return [{*names} for names in layers], modules
+
+def test_the_picture_of_the_architecture_is_that_of_the_contracts():
+    """It has each module that they name, on its layer, and inside a package nothing stands before what it imports from;
+    a new module inside a package needs no place in either"""
+    try: import tomllib
+    except ImportError: import tomli as tomllib # Python 3.10
+    tool = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf8'))['tool']
+    whole, *inside = [[[o.strip() for o in re.split('[:|]', layer)] for layer in c['layers']]
+                      for c in tool['importlinter']['contracts'] if c['type'] == 'layers']
+    layers, modules = picture()
+    assert layers == [{*names} for names in whole]
+    for contract in inside:
+        package = contract[0][0].split('.')[1]
+        height = {name.split('.')[-1]: i for i,names in enumerate(contract) for name in names}
+        drawn = modules.pop(package)
+        assert {*drawn} == {*height} and drawn == sorted(drawn, key=height.get), package
+        assert all((root/f'rkd_fastai/{package}/{name}.py').exists() for name in drawn)
+    assert not modules
+
+def test_the_architecture_names_files_that_are_there():
+    named = {*re.findall(r'`((?:nbs|rkd_fastai|tests|docs|bench)/[\w./]*)`', architecture)}
+    assert len(named) > 30 and [f for f in named if not (root/f).exists()] == []
+
 def test_star_import_brings_the_public_names():
     ns = {}
     exec('from rkd_fastai.all import *', ns)
