@@ -63,18 +63,18 @@ class Line:
         room = shutil.get_terminal_size().columns - 1 if self.live else 1000
         # pad labels so that the last lines of tasks form a table; lines that are updated need the space
         label = f'{self.label}  ' if self.live and share is not None else f'{self.label:<26}  '
-        bar_width = next((w for w in (20, 10) if len(label) + w + 1 + len(text) <= room), 0)
-        if share is None: bar_width = 0
-        full = round(bar_width*(share or 0))
-        bar = ('█'*full, 'green'), ('░'*(bar_width-full), 'bright_black')
-        line = Text.assemble(label, *bar, ' '*bool(bar_width), text)
-        line.rstrip()
+        line = Text(label)
+        if share is not None:
+            width = 20 if len(label) + 21 + len(text) <= room else 10
+            full = round(width*share)
+            line.append('█'*full, 'green').append('░'*(width-full), 'bright_black').append(' ')
+        line.append(text).rstrip()
         if self.live: self._replace(line, room, end)
         else: say(line.plain, end, self.stream)
 
     def _replace(self, line, room, end):
         "Print `line`, a `Text`, over the last one in the terminal"
-        line.truncate(room) # a line that wraps could not be replaced
+        line.truncate(room, overflow='ellipsis') # a line that wraps could not be replaced
         console = Console(file=self.stream)
         with console.capture() as shown: console.print(line, end='', soft_wrap=True)
         say('\r\033[K' + shown.get(), end, self.stream) # go to the start and clear the line
