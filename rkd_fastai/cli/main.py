@@ -27,6 +27,7 @@ def number(
         raise typer.BadParameter(f"{text!r} is not a number or a fraction such as 8/255")
 
 # %% ../../nbs/cli/02_main.ipynb #b297722a
+# options by their headings in the help page of a terminal
 _data,_training,_network,_attack,_distilling,_run = (partial(typer.Option, rich_help_panel=panel) for panel in (
     'Data','Training','Network','Attack','Distillation','Run'))
 def _number(option, **kwargs): return option(parser=number, metavar='NUMBER', **kwargs)
@@ -134,6 +135,7 @@ DryRun = Annotated[bool, _run('--dry-run', help="Print the networks and the esti
 app = typer.Typer(add_completion=False, context_settings=dict(help_option_names=['--help','-h'], max_content_width=120))
 
 def _print_version(wanted):
+    "Print the version if `--version` is given"
     if wanted:
         typer.echo(f'rkd_fastai {rkd_fastai.__version__}')
         raise typer.Exit
@@ -152,6 +154,7 @@ def demo(quick: Quick = False, out: DemoOut = 'demo', seed: Seed = 42):
     "Train, distil and attack small networks on packaged images."
     _start('demo', locals())
 
+# `width` is text as on the command line, which `number` reads and the help shows
 @app.command()
 def train(out: Out, how: How = 'at', data: Data = 'fashion_sample', data_path: DataPath = None, size: Size = None,
           bs: BatchSize = None, n: N = None, synthetic: Synthetic = None, frac: Frac = None,
