@@ -74,7 +74,7 @@ class Line:
 
     def _replace(self, line, room, end):
         "Print `line`, a `Text`, over the last one in the terminal"
-        line.truncate(room, overflow='ellipsis') # a line that wraps could not be replaced
+        if not end: line.truncate(room, overflow='ellipsis') # a line that wraps could not be replaced by the next
         console = Console(file=self.stream)
         with console.capture() as shown: console.print(line, end='', soft_wrap=True)
         say('\r\033[K' + shown.get(), end, self.stream) # go to the start and clear the line
