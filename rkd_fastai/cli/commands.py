@@ -75,7 +75,7 @@ def _new_folder(out, resume):
     out = Path(out)
     if (out/'model.pth').exists(): raise ValueError(f"`--out` {out} holds a finished run already: name another folder")
     if (out/'resume.pth').exists() and not resume:
-        raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to go on with it, or name "
+        raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to continue it, or name "
                          "another folder")
     return out
 
@@ -121,8 +121,8 @@ def _same_training(out):
     except OtherTraining as e:
         name = e.difference.split()[0]
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
-        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: put back what it had, or name "
-                         "another `--out`" if what else
+        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: restore what the run had, or "
+                         "name another `--out`" if what else
                          f"the run that was cut off in {out} was another training ({e.difference}): name another "
                          "`--out`") from e
 
@@ -223,7 +223,7 @@ def _check_held_out(args, card, dls):
                       "measured now may have been trained on")
     elif card['held_out'] != now:
         raise ValueError("the images that are held out now are not those that were held out of the run's training: "
-                         "files have come, gone or got other names since. "
+                         "files have been added, removed or renamed since. "
                          "Restore the folder, or name a folder of images that the run has not seen by `--data`")
 
 def evaluate(
@@ -261,7 +261,7 @@ def study(
     "Run `rkd study`"
     if args.study[0] == 'report':
         if len(args.study) != 2 or not Path(args.study[1]).is_dir():
-            raise ValueError(f"`rkd study report FOLDER`: name the folder of one study, got {args.study[1:]}")
+            raise ValueError(f"`rkd study report` needs a folder: name the folder of one study, got {args.study[1:]}")
         print(study_report(args.study[1]))
         return
     if len(args.study) != 1: raise ValueError(f"name one study at a time, got {args.study}")

@@ -133,7 +133,7 @@ def verdict(
     return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: "
             f"{difference('pgd20', n)} "
             f"points, clean {difference('clean', n)}, AutoAttack {difference('autoattack', n_auto)}. "
-            f"± is 95 % of what chance among the {n} and {n_auto} test images makes of such a difference.")
+            f"± is half the width of the 95 % interval that {n} and {n_auto} test images give.")
 
 # %% ../../nbs/cli/00_demo.ipynb #8253836c
 def plot_curves(

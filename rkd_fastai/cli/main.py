@@ -199,9 +199,9 @@ def _plain_warnings(commands, args):
 
 def _how_to_go_on(args):
     "Return a text on how to continue after Ctrl-C, or an empty text if nothing was saved"
-    if args.command == 'study': return ': the same command goes on with what is not done'
+    if args.command == 'study': return ': the same command continues with what is not done'
     kept = getattr(args, 'out', None) and (Path(args.out)/'resume.pth').exists()
-    return (': the same command with `--resume` goes on after the last finished epoch'
+    return (': the same command with `--resume` continues after the last finished epoch'
             if kept and hasattr(args, 'resume') else '')
 
 def _fail(text):

@@ -229,7 +229,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
         m.setattr(Resume, '_save', die)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
-    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: put back what it had, or name another `--out`' # noqa: E501
+    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: restore what the run had, or name another `--out`' # noqa: E501
     for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'),
                         (('--data-path', tmp_path), None)):
         if says:
