@@ -10,6 +10,8 @@ import shutil, sys, time
 from contextlib import contextmanager
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from rich.console import Console
+from rich.text import Text
 from ..progress import clock
 from ..text import counted, say
 
@@ -61,11 +63,21 @@ class Line:
         room = shutil.get_terminal_size().columns - 1 if self.live else 1000
         # pad labels so that the last lines of tasks form a table; lines that are updated need the space
         label = f'{self.label}  ' if self.live and share is not None else f'{self.label:<26}  '
-        bar_width = next((w for w in (20, 10) if len(label) + w + 1 + len(text) <= room), 0)
-        bar = '' if share is None or not bar_width else f"{'█'*round(bar_width*share):░<{bar_width}} "
-        text = f'{label}{bar}{text}'.rstrip(' ')
-        if self.live: text = '\r\033[K' + text[:room] # go to the start and clear the line, which must not wrap
-        say(text, end, self.stream)
+        line = Text(label)
+        if share is not None:
+            width = 20 if len(label) + 21 + len(text) <= room else 10
+            full = round(width*share)
+            line.append('█'*full, 'green').append('░'*(width-full), 'bright_black').append(' ')
+        line.append(text).rstrip()
+        if self.live: self._replace(line, room, end)
+        else: say(line.plain, end, self.stream)
+
+    def _replace(self, line, room, end):
+        "Print `line`, a `Text`, over the last one in the terminal"
+        if not end: line.truncate(room, overflow='ellipsis') # a line that wraps could not be replaced by the next
+        console = Console(file=self.stream)
+        with console.capture() as shown: console.print(line, end='', soft_wrap=True)
+        say('\r\033[K' + shown.get(), end, self.stream) # go to the start and clear the line
 
     def leave(self):
         "Start a new line, for example before an error"

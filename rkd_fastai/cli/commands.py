@@ -6,10 +6,11 @@
 __all__ = ['with_args', 'teacher_recipe', 'student_recipe', 'in_options', 'train', 'distill', 'evaluate', 'study', 'demo']
 
 # %% ../../nbs/cli/01_commands.ipynb #f4946e04
-import argparse, re, shlex, warnings
+import re, shlex, warnings
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 import rkd_fastai.evaluation.masking # noqa: F401 (patches `robustness` and others on `Learner`)
@@ -27,11 +28,12 @@ from ..study.run import (batch_size, check_vocab, describe_run, fit_run, held_ou
                                   make_dls)
 from ..study.study import Study, plan_text, study_report
 from ..teachers import Teacher
+from ..text import show
 
 # %% ../../nbs/cli/01_commands.ipynb #593400c6
 def with_args(
     recipe, # a `Recipe`
-    # parsed command line with `eps`, `steps`, and for a distillation recipe `alpha`, `lam`, `T`; None keeps the
+    # options with `eps`, `steps`, and for a distillation recipe `alpha`, `lam`, `T`; None keeps the
     # recipe's value
     args,
 ):
@@ -39,24 +41,24 @@ def with_args(
     if args.eps is not None: recipe = recipe.at_eps(args.eps)
     if args.steps is not None and recipe.attack is not None:
         if 'steps' not in recipe.attack.settings:
-            raise ValueError(f"`--steps`: {type(recipe.attack).__name__} has one step")
+            raise ValueError(f"leave `--steps` out: {type(recipe.attack).__name__} has one step")
         recipe = recipe.replace(attack=type(recipe.attack)(**recipe.attack.settings | dict(steps=args.steps)))
     settings = {k: getattr(args, k) for k in ('alpha','lam','T') if getattr(args, k, None) is not None}
     if settings:
         unknown = set(settings) - set(signature(method_class(recipe.method)).parameters)
-        if unknown: raise ValueError(f"`--{unknown.pop()}` means nothing to {recipe.method}")
+        if unknown: raise ValueError(f"`--{unknown.pop()}` means nothing to {recipe.method}: leave it out")
     return recipe.replace(settings=recipe.settings | settings)
 
 def teacher_recipe(
-    args, # parsed command line
+    args, # options
 ):
     "Return the recipe for `rkd train --how`"
     if args.how not in teacher_kinds: return with_args(all_recipes[args.how], args)
     return with_args(recipe_of_kind(args.how, *([] if args.eps is None else [args.eps])),
-                     argparse.Namespace(**vars(args) | dict(eps=None)))
+                     SimpleNamespace(**vars(args) | dict(eps=None)))
 
 def student_recipe(
-    args, # parsed command line
+    args, # options
 ):
     "Return the recipe for `rkd distill --recipe`, with its method replaced by `--method` if given"
     recipe = all_recipes[args.recipe]
@@ -73,18 +75,18 @@ def _new_folder(out, resume):
     out = Path(out)
     if (out/'model.pth').exists(): raise ValueError(f"`--out` {out} holds a finished run already: name another folder")
     if (out/'resume.pth').exists() and not resume:
-        raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to go on with it, or name "
+        raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to continue it, or name "
                          "another folder")
     return out
 
 def _loaders(args, recipe):
-    "Return the DataLoaders for the command line `args`"
+    "Return the DataLoaders for the options `args`"
     dls = make_dls(args.data, args.data_path, bs=1, size=args.size)
     if args.n is not None: dls = with_subset(dls, args.n, args.seed)
     return with_bs(dls, batch_size(recipe, len(dls.train_ds), args.bs))
 
 def _card(args, recipe, dls):
-    "Return the run's card, with settings of the command line and defaults of the recipe"
+    "Return the run's card, with the options and defaults of the recipe"
     settings = {k: v for k,v in vars(args).items() if k not in ('command','out','resume')}
     return describe_run(recipe, dls, settings | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr,
                                                  epochs=recipe.epochs if args.epochs is None else args.epochs,
@@ -99,14 +101,14 @@ def _option(name): return f"--{name.replace('_', '-')}"
 def _value(v): return 'given' if v is True else 'left out' if v is None or v is False else v
 
 def _check_same(args, out, card):
-    "Raise a `ValueError` if the command line differs from that of the interrupted run in `out`"
+    "Raise a `ValueError` if the options differ from those of the interrupted run in `out`"
     was = read_json(out/'card.json')
     for k in card:
         # `--keep` does not change the training
         if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue
         if k in _paths and card[k] not in data_names: continue
         raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the run that was cut "
-                         f"off in {out}: `--resume` goes on with the same command; for another one name "
+                         f"off in {out}: `--resume` needs the same options. For other options, name "
                          "another `--out`")
 
 _parts = dict(images='the training images are', synthetic='the synthetic images are', vocab='the classes are',
@@ -119,8 +121,8 @@ def _same_training(out):
     except OtherTraining as e:
         name = e.difference.split()[0]
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
-        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: put back what it had, or name "
-                         "another `--out`" if what else
+        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: restore what the run had, or "
+                         "name another `--out`" if what else
                          f"the run that was cut off in {out} was another training ({e.difference}): name another "
                          "`--out`") from e
 
@@ -140,11 +142,11 @@ def _advice(out, keep):
     return advice
 
 def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
-    "Train one network with `recipe` and the command line `args`, and save it"
+    "Train one network with `recipe` and the options `args`, and save it"
     if args.epochs is not None and args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
     if args.lr is not None and args.lr < 0: raise ValueError(f"`--lr` must be >= 0, got {args.lr}")
     if args.frac is not None:
-        if args.synthetic is None: raise ValueError("`--frac` is a part of `--synthetic` images: name their file")
+        if args.synthetic is None: raise ValueError("`--frac` needs synthetic images: name their file by `--synthetic`")
         recipe = recipe.replace(synthetic=args.frac)
     if args.synthetic is not None and recipe.synthetic is None:
         raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or "
@@ -161,12 +163,12 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
         fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(advice=_advice(out, args.keep)), *cbs],
                 keep=args.keep,
                 synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
-    print(f'saved in {out}: `rkd evaluate {out}` attacks it in earnest')
+    print(f'The run is saved in {out}. `rkd evaluate {out}` measures it under strong attacks.')
 
 # %% ../../nbs/cli/01_commands.ipynb #3f194b3e
 def in_options(
     text, # text of an error or a warning with the Python names of arguments
-    args, # parsed command line
+    args, # options
 ):
     """Return `text` with Python names of arguments replaced by options, such as `data_path` by `--data-path`; words
     that are values on the command line are not replaced"""
@@ -178,7 +180,7 @@ def in_options(
 
 # %% ../../nbs/cli/01_commands.ipynb #46bf8b20
 def train(
-    args, # parsed command line
+    args, # options
 ):
     "Run `rkd train`"
     recipe = teacher_recipe(args)
@@ -195,7 +197,7 @@ def _teachers_size(args, cards):
     return next(iter(sizes), None)
 
 def distill(
-    args, # parsed command line
+    args, # options
 ):
     "Run `rkd distill`"
     teachers,cards = zip(*map(load_run, args.teacher))
@@ -207,7 +209,7 @@ def _checked(learn, eps, n):
     "Return the report of `check_robustness` on `n` images, at most 200, or a text that says why there is none"
     line = Line('checking gradients')
     try: report = learn.check_robustness(eps, min(n or 200, 200), progress=line.progress)
-    except ValueError as e: return f'not looked for masked gradients: {e}'
+    except ValueError as e: return f'Masked gradients were not looked for: {e}'
     line.finish()
     return report
 
@@ -221,11 +223,11 @@ def _check_held_out(args, card, dls):
                       "measured now may have been trained on")
     elif card['held_out'] != now:
         raise ValueError("the images that are held out now are not those that were held out of the run's training: "
-                         "files have come, gone or got other names since. "
+                         "files have been added, removed or renamed since. "
                          "Restore the folder, or name a folder of images that the run has not seen by `--data`")
 
 def evaluate(
-    args, # parsed command line
+    args, # options
 ):
     "Run `rkd evaluate`"
     if args.check and args.norm != 'Linf':
@@ -250,27 +252,27 @@ def evaluate(
                            fast=args.fast, progress=line.progress)
     line.finish()
     if args.json: res.to_json(args.json)
-    print(res)
+    show(res)
     if args.check: print(in_options(f'\n{_checked(learn, eps, args.n)}', args))
 
 def study(
-    args, # parsed command line
+    args, # options
 ):
     "Run `rkd study`"
     if args.study[0] == 'report':
         if len(args.study) != 2 or not Path(args.study[1]).is_dir():
-            raise ValueError(f"`rkd study report FOLDER`: name the folder of one study, got {args.study[1:]}")
+            raise ValueError(f"`rkd study report` needs a folder: name the folder of one study, got {args.study[1:]}")
         print(study_report(args.study[1]))
         return
-    if len(args.study) != 1: raise ValueError(f"one study at a time, got {args.study}")
-    if not Path(args.study[0]).is_file(): raise ValueError(f"no study at {args.study[0]}: name a TOML file")
+    if len(args.study) != 1: raise ValueError(f"name one study at a time, got {args.study}")
+    if not Path(args.study[0]).is_file(): raise ValueError(f"there is no study at {args.study[0]}: name a TOML file")
     s = Study(args.study[0], args.out, args.data_path)
     if args.dry_run: print(plan_text(s.plan())); return
     s.run(args.cell, args.processes)
     print(study_report(s.out))
 
 def demo(
-    args, # parsed command line
+    args, # options
 ):
     "Run `rkd demo`"
     from rkd_fastai.cli.demo import demo # import late, since the other commands do not need this module

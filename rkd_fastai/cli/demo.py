@@ -28,7 +28,7 @@ from ..pixel import model_device, pixel_data, pixel_model
 from ..progress import clock
 from ..schedules import sgd_nesterov
 from ..teachers import Teacher
-from ..text import counted, say
+from ..text import counted, say, show
 import rkd_fastai.learner # noqa: F401 (patches `to_adversarial` and the fits on `Learner`)
 
 # %% ../../nbs/cli/00_demo.ipynb #8e86ff19
@@ -133,7 +133,7 @@ def verdict(
     return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: "
             f"{difference('pgd20', n)} "
             f"points, clean {difference('clean', n)}, AutoAttack {difference('autoattack', n_auto)}. "
-            f"± is 95 % of what chance among the {n} and {n_auto} test images makes of such a difference.")
+            f"± is half the width of the 95 % interval that {n} and {n_auto} test images give.")
 
 # %% ../../nbs/cli/00_demo.ipynb #8253836c
 def plot_curves(
@@ -209,15 +209,15 @@ def demo(
     "Train, distil and attack the networks of the demo, write the results to `out` and return the table of results"
     s,out,start = _setups['quick' if quick else 'full'], Path(out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    say(f'{s.data}: a robust teacher, an AKD+ student of it, and a baseline of no less compute, on '
-        f'{default_device()}\n')
+    say(f'This trains a robust teacher, its AKD+ student and a baseline of no less compute on {s.data}. The device is '
+        f'{default_device()}.\n')
     with _one_thread():
         learners = train_models(s, out, seed)
         df,cards = measure_models(learners, s, seed)
     n = cards['student'][0]['n']
     table = as_markdown(df, s, seed, n)
     seconds = round(time.time() - start)
-    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\n{clock(seconds)} on '
+    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\nIt took {clock(seconds)} on '
                                    f'{default_device()}.\n')
     write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher,
                                                      teacher_epoch=s.teacher_epoch, student_epochs=s.student,
@@ -225,6 +225,6 @@ def demo(
                                                 indent=2))
     plot_curves(learners, out/'curves.png')
     plot_adversarial(learners, df, s, seed, out/'adversarial.png')
-    say(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n{clock(seconds)} in all; table, figures and checkpoints are in '
-        f'{out}/')
+    show(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n\nThe demo took {clock(seconds)}. Table, figures and checkpoints '
+        f'are in {out}/.')
     return df

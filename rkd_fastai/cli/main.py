@@ -6,125 +6,187 @@
 __all__ = ['number', 'main']
 
 # %% ../../nbs/cli/02_main.ipynb #2560cd8f
-import argparse, sys, warnings
+import sys, typer, warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
 import rkd_fastai
 from ..registry import data_names, methods, student_recipes, teacher_kinds, teacher_recipes
-from ..text import show_nearest
+from ..text import did_you_mean, show_nearest
 
 # %% ../../nbs/cli/02_main.ipynb #ed4675c7
 def number(
     text, # text from the command line
 ):
-    "Return a float from text such as '0.5' or '8/255'; raise an `ArgumentTypeError` for other text"
+    "Return a float from text such as '0.5' or '8/255'; raise a `BadParameter` for other text"
     top,_,bottom = text.partition('/')
     try: return float(top)/float(bottom or 1)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255")
+        raise typer.BadParameter(f"{text!r} is not a number or a fraction such as 8/255")
 
 # %% ../../nbs/cli/02_main.ipynb #b297722a
-def _data_args(c, default=None, bs=None):
-    c.add_argument('--data', default=default, help=f"{', '.join(data_names)}, or a folder with a sub-folder of images "
-                                                   "per class: in `train`, `valid` (or `val`) and `test`; without "
-                                                   "`valid` a fifth of the training images is held out to choose "
-                                                   "epochs on, and the last numbers are those of `test`, where there "
-                                                   "is one")
-    c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
-    c.add_argument('--size', type=int, help='side of the images: those of a folder are cropped to it; left out, as in '
-                                            'the run or of the teacher, or 64; fashion_mnist and fashion_sample come '
-                                            'in 14 and 28')
-    c.add_argument('--bs', type=int, default=bs, help="batch size; left out, the recipe's, or 125 where the images "
-                                                      "are too few for it" if bs is None else 'batch size')
+# options by their headings in the help page of a terminal
+_data,_training,_network,_attack,_distilling,_run = (partial(typer.Option, rich_help_panel=panel) for panel in (
+    'Data','Training','Network','Attack','Distillation','Run'))
+def _number(option, **kwargs): return option(parser=number, metavar='NUMBER', **kwargs)
+def _n(option, **kwargs): return option(parser=_whole, metavar='N', **kwargs)
+def _name(option, names, **kwargs): return option(parser=_one_of(names), metavar='NAME', **kwargs)
 
-def _training_args(c):
-    _data_args(c, 'fashion_sample')
-    c.add_argument('--n', type=int, help='number of training images; left out, all')
-    c.add_argument('--synthetic', help='.npz file of synthetic images (`image`, `label`) to mix into every batch')
-    c.add_argument('--frac', type=number, help="part of the batch that is synthetic; left out, the recipe's")
-    c.add_argument('--arch', default='cifar_resnet18', help='cifar_resnet18, wrn-DEPTH-WIDEN, or a timm name')
-    c.add_argument('--width', type=number, default=1/8, help='factor on the channels of cifar_resnet18')
-    c.add_argument('--epochs', type=int, help="epochs; left out, the recipe's")
-    c.add_argument('--lr', type=float, help="highest learning rate; left out, the recipe's")
-    c.add_argument('--eps', type=number, help="radius of the attack in pixel units, e.g. 8/255; left out, the recipe's")
-    c.add_argument('--steps', type=int, help="steps of the training attack; left out, the recipe's")
-    c.add_argument('--keep', type=int, default=1, help='keep the checkpoint of each so many epochs')
-    c.add_argument('--compile', action='store_true', help='run attack, teacher and training step through torch.compile')
-    c.add_argument('--bf16', action='store_true', help='run attack and teacher in bfloat16')
-    c.add_argument('--out', required=True, help='folder of the run')
-    c.add_argument('--resume', action='store_true', help='go on with a run that was cut off in that folder; it ends '
-                                                         'as if it had not been')
+def _whole(text):
+    try: return int(text)
+    except ValueError: raise typer.BadParameter(f'{text!r} is not a whole number')
 
-def _demo_args(c):
-    c.add_argument('--quick', action='store_true', help='on small digits, in a minute or two')
-    c.add_argument('--out', default='demo', help='folder for the results')
+def _one_of(names):
+    def check(text):
+        if text in names: return text
+        raise typer.BadParameter(f'{text!r} is unknown: {did_you_mean(text, names)}')
+    return check
 
-def _train_args(c):
-    c.add_argument('--how', choices=[*teacher_kinds, *teacher_recipes], default='at', metavar='HOW',
-                   help=f"{'; '.join(f'{k}: {v}' for k,v in teacher_kinds.items())}; or a recipe: "
-                        f"{', '.join(teacher_recipes)}")
-    _training_args(c)
+_folder = ("a folder of images. The folder contains the folders train, valid (or val) and test, and each of these "
+           "contains one folder per class. If there is no valid, a fifth of the training images is held out to choose "
+           "epochs on.")
+Data = Annotated[str, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or {_folder}")]
+DataOfRun = Annotated[str | None, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or "
+    f"{_folder} If there is a test, it is measured on. Default: the data of the run.")]
+DataPath = Annotated[str | None, _data(metavar='FOLDER', help="Folder of a published data set. Default: it is found or "
+    "downloaded.")]
+Size = Annotated[int | None, _n(_data, help="Side of the images in pixels. Images of a folder are cropped to it. "
+    "fashion_mnist and fashion_sample are available in 14 and 28. Default: that of the run or teacher, else 64.")]
+BatchSize = Annotated[int | None, _n(_data, help="Batch size. Default: that of the recipe, or a smaller one if there "
+    "are too few images for eight batches.")]
+BatchSizeOfAttack = Annotated[int, _n(_data, help="Batch size.")]
+N = Annotated[int | None, _n(_data, help="Number of training images. Default: all.")]
+Sample = Annotated[int | None, _n(_data, help="Number of images. They are a sample that is stratified by class and "
+    "drawn by --seed. Default: all.")]
+Synthetic = Annotated[str | None, _data(metavar='FILE', help="An .npz file with synthetic images (arrays image and "
+    "label), which are mixed into every batch.")]
+Frac = Annotated[float | None, _number(_data, help="Fraction of each batch that is synthetic. Default: that of the "
+    "recipe.")]
 
-def _distill_args(c):
-    c.add_argument('--teacher', required=True, action='append', help='run folder or checkpoint; repeat for an ensemble')
-    c.add_argument('--betas', type=number, nargs='+', help='weights of the ensemble')
-    c.add_argument('--recipe', choices=student_recipes, default='paper_student',
-                   help='whose numbers')
-    c.add_argument('--method', choices=list(methods), help="which loss; left out, the recipe's")
-    c.add_argument('--alpha', type=number, help="weight of the teacher in the soft target; left out, the recipe's")
-    c.add_argument('--lam', type=number, help='weight of the adversarial term (RSLAD, ARD), of the distilled one (CKD)')
-    c.add_argument('--T', type=float, help='temperature')
-    _training_args(c)
+Arch = Annotated[str, _network(metavar='NAME', help="Architecture: cifar_resnet18, wrn-DEPTH-WIDEN or the name of a "
+    "timm network.")]
+Width = Annotated[float, _number(_network, help="Factor on the number of channels of cifar_resnet18.")]
 
-def _evaluate_args(c):
-    _data_args(c, bs=250)
-    c.add_argument('model', help='run folder or checkpoint; measured on the test split where there is one, else on '
-                                 'the validation images')
-    c.add_argument('--attacks', default='clean,pgd20,autoattack',
-                   help='clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack')
-    c.add_argument('--eps', type=number, help="radius of the attacks in pixel units, e.g. 8/255; left out, the one "
-                                              "the run was trained for")
-    c.add_argument('--norm', choices=['Linf','L2'], default='Linf', help='norm of the attacks')
-    c.add_argument('--n', type=int, help='number of images: a sample, stratified by class and drawn by --seed; left '
-                                         'out, all')
-    c.add_argument('--json', help='file for the result card')
-    c.add_argument('--state', help='file that keeps the progress, to resume')
-    c.add_argument('--fast', action='store_true', help='AutoAttack on a faster copy of the network; what it finds is '
-                                                       'confirmed on the network itself')
-    c.add_argument('--check', action='store_true', help='look for masked gradients as well')
+How = Annotated[str, _name(_training, [*teacher_kinds, *teacher_recipes], help="Kind of training "
+    f"({', '.join(f'{k}: {v}' for k,v in teacher_kinds.items())}) or name of a recipe ({', '.join(teacher_recipes)}).")]
+Epochs = Annotated[int | None, _n(_training, help="Number of epochs. Default: that of the recipe.")]
+Lr = Annotated[float | None, _number(_training, help="Highest learning rate. Default: that of the recipe.")]
+Eps = Annotated[float | None, _number(_training, help="Radius of the attack in pixel units, such as 8/255. "
+    "Default: that of the recipe.")]
+Steps = Annotated[int | None, _n(_training, help="Number of steps of the training attack. Default: that of the "
+    "recipe.")]
 
-def _study_args(c):
-    c.add_argument('study', nargs='+', help='TOML file of a study; or `report` and the folder of one, to write its '
-                                            'tables and figures')
-    c.add_argument('--out', help="folder; left out, studies/ and the file's name")
-    c.add_argument('--data-path', help='folder of a published data set; left out, it is found or downloaded')
-    c.add_argument('--cell', metavar='I/N', help='every N-th cell from the I-th, for job arrays')
-    c.add_argument('--processes', type=int, default=1, help='so many at a time, which share the cores; what the '
-                                                            'others print is in process_K.log of the folder')
-    c.add_argument('--dry-run', action='store_true', help='print the cells, and about how long they will take, '
-                                                          'measured here')
+EpsOfRun = Annotated[float | None, _number(_attack, help="Radius of the attacks in pixel units, such as 8/255. "
+    "Default: that of the training.")]
+Attacks = Annotated[str, _attack(metavar='NAMES', help="Names of attacks with commas between them: clean, fgsm, pgdN, "
+    "pgdNxRESTARTS, cw, apgd, square, autoattack.")]
+Norm = Annotated[str, _name(_attack, ['Linf','L2'], help="Norm of the attacks: Linf or L2.")]
+Fast = Annotated[bool, _attack('--fast', help="Run AutoAttack on a faster copy of the network. What it finds is "
+    "confirmed on the network itself.")]
+Check = Annotated[bool, _attack('--check', help="Also look for masked gradients.")]
 
-_commands = [('demo', _demo_args, 'the main job from end to end, on real images that come with the package'),
-             ('train', _train_args, 'train a teacher, with a checkpoint per epoch'),
-             ('distill', _distill_args, 'distil a student from a teacher, or from several'),
-             ('evaluate', _evaluate_args, 'measure a run, clean and under attack'),
-             ('study', _study_args, 'a grid of trainings from a file, with its tables and figures')]
+TeacherPaths = Annotated[list[str], typer.Option('--teacher', metavar='PATH', help="Run folder or checkpoint of the "
+    "teacher. Repeat the option for an ensemble.")]
+Betas = Annotated[list[float] | None, _number(_distilling, help="Weights of the teachers of an ensemble, such as "
+    "--betas .5 .5. Default: equal weights.")]
+StudentRecipe = Annotated[str, _name(_distilling, student_recipes, help="Recipe that gives the settings: "
+    f"{', '.join(student_recipes)}.")]
+Method = Annotated[str | None, _name(_distilling, methods, help=f"Distillation method: {', '.join(methods)}. Default: "
+    "that of the recipe.")]
+Alpha = Annotated[float | None, _number(_distilling, help="Weight of the teacher in the soft target. Default: that of "
+    "the recipe.")]
+Lam = Annotated[float | None, _number(_distilling, help="Weight of the adversarial term (rslad, ard) or of the "
+    "distilled term (ckd). Default: that of the recipe.")]
+Temperature = Annotated[float | None, _number(partial(_distilling, '--T'), help="Temperature. Default: that of the "
+    "recipe.")]
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    "Help formatter that shows defaults, except None and False, which the help texts explain"
-    def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+Out = Annotated[str, typer.Option(metavar='FOLDER', help="Folder to write the run to.")]
+Resume = Annotated[bool, _run('--resume', help="Continue the interrupted run in that folder. The result is that of an "
+    "uninterrupted run.")]
+Keep = Annotated[int, _n(_run, help="Keep the checkpoint of every N-th epoch.")]
+Compile = Annotated[bool, _run('--compile', help="Run attack, teacher and training step through torch.compile.")]
+Bf16 = Annotated[bool, _run('--bf16', help="Run attack and teacher in bfloat16.")]
+Seed = Annotated[int, _n(_run, help="Seed of weights, data order and attacks.")]
+SeedOfSample = Annotated[int, _n(_run, help="Seed of the sample of images and of the attacks.")]
 
-def _parser():
-    p = argparse.ArgumentParser('rkd', description='Robust knowledge distillation and adversarial training with fastai')
-    p.add_argument('--version', action='version', version=f'rkd_fastai {rkd_fastai.__version__}')
-    subs = p.add_subparsers(required=True, metavar='command')
-    for name,add_args,help in _commands:
-        c = subs.add_parser(name, help=help, description=help, formatter_class=_Help, allow_abbrev=False)
-        c.set_defaults(command=name)
-        if name != 'study': c.add_argument('--seed', type=int, default=42, help='of weights, data order and attacks')
-        add_args(c)
-    return p
+Quick = Annotated[bool, _run('--quick', help="Use small images of digits, which takes a minute or two.")]
+DemoOut = Annotated[str, _run(metavar='FOLDER', help="Folder to write the results to.")]
+
+Run = Annotated[str, typer.Argument(metavar='RUN', help="Run folder or checkpoint. It is measured on the test images "
+    "if there are any, else on the validation images.")]
+Json = Annotated[str | None, _run(metavar='FILE', help="File to write the results to.")]
+State = Annotated[str | None, _run(metavar='FILE', help="File that keeps the progress, so that the same command can "
+    "continue an interrupted measurement.")]
+
+Study = Annotated[list[str], typer.Argument(metavar='FILE', help="TOML file of a study. Or the word report and the "
+    "folder of a study, to write its tables and figures.")]
+StudyOut = Annotated[str | None, _run(metavar='FOLDER', help="Folder to write the study to. Default: studies/ and the "
+    "name of the file.")]
+Cell = Annotated[str | None, _run(metavar='I/N', help="Train only every N-th network, from the I-th on. This is for "
+    "job arrays.")]
+Processes = Annotated[int, _n(_run, help="Number of processes, which share the CPU cores. The output of the K-th is in "
+    "process_K.log in the folder.")]
+DryRun = Annotated[bool, _run('--dry-run', help="Print the networks and the estimated time on this machine, and train "
+    "nothing.")]
+
+# %% ../../nbs/cli/02_main.ipynb #b297722b
+app = typer.Typer(add_completion=False, context_settings=dict(help_option_names=['--help','-h'], max_content_width=120))
+
+def _print_version(wanted):
+    "Print the version if `--version` is given"
+    if wanted:
+        typer.echo(f'rkd_fastai {rkd_fastai.__version__}')
+        raise typer.Exit
+Version = Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help="Show the version and "
+    "exit.")]
+
+@app.callback(invoke_without_command=True)
+def rkd(ctx: typer.Context, version: Version = False):
+    "Robust knowledge distillation and adversarial training with fastai."
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(2)
+
+@app.command()
+def demo(quick: Quick = False, out: DemoOut = 'demo', seed: Seed = 42):
+    "Train, distil and attack small networks on packaged images."
+    _start('demo', locals())
+
+# `width` is text as on the command line, which `number` reads and the help shows
+@app.command()
+def train(out: Out, how: How = 'at', data: Data = 'fashion_sample', data_path: DataPath = None, size: Size = None,
+          bs: BatchSize = None, n: N = None, synthetic: Synthetic = None, frac: Frac = None,
+          arch: Arch = 'cifar_resnet18', width: Width = '1/8', epochs: Epochs = None, lr: Lr = None, eps: Eps = None,
+          steps: Steps = None, resume: Resume = False, keep: Keep = 1, compile: Compile = False, bf16: Bf16 = False,
+          seed: Seed = 42):
+    "Train a teacher and save a checkpoint after every epoch."
+    _start('train', locals())
+
+@app.command()
+def distill(teacher: TeacherPaths, out: Out, betas: Betas = None, recipe: StudentRecipe = 'paper_student',
+            method: Method = None, alpha: Alpha = None, lam: Lam = None, T: Temperature = None,
+            data: Data = 'fashion_sample', data_path: DataPath = None, size: Size = None, bs: BatchSize = None,
+            n: N = None, synthetic: Synthetic = None, frac: Frac = None, arch: Arch = 'cifar_resnet18',
+            width: Width = '1/8', epochs: Epochs = None, lr: Lr = None, eps: Eps = None, steps: Steps = None,
+            resume: Resume = False, keep: Keep = 1, compile: Compile = False, bf16: Bf16 = False, seed: Seed = 42):
+    "Distil a student from one or several teachers."
+    _start('distill', locals())
+
+@app.command()
+def evaluate(model: Run, attacks: Attacks = 'clean,pgd20,autoattack', eps: EpsOfRun = None, norm: Norm = 'Linf',
+             fast: Fast = False, check: Check = False, data: DataOfRun = None, data_path: DataPath = None,
+             size: Size = None, bs: BatchSizeOfAttack = 250, n: Sample = None, json: Json = None, state: State = None,
+             seed: SeedOfSample = 42):
+    "Measure the accuracy of a run, clean and under attack."
+    _start('evaluate', locals())
+
+@app.command()
+def study(study: Study, out: StudyOut = None, data_path: DataPath = None, cell: Cell = None, processes: Processes = 1,
+          dry_run: DryRun = False):
+    "Train the networks of a study file and report on them."
+    _start('study', locals())
 
 # %% ../../nbs/cli/02_main.ipynb #74993649
 @contextmanager
@@ -137,26 +199,59 @@ def _plain_warnings(commands, args):
 
 def _how_to_go_on(args):
     "Return a text on how to continue after Ctrl-C, or an empty text if nothing was saved"
-    if args.command == 'study': return ': the same command goes on with what is not done'
+    if args.command == 'study': return ': the same command continues with what is not done'
     kept = getattr(args, 'out', None) and (Path(args.out)/'resume.pth').exists()
-    return (': the same command with `--resume` goes on after the last finished epoch'
+    return (': the same command with `--resume` continues after the last finished epoch'
             if kept and hasattr(args, 'resume') else '')
+
+def _fail(text):
+    "Exit with code 1 and an error message, which is red in a terminal"
+    if not sys.stderr.isatty(): sys.exit(f'rkd: error: {text}')
+    typer.secho(f'rkd: error: {text}', fg='red', err=True)
+    sys.exit(1)
+
+def _start(command, options):
+    "Run the function of `command` in `rkd_fastai.cli.commands` with a dict of options"
+    args = SimpleNamespace(command=command, **options)
+    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai causes this at every start
+    from rkd_fastai.callback.progress import reason # loads fastai and PyTorch, which takes seconds
+    from rkd_fastai.cli import commands
+    try:
+        with _plain_warnings(commands, args): getattr(commands, command)(args)
+    except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(reason(e), args))
+    except KeyboardInterrupt:
+        print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
+        sys.exit(130) # the usual exit code after Ctrl-C
+
+def _repeated(argv):
+    "Return `argv` with `--betas .5 .5` as `--betas .5 --betas .5`, since an option of typer takes one value"
+    out = []
+    for word in argv:
+        if out[-2:-1] == ['--betas'] and not word.startswith('-'): out.append('--betas')
+        out.append(word)
+    return out
+
+_UsageError = typer.BadParameter.__base__ # typer does not export it
+
+def _print_usage(e):
+    "Print the usage error `e`, with the nearest option if there is one"
+    near,message = getattr(e, 'possibilities', None),e.format_message()
+    if near: message = f"{e.message.partition('. Did')[0].rstrip('.')}. Did you mean {near[0]!r}?"
+    typer.echo(f"{e.ctx.get_usage()}\nTry '{e.ctx.command_path} --help' for help.\n", err=True)
+    typer.secho(f'rkd: error: {message}', fg='red', err=True)
 
 def main(
     argv=None, # list of arguments; None means those of the process
 ):
     "Run the command line `rkd`"
-    show_nearest(sys.stdout, sys.stderr) # before the help, which also contains an α
-    args = _parser().parse_args(argv)
-    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai causes this at every start
-    from rkd_fastai.callback.progress import reason # loads fastai and PyTorch, which takes seconds
-    from rkd_fastai.cli import commands
-    try:
-        with _plain_warnings(commands, args): getattr(commands, args.command)(args)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'rkd: error: {commands.in_options(reason(e), args)}')
-    except KeyboardInterrupt:
-        print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
-        sys.exit(130) # the usual exit code after Ctrl-C
+    show_nearest(sys.stdout, sys.stderr)
+    app.rich_markup_mode = 'rich' if sys.stdout.isatty() else None # None: plain text, and rich is not imported
+    rkd = typer.main.get_command(app)
+    try: code = rkd(_repeated(sys.argv[1:] if argv is None else argv), 'rkd', standalone_mode=False)
+    except _UsageError as e:
+        _print_usage(e)
+        sys.exit(e.exit_code)
+    if code is not None: sys.exit(code) # of `--help` or `--version`
 
 # %% ../../nbs/cli/02_main.ipynb #d3a7c002
 if __name__ == '__main__': main()

@@ -11,7 +11,7 @@ import json, math, os, random, re, sys, time, warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, rich.box, rich.table, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -169,6 +169,11 @@ class Robustness:
         return pd.DataFrame({'accuracy': df.accuracy.map('{:.1%}'.format), 'seconds': df.seconds.map('{:.1f}'.format),
                              '95 % interval': [f'{l:.1%} to {h:.1%}' for l,h in zip(df.low, df.high)]})
     def __repr__(self): return f'{self._shown().to_string()}\n{self._caption}'
+    def __rich__(self):
+        table = rich.table.Table('', box=rich.box.SIMPLE, caption=self._caption, caption_justify='left')
+        for col in self._shown(): table.add_column(col, justify='right')
+        for row in self._shown().itertuples(): table.add_row(*row)
+        return table
     def _repr_html_(self): return f'{self._shown().to_html()}<p>{self._caption}</p>'
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #5e70f223

@@ -108,7 +108,7 @@ def test_a_check_that_finds_too_few_images(tmp_path, capsys):
         tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
     printed = capsys.readouterr().out
-    assert ('not looked for masked gradients: ' in printed and 'of 20 images rightly' in printed
+    assert ('Masked gradients were not looked for: ' in printed and 'of 20 images rightly' in printed
             and 'take more images (`--n`)' in printed and '20 of 360 validation images' in printed)
 
 def test_images_of_one_class(images, tmp_path):
@@ -229,7 +229,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
         m.setattr(Resume, '_save', die)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
-    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: put back what it had, or name another `--out`' # noqa: E501
+    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: restore what the run had, or name another `--out`' # noqa: E501
     for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'),
                         (('--data-path', tmp_path), None)):
         if says:
@@ -289,8 +289,8 @@ def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
     with one_line(learn, 'µ'): learn.fit(2, 0.)
     assert 'robust overfitting: accuracy_eps was 90.0%' in printed()
 
-@pytest.mark.parametrize('argv, code', [(['--help'], 0), (['--version'], 0), (['train', '--help'], 0), (['trian'], 2),
-                                        (['train', '--epoch', '3'], 2)])
+@pytest.mark.parametrize('argv, code', [(['--help'], 0), (['--version'], 0), (['train', '--help'], 0), ([], 2),
+                                        (['trian'], 2), (['train', '--epoch', '3'], 2)])
 def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
     "Nothing that takes long to import is imported before a command runs"
     assert python(f'''
@@ -298,5 +298,53 @@ def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
         from rkd_fastai.cli.main import main
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main({argv})
-        except SystemExit as e: print(e.code or 0, sorted({{'torch', 'fastai', 'numpy', 'pandas'}} & set(sys.modules)))
+        except SystemExit as e: print(e.code or 0, sorted({{'torch', 'fastai', 'numpy', 'pandas', 'rich'}}
+                                                          & set(sys.modules)))
     ''') == f'{code} []'
+
+class Tty(io.StringIO):
+    def isatty(self): return True
+
+@pytest.mark.parametrize('argv', [['--help'], ['train', '--help'], ['distill', '-h'], ['evaluate', '--help'],
+                                  ['study', '--help'], ['demo', '--help']])
+def test_help_is_a_page_in_a_terminal_and_plain_text_elsewhere(argv, monkeypatch):
+    for stream in (Tty(), io.StringIO()):
+        monkeypatch.setattr(sys, 'stdout', stream)
+        with pytest.raises(SystemExit) as e: rkd(*argv)
+        said = stream.getvalue()
+        assert e.value.code == 0 and 'Usage: ' in said and ('╭' in said) == stream.isatty()
+    assert said.isascii() and '\033' not in said
+
+@pytest.mark.parametrize('argv, says', [
+    (['distil'], "No such command 'distil'. Did you mean 'distill'?"), (['--verson'], "Did you mean '--version'?"),
+    (['train', '--epoch', 3], "Did you mean '--epochs'?"), (['train', '--how', 'att'], "did you mean 'at'?"),
+    (['distill', '--teacher', 't'], "Missing option '--out'"), (['train', '--n', 2.5], "'2.5' is not a whole number"),
+    (['train', '--eps', '8/0'], "'--eps': '8/0' is not a number or a fraction such as 8/255")])
+def test_usage_errors_say_what_is_right(argv, says, capsys):
+    with pytest.raises(SystemExit, match='2'): rkd(*argv)
+    said = capsys.readouterr()
+    assert said.out == '' and said.err.startswith('Usage: rkd') and "Try 'rkd" in said.err
+    line = said.err.splitlines()[-1]
+    assert line.startswith('rkd: error: ') and says in line
+
+def test_an_error_is_red_in_a_terminal(tmp_path, monkeypatch):
+    for args,code in ((('evaluate', tmp_path/'nowhere'), 1), (('evaluat',), 2)):
+        monkeypatch.setattr(sys, 'stderr', Tty())
+        with pytest.raises(SystemExit) as e: rkd(*args)
+        assert e.value.code == code and '\033[31mrkd: error: ' in sys.stderr.getvalue()
+
+@pytest.mark.parametrize('betas', [('--betas', .25, '3/4'), ('--betas', '1/4', '--betas', .75), None])
+def test_weights_of_teachers(betas, monkeypatch):
+    "After one option or each after its own"
+    from rkd_fastai.cli import main as cli
+    seen = []
+    monkeypatch.setattr(cli, '_start', lambda command, options: seen.append(options))
+    rkd('distill', '--teacher', 'a', *(betas or ()), '--teacher', 'b', '--out', 'run')
+    assert seen[0]['teacher'] == ['a','b'] and seen[0]['betas'] == (betas and [.25, .75])
+
+def test_results_are_a_table_in_a_terminal(tmp_path, monkeypatch):
+    rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
+    monkeypatch.setattr(sys, 'stdout', Tty())
+    rkd('evaluate', tmp_path/'run', '--attacks', 'clean,fgsm', '--n', 20)
+    said = sys.stdout.getvalue()
+    assert '─' in said and 'fgsm' in said and '20 of 360 validation images' in ' '.join(said.split())

@@ -194,9 +194,9 @@ def test_mistakes_in_training(args, line, tmp_path):
     ('train', '--frac', 'half'), ('train', '--eps', '8/0'), ('train', '--n', 2.5),
     ('distill', '--teacher', 't', '--recipe', 'fast_at'), ('distill', '--teacher', 't', '--recipe', 'rslad'),
     ('distill', '--teacher', 't', '--method', 'st'), ('distill',), ('distil',)])
-def test_wrong_names_are_argparses(args, tmp_path, capsys):
+def test_wrong_names_are_usage_errors(args, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: rkd(*args, '--out', tmp_path/'out')
-    assert e.value.code == 2 and 'usage: rkd' in capsys.readouterr().err and not (tmp_path/'out').exists()
+    assert e.value.code == 2 and 'Usage: rkd' in capsys.readouterr().err and not (tmp_path/'out').exists()
 
 
 # --- fewer images, and synthetic ones ---

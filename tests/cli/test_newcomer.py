@@ -53,7 +53,7 @@ def test_interrupted_and_resumed(teacher, photos, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(Resume, '_save', once)
         with pytest.raises(SystemExit, match='130'): rkd(*student, '--out', cut)
-    assert 'with `--resume` goes on after the last finished epoch' in capsys.readouterr().err
+    assert 'with `--resume` continues after the last finished epoch' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='--resume'): rkd(*student, '--out', cut)
     rkd(*student, '--out', cut, '--resume')
     a,b = (load_run(run)[0].state_dict() for run in (whole, cut))
