@@ -171,8 +171,8 @@ class PGD(Attack):
             raise ValueError("`random_start` must be True, False or the standard deviation of the noise that is added "
                              f"to `x` at the start, got {self.random_start}")
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"`restarts={self.restarts}` needs `random_start`: without it, every restart would be the "
-                             "same")
+            raise ValueError(f"`restarts={self.restarts}` needs `random_start`: all restarts would be the same without "
+                             "a random start")
 
     @property
     def cost(self): return self.restarts*max(3*self.steps, 1)

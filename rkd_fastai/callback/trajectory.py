@@ -110,8 +110,8 @@ class RecordTrajectory(EachEpoch):
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e:
-            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): name another folder, or delete "
-                             "it") from e
+            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): name another folder, "
+                             "or delete it") from e
         for k in ('n','attack','seed','labels','sample'):
             if old.get(k) != card[k]:
                 raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: name another "

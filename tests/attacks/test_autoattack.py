@@ -380,7 +380,7 @@ def test_out_of_memory(error, most, robust_net, test_images):
     halved = {39: [20], 5: [20, 10, 5], 1: [20, 10, 5, 2, 1]}[most]
     n = sum(map(int, want.flags['clean']))
     texts = [str(w.message) for w in said]
-    assert texts[:len(halved)] == [f'out of memory with {a} images at a time: going on with {b}'
+    assert texts[:len(halved)] == [f'out of memory with batches of {a} images: continuing with {b}'
                                    for a,b in zip([40, *halved], halved)]
     assert (sum(s for s,ok in sizes if ok) == 40 + n and max(s for s,ok in sizes if ok) <= most
             and len(texts) == sum(not ok for _,ok in sizes))
@@ -396,7 +396,7 @@ def test_out_of_memory_with_a_single_image(error, robust_net, test_images, tmp_p
             net.most = 0
             return real(*args)
         m.setattr(evaluation, 'robust_flags', never)
-        with pytest.warns(UserWarning, match='going on with') as said:
+        with pytest.warns(UserWarning, match='continuing with') as said:
             measure_robustness(net, x, y, 'fgsm', .1, state_path=state)
     assert e.value is error and [str(w.message)[-1] for w in said] == ['3', '1']
     net.most = 100

@@ -108,7 +108,7 @@ def test_a_check_that_finds_too_few_images(tmp_path, capsys):
         tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
     said = capsys.readouterr().out
-    assert ('not looked for masked gradients: ' in said and 'of 20 images rightly' in said
+    assert ('not looked for masked gradients: ' in said and 'of 20 images correctly' in said
             and 'take more images (`--n`)' in said and '20 of 360 validation images' in said)
 
 def test_images_of_one_class(images, tmp_path):

@@ -414,7 +414,7 @@ def test_networks_that_are_refused(name, tmp_path, snapshot):
     (dict(x=torch.rand(1, 8, 8)), ValueError, '`x` must be a batch'),
     (dict(norm='L1'), ValueError, "`norm` must be 'Linf' or 'L2'"),
     (dict(robustness=.5), ValueError, '`robustness` must be what'),
-    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': say "
+    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': pass "
                                                           "`norm='L2'`"),
     (dict(robustness=card_of(10), norm='L2'), ValueError, "`robustness` was measured in Linf, but `norm` is 'L2'"),
     (dict(title='x'), ValueError, '`title` is not an entry'),
