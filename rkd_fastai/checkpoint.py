@@ -28,7 +28,7 @@ def writing(
         # for a full disk, PyTorch's file writer raises a RuntimeError; other RuntimeErrors are not about the file
         if isinstance(e, RuntimeError) and not any(s in str(e) for s in ('PytorchStreamWriter', 'inline_container')):
             raise
-        raise OSError(f"`{path}` cannot be written ({e}). What was kept there before is still there") from e
+        raise OSError(f"`{path}` cannot be written ({e}). An earlier file there is unchanged") from e
 
 @contextmanager
 def atomic_path(
@@ -59,7 +59,7 @@ def read_json(
 ):
     "Return the contents of a JSON file; raise `ValueError` if it is too large or invalid"
     size = Path(path).stat().st_size
-    if size > most: raise ValueError(f"{size} bytes are more than such a file has")
+    if size > most: raise ValueError(f"it has {size} bytes, which is too much for such a file")
     try: return json.loads(Path(path).read_text(encoding='utf8'))
     except RecursionError as e: raise ValueError("its brackets are nested too deeply") from e
 
@@ -87,7 +87,7 @@ def _check_size(path):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z: size,names = sum(i.file_size for i in z.infolist()),z.namelist()
         if any(n.endswith('/constants.pkl') for n in names): raise _TorchScript
-        if size > Path(path).stat().st_size: raise _TakesMore("its entries are packed, or one inside another")
+        if size > Path(path).stat().st_size: raise _TakesMore("its entries are compressed or overlap")
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         if m.find(_any_size) >= 0: raise _TakesMore('it asks for a bytearray')
 
@@ -102,14 +102,13 @@ def load_plain(
         _check_size(path)
         return _read(path)
     except _TorchScript as e:
-        raise ValueError(f"`{path}` is TorchScript, a network with its code: if you trust it, give "
-                         "`torch.jit.load(path)` as the teacher; "
-                         "or save its `state_dict()` by `torch.save`") from e
+        raise ValueError(f"`{path}` is a TorchScript file, which contains code: if you trust it, pass "
+                         "`torch.jit.load(path)` as the teacher, or save its `state_dict()` with `torch.save`") from e
     except _TakesMore as e:
-        raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` by "
+        raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` with "
                          "`torch.save`") from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"`{path}` holds more than weights, and would execute it: save "
+        raise ValueError(f"`{path}` holds more than weights, and reading it would execute code: save "
                          "`model.state_dict()` instead") from e
     except Exception as e:
         raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or "
@@ -128,7 +127,7 @@ def plain_state(
             _read(io.BytesIO(f.getvalue()))
         except Exception as e:
             raise ValueError(f"the network's `{k}`, which `get_extra_state` returned, is not plain data "
-                             f"({type(v).__name__}), and a file of it could not be read without executing it: "
+                             f"({type(v).__name__}), so a file with it could not be read without executing code: "
                              "let `get_extra_state` return tensors, numbers, text and containers of them") from e
     return state
 
@@ -138,14 +137,14 @@ def read_state(
     "Return the `state_dict` in a checkpoint without executing code; raise `ValueError` if there is none"
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or open a run of `rkd train` or `rkd "
-                         "distill` by `load_run` or `load_network` of rkd_fastai.runs")
+        raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or load a run of `rkd train` or "
+                         "`rkd distill` with `load_run` or `load_network` of rkd_fastai.study.run")
     if not path.is_file(): raise MissingFile(f"no teacher file at `{path}`")
     suffix = Path(path.stem).suffix if path.suffix in ('.tar', '.best', '.latest') else path.suffix
     if suffix not in _suffixes or path.suffix != suffix == '.safetensors':
-        raise ValueError(f"`{path}`: a teacher file is .safetensors, .pth, .pth.tar, .pt or .ckpt. An exported "
-                         "Learner (.pkl) runs code when loaded: "
-                         "if you trust it, pass `load_learner(path)` as the teacher")
+        raise ValueError(f"`{path}`: a teacher file must be .safetensors, .pth, .pth.tar, .pt or .ckpt. An exported "
+                         "Learner (.pkl) runs code when loaded: if you trust it, pass `load_learner(path)` as the "
+                         "teacher")
     if path.suffix != '.safetensors': return _find_state(load_plain(path), path)
     try: return load_file(path)
     except Exception as e:
@@ -212,7 +211,7 @@ def fitting_state(
 ):
     "Return the `state_dict` in a checkpoint with the names of `model`; raise `ValueError` if it does not match"
     state,stats = state_and_stats(path, model)
-    if stats: raise ValueError(f"`{path}` holds the normalisation of its images, too: take it by `load_teacher`")
+    if stats: raise ValueError(f"`{path}` also holds the normalisation of its images: use `load_teacher`")
     return state
 
 def state_and_stats(
@@ -228,8 +227,8 @@ def state_and_stats(
         raise ValueError(f"`{path}` does not fit `model` ({problem}): build `model` with the checkpoint's "
                          "architecture and number of classes")
     absent = [k for k in want if is_extra(k) and k not in state]
-    if absent: warnings.warn(f"`{path}` has no `{absent[0]}`, and a .safetensors file can have none: "
-                             "what `get_extra_state` returns stays as it is in `model`")
+    if absent: warnings.warn(f"`{path}` has no `{absent[0]}`, because a .safetensors file cannot store it: `model` "
+                             "keeps its own value of `get_extra_state`")
     return state, stats
 
 def card_stats(
@@ -242,8 +241,8 @@ def card_stats(
     if not isinstance(card, dict) or not {'mean','std'} <= set(card): return None,None
     for k in ('mean','std'):
         if not isinstance(card[k], list) or not all(isinstance(v, float) for v in card[k]):
-            raise ValueError(f"`{path}` is damaged (its `{k}` is no list of numbers): delete it, and give `mean` and "
-                             "`std`")
+            raise ValueError(f"`{path}` is damaged (its `{k}` is not a list of numbers): delete it, and pass `mean` "
+                             "and `std`")
     return card['mean'],card['std']
 
 # %% ../nbs/09_checkpoint.ipynb #40b4d339
@@ -262,7 +261,7 @@ def read_card(
     "Return the dict in the card of a checkpoint; raise `ValueError` if it is damaged"
     try: card = read_json(path)
     except ValueError as e:
-        raise ValueError(f"`{path}` is damaged ({e}): delete it, and it is as if that epoch had not been kept") from e
+        raise ValueError(f"`{path}` is damaged ({e}): delete it, and its epoch counts as not saved") from e
     if not isinstance(card, dict):
         raise ValueError(f"`{path}` is not a card, which is an object with an entry for each metric: delete it")
     return card
@@ -273,7 +272,7 @@ def card_vocab(
     "Return the class names on a card, in order; raise `ValueError` if they are damaged"
     vocab = read_card(path).get('vocab', [])
     if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab):
-        raise ValueError(f"`{path}` is damaged (its `vocab` is no list of names): delete it")
+        raise ValueError(f"`{path}` is damaged (its `vocab` is not a list of names): delete it")
     return vocab
 
 def best_epoch(
@@ -289,7 +288,7 @@ def best_epoch(
     for n,card in cards.items(): trainings.setdefault(str(card.get('training')), []).append(n)
     if len(trainings) > 1:
         raise ValueError(f"`{folder}` holds epochs of {len(trainings)} trainings, "
-                         f"{' and '.join(map(str, trainings.values()))}: their numbers do not compare. Move those of "
+                         f"{' and '.join(map(str, trainings.values()))}, which cannot be compared: move the files of "
                          "all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)
     scores = {n: score(card) for n,card in cards.items()}

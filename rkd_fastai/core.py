@@ -49,8 +49,8 @@ class PixelModel(nn.Module):
     def _check_channels(self, x):
         n = 1 if self.mean is None else max(self.mean.shape[1], self.std.shape[1])
         if n > 1 and n != x.shape[-3]: # three means would turn one channel into three
-            raise ValueError(f"`mean` and `std` are of {n} channels, but the images of {x.shape[-3]}: "
-                             "give as many numbers as there are channels, or one")
+            raise ValueError(f"`mean` and `std` have {n} values, but the images have {x.shape[-3]} channels: give one "
+                             "value per channel, or a single value")
 
     def normalize(self,
         x, # images in [0, 1], `(bs, c, h, w)`
@@ -107,8 +107,7 @@ def batch_statistics(
 
 def _depends(layer, name):
     return (f"BatchNorm `{layer}` of `{name}` keeps no running statistics (`track_running_stats=False`), so that the "
-            "answer about an image "
-            "depends on the others in its batch")
+            "output for an image depends on the other images in its batch")
 
 def warn_of_batch_statistics(
     model, # any callable
@@ -116,7 +115,7 @@ def warn_of_batch_statistics(
 ):
     "Warn if the predictions of `model` for an image depend on the other images in the batch, also in eval mode"
     if layer := batch_statistics(model):
-        warnings.warn(f"{_depends(layer, name)}, and its accuracy on the size of the batches: build the network with "
+        warnings.warn(f"{_depends(layer, name)}, and the accuracy depends on the batch size: build the network with "
                       "`track_running_stats=True`")
 
 @contextmanager
@@ -128,7 +127,7 @@ def naming_batchnorm(
     try: yield model
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e) or not (layer := batch_statistics(model)): raise
-        raise ValueError(f"{_depends(layer, name)}, and there is none about a single image: build the network with "
+        raise ValueError(f"{_depends(layer, name)}, and there is no output for a single image: build the network with "
                          "`track_running_stats=True`") from e
 
 @contextmanager
@@ -158,9 +157,8 @@ class NotFinite(FloatingPointError, ValueError): "Error for a number that is NaN
 def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
     if lo >= -.5 and hi <= 1.5:
-        return (f"they span [{lo:.3g}, {hi:.3g}]: a bicubic resize overshoots so, and `x.clamp(0, 1)` mends it; or "
-                "are they normalised? "
-                "Attacks work before normalisation, which belongs to the model")
+        return (f"they span [{lo:.3g}, {hi:.3g}]: if a bicubic resize caused this, use `x.clamp(0, 1)`; or are they "
+                "normalised? Attacks work before normalisation, which belongs to the model")
     return (f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs "
             "to the model")
 
@@ -191,12 +189,11 @@ def check_logits(
     "Return `logits` as a plain tensor in at least float32; raise an error if they are not logits `(bs, n_out)`"
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = type(logits).__name__ + (f" of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else '')
-        raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns that one "
+        raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns only this "
                         "tensor")
     if logits.shape[1] < 2:
-        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes, of "
-                         "which to choose one: "
-                         "where z is the logit of the second of two, return `torch.cat([torch.zeros_like(z), z], 1)`")
+        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes: if "
+                         "z is the only logit for two classes, return `torch.cat([torch.zeros_like(z), z], 1)`")
     return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype, torch.float32))
 
 def are_probs(
@@ -213,11 +210,10 @@ def check_no_probs(
 ):
     "Return `out`; raise `ValueError` if it contains probabilities, because attacks and losses need logits"
     if isinstance(out, torch.Tensor) and out.ndim == 2 and are_probs(out) and (out != out[:1]).any():
-        raise ValueError(f"`{name}` returns probabilities, not logits: attacks and losses take a softmax of their "
-                         "own, and with two the "
-                         "gradients vanish: take the softmax off the network, `nn.Sequential(*list(net)[:-1])` where "
-                         "it is the last of "
-                         f"its layers, or take the logarithm of what it returns, `LogProbs(net)`{or_else}")
+        raise ValueError(f"`{name}` returns probabilities, not logits. Attacks and losses apply a softmax themselves, "
+                         "and with two of them the gradients vanish: remove the softmax from the network, for example "
+                         "by `nn.Sequential(*list(net)[:-1])` if it is the last layer, or take the logarithm of the "
+                         f"output by `LogProbs(net)`{or_else}")
     return out
 
 class LogProbs(nn.Module):
@@ -352,7 +348,7 @@ def check_fraction(**kwargs):
     "Return the values as a Python number, or as a tuple of several; raise `ValueError` if one is not in [0, 1]"
     values = _as_numbers(kwargs)
     for k,v in values.items():
-        if not 0 <= v <= 1: raise ValueError(f"`{k}` is a weight in [0, 1], got {v}")
+        if not 0 <= v <= 1: raise ValueError(f"`{k}` must be a weight in [0, 1], got {v}")
     return _one_or_all(values.values())
 
 def check_T(
@@ -360,7 +356,7 @@ def check_T(
 ):
     "Return the temperature as a Python number; raise `ValueError` unless it is positive and finite"
     T = as_number('T', T)
-    if not 0 < T < float('inf'): raise ValueError(f"`T` is a temperature > 0, got {T}")
+    if not 0 < T < float('inf'): raise ValueError(f"`T` must be a finite temperature > 0, got {T}")
     return T
 
 def check_weights(
@@ -372,7 +368,7 @@ def check_weights(
     if isinstance(betas, str) or not isinstance(betas, Iterable) or getattr(betas, 'ndim', 1) != 1:
         raise TypeError(f"`betas` must be a list of numbers, one per teacher, got {betas!r}")
     betas = [float(as_number('betas', b)) for b in betas]
-    if len(betas) != n: raise ValueError(f"`betas` needs one weight per teacher: {n}, got {len(betas)}")
+    if len(betas) != n: raise ValueError(f"`betas` must have one weight for each of the {n} teachers, got {len(betas)}")
     if not all(b >= 0 for b in betas): raise ValueError(f"`betas` must be >= 0, got {betas}")
     if abs(sum(betas) - 1) > 1e-4:
         raise ValueError(f"`betas` must sum to 1, but {betas} sum to {sum(betas):.6g}: divide them by their sum")

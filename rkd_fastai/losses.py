@@ -35,9 +35,9 @@ def _kl(logits, target):
 
 def _reduce(loss, reduction):
     if reduction not in ('mean','sum','none'):
-        raise ValueError(f"`reduction` is 'mean', 'sum' or 'none', got {reduction!r}")
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == 'mean' and not len(loss):
-        raise ValueError("the mean loss of no images is undefined: take `reduction='sum'`")
+        raise ValueError("the mean loss of no images is undefined: use `reduction='sum'`")
     return loss if reduction == 'none' else getattr(loss, reduction)()
 
 # %% ../nbs/04_losses.ipynb #43cca4eb

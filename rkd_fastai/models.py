@@ -50,7 +50,7 @@ def cifar_resnet18(
 ):
     "Return a CIFAR ResNet-18 from images `(bs, n_in, h, w)` to logits `(bs, n_out)` (He et al., 2016; paper, Sec. 3.3)"
     (n_out,n_in),width = _check_sizes(n_out=n_out, n_in=n_in),as_number('width', width)
-    if not 0 < width < 100: raise ValueError(f"`width` is a positive factor on the channels, got {width}")
+    if not 0 < width < 100: raise ValueError(f"`width` must be a factor between 0 and 100, got {width}")
     return _ResNet((2,2,2,2), n_out, width, n_in)
 
 resnet18 = cifar_resnet18 # the name in older versions; torchvision has a different `resnet18`
@@ -107,8 +107,9 @@ def wide_resnet(
     "Return a WideResNet from images `(bs, n_in, h, w)` to logits (Zagoruyko & Komodakis, 2016; Rebuffi et al., 2021)"
     depth,widen,n_out,n_in = _check_sizes(depth=depth, widen=widen, n_out=n_out, n_in=n_in)
     if depth < 10 or (depth-4) % 6:
-        raise ValueError(f"`depth` of a WideResNet is 6n+4 (10, 16, 22, 28, 34, …), got {depth}")
+        raise ValueError(f"`depth` of a WideResNet must be 6n+4 (10, 16, 22, 28, 34, …), got {depth}")
     for k,v in dict(mean=mean, std=std).items():
-        if np.size(v) not in (1, n_in): raise ValueError(f"`{k}` needs one number, or one per channel: {n_in}, got {v}")
+        if np.size(v) not in (1, n_in):
+            raise ValueError(f"`{k}` must be one number, or one for each of the {n_in} channels, got {v}")
     if not np.all(np.array(std) > 0): raise ValueError(f"`std` must be positive, got {std}")
     return _WideResNet((depth-4)//6, widen, n_out, act, n_in, mean, std)

@@ -103,13 +103,12 @@ def to_pixels(
     try: check_images(x, 'images', tol=1e-3)
     except ValueError as e:
         if _overshoots(x):
-            warnings.warn("the images overshoot [0, 1] a little, as a bicubic resize makes them: attacks and "
-                          "measurements work on `x.clamp(0, 1)`")
+            warnings.warn("some pixels are slightly outside [0, 1], which a bicubic resize causes: attacks and "
+                          "measurements use `x.clamp(0, 1)`")
             return x.clamp(0, 1)
-        raise type(e)(f"{e}. After undoing the DataLoaders' Normalize they should be pixels: normalise with fastai's "
-                      "`Normalize` in "
-                         "`batch_tfms` and nowhere else, and keep transforms that add values after it (RandomErasing) "
-                         "out") from e
+        raise type(e)(f"{e}. These are the images without the DataLoaders' Normalize: normalise only with fastai's "
+                      "`Normalize` in `batch_tfms`, and leave out transforms that add values after it, such as "
+                      "RandomErasing") from e
     return x.clamp(0, 1)
 
 # %% ../nbs/08_pixel.ipynb #f3b12bcf
@@ -132,7 +131,7 @@ def check_single_label(
         kind = 'regression or dense-target'
     elif isinstance(targ, float): kind = 'regression'
     elif get_c(dls) == 1:
-        raise ValueError("`dls` have one class, and nothing to tell it from: images of two at least are needed")
+        raise ValueError("`dls` have one class, but a classifier needs at least two: add images of another class")
     else: return
     raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a "
                      "`CategoryBlock`")
@@ -168,15 +167,14 @@ def choose_dl(
     ds_idx=None, # index into `dls`; None means the test split if `dls` has a third loader, or else the validation set
 ):
     "Return the loader for a measurement; raise `ValueError` if the choice is ambiguous or does not exist"
-    if dl is not None and ds_idx is not None: raise ValueError("`dl` and `ds_idx` both name a loader: give one of them")
+    if dl is not None and ds_idx is not None: raise ValueError("`dl` and `ds_idx` both choose a loader: give only one")
     if ds_idx is None: return held_out(dls) if dl is None else dl
     if not isinstance(ds_idx, int) or not 0 <= ds_idx < len(dls.loaders):
         names = ['training', 'validation', 'test', *(f'loader {i}'
                                                      for i in range(3, len(dls.loaders)))][:len(dls.loaders)]
         choices = ', '.join(f'{i} ({name})' for i,name in enumerate(names))
         raise ValueError(f"`ds_idx` must be one of {choices}{'' if len(names) > 2 else '; there is no test split'}, "
-                         "got "
-                         f"{ds_idx!r}")
+                         f"got {ds_idx!r}")
     return dls[ds_idx]
 
 _tud = torch.utils.data
@@ -228,12 +226,12 @@ def _read(dls, dl):
         xs.append(to_pixels(pm, x.cpu()).float()) # only one batch is on the GPU at a time
         ys.append(y.as_subclass(torch.Tensor).cpu())
         if xs[-1].shape[1:] != xs[0].shape[1:]:
-            raise ValueError(f"images must have one size to be measured, but there are {tuple(xs[0].shape[1:])} and "
-                             f"{tuple(xs[-1].shape[1:])}: "
-                             "give the DataLoaders `item_tfms=Resize(…)`")
+            raise ValueError("the images to measure must have one size, but there are images of "
+                             f"{tuple(xs[0].shape[1:])} and {tuple(xs[-1].shape[1:])}: give the DataLoaders "
+                             "`item_tfms=Resize(…)`")
     if not xs:
-        raise ValueError("there are no images to evaluate: `dl` is empty; a Learner that was exported has left its "
-                         "images behind, give it `dl=dls.valid`")
+        raise ValueError("there are no images to evaluate, because `dl` is empty. An exported Learner does not contain "
+                         "its images: pass them, e.g. by `dl=dls.valid`")
     return torch.cat(xs), torch.cat(ys)
 
 def _sampled(learn, dl, n, seed):

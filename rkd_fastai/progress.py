@@ -57,8 +57,7 @@ def check_progress(
     "Raise `TypeError` unless `progress` is None, a bool or a function"
     if progress is None or isinstance(progress, bool) or callable(progress): return
     raise TypeError("`progress` must be True for a bar, False for none, None for a bar where the Learner shows its "
-                    "own, "
-                    f"or a function of the share of the work done and a text, got {progress!r}")
+                    f"own, or a function of the share of the work done and a text, got {progress!r}")
 
 class Progress:
     "Counter for `counting` that shows the finished fraction of a task and the remaining time"

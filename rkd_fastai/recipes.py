@@ -71,7 +71,7 @@ class Recipe:
         known = [f.name for f in fields(self)]
         for k,v in changes.items():
             if k in known: continue
-            hint = (f"the method has one, say `settings=recipe.settings | dict({k}={v!r})`"
+            hint = (f"it is a setting of the method, so use `settings=recipe.settings | dict({k}={v!r})`"
                     if k in _settings_of(self.method) else did_you_mean(k, known))
             raise TypeError(f"a recipe has no `{k}`: {hint}")
         return replace(self, **changes)
@@ -105,7 +105,7 @@ def _check_net(net, dls):
     if net is None or isinstance(net, nn.Module) or _makes_one(net): return
     name,n_out = getattr(net, '__name__', None) or repr(net),get_c(dls)
     raise TypeError(f"`net` must be a network, an nn.Module, got {name}"
-                    + (f", which makes one: call it, for {n_out} classes" if callable(net)
+                    + (f", which makes one: call it for {n_out} classes" if callable(net)
                     else f": build the network, e.g. by `timm.create_model(name, num_classes={n_out})`")
                     + ", or leave `net` out for the recipe's own")
 
@@ -118,14 +118,14 @@ def _check(recipe, teacher):
     if recipe.method not in known: raise ValueError(f"unknown `method` {recipe.method!r}: use one of {known}")
     attacks = recipe.method not in ('st','ckd')
     if attacks == (recipe.attack is None):
-        raise ValueError(f"`attack`: {recipe.method!r} " + ("needs one, e.g. `PGD()`" if attacks
-                                                            else "takes none, set it to None"))
+        raise ValueError("`attack` must " + ("be set, e.g. to `PGD()`, because" if attacks else "be None, because")
+                         + f" the method {recipe.method!r} " + ("needs one" if attacks else "takes none"))
     if recipe.needs_teacher and teacher is None:
-        raise ValueError(f"`teacher`: {recipe.method!r} distils, and needs one, e.g. `Teacher.at_epoch(folder, 20, "
-                         "net)`")
+        raise ValueError(f"`teacher` is missing, and the method {recipe.method!r} needs one: pass it, e.g. as "
+                         "`Teacher.at_epoch(folder, 20, net)`")
     if not recipe.needs_teacher and teacher is not None:
-        raise ValueError(f"`teacher`: {recipe.method!r} takes none; recipes that do are "
-                         f"{[k for k,r in all_recipes.items() if r.needs_teacher]}")
+        raise ValueError(f"`teacher` must be left out, because the method {recipe.method!r} takes none. Recipes that "
+                         f"take one are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
 
 def _callback(recipe, teacher, **kwargs):
     "Return the training callback of a recipe"
@@ -136,7 +136,7 @@ def _callback(recipe, teacher, **kwargs):
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
         if recipe.synthetic is None:
-            raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their part of the "
+            raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their share of the "
                              "batch by `recipe.replace(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
@@ -159,8 +159,8 @@ def learner(self:Recipe,
     "Return a Learner for this recipe, which `recipe.fit(learn)` trains; raise an error if a required part is missing"
     _check(self, teacher)
     if not self.bn_wd and 'splitter' in kwargs:
-        raise ValueError("`splitter`: this recipe's own takes BatchNorm out of the weight decay: leave yours out, or "
-                         "use `recipe.replace(bn_wd=True)`")
+        raise ValueError("`splitter` must be left out, because this recipe has its own, which excludes BatchNorm from "
+                         "the weight decay. With `recipe.replace(bn_wd=True)` it has none")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
     _check_net(net, dls)
@@ -195,12 +195,12 @@ def lr_for(self:Recipe,
 # %% ../nbs/13_recipes.ipynb #bf3b6a95
 _rkd = 'When does knowledge distillation improve robustness?'
 paper_teacher = Recipe(f'{_rkd} Appendix A.1', 'at', PGD(), epochs=100, bs=128, lr=.1, schedule=ExpDecay(.9),
-    note='stated are SGD, epochs, batch, rate and PGD-7; momentum, weight decay and steps of 2/255 are what the field '
-         'uses')
+    note='the paper states SGD, epochs, batch size, learning rate and PGD-7; momentum, weight decay and steps of 2/255 '
+         'are the usual ones')
 paper_student = Recipe(f'{_rkd} Appendix A.1', 'akd', PGD(), epochs=100, bs=256, lr=.21, schedule=OneCycle(),
                        settings=dict(alpha=.8),
-    note='alpha as in Section 4; Section 3.1 finds about .3 best with a standard and .7 with a robust teacher. The '
-         'rest as in `paper_teacher`')
+    note='alpha is that of Section 4; in Section 3.1, about .3 is best with a standard and .7 with a robust teacher. '
+         'The rest is as in `paper_teacher`')
 
 # %% ../nbs/13_recipes.ipynb #187ac959
 _wrn = partial(wide_resnet, 28, 10)
@@ -211,18 +211,18 @@ rebuffi_at_plus = Recipe('Rebuffi et al., Fixing Data Augmentation to Improve Ad
     note='the average ramps up from the first step, where the authors start it after the warm-up; `replace(cutout=0, '
          'cutmix=True)` is their other augmentation')
 wang_at_plus = rebuffi_at_plus.replace(source='Wang et al., Better Diffusion Models Further Improve Adversarial '
-                                              'Training '
-                                          '(2023), training settings; the paper, Section 4 (AT+, EDM data)',
+                                              'Training (2023), training settings; the paper, Section 4 (AT+, EDM '
+                                              'data)',
     bs=512, lr=.2, lr_bs=512, cutout=0,
-    note="the cross-entropy of adversarial examples, as the paper's AT+; the authors' command trains by TRADES, which "
-         "is `wang_trades`")
+    note="the loss is the cross-entropy of adversarial examples, as in the paper's AT+; the authors' command trains "
+         "with TRADES, which is `wang_trades`")
 wang_trades = wang_at_plus.replace(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)',
                                method='trades',
     attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), label_smoothing=.1,
-    note="attacks in eval mode, the script with the statistics of the batch; BatchNorm sees x' before x")
+    note="this recipe attacks in eval mode, the script with the statistics of the batch; BatchNorm sees x' before x")
 
 # %% ../nbs/13_recipes.ipynb #84db3dbe
-_start = 'the random start is clipped to [0, 1] before the first step, in the script after it'
+_start = 'the random start is clipped to [0, 1] before the first step; the script clips it after this step'
 rslad_official = Recipe('Zi et al., Revisiting Adversarial Robustness Distillation (2021), resnet18_rslad_cifar10.py',
                         'rslad',
     PGD(steps=10, step_size=2/255, random_start=.001, objective='kl'), epochs=300, bs=128, lr=.1,
@@ -232,8 +232,8 @@ ard_official = Recipe('Goldblum et al., Adversarially Robust Distillation (2020)
                       PGD(steps=10, step_size=2/255), epochs=200, bs=128, lr=.1,
     schedule=Steps((100,), 200), wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=1., T=30.),
                       mean_over_classes=True,
-    note='attacks a student in eval mode, the script one in train mode. Its second step, at epoch 150, sets the rate '
-         'of the first once more. The default student there is a MobileNetV2')
+    note='this recipe attacks the student in eval mode, the script in train mode. The second step of the script, at '
+         'epoch 150, does not change the rate. The default student there is a MobileNetV2')
 trades_official = Recipe('Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy (2019), '
                          'train_trades_cifar10.py', 'trades',
     PGD(.031, steps=10, step_size=.007, random_start=.001, objective='kl'), epochs=76, bs=128, lr=.1,
@@ -241,7 +241,8 @@ trades_official = Recipe('Zhang et al., Theoretically Principled Trade-off betwe
     arch=partial(wide_resnet, 34, 10, act=nn.ReLU), wd=2e-4, nesterov=False, settings=dict(beta=6.), note=_start)
 fast_at = Recipe('Wong et al., Fast is better than free (2020), CIFAR10/train_fgsm.py', 'at', FFGSM(8/255), epochs=15,
                  bs=128, lr=.2, schedule=Triangle(.5), nesterov=False,
-    note='attacks in eval mode, the script in train mode and half precision. The network there is a PreActResNet-18')
+    note='this recipe attacks in eval mode, the script in train mode and half precision. The network there is a '
+         'PreActResNet-18')
 
 all_recipes = {k: v for k,v in list(globals().items()) if isinstance(v, Recipe)}
 

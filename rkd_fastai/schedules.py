@@ -61,7 +61,7 @@ class ExpDecay:
 def _check_pct(**kwargs):
     check_number(**kwargs)
     for k,v in kwargs.items():
-        if not 0 < v < 1: raise ValueError(f"`{k}` is a part of the training between 0 and 1, got {v}")
+        if not 0 < v < 1: raise ValueError(f"`{k}` must be a fraction between 0 and 1, got {v}")
 
 @dataclass(frozen=True)
 class OneCycle:
@@ -119,9 +119,8 @@ def _check_sgd(opt, lr):
     name = _optimiser_name(opt)
     if 'sgd' in name.lower(): return
     way = '`lr_max=1e-2` suits it' if re.search('adam|rms', name.lower()) else '`learn.lr_find()` finds one'
-    warnings.warn(f"the default `lr_max` {lr:g} is for SGD, and this Learner trains by {name}: give a rate of its own "
-                  f"({way}), "
-                  "or train by SGD with `opt_func=sgd_nesterov` in the Learner", stacklevel=4)
+    warnings.warn(f"the default `lr_max` {lr:g} is for SGD, but this Learner trains with {name}: pass another rate "
+                  f"({way}), or train with SGD by `opt_func=sgd_nesterov` in the Learner", stacklevel=4)
 
 # %% ../nbs/11_schedules.ipynb #b8afb754
 @patch

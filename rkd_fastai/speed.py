@@ -372,7 +372,7 @@ class _Compiled:
                     torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
             return True
         except Exception as e:
-            _say_once(f"`compile=True` fails, and the model runs as it is ({type(e).__name__}: "
+            _say_once(f"`compile=True` failed, so the model runs uncompiled ({type(e).__name__}: "
                       f"{(str(e).strip() or '?').splitlines()[0]})")
             return False
 

@@ -63,8 +63,8 @@ class Teacher(nn.Module):
         self.vocab = vocabs[0] if vocabs else [] # class names in order, if a Learner provides them
         names = [[str(o) for o in v] for v in vocabs]
         if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names):
-            raise ValueError(f"`teacher`: the members order the classes differently, {names}: an average of them "
-                             "means nothing")
+            raise ValueError(f"`teacher` has members with different orders of the classes, {names}: their average "
+                             "would mean nothing")
         self.requires_grad_(False).eval()
         if len(models) > 1: self.to(model_device(self.members[0])) # the members may be on several devices
 
@@ -86,11 +86,10 @@ class Teacher(nn.Module):
                            self.betas)
         if not p.isfinite().all():
             if not x.isfinite().all():
-                raise NotFinite("`teacher` was given images that contain NaN or infinite values: look at the attack "
-                                "that made them")
+                raise NotFinite("`teacher` was given images that contain NaN or infinite values: check the attack that "
+                                "made them")
             raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of "
-                            f"{len(p)} images: "
-                             "check its weights and its normalisation (`mean`, `std`)")
+                            f"{len(p)} images: check its weights and its normalisation (`mean`, `std`)")
         return p
 
     def forward(self,
@@ -124,7 +123,7 @@ def load_teacher(
     model.load_state_dict(state, strict=False) # eval mode does not need BatchNorm's step counters, which may be missing
     if mean is None and std is None: mean,std = stats or card_stats(path)
     if stats and mean is stats[0] and max(mean) > 1:
-        raise ValueError(f"`{path}` normalises images by a mean of {mean}, which is none of images in [0, 1]: give "
+        raise ValueError(f"`{path}` normalises images with a mean of {mean}, which does not fit images in [0, 1]: pass "
                          "`mean` and `std`")
     return Teacher(model, mean=mean, std=std)
 
@@ -141,7 +140,7 @@ def at_epoch(cls:Teacher,
     if epoch == 'best': epoch = best_epoch(folder, fname=fname)
     saved = saved_epochs(folder, fname, '.pth')
     if epoch not in saved:
-        raise MissingFile(f"`epoch` {epoch} was not kept in `{folder}`: "
+        raise MissingFile(f"`epoch` {epoch} was not saved in `{folder}`: "
                           + (f"there are {list(saved)}" if saved else f"there are no `{fname}_*.pth`"))
     teacher = load_teacher(saved[epoch], model, **kwargs)
     card = saved[epoch].with_suffix('.json')
@@ -151,7 +150,7 @@ def at_epoch(cls:Teacher,
 # %% ../nbs/10_teachers.ipynb #a1c46a1f
 def _import(module, package):
     try: return import_module(module)
-    except ImportError as e: raise ImportError(f"this teacher needs {package}: `pip install {package}`") from e
+    except ImportError as e: raise ImportError(f"this teacher needs {package}: run `pip install {package}`") from e
 
 @patch(cls_method=True)
 def from_robustbench(cls:Teacher,
@@ -191,8 +190,8 @@ def _for_channels(stats, n):
     weights of the channels."""
     if len(stats) in (1, n): return stats
     if n == 1: return [sum(stats)/len(stats)]
-    raise ValueError(f"`in_chans` is {n}, but the network's own normalisation is of {len(stats)} channels: "
-                     f"give `mean` and `std` of {n}")
+    raise ValueError(f"`in_chans` is {n}, but the network's own normalisation has {len(stats)} channels: pass `mean` "
+                     f"and `std` with {n} values")
 
 @patch(cls_method=True)
 def from_torchvision(cls:Teacher,
@@ -203,7 +202,7 @@ def from_torchvision(cls:Teacher,
     "Return a pretrained torchvision classifier with its own normalisation and its class names"
     weights = get_weight(weights) if isinstance(weights, str) else weights
     if not weights.meta.get('categories'):
-        raise ValueError(f"`weights` {weights} know no classes: take those of a classifier")
+        raise ValueError(f"`weights` {weights} have no class names: use those of a classifier")
     tfms = weights.transforms()
     if mean is None and std is None: mean,std = tfms.mean,tfms.std
     teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=mean,
@@ -222,21 +221,21 @@ def check_teacher(
                 and m.mean is not None} - {1, images.shape[1]}
     if channels: # a grey image minus three means would become an image with three channels
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it "
-                         "normalises "
-                         f"{channels.pop()} channels; where its network takes {images.shape[1]}, make it with `mean` "
-                         "and `std` of so many")
+                         f"normalises {channels.pop()} channels. If its network takes images of {images.shape[1]}, "
+                         "make the teacher with `mean` and `std` of that length")
     warn_of_batch_statistics(teacher, 'teacher')
     try: probs = teacher.probs(images)
     except RuntimeError as e:
         devices = sorted({str(t.device) for ts in (teacher.parameters(), teacher.buffers()) for t in ts})
         if len(devices) > 1:
-            raise ValueError(f"`teacher` lies on several devices, {' and '.join(devices)}: move all of it to one, "
+            raise ValueError(f"`teacher` is on several devices, {' and '.join(devices)}: move all of it to one, "
                              f"`teacher.to({str(model_device(teacher))!r})` ({str(e).splitlines()[0]})") from e
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: "
                          f"{str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
-        raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: distil from a teacher of "
-                         "the same classes")
+        raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: use a teacher of the same "
+                         "classes")
     theirs,ours = ([str(o) for o in v] for v in (teacher.vocab, getattr(dls, 'vocab', [])))
     if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(f"`teacher` orders the classes {theirs}, but `dls` {ours}: build `dls` with that `vocab`")
+        raise ValueError(f"`teacher` orders the classes as {theirs}, but `dls` as {ours}: build `dls` with the `vocab` "
+                         "of the teacher")

@@ -149,7 +149,7 @@ def test_no_warning_in_normal_use(tmp_path):
     before, ours = done.stderr.split('--- rkd_fastai')
     warned = [l for l in ours.splitlines() if re.search('[Ww]arning', l)]
     # the teacher has hardly been trained
-    warned = [l for l in warned if 'validation images rightly' not in l and 'warn(says)' not in l]
+    warned = [l for l in warned if 'validation images correctly' not in l and 'warn(says)' not in l]
     assert [l for l in warned if 'load_learner` uses' not in l] == [] and len(warned) == 1 and 'pgd20' in done.stdout
 
 # --- TorchScript and lazy layers ---
@@ -179,7 +179,7 @@ def test_torchscript(make, robust_net, test_images, make_learner, tmp_path):
         for p in net.parameters(): p.zero_() # the teacher's are its own
     torch.testing.assert_close(teacher.probs(x), Teacher(robust_net).probs(x))
     net.save(tmp_path/'net.pt')
-    with pytest.raises(ValueError, match=r'is TorchScript.*`torch.jit.load\(path\)`'):
+    with pytest.raises(ValueError, match=r'is a TorchScript file.*`torch.jit.load\(path\)`'):
         load_teacher(tmp_path/'net.pt', robust_net)
     Teacher(torch.jit.load(tmp_path/'net.pt'))
 
@@ -207,7 +207,7 @@ def test_lazy_layers_of_a_learner(how, make_learner, tiny_net, tmp_path):
     once = dict(robustness=lambda: learn.robustness('pgd2'), teacher=lambda: Teacher(learn).probs(torch.rand(2,1,8,8)),
                 metric=learn.validate, export=lambda: learn.to_robustbench(tmp_path/'export'))
     if how == 'masking':
-        with pytest.raises(ValueError, match='at least 10 are needed'): learn.check_robustness() # it is not trained
+        with pytest.raises(ValueError, match='need at least 10'): learn.check_robustness() # it is not trained
     else: once.get(how, lambda: learn.fit(1))()
     # fastai's own leave it in eval mode
     assert learn.model.training == (how in ('robustness','masking','teacher','export'))

@@ -131,8 +131,8 @@ def test_timm_in_other_channels(stats, make_dls, make_learner):
         close(make(in_chans=2, mean=[.1, .2], std=.5).members[0].mean.flatten(), torch.tensor([.1, .2]))
         with pytest.raises(ValueError, match='both `mean` and `std`'): make(mean=.3)
     else:
-        with pytest.raises(ValueError, match='`in_chans` is 2.*give `mean` and `std` of 2'): make(in_chans=2)
-        with pytest.raises(ValueError, match='of 3 channels, but the images of 1'): make().probs(x)
+        with pytest.raises(ValueError, match='`in_chans` is 2.*pass `mean` and `std` with 2'): make(in_chans=2)
+        with pytest.raises(ValueError, match='have 3 values, but the images have 1 channels'): make().probs(x)
 
 def test_torchvision_with_other_statistics():
     w = torchvision.models.ResNet18_Weights.DEFAULT
@@ -145,7 +145,7 @@ def test_members_on_several_devices(make_dls, tiny_net):
     "Which is what the error is about, not the images"
     t = Teacher([tiny_net(), tiny_net(seed=1)])
     t.members[1].to('meta')
-    with pytest.raises(ValueError, match=r"`teacher` lies on several devices, cpu and meta: move all of it to one, "
+    with pytest.raises(ValueError, match=r"`teacher` is on several devices, cpu and meta: move all of it to one, "
                                          r"`teacher.to\('cpu'\)`"):
         check_teacher(t, make_dls())
 
@@ -160,7 +160,7 @@ def test_every_classifier_of_torchvision():
     for name,enum in zip(torchvision.models.list_models(module=torchvision.models), enums):
         for w in enum:
             if w.meta['categories'] is None: # VGG-16's features
-                with patch.object(teachers, 'get_model') as got, pytest.raises(ValueError, match='no classes'):
+                with patch.object(teachers, 'get_model') as got, pytest.raises(ValueError, match='no class names'):
                     Teacher.from_torchvision(w)
                 assert not got.called
                 continue
@@ -356,7 +356,7 @@ def test_random_start_without_steps(tiny_net):
 
 # --- a teacher that knows nothing ---
 
-guessing = '`teacher` classifies .* validation images rightly, which is no better than guessing'
+guessing = '`teacher` classifies .* validation images correctly, which is no better than guessing'
 
 class Asked(nn.Module):
     "Counts the images it is asked about"
@@ -381,8 +381,9 @@ def test_teacher_that_lost_its_normalisation(ordered, plain_net, make_learner):
     back without a word"""
     lost = Denormalised(plain_net) # what it takes is normalised
     learn = make_learner(ordered, lost)
-    with pytest.warns(UserWarning, match=guessing + ".*behind the DataLoaders' Normalize it would be (1..|200) of 200 "
-                                                    ".*`learn.model` alone.*give the Learner itself"):
+    with pytest.warns(UserWarning, match=guessing + ".*on images normalised by the DataLoaders it would be "
+                                                    "(1..|200) of 200 .*`learn.model` does not include"
+                                                    ".*give the Learner itself"):
         make_learner(ordered).to_rkd(lost, 'ckd').fit(1)
     for teacher in (learn, Teacher(lost, mean=.3, std=.02), plain_net):
         with warnings.catch_warnings():

@@ -191,7 +191,7 @@ def test_checkpoint_of_madrylab(name, parts, net, tiny_net, x, tmp_path):
     t = load_teacher(tmp_path/name, tiny_net())
     close(t.probs(x), probs_of(net, (x-.3)/.2)); close(t.members[0].mean.flatten(), torch.tensor([.3]))
     close(load_teacher(tmp_path/name, tiny_net(), mean=.5, std=.25).probs(x), probs_of(net, (x-.5)/.25))
-    with pytest.raises(ValueError, match='normalisation of its images, too: take it by `load_teacher`'):
+    with pytest.raises(ValueError, match='normalisation of its images: use `load_teacher`'):
         fitting_state(tmp_path/name, tiny_net())
 
 def test_prefixes_before_some_names(net, tiny_net, x, tmp_path):
@@ -211,7 +211,7 @@ def test_two_networks_in_one_checkpoint(net, tiny_net, tmp_path):
     with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'):
         load_teacher(tmp_path/'b.pth', tiny_net())
     torch.save(of_madry(net, mean=(125.3,), std=(63.,)), tmp_path/'c.pth')
-    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which is none of images in \[0, 1\]: give `mean` and '
+    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which does not fit images in \[0, 1\]: pass `mean` and '
                                          r'`std`'):
         load_teacher(tmp_path/'c.pth', tiny_net())
 

@@ -16,8 +16,8 @@ def _ce(logits, y, target): return F.cross_entropy(logits, y, reduction='none')
 def _sorted(logits, least):
     "Return each image's logits in ascending order; raise `ValueError` if there are fewer than `least`"
     if logits.shape[1] < least:
-        raise ValueError(f"this DLR loss needs {least} classes, but `model` tells {logits.shape[1]}: take `loss='ce'` "
-                         "without `targets`")
+        raise ValueError(f"this DLR loss needs at least {least} classes, but `model` has {logits.shape[1]}: use "
+                         "`loss='ce'` without `targets`")
     return logits.sort(1).values
 
 def _dlr(logits, y, target):

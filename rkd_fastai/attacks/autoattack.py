@@ -26,7 +26,8 @@ def _autoattack_parts(version, n_out):
     if version in _names:
         least = _least.get(version, 2)
         if n_out < least:
-            raise ValueError(f"{version} is defined for {least} classes and more, but `model` has {n_out}")
+            raise ValueError(f"`version={version!r}` needs at least {least} classes, but `model` has {n_out}: use "
+                             "`version='apgd-ce'`")
         return [version]
     parts = dict(standard=['apgd-ce','apgd-t','fab-t','square'],
                  plus=['apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'],
@@ -37,10 +38,9 @@ def _autoattack_parts(version, n_out):
 def _check_height(x, norm, parts):
     "Raise `ValueError` if L2 Square cannot start, because its initial squares are a fifth of the image height"
     if norm == 'L2' and 'square' in parts and x.shape[2] < 5:
-        raise ValueError(f"Square in L2 needs images at least 5 pixels high, but these are {x.shape[2]}×{x.shape[3]}: "
-                         "enlarge or transpose them "
-                         "for this network, or take the other parts one by one (`version='apgd-ce'`, 'apgd-t', "
-                         "'fab-t'), or PGD")
+        raise ValueError("Square in L2 needs images that are at least 5 pixels high, but these images have "
+                         f"{x.shape[2]}×{x.shape[3]} pixels: enlarge or transpose them for this network, run the other "
+                         "parts one by one (`version='apgd-ce'`, 'apgd-t' and 'fab-t'), or use PGD")
 
 class _Part(Attack):
     "One attack of the AutoAttack `whole`, for networks with `n_out` classes"
@@ -162,7 +162,7 @@ class AutoAttack(Attack):
         bs,queries = whole_number('bs', bs, 1),whole_number('queries', queries, 1)
         if norm not in norms: raise ValueError(f"`norm` must be one of {list(norms)}, got {norm!r}")
         if version not in ('standard','plus','rand',*_names):
-            raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or a part of {_names}, got {version!r}")
+            raise ValueError(f"`version` must be 'standard', 'plus', 'rand' or one of {_names}, got {version!r}")
         self.eps,self.norm,self.version,self.seed,self.bs,self.queries,self.fast = eps,norm,version,seed,bs,queries,fast
 
     def published(self,
@@ -177,7 +177,8 @@ class AutoAttack(Attack):
             return Published(model, **kw)
         except ImportError: pass
         try: from autoattack import AutoAttack as Published
-        except ImportError as e: raise ImportError("AutoAttack needs a package: `pip install pyautoattack`") from e
+        except ImportError as e:
+            raise ImportError("AutoAttack needs a package: run `pip install pyautoattack`") from e
         return Published(model, **kw, verbose=False)
 
     def check(self, x): _check_height(x, self.norm, _autoattack_parts(self.version, 10))

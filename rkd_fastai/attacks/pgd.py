@@ -73,8 +73,8 @@ class Attack:
         targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
     ):
         "Return x′ `(bs, c, h, w)` in the ε-ball and in [0, 1]; subclasses define this; gradients are enabled"
-        raise NotImplementedError(f"{type(self).__name__} is an attack without an attack: define `perturb(self, "
-                                  "model, x, targ)`")
+        raise NotImplementedError(f"{type(self).__name__} does not define its attack: write a method "
+                                  "`perturb(self, model, x, targ)`")
 
     @property
     def settings(self):
@@ -168,10 +168,11 @@ class PGD(Attack):
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
             raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
         if not 0 <= self.random_start < float('inf'):
-            raise ValueError("`random_start` must be True, False or the standard deviation of a start around `x`, "
-                             f"got {self.random_start}")
+            raise ValueError("`random_start` must be True, False or the standard deviation of the noise that is added "
+                             f"to `x` at the start, got {self.random_start}")
         if self.restarts > 1 and not self.random_start:
-            raise ValueError("`restarts` without `random_start` would repeat one attempt")
+            raise ValueError(f"`restarts={self.restarts}` needs `random_start`: all restarts would be the same without "
+                             "a random start")
 
     @property
     def cost(self): return self.restarts*max(3*self.steps, 1)
@@ -230,7 +231,8 @@ def check_eps(
     eps = as_number('eps', eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1:
-        raise ValueError(f"`eps` is in [0, 1] pixel units, got {eps}: on the 0–255 scale write {eps:g}/255")
+        raise ValueError(f"`eps` must be in [0, 1], the range of the pixels, got {eps}: if it is meant on the 0–255 "
+                         f"scale, write {eps:g}/255")
     return eps
 
 # %% ../../nbs/attacks/01_pgd.ipynb #f7974e34

@@ -54,7 +54,7 @@ def ranked_class(
     "Return the class with the given `rank`, `(bs,)`, where the correct class has rank 1; raise `ValueError` if absent"
     with torch.no_grad(): logits = check_logits(model(x))
     n_out = logits.shape[1]
-    if rank > n_out: raise ValueError(f"`targets` may be {n_out-1} at most: `model` tells {n_out} classes")
+    if rank > n_out: raise ValueError(f"`targets` must be at most {n_out-1}, because `model` has {n_out} classes")
     return logits.scatter(1, y[:,None], torch.inf).sort(1).indices[:,-rank]
 
 def run_on_remaining(

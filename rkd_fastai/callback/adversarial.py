@@ -36,7 +36,7 @@ def check_known(
     for k in names:
         if 'attack' in allowed_settings and k in signature(PGD).parameters:
             raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
-        raise TypeError(f"`{k}` means nothing to {cls.__name__}, which takes {allowed_settings}")
+        raise TypeError(f"`{k}` is not an argument of {cls.__name__}, which takes {allowed_settings}")
 
 def _own_random(device):
     "Return a context in which each of several processes draws different random numbers; no change in a single process"
@@ -101,17 +101,14 @@ class RobustCallback(FitCallback):
         if settings and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             k,v = next(iter(settings.items()))
             v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
-            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has a loss of its "
-                             "own, which takes over "
-                             "`weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a cross-entropy, "
-                             "and nothing else. Give the "
-                             "Learner `CrossEntropyLossFlat`, or train by `AdversarialTraining`, which keeps the "
-                             "Learner's loss")
+            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has its own loss, "
+                             "which uses only `weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a "
+                             "cross-entropy. Give the Learner `CrossEntropyLossFlat`, or train with "
+                             "`AdversarialTraining`, which keeps the Learner's loss")
         if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
-            raise ValueError(f"focal loss has no meaning inside the loss of {self.name}, which is soft: give the "
-                             "Learner `CrossEntropyLossFlat` "
-                             "(class weights and label smoothing are used), or train by `AdversarialTraining`, which "
-                             "keeps the Learner's loss")
+            raise ValueError(f"{self.name} has its own loss with soft targets, for which there is no focal loss: give "
+                             "the Learner `CrossEntropyLossFlat` (class weights and label smoothing are used), or "
+                             "train with `AdversarialTraining`, which keeps the Learner's loss")
 
     def _check_mixing(self, loss_func):
         "Raise a `ValueError` if MixUp or CutMix would fail in the first batch or mix images that are to be ignored"
@@ -120,17 +117,17 @@ class RobustCallback(FitCallback):
             kind = type(mix).__name__
             if not getattr(loss_func, 'y_int', False):
                 raise ValueError(f"{kind} cannot mix the labels of the Learner's loss function, which has no `y_int`: "
-                                 "give the Learner one of fastai's, `CrossEntropyLossFlat`")
+                                 "give the Learner a loss function of fastai, such as `CrossEntropyLossFlat`")
             if type(self).method_loss is not RobustCallback.method_loss and ignored_index(loss_func) is not None:
-                raise ValueError(f"`ignore_index` of the Learner's loss function has no meaning beside {kind}, "
-                                 "which gives an image two classes: leave one of them out")
+                raise ValueError(f"`ignore_index` of the Learner's loss function cannot be combined with {kind}, which "
+                                 "gives an image two classes: leave one of them out")
 
     def _check_alone(self):
         mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # a method may occur twice
         if len(mine) > 1:
-            raise ValueError(f"{' and '.join(mine)} would both attack each batch: `learn.to_adversarial`, "
-                             "`learn.to_rkd` and "
-                                   "`learn.to_natural` put one method in the place of another")
+            raise ValueError(f"{' and '.join(mine)} would both change each batch: use only one of them. "
+                             "`learn.to_adversarial`, `learn.to_rkd` and `learn.to_natural` replace the method that "
+                             "the Learner has")
 
     def _check_metrics(self):
         funcs = [getattr(m, 'func', None) for m in self.learn.metrics]

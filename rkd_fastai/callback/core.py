@@ -42,7 +42,7 @@ def add_location(
     try: yield
     except FloatingPointError as e:
         broken = not all(t.isfinite().all() for t in chain(learn.model.parameters(), learn.model.buffers()))
-        what = ("the student's weights are not finite: lower the learning rate, and go on from a checkpoint"
+        what = ("the student's weights are not finite: lower the learning rate, and continue from a checkpoint"
                 if broken else e)
         raise NotFinite(f"epoch {learn.epoch+1}, batch {learn.iter+1}: {what}") from e
 

@@ -45,9 +45,9 @@ class CleanCache:
         if any(k not in self.rows for k in keys):
             self.rows.update(zip(keys, self.probs(x)))
             if len(self.rows) > self.n:
-                raise ValueError("`cache=True` is for images that are the same in every epoch, but more than the "
-                                 f"data set's {self.n} went by: "
-                                                         "leave augmentation and MixUp out, or the cache")
+                raise ValueError("`cache=True` needs images that are the same in every epoch, but there were more "
+                                 f"different images than the {self.n} of the data set: leave out augmentation and "
+                                 "MixUp, or leave out `cache`")
         return torch.stack([self.rows[k] for k in keys])
 
 # %% ../../nbs/callback/03_distill.ipynb #53d7ea75
@@ -135,8 +135,8 @@ class AKDCallback(DistillationCallback):
         alpha = check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
         if self.cache and not self.soft_attack:
-            raise ValueError("`cache=True` keeps answers about clean images, but AKD⁺ asks about adversarial ones, "
-                             "which are others in every epoch: leave it out")
+            raise ValueError("`cache=True` stores the teacher's probabilities on clean images, but AKD⁺ needs them on "
+                             "adversarial images, which differ in every epoch: leave it out")
         self.alpha = alpha
 
     def model_images(self):
@@ -206,8 +206,8 @@ class CKDCallback(DistillationCallback):
     ):
         lam = check_fraction(lam=lam)
         if 'attack' in kwargs:
-            raise TypeError("`attack` means nothing to CKDCallback: clean distillation attacks nothing, leave it out, "
-                            "or take another method")
+            raise TypeError("`attack` is not an argument of CKDCallback, because clean distillation has no attack: "
+                            "leave it out, or use another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # other callbacks look for the training attack here
 

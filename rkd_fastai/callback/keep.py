@@ -104,9 +104,8 @@ class KeepEpochs(EachEpoch):
             which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others
                      else 'epochs')
             raise ValueError(f"`{kept.folder}` holds {which} of another training, which `KeepEpochs` does not "
-                             "overwrite: delete them, give `KeepEpochs` another `fname` "
-                             "or the Learner another `path` or `model_dir`, or let `KeepEpochs(overwrite=True)` "
-                             "delete them")
+                             "overwrite: delete them, give `KeepEpochs` another `fname` or the Learner another `path` "
+                             "or `model_dir`, or let `KeepEpochs(overwrite=True)` delete them")
         self._kept,resume = kept,self._unborn()
         if resume and not rank_distrib():
             write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
@@ -124,8 +123,8 @@ class KeepEpochs(EachEpoch):
         if self.epochs_done % self.every or rank_distrib(): return
         path = self._kept.file(self.epochs_done, '.pth')
         if self._kept.training_of(self.epochs_done) not in (None, self.training_id):
-            raise ValueError(f"`{path}` was written by another training after this one had begun: let two that run at "
-                             "the same time keep their epochs under different names, by `fname`")
+            raise ValueError(f"`{path}` was written by another training after this one had begun: give trainings that "
+                             "run at the same time a different `fname` each")
         with atomic_path(path) as tmp:
             torch.save(unwrap(self.model).state_dict(), tmp)
             path.with_suffix('.json').unlink(missing_ok=True) # this training's card of the replaced weights

@@ -151,7 +151,7 @@ class CatastrophicOverfitting(EachEpoch):
         n=128,
         drop=.2, # largest allowed decrease of the accuracy from its best value so far
         stop=False, # restore the weights of the last good epoch and end the fit, instead of a warning
-        advice='Take a smaller step, or PGD for the training attack', # advice at the end of the warning
+        advice='Use a smaller step size, or PGD as the training attack', # advice at the end of the warning
     ):
         drop = check_fraction(drop=drop)
         self.attack,self.n,self.drop,self.stop,self._advice = attack and check_attack(
@@ -168,8 +168,8 @@ class CatastrophicOverfitting(EachEpoch):
         attack = next((cb.attack for cb in self.learn.cbs if isinstance(getattr(cb, 'attack', None), PGD)
                        and cb is not self), None)
         if attack is None:
-            raise ValueError("`CatastrophicOverfitting` finds no training attack to take `eps` from: give it an "
-                             "`attack`, e.g. `PGD(8/255, steps=5)`")
+            raise ValueError("`CatastrophicOverfitting` takes `eps` from the training attack, but finds none: give it "
+                             "an `attack`, e.g. `PGD(8/255, steps=5)`")
         return PGD(attack.eps, steps=5, norm=attack.norm)
 
     def each_epoch(self):
@@ -190,7 +190,7 @@ class CatastrophicOverfitting(EachEpoch):
             warnings.warn(f"{what}. {self._advice}")
             return
         unwrap(self.model).load_state_dict(self.kept)
-        say(f"{what}: back to the epoch before")
+        say(f"{what}. The weights of the epoch before are restored, and the training ends")
         raise CancelFitException
 
     def after_fit(self): self.kept = self.data = None
@@ -213,7 +213,7 @@ class RobustOverfitting(EachEpoch):
         gap=.02,
         restore=False, # also restore the best epoch's weights
         # function of the best `epoch` that returns the advice at the end of the message
-        advice="`KeepEpochs` keeps such a teacher, `Teacher.at_epoch(folder, {epoch}, model)` takes it".format,
+        advice="`KeepEpochs` saves each epoch, and `Teacher.at_epoch(folder, {epoch}, model)` loads this one".format,
     ):
         gap = check_fraction(gap=gap)
         self.by,self.gap,self.restore,self._advice = by,gap,restore,advice # `Resume` does not compare `_advice`
@@ -222,8 +222,8 @@ class RobustOverfitting(EachEpoch):
     def before_train(self):
         super().before_train()
         if self.trained and self.by not in self.recorder.metric_names:
-            raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: measure it by "
-                             "`metrics=[accuracy, RobustAccuracy()]`")
+            raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: add it, e.g. "
+                             "by `metrics=[accuracy, RobustAccuracy()]`")
         if self.trained and (self.epoch == 0 or self.last is None):
             self.best = self.best_epoch = self.last = self.kept = None
 
@@ -247,7 +247,8 @@ class RobustOverfitting(EachEpoch):
         if kept is not None: unwrap(self.model).load_state_dict(kept)
         of = f" of {counted(self.n_images, 'image')}" if self.n_images else ''
         say(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
-            + (": back to those weights" if self.restore else f'; {self._advice(epoch=self.best_epoch)}'))
+            + ('; the weights of that epoch are restored' if self.restore
+               else f'; {self._advice(epoch=self.best_epoch)}'))
 
 # %% ../../nbs/callback/06_monitor.ipynb #566f5198
 def _finite(o, device):
@@ -299,7 +300,7 @@ class NonFinite(FitCallback):
         self.kept = None
         with add_location(self.learn):
             raise NotFinite(f"the {name} contain{'s' if name == 'loss' else ''} NaN or infinite values: "
-                            f"{_advice.get(name, self.lower)}. The weights are those before this batch")
+                            f"{_advice.get(name, self.lower)}. The weights are still those before this batch")
 
     def after_batch(self): self.kept = None
 
@@ -307,5 +308,5 @@ class NonFinite(FitCallback):
         if self.on and not _finite(list(self.model.parameters()), 'cpu'): # check after the epoch's last step
             with add_location(self.learn): raise NotFinite(self.lower)
 
-_advice = {'images': "look at the data and its transforms", 'adversarial images': "look at the attack",
-           "teacher's probabilities": "look at its weights and its normalisation"}
+_advice = {'images': "check the data and their transforms", 'adversarial images': "check the attack",
+           "teacher's probabilities": "check its weights and its normalisation"}

@@ -100,7 +100,7 @@ def _difference(there, here, name=''):
         for k in [*there, *(k for k in here if k not in there)]:
             d = _difference(there.get(k, 'nothing'), here.get(k, 'nothing'), f'{name}.{k}' if name else str(k))
             if d: return d
-    elif there != here: return f'{name} is {there} there and {here} here'
+    elif there != here: return f'{name} is {there} in the file and {here} here'
 
 # %% ../../nbs/callback/07_resume.ipynb #c3ce8d3b
 class _NotPlain(TypeError): pass
@@ -112,7 +112,7 @@ class OtherTraining(ValueError):
         difference, # first difference from the file, in words that start with its name
         way_out, # advice, which follows the difference in the message
     ):
-        super().__init__(f'`{path}` is of another training ({difference}){way_out}')
+        super().__init__(f'`{path}` is from another training ({difference}){way_out}')
         self.path,self.difference = path,difference
 
 def _plain(o, tensors=True):
@@ -154,7 +154,7 @@ def _set_memory(cb, memory):
     if hasattr(type(cb), 'set_memory'): return cb.set_memory(memory) if memory else None
     for k,v in memory.items():
         if not _is_memory(cb, k):
-            raise ValueError(f"`{k}` of {cb.name} is nothing that `Resume` keeps: the file is damaged, delete it")
+            raise ValueError(f"`{k}` of {cb.name} is not a value that `Resume` saves: the file is damaged, delete it")
         now = vars(cb).get(k)
         # update in place, since it may be a `Counter` or a `defaultdict`
         if isinstance(now, dict) and isinstance(v, dict): now.clear(); now.update(v)
@@ -244,12 +244,12 @@ class Resume(FitCallback):
 
     def _check(self):
         if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1:
-            raise ValueError("one training is kept in one file: there are two `Resume`")
+            raise ValueError("the Learner has two `Resume` callbacks, but needs only one: leave the other one out")
         if num_distrib() > 1:
-            raise ValueError("`Resume` is for one process: each of several has random numbers of its own")
+            raise ValueError("`Resume` works in one process only: several processes have different random numbers")
         if self.every and not self.can_go_on_in_epoch:
-            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: elsewhere "
-                             "random numbers are out of reach in the middle of an epoch")
+            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: without "
+                             "these, the random state cannot be restored in the middle of an epoch")
         plain_state(unwrap(self.model))
         with writing(self.path): # fail now and not after an epoch if the file cannot be written
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ class Resume(FitCallback):
     def _read(self):
         s = load_plain(self.path)
         if not isinstance(s, dict) or s.get('what') != _what:
-            raise ValueError(f"`{self.path}` holds no training that was kept: delete it, or name another file")
+            raise ValueError(f"`{self.path}` is not a file that `Resume` wrote: delete it, or name another file")
         with zipfile.ZipFile(self.path) as z: damaged = z.testzip() # PyTorch does not check the checksums
         s = dict(ended=[], stopped=None) | s # files of earlier versions lack these
         fits = ([*s['ended'], *([] if s['stopped'] in (None, _here) else [s['stopped']])]
@@ -275,14 +275,14 @@ class Resume(FitCallback):
             self._damaged()
         return s
 
-    def _damaged(self): raise ValueError(f"`{self.path}` is damaged: delete it, and the training starts anew")
+    def _damaged(self): raise ValueError(f"`{self.path}` is damaged: delete it to train from the start")
 
     def _find(self, s):
         "Return the index of this fit in the file, from 0, and the state to continue from, or None"
         n,(done,begun) = len(s['ended']),self._fits
         if done == n+1: return done,self._append(s)
         if done > n:
-            raise ValueError(f"`{self.path}` does not hold the fits that came before this one: name another file, or "
+            raise ValueError(f"`{self.path}` does not hold the earlier fits of this Learner: name another file, or "
                              "delete it")
         # after an interruption, a Learner runs either the same fit again or all fits from the first one
         wrong = {}
@@ -291,12 +291,12 @@ class Resume(FitCallback):
             if wrong.setdefault(fit, _difference(there['training'], self.described)) is None: break
         else:
             d = wrong[done]
-            seed = ', and give a random split of the images its `seed`' if d.startswith('images') else ''
+            seed = ', and if the images are split at random, give the split a `seed`' if d.startswith('images') else ''
             raise OtherTraining(self.path, f"{f'fit {done+1}: ' if n else ''}{d}",
                                 f': name another file, or delete it{seed}')
         if not (0 <= there['epoch'] <= self.learn.n_epoch and 0 <= there['done'] < len(self.dls.train)): self._damaged()
         if there['done'] and fit == n and not self.can_go_on_in_epoch:
-            raise ValueError(f"`{self.path}` was kept in the middle of an epoch: go on with `num_workers=0`")
+            raise ValueError(f"`{self.path}` was saved in the middle of an epoch: continue with `num_workers=0`")
         self.ended = s['ended'] # also later fits, which are identified by their number
         return fit,None if fit == n and s['stopped'] == _here else there
 
@@ -334,8 +334,8 @@ class Resume(FitCallback):
         if ended: say(f"`{self.path}`: {which} has ended and is not trained again")
         elif self.epochs == self.learn.n_epoch:
             say(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing "
-                "is left to train. To train anew, delete it or name another file")
-        elif fit: say(f"`{self.path}`: {which} goes on after {counted(self.epochs, 'epoch')}")
+                "is left to train. To train again, delete it or name another file")
+        elif fit: say(f"`{self.path}`: {which} continues after {counted(self.epochs, 'epoch')}")
 
     def _set_grads(self, s):
         for p,g in zip(self.model.parameters(), s['grads']):

@@ -84,7 +84,7 @@ class RecordTrajectory(EachEpoch):
         with frozen(pixel_model(self.learn)) as model:
             n_out = check_no_probs(check_logits(model(x.to(model_device(model))))).shape[1]
         if not (0 <= y.min() and y.max() < n_out):
-            raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out}")
+            raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out} classes")
 
     def _card(self, y, sample):
         # remove addresses of functions, which differ between processes
@@ -104,13 +104,13 @@ class RecordTrajectory(EachEpoch):
         lost = sorted({*range(1, done+1)} - {*there})
         if lost:
             raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: "
-                             "record it from its start, into one folder")
+                             "record a training from its start, in one folder")
         if any(cb is not self and isinstance(cb, RecordTrajectory) and cb.path == self.path for cb in self.learn.cbs):
-            raise ValueError(f"`path` {self.path} is that of two callbacks: give each its own")
+            raise ValueError(f"`path` {self.path} is used by two callbacks: give each its own folder")
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e:
-            raise ValueError(f"`path` {self.path} has no card that can be read ({e}): name another folder, "
+            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): name another folder, "
                              "or delete it") from e
         for k in ('n','attack','seed','labels','sample'):
             if old.get(k) != card[k]:

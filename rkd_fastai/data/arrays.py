@@ -25,7 +25,7 @@ class ResidentDL(TfmdDL):
         try:
             with no_random(seed): return self.do_batch([self.do_item(i) for i in range(n)])
         except RuntimeError as e:
-            raise ValueError("the items do not stack to one batch: give the images one size, e.g. "
+            raise ValueError("the items cannot be stacked into one batch: resize the images to one size, e.g. with "
                              f"`item_tfms=Resize(64, 'squish')` ({e})") from e
 
     def items(self):
@@ -35,8 +35,8 @@ class ResidentDL(TfmdDL):
             n = getattr(self.dataset, 'n_items', self.n) # a dataset may hold more items than one epoch
             few,again = (self._make(min(n, 8), seed) for seed in (0,1))
             if not all(map(torch.equal, few, again)):
-                raise ValueError("an item transform is random, but items are made once: use batch transforms, or "
-                                 "`Resize(64, 'squish')`, which crops nothing")
+                raise ValueError("an item transform is random, but each item is created only once: use random "
+                                 "transforms in `batch_tfms`, and `Resize(64, 'squish')`, which does not crop")
             self._items = self._make(n, 0)
         if self.device is not None: self._items = to_device(self._items, self.device)
         return self._items
@@ -84,7 +84,7 @@ def check_xy(
     if x.dtype != np.uint8 or not (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3) or not x.size:
         raise ValueError(f"{name}: images must be uint8 `(n, h, w)` or `(n, h, w, 3)`, got {x.dtype} {x.shape}")
     if y.dtype.kind not in 'iu' or y.shape != x.shape[:1] or y.min() < 0:
-        raise ValueError(f"{name}: {len(x)} images need as many integer labels from 0, got {y.dtype} {y.shape}")
+        raise ValueError(f"{name}: labels must be {len(x)} integers from 0, one per image, got {y.dtype} {y.shape}")
     return np.require(x, requirements='W'),y
 
 def check_labels(
@@ -93,7 +93,7 @@ def check_labels(
     name, # name of the data in errors
 ):
     "Return `y`; raise `ValueError`, starting with `name`, if a label is not below `c`"
-    if y.max() >= c: raise ValueError(f"{name}: label {y.max()} is outside the {c} classes")
+    if y.max() >= c: raise ValueError(f"{name}: labels must be below {c}, the number of classes, got {y.max()}")
     return y
 
 # %% ../../nbs/data/01_arrays.ipynb #13073935
@@ -111,11 +111,11 @@ def arrays_dls(
     "Return `DataLoaders` for arrays of images in memory; raise `ValueError` if the arrays are invalid"
     parts = {k:check_xy(v, k) for k,v in dict(train=train, valid=valid, test=test).items() if v is not None}
     vocab = list(range(1 + max(int(y.max()) for _,y in parts.values())) if vocab is None else vocab)
-    if len(set(vocab)) < len(vocab): raise ValueError("`vocab` names a class twice")
+    if len(set(vocab)) < len(vocab): raise ValueError("`vocab` must not name a class twice")
     shape = parts['train'][0].shape[1:]
     for k,(x,y) in parts.items():
         check_labels(y, len(vocab), k)
-        if x.shape[1:] != shape: raise ValueError(f"{k}: images are {x.shape[1:]}, those of train {shape}")
+        if x.shape[1:] != shape: raise ValueError(f"{k}: images must be {shape} as in train, got {x.shape[1:]}")
     pairs = [[(img, vocab[i]) for img,i in zip(*xy)] for xy in parts.values()]
     return pairs_dls(pairs, PILImageBW if len(shape) == 2 else PILImage, vocab, bs, batch_tfms, device_resident,
                      num_workers=num_workers, **kwargs)

@@ -66,15 +66,14 @@ def _find(path, sub, name):
     for d in (Path(path), Path(path)/sub):
         for f in (d/name, d/f'{name}.gz'):
             if f.exists(): return f
-    raise FileNotFoundError(f"{name} is neither in {path} nor in {Path(path)/sub}: give the folder of the published "
-                            "files, "
-                            "or leave `path` out to download them")
+    raise FileNotFoundError(f"{name} is neither in {path} nor in {Path(path)/sub}: give the folder with the published "
+                            "files as `path`, or leave `path` out to download them")
 
 def _downloaded(name, get):
     "Return `get()`, which downloads the dataset `name`; raise `OSError` if the download fails"
     try: return get()
     except (RuntimeError, OSError) as e: # raised by torchvision and by the network
-        raise OSError(f"{name} cannot be downloaded: give the folder of its files by `path` "
+        raise OSError(f"{name} cannot be downloaded: give the folder with its files as `path` "
                       f"({' '.join(str(e).split())})") from e
 
 def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **kwargs):
@@ -99,7 +98,8 @@ def read_idx(
             data = f.read(size + 1) if head[8:] == np.array(shape, '>i4').tobytes() else None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{path} is damaged ({e}): download it again") from e
-    if head[:4] != bytes([0,0,8,nd]): raise ValueError(f"{path} is no IDX file of unsigned bytes in {nd} dimensions")
+    if head[:4] != bytes([0,0,8,nd]):
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes with {nd} dimensions: download it again")
     if data is None or len(head) != 4 + 4*nd or len(data) != n*math.prod(shape):
         raise ValueError(f"{path} does not hold {n} elements of shape {tuple(shape)}: download it again")
     return np.frombuffer(data, np.uint8).reshape(n, *shape)
@@ -169,7 +169,7 @@ def read_pickle(
     "Return the contents of a CIFAR file without executing code from it; raise `ValueError` if it is invalid"
     with open(path, 'rb') as f:
         try: return _ArrayUnpickler(f, encoding='bytes').load()
-        except Exception as e: raise ValueError(f"{path} is no file of CIFAR ({e}): download it again") from e
+        except Exception as e: raise ValueError(f"{path} is not a file of CIFAR ({e}): download it again") from e
 
 # %% ../../nbs/data/02_benchmarks.ipynb #58750c7b
 _cifar = {
@@ -247,6 +247,7 @@ def tiny_imagenet_dls(
     vocab = labels.unique().sorted()
     for f,c in test:
         if c not in vocab or f.parent != ann.parent/'images' or f.name == '..' or not f.exists():
-            raise ValueError(f"{ann} lists {f.name} of class {c}, one of which is missing: unpack the archive again")
+            raise ValueError(f"{ann} lists {f.name} of class {c}, but the file or the class is missing: "
+                             "unpack the archive again")
     held = [train[i] for i in _split(labels, valid_pct, seed)]
     return pairs_dls([*held, test], PILImage, vocab, bs, [PadCropFlip(4), *L(batch_tfms)], **kwargs)

@@ -50,17 +50,15 @@ def _check_loaders(dls):
     "Raise `TypeError` if no other loaders can be made from `dls`"
     for dl in dls.loaders:
         if not isinstance(dl, DataLoader):
-            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, of which no other loader can "
-                            "be made: "
-                            "use fastai's `DataLoader`")
+            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, from which no other loader "
+                            "can be made: use fastai's `DataLoader`")
         if 'world_size' in vars(dl):
-            raise TypeError("`dls` are split among processes already: make them what they are to be before "
-                            "`learn.distrib_ctx`")
+            raise TypeError("`dls` are already split among processes: change them before `learn.distrib_ctx`")
 
 def _new(dl, dataset=None, idxs=None, **kwargs):
     """Return `dl.new(dataset, **kwargs)` with all arguments of `dl`; raise `TypeError` if one would be lost. `idxs` are
     the items of `dl` that `dataset` contains; None means all."""
-    kind,way_out = type(dl).__name__, "give the class a `new` that hands it on"
+    kind,way_out = type(dl).__name__, "define a method `new` of the class that passes it on"
     # `dl` uses only the first `n` items
     if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs
     if dl.fake_l.persistent_workers: kwargs = dict(persistent_workers=True) | kwargs
@@ -69,13 +67,14 @@ def _new(dl, dataset=None, idxs=None, **kwargs):
     own = {} if hands_on else {k: vars(dl).get(k, _own_arguments) for k in names}
     for k,v in own.items():
         if v is _own_arguments:
-            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: keep it as `self.{k}`, or "
+            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: store it as `self.{k}`, or "
                             f"{way_out}")
     if idxs is not None:
         own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
     try: new = dl.new(dataset, **own | kwargs)
     except TypeError as e:
-        raise TypeError(f"`dls` have a {kind}, which cannot be made anew ({e}): give the class a `new` that can") from e
+        raise TypeError(f"`dls` have a {kind}, and another one cannot be made from it ({e}): define a method `new` of "
+                        "the class that can") from e
     lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_configured(k, dl, new, idxs is not None)]
     if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: {way_out}")
     return new
@@ -91,12 +90,12 @@ def _is_per_item(v, dl):
 def _of_items(k, v, dl, idxs):
     "Return the weights `v` of the items `idxs`; raise `TypeError` for other attributes than weights"
     if not (isinstance(dl, WeightedDL) and k == 'wgts'):
-        raise TypeError(f"`dls` have a {type(dl).__name__} with `{k}` for each image: take the subset first, "
-                        "and make the loader of its images")
+        raise TypeError(f"`dls` have a {type(dl).__name__} with a `{k}` for each image, of which no subset can be "
+                        "taken: choose the images first, and then make this loader from them")
     w = v[list(idxs)]
     if not w.sum():
-        raise ValueError(f"the {len(w)} images of the subset have the weight 0, all of them: take more (`n`), or "
-                         "others (`seed`)")
+        raise ValueError(f"all {len(w)} images of the subset have the weight 0: take more images (`n`), or other ones "
+                         "(`seed`)")
     return w
 
 def _with_train(dls, train):
@@ -121,12 +120,12 @@ def with_subset(
     "Return `dls` with `n` of their training images, drawn at random; raise `ValueError` if there are not enough"
     _check_loaders(dls)
     if getattr(dls.train, 'frac', None):
-        raise ValueError("`dls` have synthetic images already: take the subset first, then `with_synthetic`")
+        raise ValueError("`dls` already have synthetic images: call `with_subset` before `with_synthetic`")
     have,bs = _n_items(dls.train),dls.train.bs
     n,seed,n_valid = whole_number('n', n),whole_number('seed', seed),whole_number('n_valid', n_valid, 1, none=True)
     if not 0 < n <= have: raise ValueError(f"`n` must be from 1 to {have}, the number of training images, got {n}")
     if n < bs and dls.train.drop_last:
-        raise ValueError(f"`n` is {n}, less than one batch of {bs}: take a smaller batch size")
+        raise ValueError(f"`n` is {n}, which is less than one batch of {bs}: use a smaller batch size")
     some_valid = n_valid is not None and n_valid < _n_items(dls.valid)
     kept = sorted(sample_of(dls.valid_ds, n_valid, seed)) if some_valid else None
     def part(dl, idxs): return _new(dl, _Part(dl.dataset, idxs), idxs)
@@ -137,8 +136,8 @@ def with_subset(
 def _n_items(dl):
     "Return the number of items; raise `TypeError` for a loader of items without an index"
     if getattr(dl, 'n', None) is None or not dl.indexed:
-        raise TypeError(f"`dls` have a {type(dl).__name__} of items without an index, such as a stream: no subset of "
-                        "it can be taken")
+        raise TypeError(f"`dls` have a {type(dl).__name__} whose items have no index, such as a stream: a subset needs "
+                        "a dataset with `__len__` and `__getitem__`")
     return dl.n
 
 def with_bs(
@@ -150,7 +149,7 @@ def with_bs(
     _check_loaders(dls)
     n = getattr(dls.train, 'n', None) # None for an iterable dataset
     if n is not None and bs > n and dls.train.drop_last:
-        raise ValueError(f"`bs` is {bs}, more than the {n} training images")
+        raise ValueError(f"`bs` must be at most {n}, the number of training images, got {bs}")
     if getattr(dls.train, 'frac', None): _check_share(dls.train.frac, bs)
     return type(dls)(*[_new(dl, bs=bs) for dl in dls.loaders], path=dls.path)
 
@@ -176,7 +175,7 @@ def with_label_noise(
     frac,seed = as_number('frac', frac),whole_number('seed', seed)
     if not 0 <= frac <= 1: raise ValueError(f"`frac` must lie in [0, 1], got {frac}")
     if getattr(dls.train, 'frac', None):
-        raise ValueError("`dls` have synthetic images already: add the noise first, then `with_synthetic`")
+        raise ValueError("`dls` already have synthetic images: call `with_label_noise` before `with_synthetic`")
     n,n_out,rng = len(dls.train_ds),len(dls.vocab),random.Random(seed)
     wrong = set(rng.sample(range(n), round(frac*n)))
     shifts = [rng.randrange(1, n_out) if i in wrong else 0 for i in range(n)]
@@ -189,8 +188,8 @@ def with_batch_tfms(
     "Return `dls` with further transforms for the training batches; raise `ValueError` for `Normalize`"
     _check_loaders(dls)
     if any(isinstance(t, Normalize) for t in tfms):
-        raise ValueError("`tfms`: Normalize here would be of the training batches alone: give it to the data block, "
-                         "as one of its `batch_tfms`")
+        raise ValueError("`tfms` must not contain `Normalize`, which would apply to the training batches only: give it "
+                         "to the data block, in `batch_tfms`")
     return _with_train(dls, _new(dls.train, after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
 class _StillResize(Resize):
@@ -205,8 +204,8 @@ def _still(p):
     for t in p.fs:
         if type(t) in (Resize, _StillResize): t = copy(t); t.__class__ = _StillResize
         elif isinstance(t, _sizes):
-            raise ValueError(f"`dls` get their size from {type(t).__name__}, which is random: use `Resize`, and what "
-                             "is random in `batch_tfms`")
+            raise ValueError(f"`dls` resize images by {type(t).__name__}, which is random: use `Resize` for that, and "
+                             "random transforms in `batch_tfms`")
         if isinstance(t, _StillResize) or not isinstance(t, RandTransform): found.append(t)
     return found
 
@@ -225,14 +224,14 @@ def with_augmentation(
 def _npz_arrays(path, **want):
     """Return the arrays in `path` that `want` names. `want` maps each name to the allowed numbers of dimensions and
     kinds of dtype. The headers are checked before any data are read."""
-    again = "download or write it again"
+    again = "download or write the file again"
     if not path.is_file(): raise FileNotFoundError(f"no file of synthetic images at `{path}`")
     try:
         with zipfile.ZipFile(path) as z:
             for name,(ndims,kinds) in want.items():
                 if f'{name}.npy' not in z.namelist():
                     raise ValueError(f"`{path}` has no array `{name}`, but {[Path(n).stem for n in z.namelist()]}: "
-                                     f"synthetic data are {list(want)}")
+                                     f"a file of synthetic images has the arrays {list(want)}")
                 with z.open(f'{name}.npy') as f: (shape,_,dtype),start = _header(f),f.tell()
                 if len(shape) not in ndims or dtype.kind not in kinds or (kinds == 'u' and dtype != np.uint8):
                     raise ValueError(f"`{path}`: `{name}` is {dtype} {shape}: images must be uint8 `(n, h, w, c)` or "
@@ -241,12 +240,12 @@ def _npz_arrays(path, **want):
                 # upper bound of the unpacked size, because the sizes in the file may be wrong
                 most = 1100*path.stat().st_size
                 if size != start + dtype.itemsize*np.prod(shape, dtype=object) or size > most:
-                    raise ValueError(f"`{path}`: `{name}` says it is {dtype} {shape}, but holds {size} bytes: {again}")
+                    raise ValueError(f"`{path}`: `{name}` should be {dtype} {shape}, but has {size} bytes: {again}")
         # `a[name]` could return another entry
         with np.load(path, allow_pickle=False) as a: return [a[f'{name}.npy'] for name in want]
     except Exception as e:
         if isinstance(e, ValueError) and str(path) in str(e): raise
-        raise ValueError(f"`{path}` is truncated or no .npz file ({type(e).__name__}: {e}): {again}") from e
+        raise ValueError(f"`{path}` is truncated or not an .npz file ({type(e).__name__}: {e}): {again}") from e
 
 def _header(f):
     read = {(1,0): np.lib.format.read_array_header_1_0, (2,0): np.lib.format.read_array_header_2_0}
@@ -314,24 +313,25 @@ def _check_share(frac, bs):
     check_number(frac=frac)
     if not 0 < frac < 1: raise ValueError(f"`frac` must lie between 0 and 1, got {frac}")
     if not 0 < round(frac*bs) < bs:
-        raise ValueError(f"`frac` {frac} of a batch of {bs} leaves no image of one kind: take a larger batch")
+        kind = 'synthetic' if round(frac*bs) == 0 else 'real'
+        raise ValueError(f"with `frac` {frac}, a batch of {bs} would have no {kind} image: use a larger batch")
 
 def _check_synthetic(x, y, dls):
     check_single_label(dls)
     if y.min() < 0 or y.max() >= len(dls.vocab):
         raise ValueError(f"`npz` has labels {y.min()} to {y.max()}, but `dls` have {len(dls.vocab)} classes: labels "
-                         "count from 0")
+                         f"must be from 0 to {len(dls.vocab)-1}")
     img = dls.train_ds[0][0]
     if isinstance(img, TensorImageBase) and img.dtype != torch.uint8:
-        raise TypeError(f"`dls` hold images of {img.dtype}, to which uint8 ones cannot be added")
+        raise TypeError(f"`dls` must hold uint8 images, as synthetic ones are, got {img.dtype}")
     if isinstance(img, TensorImageBase): want,got = tuple(img.shape),tuple(image2tensor(x[0]).shape)
     elif isinstance(img, PILBase): want,got = len(img.getbands()),1 if x.ndim == 3 else x.shape[3]
     else:
-        raise TypeError(f"`dls` hold items of type {type(img).__name__}, not images: synthetic ones cannot be put "
-                        "among them")
+        raise TypeError("`dls` must hold images, so that synthetic ones can be added, but they hold items of type "
+                        f"{type(img).__name__}")
     if want != got:
-        raise ValueError(f"`npz` has images of {'shape' if isinstance(want, tuple) else 'channels'} {got}, but those "
-                         f"of `dls` are {want}")
+        unit = 'shape' if isinstance(want, tuple) else 'number of channels'
+        raise ValueError(f"the images in `npz` must have the {unit} of those in `dls`, {want}, got {got}")
 
 def with_synthetic(
     dls, # image DataLoaders with one class per image
@@ -341,11 +341,12 @@ def with_synthetic(
     """Return `dls` with synthetic images in every training batch, and epochs of the same length (Rebuffi et al., 2021;
     Wang et al., 2023)"""
     if type(dls.train) not in (TfmdDL, ResidentDL):
-        raise TypeError(f"synthetic images need a plain training loader, got a {type(dls.train).__name__}")
+        raise TypeError(f"the training loader of `dls` must be a plain `TfmdDL`, got a {type(dls.train).__name__}: add "
+                        "synthetic images before other changes")
     frac = as_number('frac', frac)
     if dls.train.n != len(dls.train_ds):
-        raise ValueError(f"`dls` take the first {dls.train.n} of {len(dls.train_ds)} images only: take them by "
-                         "`with_subset` first")
+        raise ValueError(f"`dls` use only the first {dls.train.n} of {len(dls.train_ds)} images: call `with_subset` "
+                         "before `with_synthetic`")
     _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
     x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')

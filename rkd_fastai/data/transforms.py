@@ -22,7 +22,7 @@ def open_image(
     except FileNotFoundError: raise # this error names the file already
     except Exception as e: # PIL raises a different error for each kind of damage
         if not isinstance(o, (str, Path)): raise
-        raise OSError(f"the image `{o}` cannot be read ({e}): delete it, or put a whole copy in its place") from e
+        raise OSError(f"the image `{o}` cannot be read ({e}): delete it, or replace it by an intact copy") from e
 
 class FileImage(PILImage):
     "`PILImage` whose errors name the file that cannot be read"

@@ -32,7 +32,7 @@ _test_images = dict(cifar10=10_000, cifar100=10_000, imagenet=5_000) # number of
 def _check_card(card):
     for k,v in card.items():
         if k not in _card_keys:
-            raise ValueError(f"`{k}` is nothing that RobustBench's card is told: it is told {list(_card_keys)}")
+            raise ValueError(f"`{k}` is not an entry of RobustBench's card: use one of {list(_card_keys)}")
         if v is not None and type(v) is not _card_keys[k]:
             raise ValueError(f"`{k}` must be {_card_keys[k].__name__}, got {v!r}")
 
@@ -42,7 +42,7 @@ def _check_robustness(robustness, norm):
     if not isinstance(robustness, Robustness):
         raise ValueError(f"`robustness` must be what `learn.robustness()` returned, got {robustness!r}")
     if robustness.norm != norm:
-        raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: say "
+        raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: pass "
                          f"`norm={robustness.norm!r}`, or measure it in {norm}")
 
 def _eps_text(eps, norm):
@@ -69,8 +69,8 @@ def _on_cpu(model, hooks=True):
     try:
         with torch.no_grad(): model = deepcopy(model, {id(h): OrderedDict() for h in watchers})
     except Exception as e:
-        raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): take off what computes its weights, "
-                         "such as pruning") from e
+        raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): remove what computes its weights, such "
+                         "as pruning") from e
     return model.to('cpu', torch.float32, memory_format=torch.contiguous_format)
 
 class _Mixture(nn.Module):
@@ -103,9 +103,8 @@ def _traced(model, shape):
                                           dynamic_shapes=({0: torch.export.Dim('batch')},))
     except Exception as e:
         why = (str(e).strip().splitlines() or [''])[0]
-        raise ValueError("`model` cannot be exported: its forward pass must be PyTorch's operations, the same ones "
-                         "whatever the images are "
-                         f"and however many ({type(e).__name__}: {why})") from e
+        raise ValueError("`model` cannot be exported: its forward pass must consist of PyTorch operations that are the "
+                         f"same for all images and any number of them ({type(e).__name__}: {why})") from e
     program.example_inputs = None # remove them, since they would be pickled
     for m in program.graph_module.modules():
         # remove the stack traces, which contain paths of this machine
@@ -186,17 +185,17 @@ def _check_same(loaded, model, x):
         got,want = _answers(loaded, xb),_answers(model, xb)
         for what in want:
             if not (got[what] - want[what]).abs().max() <= 1e-4*want[what].abs().max():
-                raise ValueError(f"`model` cannot be exported: once loaded its {what} were others. It must not be "
-                                 "random in eval mode, "
-                                 "change with each call, be changed by hooks, or define gradients of its own")
+                raise ValueError(f"`model` cannot be exported: its {what} were different after loading. It must not be "
+                                 "random in eval mode, change with each call, be changed by hooks, or define its own "
+                                 "gradients")
 
 # %% ../../nbs/evaluation/03_export.ipynb #ae0581ed
 def _check_folder(folder):
     at = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if at.exists() and not at.is_dir():
-        raise ValueError(f"`folder` {folder} cannot be made, {at} is a file: name another")
+        raise ValueError(f"`folder` {folder} cannot be made, because {at} is a file: name another folder")
     if (folder/'model.pt2').exists():
-        raise ValueError(f"`folder` {folder} holds an export already: name another, or delete it")
+        raise ValueError(f"`folder` {folder} already holds an export: name another folder, or delete it")
     if at == folder and any(folder.iterdir()): raise ValueError(f"`folder` {folder} is not empty: name a new one")
 
 @contextmanager
@@ -240,8 +239,8 @@ def export_robustbench(
     """Export `model` to `folder` for RobustBench and AutoAttack and return the folder; PyTorch is enough to load it.
     Raise a `ValueError` if `model` cannot be exported or an argument is invalid"""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: a "
-                        "Learner has `to_robustbench`")
+        raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: for a "
+                        "Learner, call `learn.to_robustbench`")
     folder = Path(folder).resolve()
     _check_folder(folder); _check_card(card); _check_robustness(robustness, norm); check_images(x)
     if not len(x): raise ValueError("`x` holds no images")

@@ -45,38 +45,40 @@ def _accuracy(model, x, y, attack):
 
 def _slack(n): return 2/n + .005 # difference that chance may cause between two measurements on the same n images
 
-@symptom('more steps', 'The attack finds less the longer it looks: its gradients mislead. Look for randomness and '
-                       'non-differentiable layers, and attack through a smooth stand-in of them (BPDA).', 3*(5+20+50))
+@symptom('more steps', 'The attack gets weaker with more steps, so its gradients are misleading. Look for randomness '
+                       'and non-differentiable layers, and attack through a smooth approximation of them (BPDA).',
+         3*(5+20+50))
 def _more_steps(model, x, y, eps):
     steps = (5, 20, 50)
     accs = [_accuracy(model, x, y, PGD(eps, k, step_size=2.5*eps/k)) for k in steps]
     return ', '.join(f'{k}: {a:.1%}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x))
                                                                        for a,b in zip(accs, accs[1:]))
 
-@symptom('larger radius', 'Within a radius of one half every image can be turned to grey: an attack that fails there '
+@symptom('larger radius', 'With a radius of one half, every image can be changed to grey. An attack that fails there '
                           'does not work on this network.', 3*50)
 def _larger_radius(model, x, y, eps):
     acc = _accuracy(model, x, y, PGD(.5, 50, step_size=.05))
     return f'{acc:.1%} at eps 127.5/255', acc > .05
 
-@symptom('one step', 'One step does more than twenty: the loss is jagged around the images. Use attacks with restarts '
-                     'and without gradients, such as AutoAttack.', 3*(1+20))
+@symptom('one step', 'One step is stronger than twenty, so the loss is jagged around the images. Use attacks with '
+                     'restarts and without gradients, such as AutoAttack.', 3*(1+20))
 def _one_step(model, x, y, eps):
     one,many = _accuracy(model, x, y, FGSM(eps)),_accuracy(model, x, y, PGD(eps, 20))
     return f'FGSM {one:.1%}, PGD-20 {many:.1%}', one < many - _slack(len(x))
 
-@symptom('noise', 'Noise breaks images that PGD leaves standing: PGD does not climb here.', 3*20 + 10)
+@symptom('noise', 'Random noise fools the network on images where PGD fails, so PGD does not increase the loss.',
+         3*20 + 10)
 def _noise(model, x, y, eps):
     with seeded(0, x.device):
         is_robust = _flags(model, x, y, PGD(eps, 20))
         survives = torch.ones_like(is_robust)
         for _ in range(5): survives &= _flags(model, x, y, PGD(eps, steps=0))
     lost = (is_robust & ~survives).float().mean().item()
-    return (f'{lost:.1%} fall to noise and not to PGD-20; noise leaves {survives.float().mean():.1%}, PGD-20 '
-            f'{is_robust.float().mean():.1%}', lost > _slack(len(x)))
+    return (f'noise {survives.float().mean():.1%}, PGD-20 {is_robust.float().mean():.1%}; {lost:.1%} fooled by noise '
+            'but not by PGD-20', lost > _slack(len(x)))
 
-@symptom('no gradient needed', 'An attack that sees no gradients breaks what gradient attacks leave standing: report '
-                               'no number of a gradient attack for this network.', 3*(50+50) + 500)
+@symptom('no gradient needed', 'An attack without gradients succeeds where gradient attacks fail. Do not report the '
+                               'accuracy under a gradient attack for this network.', 3*(50+50) + 500)
 def _no_gradient_needed(model, x, y, eps):
     with seeded(0, x.device):
         is_robust = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
@@ -85,7 +87,7 @@ def _no_gradient_needed(model, x, y, eps):
         if is_robust.any():
             left[is_robust] = _flags(model, x[is_robust], y[is_robust], AutoAttack(eps, version='square', queries=500))
     lost = (is_robust & ~left).float().mean().item()
-    return f'Square breaks {lost:.1%} that PGD-50 leaves standing', lost > .02 + _slack(len(x))
+    return f'{lost:.1%} fooled by Square but not by PGD-50', lost > .02 + _slack(len(x))
 
 def _gradients(model, x, y):
     def grad(x, y):
@@ -94,14 +96,15 @@ def _gradients(model, x, y):
     # clone, since inference tensors have no gradients
     with torch.inference_mode(False), torch.enable_grad(), frozen(model): return _in_batches(grad, x.clone(), y.clone())
 
-@symptom('zero gradients', 'The loss has no gradient at these images: saturated logits or a step function. '
-         'Attack the margin of the logits (`cw`, AutoAttack), or undo the step function for the attack.', 3)
+@symptom('zero gradients', 'The loss has no gradient at these images, because of saturated logits or a step function. '
+                           'Attack the margin of the logits (`cw`, AutoAttack), or leave the step function out of the '
+                           'attacked network.', 3)
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{share:.1%} of the images', share > .05
 
-@symptom('along the gradient', 'A step along the gradient raises the loss no more than a step anywhere: the gradient '
-                               'is noise, and so is what is measured with it.', 9)
+@symptom('along the gradient', 'A step along the gradient increases the loss no more than a random step, so the '
+                               'gradient is only noise, and attacks with it mean nothing.', 9)
 def _along_the_gradient(model, x, y, eps):
     with torch.no_grad(), frozen(model), seeded(0, x.device):
         loss = lambda x: _in_batches(lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y,
@@ -109,7 +112,7 @@ def _along_the_gradient(model, x, y, eps):
         up = loss(x + eps*_gradients(model, x, y).sign())
         rand = torch.stack([loss(x + eps*torch.randn_like(x).sign()) for _ in range(5)]).amax(0)
     share = (up > rand).float().mean().item()
-    return f'steeper than at random for {share:.1%} of the images', share < .9
+    return f'steeper than random directions for {share:.1%} of the images', share < .9
 
 # %% ../../nbs/evaluation/01_masking.ipynb #e7bb0258
 class MaskingReport:
@@ -134,7 +137,7 @@ class MaskingReport:
     def __repr__(self):
         lines = [f"{'SUSPICIOUS' if s.suspicious else 'ok':<12}{s.name:<20}{s.figure}"
                  + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
-        images = counted(self.n, 'image') if self.sample is None else f'{self.n} rightly classified of {self.sample}'
+        images = counted(self.n, 'image') if self.sample is None else f'{self.n} correctly classified of {self.sample}'
         verdict = 'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'
         return '\n'.join([*lines, f'{images}; eps {self.eps*255:.4g}/255: {verdict}'])
 
@@ -158,8 +161,8 @@ def check_masking(
     with torch.no_grad(), frozen(model):
         right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10:
-        raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} rightly, and at least 10 "
-                         "are needed to look at: take more images (`n`), or train it further")
+        raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} correctly, but the checks "
+                         "need at least 10: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
     try:

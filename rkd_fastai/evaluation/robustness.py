@@ -74,8 +74,8 @@ def _no_metric(f):
     @wraps(f)
     def _f(*args, **kwargs):
         if not args or not isinstance(args[0], torch.Tensor): return f(*args, **kwargs)
-        raise TypeError("`robust_accuracy` takes a model and images, no predictions: to follow it in training, use "
-                        "the metric, `metrics=[accuracy, RobustAccuracy()]`")
+        raise TypeError("`robust_accuracy` takes a model and images, not predictions: for a metric during training, "
+                        "use `metrics=[accuracy, RobustAccuracy()]`")
     return _f
 
 @_no_metric
@@ -156,7 +156,7 @@ class Robustness:
             other = {k: v for k,v in s.items() if v != settings[first][k]}
             if other:
                 raise ValueError(f"`results`: {name!r} was measured with {other}, but {first!r} with "
-                                 f"{({k: settings[first][k] for k in other})}: measure them alike")
+                                 f"{({k: settings[first][k] for k in other})}: measure both with the same settings")
         return pd.DataFrame({name: r.results for name,r in results.items()}).T.rename_axis('model')
 
     @property
@@ -189,8 +189,8 @@ def make_attack(
 ):
     "Return the `Attack` called `name`; raise a `ValueError` for an unknown name"
     if not isinstance(name, str):
-        raise ValueError(f"an attack goes by its name here, such as 'pgd20', got {name!r}: `RobustAccuracy` and "
-                         "`robust_accuracy` take attacks themselves")
+        raise ValueError(f"`attacks` takes names such as 'pgd20', got {name!r}: pass an attack object to "
+                         "`RobustAccuracy` or `robust_accuracy`")
     eps = check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
@@ -255,12 +255,12 @@ class _Run:
             run,found = dict(saved['run']),dict(saved['attacks'])
             if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another") from e
+            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another file") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
-            diff = ', '.join(f'{k} {a!r} there, {b!r} here' for k,(a,b) in other.items())
-            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, or delete "
-                             "it")
+            diff = ', '.join(f'{k} is {a!r} in the file and {b!r} here' for k,(a,b) in other.items())
+            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, "
+                             "or delete it")
         self.at = {k: dict(v, is_robust=[int(c) for c in v['is_robust']]) for k,v in found.items()}
 
     def _is_progress(self, v):
@@ -275,7 +275,8 @@ class _Run:
         text = json.dumps(dict(run=self.id, attacks={k: dict(v, is_robust=''.join(map(str, v['is_robust'])))
                                                      for k,v in self.at.items()}))
         try: write_atomic(self.path, text)
-        except OSError as e: raise OSError(f"`state_path`: {e}: go on from it when there is room") from e
+        except OSError as e:
+            raise OSError(f"`state_path`: {e}: solve this, and run the measurement again to continue") from e
 
     def run(self, name):
         "Run all parts of the attack `name` and return its progress"
@@ -303,7 +304,7 @@ class _Run:
         if too_many:
             at['bs'] = len(todo)//2
             torch.cuda.empty_cache()
-            warnings.warn(f"out of memory with {len(todo)} images at a time: going on with {at['bs']}")
+            warnings.warn(f"out of memory with batches of {len(todo)} images: continuing with {at['bs']}")
             return
         for i,is_robust in zip(todo, flags): at['is_robust'][i] = int(is_robust)
         if self.progress is not None: self._see((name, at['part']), len(todo), sum(flags), self.progress.done - done)
@@ -383,7 +384,7 @@ def _as_logits(model, x, logits):
     if not logits: return LogProbs(model)
     with torch.no_grad(), frozen(model): # one image at a time, since the batch size that fits is not known yet
         out = torch.cat([check_logits(model(xb.to(model_device(model)))) for xb in x.split(1)])
-    check_no_probs(out, or_else=", or say `logits=False`")
+    check_no_probs(out, or_else=", or pass `logits=False`")
     return model
 
 def in_float32(
@@ -525,15 +526,14 @@ def warn_if_chance(
     at_chance = low <= guessed and acc - guessed < .5*(1 - guessed)
     better = len(rights) > 1 and wilson_interval(rights[1]/n, n)[0] > high
     if not (at_chance or better): return
-    says = f"`teacher` classifies {_percent(rights[0], n)} validation images rightly"
+    says = f"`teacher` classifies {_percent(rights[0], n)} validation images correctly"
     if at_chance: says += f", which is no better than guessing ({guessed:.0%})"
     if better:
-        says += (f"; behind the DataLoaders' Normalize it would be {_percent(rights[1], n)}. `learn.model` alone has "
-                 "lost the Normalize "
-                        "of its Learner: give the Learner itself, or `Teacher(net, mean=…, std=…)`")
+        says += (f"; on images normalised by the DataLoaders it would be {_percent(rights[1], n)}. `learn.model` does "
+                 "not include the Normalize of its Learner: give the Learner itself, or "
+                 "`Teacher(net, mean=…, std=…)`")
     else:
-        says += (". Look at its weights, the order of its classes and its normalisation: `learn.model` alone has lost "
-                 "the Normalize of its "
-                   "Learner, so give the Learner itself, or `mean` and `std`")
+        says += (". Check its weights, the order of its classes and its normalisation: `learn.model` does not include "
+                 "the Normalize of its Learner, so give the Learner itself, or `mean` and `std`")
     warnings.warn(says)
 

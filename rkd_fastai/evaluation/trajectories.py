@@ -31,7 +31,7 @@ def _probs(name, v):
     "Return `v` as float32 probabilities `(K, n)`; raise a `ValueError` if it is not of this form"
     v = _array(name, v, 2, np.float32)
     if not v.size:
-        raise ValueError(f"`{name}` holds nothing: {counted(v.shape[0], 'epoch')} of {counted(v.shape[1], 'image')}")
+        raise ValueError(f"`{name}` is empty: it has {counted(v.shape[0], 'epoch')} of {counted(v.shape[1], 'image')}")
     if v.min() < 0 or v.max() > 1:
         raise ValueError(f"`{name}` must be probabilities in [0, 1], but they span [{v.min():.3g}, {v.max():.3g}]")
     return v
@@ -54,7 +54,7 @@ class Trajectory:
         for k in ('adv','entropy','entropy_adv'):
             v = getattr(self, k)
             if v is not None and v.shape != self.clean.shape[:v.ndim]:
-                raise ValueError(f"`{k}` has shape {v.shape}, but `clean` {self.clean.shape}")
+                raise ValueError(f"`{k}` must have the shape of `clean`, {self.clean.shape}, got {v.shape}")
 
     @property
     def epochs(self):
@@ -72,7 +72,7 @@ class Trajectory:
         if kind not in _kinds: raise ValueError(f"`kind` must be one of {list(_kinds)}, got {kind!r}")
         if getattr(self, kind) is None:
             raise ValueError("`kind` is 'adv', but the trajectory was recorded without an attack: give "
-                             "`RecordTrajectory` one")
+                             "`RecordTrajectory` an `attack`")
         return getattr(self, kind)
 
     def until(self,
@@ -92,25 +92,25 @@ class Trajectory:
 def _read_card(folder):
     path = folder/'card.json'
     if not path.is_file():
-        raise ValueError(f"`folder` {folder} has no `card.json`: it is not one that `RecordTrajectory` wrote")
+        raise ValueError(f"`folder` {folder} has no `card.json`: name a folder that `RecordTrajectory` wrote")
     try:
         card = json.loads(path.read_text(encoding='utf8'))
         return dict(card, n=int(card['n']), attack=card['attack'], labels=card['labels'])
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): record anew") from e
+        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): record again") from e
 
 def _read_epoch(path, n, names):
     "Return a dict with the arrays `names` of one file: log-probabilities `(n,)` and mean entropies `()`"
     try:
         with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as f: found = {k: f[k] for k in names}
     except Exception as e:
-        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): go on from an epoch before it, or "
-                         "record anew") from e
+        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): continue from an epoch before it, or record "
+                         "again") from e
     for k,v in found.items():
         want = () if k.startswith('entropy') else (n,)
         if v.shape != want or v.dtype.kind != 'f':
-            raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` tells of "
-                             f"{counted(n, 'image')}: it is of another training")
+            raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` says {counted(n, 'image')}: the "
+                             "file is from another training")
     return found
 
 def load_trajectory(
@@ -122,7 +122,8 @@ def load_trajectory(
     names = ['log_clean','entropy'] + (['log_adv','entropy_adv'] if card['attack'] is not None else [])
     epochs = sorted(int(p.stem[6:]) for p in folder.glob('epoch_*.npz') if p.stem[6:].isdigit())
     if not epochs:
-        raise ValueError(f"`folder` {folder} holds no epoch: the training was stopped in its first, or is still in it")
+        raise ValueError(f"`folder` {folder} holds no epoch: the training was stopped in its first epoch, or has not "
+                         "finished it yet")
     lost = sorted({*range(1, epochs[-1]+1)} - {*epochs})
     if lost: raise ValueError(f"`folder` {folder} lacks epoch {lost[0]} of {epochs[-1]}")
     rows = [_read_epoch(folder/f'epoch_{k:04d}.npz', card['n'], names) for k in epochs]
@@ -147,8 +148,8 @@ def cosine(
     all probabilities of one trajectory are 0"""
     p_t,p_s = _probs('p_t', p_t).astype(np.float64),_probs('p_s', p_s).astype(np.float64)
     if p_t.shape[1] != p_s.shape[1]:
-        raise ValueError(f"`p_t` is of {counted(p_t.shape[1], 'image')}, but `p_s` of {p_s.shape[1]}: record both on "
-                         "the same ones")
+        raise ValueError(f"`p_t` has {counted(p_t.shape[1], 'image')}, but `p_s` has {p_s.shape[1]}: record both on "
+                         "the same images")
     K = min(len(p_t), len(p_s))
     p_t,p_s = (p/np.maximum(np.linalg.norm(p[:K], axis=0), np.finfo(float).tiny) for p in (p_t, p_s))
     return np.minimum((p_t[:K]*p_s[:K]).sum(0), 1)
@@ -175,18 +176,18 @@ def _check_same(teacher, students):
     "Raise a `ValueError` unless all trajectories were recorded on the same images"
     for name,s in students.items():
         if s.n != teacher.n:
-            raise ValueError(f"`{name}` is of {counted(s.n, 'image')}, but `teacher` of {teacher.n}: record both on "
-                             "the same ones")
+            raise ValueError(f"`{name}` has {counted(s.n, 'image')}, but `teacher` has {teacher.n}: record both on the "
+                             "same images")
         a,b = teacher.card.get('labels'),s.card.get('labels')
         if None not in (a, b) and a != b:
-            raise ValueError(f"`{name}` and `teacher` were recorded on images of other classes, or in another order: "
-                             "record both on the same ones")
+            raise ValueError(f"`{name}` and `teacher` were recorded on images of different classes, or in a different "
+                             "order: record both on the same images")
 
 def _order(score, teacher):
     "Return the indices `(n,)` of the images from the easiest to the hardest"
     score = difficulty(teacher.clean) if score is None else _array('score', score, 1, np.float64)
     if len(score) != teacher.n:
-        raise ValueError(f"`score` tells of {counted(len(score), 'image')}, but the trajectories are of {teacher.n}")
+        raise ValueError(f"`score` has {counted(len(score), 'image')}, but the trajectories have {teacher.n}")
     return score.argsort(kind='stable')
 
 def _percent(n): return (np.arange(n) + .5)*100/n
@@ -271,7 +272,7 @@ def _teachers(teacher, students):
     if not students: raise ValueError("`students` is empty: there is nothing to draw")
     if not isinstance(teacher, dict): teacher = dict.fromkeys(students, teacher)
     if set(teacher) != set(students):
-        raise ValueError(f"`teacher` has the labels {list(teacher)}, but `students` {list(students)}")
+        raise ValueError(f"`teacher` must have the labels of `students`, {list(students)}, got {list(teacher)}")
     teachers = {label: teacher[label] for label in students}
     for others in (students, teachers): _check_same(next(iter(teachers.values())), others)
     return teachers
@@ -310,8 +311,8 @@ def easiest_hardest(
     "Return the indices `(n,)` of the `n` easiest images, the easiest first, and of the `n` hardest, the hardest first"
     y,score = np.asarray(y),_array('score', score, 1, np.float64)
     if not len(x) == len(y) == len(score):
-        raise ValueError(f"`x`, `y` and `score` must tell of the same images, but there are {len(x)}, {len(y)} and "
-                         f"{len(score)}")
+        raise ValueError(f"`x`, `y` and `score` must belong to the same images, but have {len(x)}, {len(y)} and "
+                         f"{len(score)} entries")
     idx = np.arange(len(y)) if cls is None else np.flatnonzero(y == cls)
     if not 1 <= n <= len(idx)//2:
         raise ValueError(f"`n` must be from 1 to {len(idx)//2}, half of the {len(idx)} "

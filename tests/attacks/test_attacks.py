@@ -263,7 +263,7 @@ def test_nothing_of_the_model_changes_when_it_raises(attack, at, error, tiny_net
         assert torch.equal(after, random_state)
 
 def test_attack_without_perturb(tiny_net):
-    with pytest.raises(NotImplementedError, match='Attack is .*define `perturb'):
+    with pytest.raises(NotImplementedError, match='Attack does not define its attack: write .*`perturb'):
         Attack()(tiny_net(), torch.rand(2, 1, 8, 8), torch.arange(2))
 
 def test_dropout_is_off_and_batchnorm_in_eval(tiny_net):

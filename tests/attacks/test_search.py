@@ -426,7 +426,7 @@ def test_what_is_no_logits(name):
 def test_arguments_that_fit_no_network():
     net, x, y = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), torch.rand(2, 1, 8, 8), torch.arange(2)
     for f,kw,says in ((apgd, dict(loss='cw'), "`loss` must be 'ce' or 'dlr', got 'cw'"),
-                      (apgd, dict(targets=2), 'needs 4 classes'), (fab, {}, '`targets` may be 2 at most')):
+                      (apgd, dict(targets=2), 'needs at least 4 classes'), (fab, {}, '`targets` must be at most 2')):
         with pytest.raises(ValueError, match=says): f(net, x, y, .1, **kw)
     net[1] = nn.Linear(64, 2)
-    with pytest.raises(ValueError, match='needs 3 classes'): apgd(net, x, y, .1, loss='dlr')
+    with pytest.raises(ValueError, match='needs at least 3 classes'): apgd(net, x, y, .1, loss='dlr')

@@ -72,7 +72,7 @@ attacking = [k for k in methods() if k != 'ckd']
 def test_attack(make_learner, method, value):
     learn = make_learner(cbs=[methods(attack=BadAttack(4, value))[method], NonFinite()])
     stops(learn, 'epoch 2, batch 2: ', 'given images that contain NaN or inf' if method == 'akd'
-          else 'the adversarial images contain NaN', 'look at the attack')
+          else 'the adversarial images contain NaN', 'check the attack')
     is_well(learn)
 
 @pytest.mark.parametrize('method', ['akd','rslad','ard','ckd'])
@@ -105,7 +105,7 @@ def test_logits(make_learner, tiny_net, method, value):
     with torch.no_grad(): learn.model.net[-1].weight.mul_(20)
     message = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the "
                                               "learning rate")
-    assert 'The weights are those before this batch' in message
+    assert 'The weights are still those before this batch' in message
 
 @pytest.mark.parametrize('method', ['at','akd','rslad','trades'])
 def test_logits_that_overflow_under_the_attack_too(make_learner, method):

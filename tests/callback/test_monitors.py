@@ -102,7 +102,7 @@ def test_message_of_the_loss_in_accuracy(values, expected, restore, scripted, ca
     if expected is None: assert out == ''
     else:
         assert out.count('robust overfitting') == 1 and all(s in out for s in expected)
-        assert (('back to those weights' in out) == restore
+        assert (('the weights of that epoch are restored' in out) == restore
                 and (f'at_epoch(folder, {values.index(max(values))+1}' in out) == (not restore))
     assert cb.best == max(values) and cb.best_epoch == values.index(max(values)) + 1
     at = values.index(max(values)) if expected and restore else -1
@@ -192,7 +192,7 @@ def test_continued_fit(scripted, capsys):
     "`start_epoch` after a fit that has ended: that one has been told, and its weights are gone"
     learn, cb, keep = scripted([.5, .4, .3, .2], restore=True)
     learn.fit(2, .01); learn.fit(4, .01, start_epoch=2)
-    assert ('was 30.0% after epoch 3 and is 20.0% now: back' in capsys.readouterr().out
+    assert ('was 30.0% after epoch 3 and is 20.0% now; the weights' in capsys.readouterr().out
             and same(weights(learn.model), keep.at[2]))
 
 @pytest.mark.parametrize('at', [0, 1, 2])
@@ -491,7 +491,7 @@ def test_clean_distillation_has_no_attack(make_learner, make_dls, tiny_net):
     learn.fit(1)
     assert read_card(learn.path/learn.model_dir/'epoch_1.json')['attack'] == 'None'
     learn.add_cb(CatastrophicOverfitting())
-    with pytest.raises(ValueError, match='no training attack'): learn.fit(1)
+    with pytest.raises(ValueError, match='takes `eps` from the training attack'): learn.fit(1)
 
 
 # --- several `RobustAccuracy` on one Learner ---

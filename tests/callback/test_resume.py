@@ -475,7 +475,7 @@ def test_robust_overfitting_restores(base, tmp_path, capsys):
                                     cbs=RobustOverfitting(restore=True)), one_cycle, cbs, **kw)
     whole = fit([], best_at_first())
     printed = capsys.readouterr().out
-    assert 'back to those weights' in printed
+    assert 'the weights of that epoch are restored' in printed
     scores = best_at_first()
     fit([Resume(tmp_path/'run.pth'), Die(6)], scores, dies=True)
     again = fit([Resume(tmp_path/'run.pth')], scores, seed=9, net=5)
@@ -591,7 +591,7 @@ def test_messages_of_several_fits(base, tmp_path, capsys):
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     assert capsys.readouterr().out == ''
     run(groups(base), tuned, [Resume(path)])
-    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 goes on after 1 epoch\n' # noqa: E501
+    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 continues after 1 epoch\n' # noqa: E501
     run(groups(base), tuned, [Resume(path)])
     assert f'`{path}` holds all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
 
@@ -621,13 +621,13 @@ def test_another_second_fit(base, tmp_path):
     file = path.read_bytes()
     with pytest.raises(ValueError, match=r'another training \(fit 2: optimiser|another training \(fit 2: callbacks'):
         run(groups(base), lambda l, cbs: l.fine_tune(2, .01, div=7., cbs=cbs), [Resume(path)])
-    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 there and 2 here'):
+    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 in the file and 2 here'):
         run(groups(base), lambda l, cbs: l.fine_tune(2, .01, freeze_epochs=2, cbs=cbs), [Resume(path)])
     assert path.read_bytes() == file
     learn = run(lambda **kw: base(**kw).add_cb(Resume(tmp_path/'b.pth')), twice)
     run(base, fits['fit'], [Resume(tmp_path/'b2.pth'), Die(6)], dies=True)
     (tmp_path/'b2.pth').rename(tmp_path/'b.pth')
-    with pytest.raises(ValueError, match='does not hold the fits that came before'): learn.fit(1)
+    with pytest.raises(ValueError, match='does not hold the earlier fits'): learn.fit(1)
 
 @pytest.mark.parametrize('stops', ['epoch', 'first epoch', 'batch'])
 def test_a_fit_that_a_callback_stops(stops, base, tmp_path):
@@ -818,7 +818,7 @@ def teacher_akd(eps=.1, alpha=.8, change=False):
         return AKDCallback(net, alpha=alpha, attack=PGD(eps, steps=1))
     return make
 others = dict(
-    n_epoch = ('n_epoch is 3 there and 4 here', lambda l, cbs: l.fit_one_cycle(4, .01, cbs=cbs), {}),
+    n_epoch = ('n_epoch is 3 in the file and 4 here', lambda l, cbs: l.fit_one_cycle(4, .01, cbs=cbs), {}),
     lr = ('lr', lambda l, cbs: l.fit_one_cycle(3, .02, cbs=cbs), {}),
     lr_of_one_group = ('lr', lambda l, cbs: l.fit_one_cycle(3, slice(.005, .01), cbs=cbs),
                        dict(splitter=lambda: lambda m: [params(m[:3]), params(m[3:])])),
@@ -834,7 +834,7 @@ others = dict(
     network = ('network', one_cycle, dict(model=lambda net: net(bn=False))),
     frozen = ('', one_cycle, dict(freeze=True)),
     eps = ('akd.*eps=', one_cycle, dict(teacher=lambda: teacher_akd(eps=.11))),
-    alpha = ('akd.*alpha is 0.8 there and 0.7 here', one_cycle, dict(teacher=lambda: teacher_akd(alpha=.7))),
+    alpha = ('akd.*alpha is 0.8 in the file and 0.7 here', one_cycle, dict(teacher=lambda: teacher_akd(alpha=.7))),
     teacher = ('akd.*teacher', one_cycle, dict(teacher=lambda: teacher_akd(change=True))),
     metrics = ('metrics', one_cycle, dict(metrics=lambda: [accuracy, RobustAccuracy(attack, n=8)])),
     wd = ('wd', one_cycle, dict(wd=lambda: .2)),
@@ -890,7 +890,7 @@ def test_another_training(other, refused, tmp_path):
 def test_another_rate_without_a_schedule(base, tmp_path):
     "`fit` keeps the rate it is told: another is another training"
     run(base, fits['fit'], [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
-    with pytest.raises(ValueError, match=r'lr.* is 0\.01 there and 0\.02 here'):
+    with pytest.raises(ValueError, match=r'lr.* is 0\.01 in the file and 0\.02 here'):
         base().fit(3, .02, cbs=Resume(tmp_path/'run.pth'))
 
 def test_another_schedule_between(base, tmp_path):
@@ -903,7 +903,7 @@ def test_other_synthetic_images(base, make_dls, tmp_path):
     "More of them in a batch, or others"
     make = lambda x, frac: lambda **kw: base(**kw, dls=with_synthetic(make_dls(n=128), (x, Mixed.y), frac))
     run(make(Mixed.x, .5), one_cycle, [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
-    for x,frac,words in ((Mixed.x, .25, 'synthetic is 0.5 there and 0.25 here'), (255-Mixed.x, .5, 'images')):
+    for x,frac,words in ((Mixed.x, .25, 'synthetic is 0.5 in the file and 0.25 here'), (255-Mixed.x, .5, 'images')):
         with pytest.raises(ValueError, match=words): run(make(x, frac), one_cycle, [Resume(tmp_path/'run.pth')])
 
 def test_what_only_shows_may_change(base, tmp_path):

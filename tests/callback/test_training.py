@@ -129,7 +129,7 @@ def test_default_rates_are_for_sgd(opt_func, name, make_learner):
         getattr(learn, fit)(1, lr_max=rate) # a warning is an error here
         if name is None: getattr(learn, fit)(1)
         else:
-            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, and this Learner trains by "
+            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, but this Learner trains with "
                                                  rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as messages: # noqa: E501
                 getattr(learn, fit)(1)
             assert messages[0].filename == __file__ # points at the line that fits
@@ -487,7 +487,7 @@ def test_focal_loss(name, make_learner, make_dls, tiny_net):
     before = weights(learn.model)
     if name == 'at': learn.fit(1, .01); return
     for kw in ({}, dict(cbs=MixUp())):
-        with pytest.raises(ValueError, match='(?s)focal loss has no meaning.*AdversarialTraining'):
+        with pytest.raises(ValueError, match='(?s)there is no focal loss.*AdversarialTraining'):
             learn.fit(1, .01, **kw)
     assert same(weights(learn.model), before)
     if name in ('akd', 'rslad', 'ard', 'ckd'):
@@ -798,7 +798,7 @@ def test_cache_of_what_is_other_in_every_epoch(tiny_net):
     with pytest.raises(ValueError, match='`cache=True`'): AKDCallback(tiny_net(), cache=True)
 
 def test_catastrophic_overfitting_without_an_attack(make_learner, make_dls):
-    with pytest.raises(ValueError, match='finds no training attack'):
+    with pytest.raises(ValueError, match='takes `eps` from the training attack, but finds none'):
         make_learner(make_dls(), cbs=CatastrophicOverfitting()).fit(1)
     learn = make_learner(make_dls(), cbs=CatastrophicOverfitting(PGD(.1, steps=1)))
     learn.fit(1); learn.validate(); learn.get_preds()
@@ -1033,7 +1033,7 @@ def test_cache(name, make_learner, make_dls, tiny_net):
 
 def test_cache_refuses_augmented_images(make_learner, make_dls, tiny_net):
     dls = make_dls(batch_tfms=PadCropFlip(1))
-    with pytest.raises(ValueError, match='`cache=True` is for images that are the same'):
+    with pytest.raises(ValueError, match='`cache=True` needs images that are the same'):
         make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), cache=True, attack=PGD(.1, steps=1))).fit(3)
     learn = make_learner(dls, cbs=RSLADCallback(tiny_net(seed=7), attack=PGD(.1, steps=1)))
     learn.fit(3)

@@ -108,7 +108,7 @@ def test_a_check_that_finds_too_few_images(tmp_path, capsys):
         tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
     printed = capsys.readouterr().out
-    assert ('Masked gradients were not looked for: ' in printed and 'of 20 images rightly' in printed
+    assert ('Masked gradients were not looked for: ' in printed and 'of 20 images correctly' in printed
             and 'take more images (`--n`)' in printed and '20 of 360 validation images' in printed)
 
 def test_images_of_one_class(images, tmp_path):
@@ -311,9 +311,9 @@ def test_help_is_a_page_in_a_terminal_and_plain_text_elsewhere(argv, monkeypatch
     for stream in (Tty(), io.StringIO()):
         monkeypatch.setattr(sys, 'stdout', stream)
         with pytest.raises(SystemExit) as e: rkd(*argv)
-        said = stream.getvalue()
-        assert e.value.code == 0 and 'Usage: ' in said and ('╭' in said) == stream.isatty()
-    assert said.isascii() and '\033' not in said
+        printed = stream.getvalue()
+        assert e.value.code == 0 and 'Usage: ' in printed and ('╭' in printed) == stream.isatty()
+    assert printed.isascii() and '\033' not in printed
 
 @pytest.mark.parametrize('argv, says', [
     (['distil'], "No such command 'distil'. Did you mean 'distill'?"), (['--verson'], "Did you mean '--version'?"),
@@ -322,9 +322,9 @@ def test_help_is_a_page_in_a_terminal_and_plain_text_elsewhere(argv, monkeypatch
     (['train', '--eps', '8/0'], "'--eps': '8/0' is not a number or a fraction such as 8/255")])
 def test_usage_errors_say_what_is_right(argv, says, capsys):
     with pytest.raises(SystemExit, match='2'): rkd(*argv)
-    said = capsys.readouterr()
-    assert said.out == '' and said.err.startswith('Usage: rkd') and "Try 'rkd" in said.err
-    line = said.err.splitlines()[-1]
+    printed = capsys.readouterr()
+    assert printed.out == '' and printed.err.startswith('Usage: rkd') and "Try 'rkd" in printed.err
+    line = printed.err.splitlines()[-1]
     assert line.startswith('rkd: error: ') and says in line
 
 def test_an_error_is_red_in_a_terminal(tmp_path, monkeypatch):
@@ -346,5 +346,5 @@ def test_results_are_a_table_in_a_terminal(tmp_path, monkeypatch):
     rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
     monkeypatch.setattr(sys, 'stdout', Tty())
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean,fgsm', '--n', 20)
-    said = sys.stdout.getvalue()
-    assert '─' in said and 'fgsm' in said and '20 of 360 validation images' in ' '.join(said.split())
+    printed = sys.stdout.getvalue()
+    assert '─' in printed and 'fgsm' in printed and '20 of 360 validation images' in ' '.join(printed.split())

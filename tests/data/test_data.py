@@ -297,7 +297,7 @@ def test_resident_in_a_data_block(tmp_path):
     for tfm in (Resize(16), RandomResizedCrop(16)): # `Resize` crops somewhere else each time, too
         with pytest.raises(ValueError, match='an item transform is random'): make(tfm, dl_type=ResidentDL).train.items()
         make(tfm, dl_type=ResidentDL).valid.items() # validation crops the centre
-    with pytest.raises(ValueError, match='give the images one size'): make([], dl_type=ResidentDL).train.items()
+    with pytest.raises(ValueError, match='resize the images to one size'): make([], dl_type=ResidentDL).train.items()
 
 
 # --- a Learner ---
@@ -365,21 +365,22 @@ def test_arguments():
         with pytest.raises(ValueError, match='`valid_pct`'): digits_dls(valid_pct=p)
     bad = {'images must be uint8': [(xy[0]/255, xy[1]), (xy[0][:0], xy[1][:0]), (images(40, 3, 8, 8), xy[1]),
                                     (xy[0][0], xy[1])],
-           'integer labels': [(xy[0], xy[1][1:]), (xy[0], xy[1] - 1), (xy[0], xy[1]/1), (xy[0], xy[1][:, None])],
-           'outside the 4 classes': [(xy[0], xy[1] + 1)], 'those of train': [(images(40, 8, 9), xy[1]),
-                                                                             (images(40, 8, 8, 3), xy[1])]}
+           'labels must be 40 integers': [(xy[0], xy[1][1:]),
+                                          (xy[0], xy[1] - 1), (xy[0], xy[1]/1), (xy[0], xy[1][:, None])],
+           'labels must be below 4': [(xy[0], xy[1] + 1)],
+           'images must be .* as in train': [(images(40, 8, 9), xy[1]), (images(40, 8, 8, 3), xy[1])]}
     for msg, pairs in bad.items():
         for o in pairs:
             with pytest.raises(ValueError, match=f'valid: .*{msg}'): arrays_dls(xy, o, vocab='abcd', bs=8)
             with pytest.raises(ValueError, match=f'test: .*{msg}'): arrays_dls(xy, xy, o, vocab='abcd', bs=8)
-    with pytest.raises(ValueError, match='`vocab` names a class twice'): arrays_dls(xy, xy, vocab='aabc', bs=8)
+    with pytest.raises(ValueError, match='`vocab` must not name a class twice'): arrays_dls(xy, xy, vocab='aabc', bs=8)
 
 def test_idx_damage(tmp_path):
     f, x = tmp_path/'a', images(5, 4, 4)
     write_idx(f, x, False)
     good = f.read_bytes()
     assert (read_idx(f, (4, 4)) == x).all()
-    for msg, raw in {'no IDX file': [b'', b'\0\0\x0b\3' + good[4:], b'\0\0\x08\1' + good[4:], b'<html>'],
+    for msg, raw in {'not an IDX file': [b'', b'\0\0\x0b\3' + good[4:], b'\0\0\x08\1' + good[4:], b'<html>'],
                      'does not hold': [good[:-1], good + b'\0', good[:10],
                                        good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
         for o in raw:
@@ -398,9 +399,9 @@ def test_files_that_are_missing_or_disagree(tmp_path, tiny):
     for split in ('train', 't10k'):
         write_idx(f/f'{split}-images-idx3-ubyte', images(40, 28, 28), False)
         write_idx(f/f'{split}-labels-idx1-ubyte', labels(39), False)
-    with pytest.raises(ValueError, match='f, train: 40 images need'): fashion_mnist_dls(f)
+    with pytest.raises(ValueError, match='f, train: labels must be 40 integers'): fashion_mnist_dls(f)
     write_idx(f/'train-labels-idx1-ubyte', labels(40, 11), False)
-    with pytest.raises(ValueError, match='f, train: label 10 is outside'): fashion_mnist_dls(f)
+    with pytest.raises(ValueError, match='f, train: labels must be below 10'): fashion_mnist_dls(f)
     root = tiny/'tiny-imagenet-200'
     (root/'val/images/val_2.JPEG').unlink()
     with pytest.raises(ValueError, match='lists val_2.JPEG of class n01'): tiny_imagenet_dls(tiny)
@@ -413,13 +414,13 @@ def test_cifar_damage(tmp_path):
     good = f.read_bytes()
     for o in (b'', good[:-200], good[:50], b'<html>'):
         f.write_bytes(o)
-        with pytest.raises(ValueError, match=f'{f} is no file of CIFAR'): cifar100_dls(tmp_path)
+        with pytest.raises(ValueError, match=f'{f} is not a file of CIFAR'): cifar100_dls(tmp_path)
     y = labels(200, 100).tolist()
     for msg, o in (('does not hold', {b'data': x, b'labels': y}),
                    ('does not hold', {b'data': x[:, 1:], b'fine_labels': y}), ('does not hold', [x, y]),
                    ('images must be uint8', {b'data': x/1, b'fine_labels': y}),
-                   ('200 images need', {b'data': x, b'fine_labels': y[1:]}),
-                   ('label 100 is outside', {b'data': x, b'fine_labels': [100, *y[1:]]})):
+                   ('labels must be 200 integers', {b'data': x, b'fine_labels': y[1:]}),
+                   ('labels must be below 100', {b'data': x, b'fine_labels': [100, *y[1:]]})):
         write_pickle(f, o)
         with pytest.raises(ValueError, match=f'{f}.* {msg}'): cifar100_dls(tmp_path)
 
@@ -486,8 +487,8 @@ def test_a_damaged_image_is_named(suffix, kind, make_images):
     bad.write_bytes(damage[kind](bad.read_bytes()))
     dls = ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=2, num_workers=0, img_cls=FileImage,
                                        item_tfms=Resize(16, 'squish'))
-    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): delete it, or put a whole copy in '
-                                      r'its place'):
+    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): delete it, or replace it by an '
+                                      r'intact copy'):
         [len(b) for dl in dls.loaders for b in dl]
     with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read'): OpenImage(PILImage)(bad)
 

@@ -376,23 +376,23 @@ def broken():
     return net
 refused = dict( # name: (makes a network, error, message)
     probabilities=(lambda: nn.Sequential(small(1), nn.Softmax(1)), ValueError,
-                   'returns probabilities.*take the softmax off'),
+                   'returns probabilities.*remove the softmax'),
     a_tuple=(lambda: Behind(small(1), after=lambda o: (o, o)), TypeError, '`model` must return logits .* got tuple'),
     feature_maps=(lambda: nn.Conv2d(1, 10, 1), TypeError, '`model` must return logits .* shape'),
     nan=(broken, ValueError, 'returned NaN or infinite logits'),
     other_images=(lambda: small(3), ValueError, r'`model` cannot run on images of shape \(1, 8, 8\)'),
     depends_on_values=(lambda: Behind(small(1), before=lambda x: x*2 if x.mean() > .4 else x), ValueError,
-                       '`model` cannot be exported: its forward pass must be'),
+                       '`model` cannot be exported: its forward pass must consist of'),
     by_numpy=(lambda: Behind(small(1), before=lambda x: x + torch.tensor(x.detach().numpy())), ValueError,
-              '`model` cannot be exported: its forward pass must be'),
+              '`model` cannot be exported: its forward pass must consist of'),
     one_batch_size=(lambda: Behind(small(1), after=lambda o: torch.stack([r for r in o])), ValueError,
-                    '`model` cannot be exported: its forward pass must be'),
+                    '`model` cannot be exported: its forward pass must consist of'),
     random=(lambda: Behind(small(1), before=lambda x: x + .1*torch.randn_like(x)), ValueError,
-            'its logits were others. It must not be random'),
-    counts=(Counts, ValueError, 'its logits were others.* change with each call'),
-    hooked=(hooked, ValueError, 'its logits were others.* changed by hooks'),
+            'its logits were different after loading. It must not be random'),
+    counts=(Counts, ValueError, 'its logits were different after loading.* change with each call'),
+    hooked=(hooked, ValueError, 'its logits were different after loading.* changed by hooks'),
     straight_through=(lambda: Behind(small(1), before=Straight.apply), ValueError,
-                      'its gradients were others.*gradients of its own'),
+                      'its gradients were different.*its own gradients'),
     detached=(lambda: Behind(small(1).requires_grad_(False), before=lambda x: x.detach()), ValueError,
               'has no gradients with respect to its images'),
     pruned=(pruned, ValueError, '`model` cannot be copied .*pruning'))
@@ -414,11 +414,11 @@ def test_networks_that_are_refused(name, tmp_path, snapshot):
     (dict(x=torch.rand(1, 8, 8)), ValueError, '`x` must be a batch'),
     (dict(norm='L1'), ValueError, "`norm` must be 'Linf' or 'L2'"),
     (dict(robustness=.5), ValueError, '`robustness` must be what'),
-    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': say "
+    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': pass "
                                                           "`norm='L2'`"),
     (dict(robustness=card_of(10), norm='L2'), ValueError, "`robustness` was measured in Linf, but `norm` is 'L2'"),
-    (dict(title='x'), ValueError, '`title` is nothing that'),
-    (dict(autoattack_acc='99'), ValueError, '`autoattack_acc` is nothing that'),
+    (dict(title='x'), ValueError, '`title` is not an entry'),
+    (dict(autoattack_acc='99'), ValueError, '`autoattack_acc` is not an entry'),
     (dict(additional_data='no'), ValueError, "`additional_data` must be bool, got 'no'"),
     (dict(number_forward_passes=True), ValueError, '`number_forward_passes` must be int'),
     (dict(fields=58), ValueError, '`reported` must be str')])
@@ -430,7 +430,7 @@ def test_arguments_that_are_refused(kwargs, error, match, tmp_path):
 def contents(folder): return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
 
 @pytest.mark.parametrize('at,match', [('file', '`folder` .*is a file'), ('file/deep/er', '`folder` .*file is a file'),
-                                      ('export', 'holds an export already'), ('full', 'is not empty')])
+                                      ('export', 'already holds an export'), ('full', 'is not empty')])
 def test_folders_in_use(at, match, tmp_path):
     (tmp_path/'file').write_text('x'); (tmp_path/'full').mkdir(); (tmp_path/'full'/'notes').write_text('x')
     export_robustbench(small(1), images(4), tmp_path/'export')
@@ -470,7 +470,7 @@ def test_written_weights_are_read_again(tmp_path, monkeypatch):
         with torch.no_grad(): next(iter(program.state_dict.values())).mul_(1.01)
         write(folder, program, page, cards)
     monkeypatch.setattr(export, '_write', wrong)
-    with pytest.raises(ValueError, match='cannot be exported: once loaded'):
+    with pytest.raises(ValueError, match='cannot be exported: its .* different after loading'):
         export_robustbench(small(1), images(4), tmp_path/'net')
     assert not list(tmp_path.iterdir())
 
@@ -479,7 +479,7 @@ def test_comparison(factor, ok):
     "Forgives rounding and nothing more"
     net = small(1).eval()
     if ok: return export._check_same(Behind(net, after=lambda o: o*factor), net, images(4))
-    with pytest.raises(ValueError, match='its logits were others'):
+    with pytest.raises(ValueError, match='its logits were different after loading'):
         export._check_same(Behind(net, after=lambda o: o*factor), net, images(4))
 
 def test_a_later_network_does_not_change_the_export(tmp_path, make_learner):

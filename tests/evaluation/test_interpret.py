@@ -171,7 +171,7 @@ def test_a_table_is_drawn_without_a_network(learner):
     assert line.get_xdata().tolist() == [0,25.5] and line.get_label() == 'from a file'
 
 @pytest.mark.parametrize('kwargs, says', [(dict(eps=8), '8/255'), (dict(eps=(0,-.1)), '`eps`'),
-                                          (dict(eps=float('nan')), '`eps`'), (dict(eps=()), '`eps` holds no radius'),
+                                          (dict(eps=float('nan')), '`eps`'), (dict(eps=()), '`eps` is empty'),
     (dict(norm='L1'), '`norm`'), (dict(attack='pgd'), 'unknown attack'),
                                           (dict(attack=PGD()), '`attack` must be a name'),
                                           (dict(attack=None), '`attack` must be a name'),
@@ -281,8 +281,8 @@ def test_images_are_a_sample(learner, make_dls, make_learner, robust_net):
         plt.close('all')
 
 @pytest.mark.parametrize('kwargs, says', [(dict(max_n=0), '`max_n`'), (dict(attack='pgd'), 'unknown attack'),
-                                          (dict(attack=PGD(), eps=.1), 'set them there'),
-    (dict(attack=PGD(), norm='L2'), 'set them there'), (dict(eps=8), '8/255')])
+                                          (dict(attack=PGD(), eps=.1), 'set them in this attack'),
+    (dict(attack=PGD(), norm='L2'), 'set them in this attack'), (dict(eps=8), '8/255')])
 def test_mistakes_with_pictures(kwargs, says, learner):
     with pytest.raises(ValueError, match=says): learner().show_adversarial(**kwargs)
     with pytest.raises(TypeError, match='must be an attack'): learner().show_adversarial(PGD)
@@ -378,7 +378,8 @@ def test_which_images_are_interpreted(make_dls, make_learner, robust_net):
                 and cm.trace()/len(y) == learn.robustness('fgsm', .1, **kw).fgsm)
     # more than there are means all
     assert len(AdversarialInterpretation.from_learner(learn, 'fgsm', n=99).dl.dataset) == 40
-    with pytest.raises(ValueError, match='set them there'): AdversarialInterpretation.from_learner(learn, PGD(), eps=.1)
+    with pytest.raises(ValueError, match='set them in this attack'):
+        AdversarialInterpretation.from_learner(learn, PGD(), eps=.1)
 
 def callbacks(net):
     return dict(adversarial=lambda l: l.to_adversarial(), akd=lambda l: l.to_rkd(net),

@@ -298,7 +298,8 @@ def test_another_training_is_refused(make, tmp_path):
 @pytest.mark.parametrize('how,message', [(dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
                                       (dict(attack=None), 'with attack PGD.*not None'),
     (dict(attack=PGD(.2, steps=1)), 'with attack PGD'), (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'),
-                                      (dict(lost='card.json'), 'no card'), (dict(dl=True), 'with labels')])
+                                      (dict(lost='card.json'), 'no readable `card.json`'),
+                                      (dict(dl=True), 'with labels')])
 def test_resumed_with_other_settings(how, message, make, tmp_path):
     with pytest.raises(KeyboardInterrupt): record(make, tmp_path/'t', Die('before_train', 2), run=tmp_path/'r.pth')
     how = dict(how)
@@ -509,15 +510,15 @@ def test_pictures_by_difficulty(kind, own, pair):
 def test_nothing_is_drawn_of_what_does_not_fit(pair):
     t,s,other = pair
     no_adv,few = Trajectory(s.clean),Trajectory(s.clean[:,:59])
-    for f,message in ((lambda: plot_similarity(t, few), '`student` is of 59'),
-                   (lambda: plot_right_class(t, other), 'other classes, or in another order'),
+    for f,message in ((lambda: plot_similarity(t, few), '`student` has 59'),
+                   (lambda: plot_right_class(t, other), 'different classes, or in a different order'),
                    (lambda: plot_improvement(dict(akd=other), t), '`akd` and `teacher`'),
                    (lambda: plot_similarity(t, no_adv, kind='adv'), 'without an attack'),
-                   (lambda: plot_right_class(t, s, [1., 2.]), '`score` tells of 2'),
+                   (lambda: plot_right_class(t, s, [1., 2.]), '`score` has 2'),
                    (lambda: plot_right_class(t, s, width=4), '`width`'),
                    (lambda: plot_similarity(t, s, width=4), '`width`'),
                    (lambda: plot_improvement({}, t), '`students`'),
-                   (lambda: plot_improvement(dict(a=s), dict(b=t)), '`teacher` has the labels'),
+                   (lambda: plot_improvement(dict(a=s), dict(b=t)), '`teacher` must have the labels'),
                    (lambda: plot_entropy({}), '`trajectories` is empty'),
                    (lambda: plot_entropy(dict(s=no_adv)), "'s' has no entropy"),
                    (lambda: plot_similarity(t, s, kind='x'), '`kind`')):
