@@ -2,7 +2,7 @@
 
 nbdev's own `proc_nbs` runs every notebook's imports in a process of its own. Here the modules are imported once, and
 the documentation of a symbol is a table."""
-import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap
+import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap, types, typing
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -158,7 +158,13 @@ def written_defaults(node):
                 + list(zip([o.arg for o in a.kwonlyargs], a.kw_defaults)))
     return {n: re.sub(' ([/*]) ', r'\1', ast.unparse(d)) for n,d in both if d is not None}
 
-def type_name(t): return '' if t in (inspect._empty, type(None)) else getattr(t, '__name__', str(t))
+def type_name(t):
+    "Name of a type, without the bounds of an `Annotated` one"
+    if t in (inspect._empty, type(None)): return ''
+    if hasattr(t, '__metadata__'): return type_name(t.__origin__)
+    if typing.get_origin(t) in (typing.Union, types.UnionType):
+        return ' | '.join(type_name(o) or 'None' for o in typing.get_args(t))
+    return str(t) if typing.get_args(t) else getattr(t, '__name__', str(t))
 
 def arguments(obj, node):
     "`(name, type, default, comment)` of every argument"

@@ -298,5 +298,6 @@ def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
         from rkd_fastai.cli.main import main
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main({argv})
-        except SystemExit as e: print(e.code or 0, sorted({{'torch', 'fastai', 'numpy', 'pandas'}} & set(sys.modules)))
+        except SystemExit as e: print(e.code or 0, sorted({{'torch', 'fastai', 'numpy', 'pandas', 'pydantic', 'tabulate'}}
+                                                   & set(sys.modules)))
     ''') == f'{code} []'
