@@ -31,9 +31,10 @@ def table(cards):
     df = pd.DataFrame([dict(kind=k, **{name: 100*r['accuracy'] for name,r in card['results'].items()})
                        for k,cs in cards.items() for card in cs])
     g = df.groupby('kind', sort=False).agg(['mean','std'])
-    rows = [f"| {kinds[k]} | {r['clean','mean']:.1f} ± {r['clean','std']:.1f} | {r['pgd20','mean']:.1f} ± "
-            f"{r['pgd20','std']:.1f} |" for k,r in g.iterrows()]
-    return '\n'.join(['| teacher | clean, % | PGD-20, % |', '|---|--:|--:|', *rows])
+    shown = pd.DataFrame({'teacher': [kinds[k] for k in g.index]} | {
+        f'{head}, %': [f'{mean:.1f} ± {std:.1f}' for mean,std in g[name].itertuples(index=False)]
+        for name,head in (('clean','clean'), ('pgd20','PGD-20'))})
+    return shown.to_markdown(index=False, colalign=['left','right','right'], disable_numparse=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

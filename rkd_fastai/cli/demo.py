@@ -105,19 +105,14 @@ def as_markdown(
     n, # number of test images
 ):
     "Return the table of results as Markdown text with a caption"
-    head = ['model','epochs','clean','PGD-20',f'AutoAttack ({s.n_auto})']
-    epochs = {'student': f'{s.teacher_epoch} + {s.student}'}
-    def pct(v): return '' if pd.isna(v) else f'{v:.1%}'
-    rows = [[r.Index, epochs.get(r.Index, str(r.epochs)), pct(r.clean), pct(r.pgd20), pct(r.autoattack)]
-            for r in df.itertuples()]
-    widths = [max(map(len, col)) for col in zip(head, *rows)]
-    lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, widths))) + ' |'
-             for row in [head]+rows]
-    lines.insert(1, '|' + '|'.join('-'*(w+1) + ('-' if i == 0 else ':') for i,w in enumerate(widths)) + '|')
-    return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed '
-                               f'{seed}; clean and PGD-20 on {n} test images, '
-                               f'AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student '
-                               f'learns from the teacher of epoch {s.teacher_epoch}.')
+    percent = lambda c: ['' if pd.isna(v) else f'{v:.1%}' for v in df[c]]
+    epochs = [f'{s.teacher_epoch} + {s.student}' if name == 'student' else str(k) for name,k in df['epochs'].items()]
+    table = pd.DataFrame({'model': df.index, 'epochs': epochs, 'clean': percent('clean'), 'PGD-20': percent('pgd20'),
+                          f'AutoAttack ({s.n_auto})': percent('autoattack')})
+    return table.to_markdown(index=False, colalign=['left', *['right']*4], disable_numparse=True) + (
+        f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed {seed}; clean and PGD-20 '
+        f'on {n} test images, AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student learns from '
+        f'the teacher of epoch {s.teacher_epoch}.')
 
 def verdict(
     df, # DataFrame from `measure_models`

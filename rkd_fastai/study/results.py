@@ -303,11 +303,10 @@ def as_markdown(
 ):
     "Return a table as Markdown text, with its verdict and caption below"
     text = lambda v: re.sub(r'\s+', ' ', html.escape(str(v), quote=False)).replace('\\', '\\\\').replace('|', '\\|')
-    line = lambda values: f"| {' | '.join(values)} |"
-    side = ['--:' if is_number(table[c]) else ':--' for c in table]
+    side = ['right' if is_number(table[c]) else 'left' for c in table]
     below = [text(table.attrs[k]) for k in ('verdict','caption') if table.attrs.get(k)]
-    lines = [line(map(text, table)), line(side), *(line(map(text, r)) for r in table.itertuples(index=False))]
-    return '\n'.join([*lines, *(f'\n{t}' for t in below)]) + '\n'
+    shown = table.rename(columns=text).map(text).to_markdown(index=False, colalign=side, disable_numparse=True)
+    return '\n\n'.join([shown, *below]) + '\n'
 
 # %% ../../nbs/study/03_results.ipynb #20d7bf79
 def key_of(df, columns):
