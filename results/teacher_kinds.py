@@ -8,6 +8,7 @@ not done again, and what was cut off goes on.
 import argparse, json, subprocess, sys
 from pathlib import Path
 import pandas as pd
+from rkd_fastai.text import format_points
 
 kinds = {'st': 'standard (ST)', 'lat': 'adversarial, 2/255 (LAT)', 'ffgsm': 'adversarial, FFGSM',
          'at': 'adversarial, PGD-7 (AT)', 'trades': 'TRADES', 'at+': 'averaged weights, Cutout (AT+)'}
@@ -28,11 +29,11 @@ def one(kind, seed, a):
 
 def table(cards):
     "Mean and standard deviation over the seeds, as Markdown"
-    df = pd.DataFrame([dict(kind=k, **{name: 100*r['accuracy'] for name,r in card['results'].items()})
+    df = pd.DataFrame([dict(kind=k, **{name: r['accuracy'] for name,r in card['results'].items()})
                        for k,cs in cards.items() for card in cs])
     g = df.groupby('kind', sort=False).agg(['mean','std'])
     shown = pd.DataFrame({'teacher': [kinds[k] for k in g.index]} | {
-        f'{head}, %': [f'{mean:.1f} ± {std:.1f}' for mean,std in g[name].itertuples(index=False)]
+        f'{head}, %': [format_points(mean, std) for mean,std in g[name].itertuples(index=False)]
         for name,head in (('clean','clean'), ('pgd20','PGD-20'))})
     return shown.to_markdown(index=False, colalign=['left','right','right'], disable_numparse=True)
 

@@ -10,9 +10,9 @@ import numpy as np, pandas as pd
 from ..core import check_fraction
 from ..registry import methods
 from .results import (NotEnough, accuracy, cells_of, extras, head, key_of, kind_name,
-                                      make_table, measures, one_task, points, rows, format_value, students_of,
+                                      make_table, measures, one_task, rows, format_value, students_of,
                                       task, distinguishing_settings, varying, wider)
-from ..text import counted
+from ..text import counted, format_points
 
 # %% ../../nbs/study/04_tables.ipynb #0ef239b5
 def baseline_of(cells, baseline=None):
@@ -211,7 +211,7 @@ def _outcome(g, name, other, within, where):
     if not len(held): return False, f'{where} (none keeps the other accuracy to within {100*within:g} points)'
     wins = held[_won(held, name) > 0]
     top = (wins if len(wins) else held).sort_values(f'{name}_gain').iloc[-1]
-    return len(wins) > 0, f"{where} ({points(top[f'{name}_gain'], top[f'{name}_gain_std'], '+')})"
+    return len(wins) > 0, f"{where} ({format_points(top[f'{name}_gain'], top[f'{name}_gain_std'], '+')})"
 
 def _verdict(g, within):
     "Return sentences about the tasks in which students win and in which they do not"
@@ -236,7 +236,7 @@ def gain(
     g,robust = gains(df, baseline, robust)
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
     shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *distinguishing_settings(g)]
-    gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
+    gain_text = lambda r: {f'{label} gain': format_points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
                            for name,label in (('clean','Clean'),('robust',head(robust)))}
     lines = [{head(c): format_value(c, r[c]) for c in shown} | gain_text(r)
              | {'Epochs in all': r['mark'], 'Baseline’s': format_value('compute', r['baseline_compute']),
