@@ -70,8 +70,8 @@ def axis_table(
               head(robust): accuracy(r, robust)} |
              {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–',
               'Epochs in all': format_value('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
-    what = (f"Networks trained alike but for the {axis_text(x)}; of several settings the one with the most values, "
-            "then the most robust.")
+    what = (f"Networks that differ only in the {axis_text(x)}. Of several settings the one with the most values is "
+            "shown, and of those the most robust one.")
     if rows(df)[x].isna().any():
         what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
     return make_table(shown, one_task(rows(df), free=[x]), what, robust)
@@ -220,7 +220,7 @@ def capacity_table(
               f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
     return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '
-                                 f'in points; ± is the root of both variances.{left}', robust, spread=True)
+                                 f'in points; ± is the root of the sum of both variances.{left}', robust, spread=True)
 
 @figure_style
 def plot_capacity(

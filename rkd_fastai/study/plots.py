@@ -69,9 +69,10 @@ def front_table(
     lines = [{head(c): format_value(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
              {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other "
-            f"one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
-            "front of all networks in that panel, the baseline's too; through the star that students are compared "
-            "with run dotted lines. ES: epoch the teacher was stopped after.")
+            f"student{f' with the same {head(by).lower()}' if by else ''} beats in one accuracy without a loss in the "
+            "other. A line in a figure joins such networks of that panel, the baseline included. Dotted lines run "
+            "through the star of the baseline that students are compared with. ES: epoch the teacher was stopped "
+            "after.")
     return make_table(lines, df, what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #2221d2e4
