@@ -8,6 +8,7 @@ not done again, and what was cut off goes on.
 import argparse, json, subprocess, sys
 from pathlib import Path
 import pandas as pd
+from rkd_fastai.text import format_points
 
 kinds = {'st': 'standard (ST)', 'lat': 'adversarial, 2/255 (LAT)', 'ffgsm': 'adversarial, FFGSM',
          'at': 'adversarial, PGD-7 (AT)', 'trades': 'TRADES', 'at+': 'averaged weights, Cutout (AT+)'}
@@ -28,12 +29,13 @@ def one(kind, seed, a):
 
 def table(cards):
     "Mean and standard deviation over the seeds, as Markdown"
-    df = pd.DataFrame([dict(kind=k, **{name: 100*r['accuracy'] for name,r in card['results'].items()})
+    df = pd.DataFrame([dict(kind=k, **{name: r['accuracy'] for name,r in card['results'].items()})
                        for k,cs in cards.items() for card in cs])
     g = df.groupby('kind', sort=False).agg(['mean','std'])
-    rows = [f"| {kinds[k]} | {r['clean','mean']:.1f} ± {r['clean','std']:.1f} | {r['pgd20','mean']:.1f} ± "
-            f"{r['pgd20','std']:.1f} |" for k,r in g.iterrows()]
-    return '\n'.join(['| teacher | clean, % | PGD-20, % |', '|---|--:|--:|', *rows])
+    shown = pd.DataFrame({'teacher': [kinds[k] for k in g.index]} | {
+        f'{head}, %': [format_points(mean, std) for mean,std in g[name].itertuples(index=False)]
+        for name,head in (('clean','clean'), ('pgd20','PGD-20'))})
+    return shown.to_markdown(index=False, colalign=['left','right','right'], disable_numparse=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

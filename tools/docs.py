@@ -2,9 +2,8 @@
 
 nbdev's own `proc_nbs` runs every notebook's imports in a process of its own. Here the modules are imported once, and
 the documentation of a symbol is a table."""
-import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap
+import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap, types, typing
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
 
 root = Path(__file__).parent.parent
 
@@ -169,8 +168,13 @@ def written_defaults(node):
     return {n: d if len(d) <= longest_default else '...' for n,d in written.items()}
 
 def type_name(t):
-    if t in (FunctionType, BuiltinFunctionType): return 'callable'
-    return '' if t in (inspect._empty, type(None)) else getattr(t, '__name__', str(t))
+    "Name of a type, without the bounds of an `Annotated` one"
+    if t in (types.FunctionType, types.BuiltinFunctionType): return 'callable'
+    if t in (inspect._empty, type(None)): return ''
+    if hasattr(t, '__metadata__'): return type_name(t.__origin__)
+    if typing.get_origin(t) in (typing.Union, types.UnionType):
+        return ' | '.join(type_name(o) or 'None' for o in typing.get_args(t))
+    return str(t) if typing.get_args(t) else getattr(t, '__name__', str(t))
 
 def arguments(obj, node):
     "`(name, type, default, comment)` of every argument"

@@ -16,14 +16,9 @@ from ..core import (PixelModel, as_number, check_images, check_logits, check_no_
                              class_indices, frozen, hard_labels, onehot, seeded, whole_number)
 from ..progress import counting_model
 from ..speed import folded
-from ..text import counted
+from ..text import counted, format_eps
 
 # %% ../../nbs/attacks/01_pgd.ipynb #6ab8cde5
-def _fraction(v):
-    "Return `v` as text, for example `8/255` rather than 0.03137254901960784"
-    n = v*255 if isinstance(v, float) else 0.
-    return f'{n:.6g}/255' if n > 0 and abs(n*10 - round(n*10)) < 1e-6 else repr(v)
-
 def _settle(x_adv, x):
     "Return `x_adv` in the dtype of `x`; round half precision towards `x`, so that the result stays in the ball"
     out = x_adv.to(x.dtype)
@@ -82,7 +77,8 @@ class Attack:
         return {k: getattr(self, k) for k in signature(type(self)).parameters}
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={_fraction(v)}' for k,v in self.settings.items())})"
+        text = lambda v: format_eps(v, exact=True) if isinstance(v, float) else repr(v)
+        return f"{type(self).__name__}({', '.join(f'{k}={text(v)}' for k,v in self.settings.items())})"
 
     def __call__(self,
         model, # maps pixel space `(bs, c, h, w)` to logits `(bs, n_out)`; any callable

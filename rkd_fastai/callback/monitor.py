@@ -20,7 +20,7 @@ from ..evaluation.robustness import robust_accuracy, robust_flags
 from ..pixel import (arriving_positions, to_model_device, initialize_lazy, measured_positions, model_device,
                               pixel_data, pixel_model, to_pixels, undistributed, unwrap)
 from ..sampling import check_n
-from ..text import counted, say
+from ..text import counted, format_eps, format_percent, say
 
 # %% ../../nbs/callback/06_monitor.ipynb #0aa5117a
 class RobustAccuracy(Metric):
@@ -104,16 +104,11 @@ def _sum_of_all(counts, device):
     return [int(c) for c in counts]
 
 # %% ../../nbs/callback/06_monitor.ipynb #5530b238
-def _short(v):
-    "Return a number as short text, e.g. '0.1' or '8/255'"
-    if not isinstance(v, float) or float(f'{v:.3g}') == v: return str(v)
-    return f'{round(v*255)}/255' if abs(v*255 - round(v*255)) < 1e-6 else f'{v:.4g}'
-
 def _settings(metric):
     """Return the settings of a `RobustAccuracy` as a dict from name to text; the step size is relative to `eps`"""
     s = getattr(metric.attack, 'settings', {}) | dict(n=metric.n, seed=metric.seed)
     if s.get('step_size') and s.get('eps'): s['step_size'] = s['step_size']/s['eps']
-    return {k: _short(v) for k,v in s.items()}
+    return {k: format_eps(v) if isinstance(v, float) else str(v) for k,v in s.items()}
 
 def _differs(metric, first):
     "Return the settings in which `metric` differs from `first`, as the end of a name"
@@ -185,7 +180,8 @@ class CatastrophicOverfitting(EachEpoch):
 
     def _collapsed(self, acc):
         what = (f"catastrophic overfitting: in epoch {self.epochs_done} the accuracy of "
-                f"{counted(len(self.data[0]), 'image')} under {self._watched} fell from {self.best:.1%} to {acc:.1%}")
+                f"{counted(len(self.data[0]), 'image')} under {self._watched} fell from {format_percent(self.best)} "
+                f"to {format_percent(acc)}")
         if not self.stop:
             warnings.warn(f"{what}. {self._advice}")
             return
@@ -246,7 +242,8 @@ class RobustOverfitting(EachEpoch):
         if self.best - last <= max(self.gap, _noise(self.best, last, self.n_images)): return
         if kept is not None: unwrap(self.model).load_state_dict(kept)
         of = f" of {counted(self.n_images, 'image')}" if self.n_images else ''
-        say(f"robust overfitting: {self.by}{of} was {self.best:.1%} after epoch {self.best_epoch} and is {last:.1%} now"
+        say(f"robust overfitting: {self.by}{of} was {format_percent(self.best)} after epoch {self.best_epoch} and is "
+            f"{format_percent(last)} now"
             + ('; the weights of that epoch are restored' if self.restore
                else f'; {self._advice(epoch=self.best_epoch)}'))
 

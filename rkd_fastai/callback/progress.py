@@ -13,7 +13,7 @@ from fastai.callback.progress import ProgressCallback
 from rich.console import Console
 from rich.text import Text
 from ..progress import clock
-from ..text import counted, say
+from ..text import counted, format_percent, say
 
 # %% ../../nbs/callback/09_progress.ipynb #c1c95138
 def reason(
@@ -102,7 +102,7 @@ class LineProgress(Callback):
     def after_epoch(self):
         names,values = self.recorder.metric_names[1:],self.recorder.log[1:]
         shown = [(n.replace('_', ' '), v) for n,v in zip(names, values) if 'accuracy' in n and isinstance(v, float)]
-        self.note = ''.join(f', {n} {v:.1%}' for n,v in shown) + ' (validation)'*bool(shown)
+        self.note = ''.join(f', {n} {format_percent(v)}' for n,v in shown) + ' (validation)'*bool(shown)
 
     def after_fit(self): self.line.finish(counted(self.n_epoch, 'epoch') + self.note)
 

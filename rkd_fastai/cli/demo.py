@@ -10,7 +10,6 @@ __all__ = ['Setup', 'train_models', 'measure', 'measure_models', 'as_markdown', 
 import json, time
 from collections import namedtuple
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.learner import Learner
@@ -28,7 +27,7 @@ from ..pixel import model_device, pixel_data, pixel_model
 from ..progress import clock
 from ..schedules import sgd_nesterov
 from ..teachers import Teacher
-from ..text import counted, say, show
+from ..text import counted, format_eps, format_fraction, format_percent, say, show
 import rkd_fastai.learner # noqa: F401 (patches `to_adversarial` and the fits on `Learner`)
 
 # %% ../../nbs/cli/00_demo.ipynb #8e86ff19
@@ -79,7 +78,7 @@ def measure(
     "Return `learn.robustness` with its progress on one line"
     line = Line(f'attacking {name}')
     res = learn.robustness(attacks, eps=s.eps, n=n, seed=seed, progress=line.progress)
-    line.finish(', '.join(f'{k} {v:.1%}' for k,v in res.results.items()) + f" of {counted(res.n, 'image')}")
+    line.finish(', '.join(f'{k} {format_percent(v)}' for k,v in res.results.items()) + f" of {counted(res.n, 'image')}")
     return res
 
 def measure_models(
@@ -105,19 +104,14 @@ def as_markdown(
     n, # number of test images
 ):
     "Return the table of results as Markdown text with a caption"
-    head = ['model','epochs','clean','PGD-20',f'AutoAttack ({s.n_auto})']
-    epochs = {'student': f'{s.teacher_epoch} + {s.student}'}
-    def pct(v): return '' if pd.isna(v) else f'{v:.1%}'
-    rows = [[r.Index, epochs.get(r.Index, str(r.epochs)), pct(r.clean), pct(r.pgd20), pct(r.autoattack)]
-            for r in df.itertuples()]
-    widths = [max(map(len, col)) for col in zip(head, *rows)]
-    lines = ['| ' + ' | '.join(f'{c:<{w}}' if i == 0 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(row, widths))) + ' |'
-             for row in [head]+rows]
-    lines.insert(1, '|' + '|'.join('-'*(w+1) + ('-' if i == 0 else ':') for i,w in enumerate(widths)) + '|')
-    return '\n'.join(lines) + (f'\n\n{s.data}, ResNet-18 width {Fraction(s.width)}, Linf eps {s.eps*255:g}/255, seed '
-                               f'{seed}; clean and PGD-20 on {n} test images, '
-                               f'AutoAttack (standard) on a stratified sample of {s.n_auto} of them. The student '
-                               f'learns from the teacher of epoch {s.teacher_epoch}.')
+    percent = lambda c: ['' if pd.isna(v) else format_percent(v) for v in df[c]]
+    epochs = [f'{s.teacher_epoch} + {s.student}' if name == 'student' else str(k) for name,k in df['epochs'].items()]
+    table = pd.DataFrame({'model': df.index, 'epochs': epochs, 'clean': percent('clean'), 'PGD-20': percent('pgd20'),
+                          f'AutoAttack ({s.n_auto})': percent('autoattack')})
+    return table.to_markdown(index=False, colalign=['left', *['right']*4], disable_numparse=True) + (
+        f'\n\n{s.data}, ResNet-18 width {format_fraction(s.width)}, Linf eps {format_eps(s.eps)}, seed {seed}; '
+        f'clean and PGD-20 on {n} test images, AutoAttack (standard) on a stratified sample of {s.n_auto} of them. '
+        f'The student learns from the teacher of epoch {s.teacher_epoch}.')
 
 def verdict(
     df, # DataFrame from `measure_models`

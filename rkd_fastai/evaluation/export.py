@@ -20,6 +20,7 @@ from ..core import (PixelModel, check_images, check_initialized, check_logits, c
 from .robustness import Robustness
 from ..pixel import check_single_label, held_out, pixel_model, sample_images
 from ..teachers import Teacher
+from ..text import format_eps
 
 # %% ../../nbs/evaluation/03_export.ipynb #22cae7e9
 _card_keys = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str,
@@ -45,16 +46,11 @@ def _check_robustness(robustness, norm):
         raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: pass "
                          f"`norm={robustness.norm!r}`, or measure it in {norm}")
 
-def _eps_text(eps, norm):
-    "Return `eps` in RobustBench's format: '8/255', or '0.5' if it is not a multiple of 1/255"
-    k = eps*255
-    return f'{round(k)}/255' if norm == 'Linf' and abs(k - round(k)) < 1e-6 else f'{eps:.6g}'
-
 def _model_info(card, robustness, n_test):
     "Return RobustBench's card as a dict, with None for unknown entries"
     info = dict.fromkeys(_fields) | card
     if robustness is None: return info
-    info['eps'] = _eps_text(robustness.eps, robustness.norm)
+    info['eps'] = format_eps(robustness.eps)
     if robustness.n == _test_images.get(card.get('dataset'), n_test):
         percent = {k: f'{v:.2%}'[:-1] for k,v in robustness.results.items()}
         info.update(clean_acc=percent.get('clean'), autoattack_acc=percent.get('autoattack'))

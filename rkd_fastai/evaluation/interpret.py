@@ -19,6 +19,7 @@ from ..pixel import measured_images, model_device, pixel_model, pixel_stats, unw
 from ..progress import check_progress
 from ..sampling import Sample
 from ..style import colours, markers
+from ..text import format_eps
 
 # %% ../../nbs/evaluation/02_interpret.ipynb #f41aaa8f
 _radii = dict(Linf=[k/255 for k in (0,2,4,8,12,16)], L2=[0.,.25,.5,1.,1.5,2.])
@@ -281,4 +282,4 @@ def _caption(attack):
     "Return the kind and, if it has one, the radius of an attack as text"
     eps,name = getattr(attack, 'eps', None),type(attack).__name__
     if eps is None: return name
-    return f'{name}, L2 ε {eps:.4g}' if getattr(attack, 'norm', 'Linf') == 'L2' else f'{name}, L∞ ε {eps*255:.4g}/255'
+    return f"{name}, {'L2' if getattr(attack, 'norm', 'Linf') == 'L2' else 'L∞'} ε {format_eps(eps)}"

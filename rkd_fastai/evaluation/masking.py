@@ -17,7 +17,7 @@ from ..core import check_logits, check_targ, frozen, hard_labels, seeded, whole_
 from .robustness import in_float32, robust_flags, showing
 from ..pixel import to_model_device, measured_images, pixel_model
 from ..progress import check_progress, counting
-from ..text import counted
+from ..text import counted, format_eps, format_percent
 
 # %% ../../nbs/evaluation/01_masking.ipynb #ebb58fb0
 Symptom = namedtuple('Symptom', 'name figure suspicious advice')
@@ -51,20 +51,20 @@ def _slack(n): return 2/n + .005 # difference that chance may cause between two 
 def _more_steps(model, x, y, eps):
     steps = (5, 20, 50)
     accs = [_accuracy(model, x, y, PGD(eps, k, step_size=2.5*eps/k)) for k in steps]
-    return ', '.join(f'{k}: {a:.1%}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x))
+    return ', '.join(f'{k}: {format_percent(a)}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x))
                                                                        for a,b in zip(accs, accs[1:]))
 
 @symptom('larger radius', 'With a radius of one half, every image can be changed to grey. An attack that fails there '
                           'does not work on this network.', 3*50)
 def _larger_radius(model, x, y, eps):
     acc = _accuracy(model, x, y, PGD(.5, 50, step_size=.05))
-    return f'{acc:.1%} at eps 127.5/255', acc > .05
+    return f'{format_percent(acc)} at eps 0.5', acc > .05
 
 @symptom('one step', 'One step is stronger than twenty, so the loss is jagged around the images. Use attacks with '
                      'restarts and without gradients, such as AutoAttack.', 3*(1+20))
 def _one_step(model, x, y, eps):
     one,many = _accuracy(model, x, y, FGSM(eps)),_accuracy(model, x, y, PGD(eps, 20))
-    return f'FGSM {one:.1%}, PGD-20 {many:.1%}', one < many - _slack(len(x))
+    return f'FGSM {format_percent(one)}, PGD-20 {format_percent(many)}', one < many - _slack(len(x))
 
 @symptom('noise', 'Random noise fools the network on images where PGD fails, so PGD does not increase the loss.',
          3*20 + 10)
@@ -74,8 +74,8 @@ def _noise(model, x, y, eps):
         survives = torch.ones_like(is_robust)
         for _ in range(5): survives &= _flags(model, x, y, PGD(eps, steps=0))
     lost = (is_robust & ~survives).float().mean().item()
-    return (f'noise {survives.float().mean():.1%}, PGD-20 {is_robust.float().mean():.1%}; {lost:.1%} fooled by noise '
-            'but not by PGD-20', lost > _slack(len(x)))
+    return (f'noise {format_percent(survives.float().mean())}, PGD-20 {format_percent(is_robust.float().mean())}; '
+            f'{format_percent(lost)} fooled by noise but not by PGD-20', lost > _slack(len(x)))
 
 @symptom('no gradient needed', 'An attack without gradients succeeds where gradient attacks fail. Do not report the '
                                'accuracy under a gradient attack for this network.', 3*(50+50) + 500)
@@ -87,7 +87,7 @@ def _no_gradient_needed(model, x, y, eps):
         if is_robust.any():
             left[is_robust] = _flags(model, x[is_robust], y[is_robust], AutoAttack(eps, version='square', queries=500))
     lost = (is_robust & ~left).float().mean().item()
-    return f'{lost:.1%} fooled by Square but not by PGD-50', lost > .02 + _slack(len(x))
+    return f'{format_percent(lost)} fooled by Square but not by PGD-50', lost > .02 + _slack(len(x))
 
 def _gradients(model, x, y):
     def grad(x, y):
@@ -101,7 +101,7 @@ def _gradients(model, x, y):
                            'attacked network.', 3)
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
-    return f'{share:.1%} of the images', share > .05
+    return f'{format_percent(share)} of the images', share > .05
 
 @symptom('along the gradient', 'A step along the gradient increases the loss no more than a random step, so the '
                                'gradient is only noise, and attacks with it mean nothing.', 9)
@@ -112,7 +112,7 @@ def _along_the_gradient(model, x, y, eps):
         up = loss(x + eps*_gradients(model, x, y).sign())
         rand = torch.stack([loss(x + eps*torch.randn_like(x).sign()) for _ in range(5)]).amax(0)
     share = (up > rand).float().mean().item()
-    return f'steeper than random directions for {share:.1%} of the images', share < .9
+    return f'steeper than random directions for {format_percent(share)} of the images', share < .9
 
 # %% ../../nbs/evaluation/01_masking.ipynb #e7bb0258
 class MaskingReport:
@@ -139,7 +139,7 @@ class MaskingReport:
                  + (f"\n{'':<32}{s.advice}" if s.suspicious else '') for s in self.symptoms]
         images = counted(self.n, 'image') if self.sample is None else f'{self.n} correctly classified of {self.sample}'
         verdict = 'no sign of masked gradients' if self.ok else 'its robustness is not to be trusted'
-        return '\n'.join([*lines, f'{images}; eps {self.eps*255:.4g}/255: {verdict}'])
+        return '\n'.join([*lines, f'{images}; eps {format_eps(self.eps)}: {verdict}'])
 
 def check_masking(
     model, # maps pixel space to logits

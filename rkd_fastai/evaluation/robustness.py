@@ -28,7 +28,7 @@ from ..pixel import (to_model_device, check_single_label, measured_images, model
 from ..progress import Progress, check_progress, clock, counting, counting_model
 from ..sampling import Sample, images_digest
 from ..teachers import Teacher, check_teacher
-from ..text import counted
+from ..text import counted, format_eps, format_percent
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #4371559a
 def _finite_logits(model, x):
@@ -163,11 +163,12 @@ class Robustness:
     def _caption(self):
         unusual = [f'; {name} {p}' for name,parts in self.attacks.items() for p in parts
                    if p.startswith(('without','transfer'))]
-        return f"{self.sample}; {self.norm} eps {self.eps*255:.4g}/255, attack seed {self.seed}{''.join(unusual)}"
+        return f"{self.sample}; {self.norm} eps {format_eps(self.eps)}, attack seed {self.seed}{''.join(unusual)}"
     def _shown(self):
         df = self.to_df()
-        return pd.DataFrame({'accuracy': df.accuracy.map('{:.1%}'.format), 'seconds': df.seconds.map('{:.1f}'.format),
-                             '95 % interval': [f'{l:.1%} to {h:.1%}' for l,h in zip(df.low, df.high)]})
+        return pd.DataFrame({'accuracy': df.accuracy.map(format_percent), 'seconds': df.seconds.map('{:.1f}'.format),
+                             '95 % interval': [f'{low} to {high}' for low,high in zip(*(df[c].map(format_percent)
+                                                                                       for c in ('low','high')))]})
     def __repr__(self): return f'{self._shown().to_string()}\n{self._caption}'
     def __rich__(self):
         table = rich.table.Table('', box=rich.box.SIMPLE, caption=self._caption, caption_justify='left')
@@ -340,7 +341,7 @@ class _Run:
         "Report the remaining work and the accuracy so far to `progress`, before the batch `todo` or after the attack"
         if self.progress is None: return
         at_most = self._at_most()
-        known = f"{sum(at['is_robust'])/len(self.x):.1%} {'right' if name == 'clean' else 'robust'}"
+        known = f"{format_percent(sum(at['is_robust'])/len(self.x))} {'right' if name == 'clean' else 'robust'}"
         text = f'{name}: {known}' if at['part'] == len(self.parts[name]) else f'{name}: at most {known} so far'
         self.progress.expect(len(todo), *self._passes(name, at, len(todo), at_most), text, at_most)
 

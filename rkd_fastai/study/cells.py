@@ -100,8 +100,9 @@ def _speeds(c, path):
     return asked, _timed(lambda: F.cross_entropy(net.train()(x), y).backward(), 3*len(x), x.device)
 
 def _alike(c):
-    return Cell('at', c.data, c.size, c.n, arch=c.arch, width=c.width, compile=c.compile, bf16=c.bf16,
-                schedule='onecycle') # a cell in which a pass costs the same
+    "Return a cell in which a pass costs the same"
+    return Cell(method='at', schedule='onecycle',
+                **{k: getattr(c, k) for k in ('data','size','n','arch','width','compile','bf16')})
 
 def seconds(
     c, # `Cell`

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['Cell', 'short_hash', 'settings_of', 'cell_from', 'allowed_settings', 'members', 'betas', 'training_attack',
-           'make_cell', 'teachers_of', 'recipe_of', 'read_study']
+           'make_cell', 'teachers_of', 'recipe_of', 'Measure', 'read_study']
 
 # %% ../../nbs/study/00_config.ipynb #2efa8e18
 import hashlib, json, re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, field, fields, replace
 from fractions import Fraction
 from inspect import signature
 from itertools import groupby, product
 from pathlib import Path
+from typing import Annotated
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from ..attacks.pgd import FFGSM, PGD
 from ..evaluation.robustness import make_attack
 from ..learner import distil_methods, method_class
@@ -24,33 +27,49 @@ try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
 # %% ../../nbs/study/00_config.ipynb #95a11135
-@dataclass(frozen=True)
+def _number(v):
+    "Return the number that a text such as '8/255' stands for; pydantic refuses what is returned as it is"
+    try: return float(Fraction(v)) if isinstance(v, str) else v
+    except (ValueError, ArithmeticError): return v
+
+def _in_pixels(eps):
+    if 0 < eps <= 1: return eps
+    raise ValueError(f"`eps` must be more than 0 and at most 1, got {eps:g}: write 8/255")
+
+_Number = Annotated[float, BeforeValidator(_number)]
+_Share = Annotated[_Number, Field(ge=0, le=1)]
+_Positive = Annotated[_Number, Field(gt=0)]
+_Radius = Annotated[_Number, AfterValidator(_in_pixels)]
+_Count = Annotated[int, Field(ge=1)]
+_strict = dict(strict=True, extra='forbid', allow_inf_nan=False) # True is no number, and '3' is no int
+
+@dataclass(frozen=True, config=_strict)
 class Cell:
     "Settings of one network of a study; None for settings that its method does not have"
     method:str # 'akd', 'rslad', 'ard', 'ckd'; without a teacher 'at', 'st', …; 'teacher' measures the teacher itself
     data:str='fashion_sample' # see `make_dls`
-    size:int|None=None # side of the images in pixels, see `make_dls`
-    n:int|None=None # number of training images; None means all
-    noise:float=0. # fraction of wrong training labels
+    size:_Count|None=None # side of the images in pixels, see `make_dls`
+    n:_Count|None=None # number of training images; None means all
+    noise:_Share=0. # fraction of wrong training labels
     augment:str|None=None # 'none' or 'flip'; None means the data set's usual augmentation
     seed:int=0 # seed of data, weights, order and training attack; `[measure]` has the seed of the measurement
     arch:str='cifar_resnet18' # name of the network, see `make_net`
-    width:float=1/8 # factor by which the number of channels is multiplied
-    eps:float=8/255 # radius of the attack in training and measurement
-    epochs:int|None=40 # epochs of this network's training, without those of its teachers
-    lr:float|None=None # learning rate; None means the recipe's
-    bs:int|None=None # batch size; None means the recipe's, or a smaller one for few images
+    width:_Positive=1/8 # factor by which the number of channels is multiplied
+    eps:_Radius=8/255 # radius of the attack in training and measurement
+    epochs:_Count|None=40 # epochs of this network's training, without those of its teachers
+    lr:_Positive|None=None # learning rate; None means the recipe's
+    bs:_Count|None=None # batch size; None means the recipe's, or a smaller one for few images
     schedule:str|None=None # for methods without a teacher: 'onecycle', 'exp' or 'steps'
     attack:str|None=None # attack in training: 'pgd7', 'pgd10', …, 'ffgsm', 'fgsm'
     teacher:str|None=None # kind, e.g. 'at', or numbers of several kinds, e.g. '2 st, 2 at'
-    teacher_epochs:int|None=None # epochs of the teachers' training
-    teacher_epoch:int|None=None # epoch whose checkpoint is the teacher; None means the last one
+    teacher_epochs:_Count|None=None # epochs of the teachers' training
+    teacher_epoch:_Count|None=None # epoch whose checkpoint is the teacher; None means the last one
     teacher_arch:str|None=None # network of the teacher; None means the student's
-    teacher_width:float|None=None # width of the teacher; None means the student's
-    beta:float|None=None # weight of an ensemble's last kind, the others share the rest; None means equal weights
-    alpha:float|None=None # weight of the teacher in the soft target
-    lam:float|None=None # weight of the adversarial term, or of the distilled term in CKD
-    T:float|None=None # temperature
+    teacher_width:_Positive|None=None # width of the teacher; None means the student's
+    beta:_Share|None=None # weight of an ensemble's last kind, the others share the rest; None means equal weights
+    alpha:_Share|None=None # weight of the teacher in the soft target
+    lam:_Share|None=None # weight of the adversarial term, or of the distilled term in CKD
+    T:_Positive|None=None # temperature
     compile:bool=False # see `AdversarialTraining`
     bf16:bool=False # see `AdversarialTraining`
     member:int=0 # index in an ensemble, whose members differ in their random start only
@@ -101,7 +120,6 @@ def cell_from(
     return Cell(**(_unchanged | settings))
 
 # %% ../../nbs/study/00_config.ipynb #4fd25fe3
-_kinds = {f.name: f.type for f in fields(Cell)}
 _teacher_settings = {'teacher','teacher_epochs','teacher_epoch','teacher_arch','teacher_width','beta'}
 _of_training = {'epochs','lr','bs','compile','bf16'}
 # schedules and their learning rates
@@ -141,15 +159,20 @@ def _with_new_names(settings):
         out[name] = [value(o) for o in v] if isinstance(v, list) else value(v)
     return out
 
-def _typed(name, v):
-    "Return a value of the file as the type of its setting; a fraction may be text, such as '8/255'"
-    kind = getattr(_kinds[name], '__args__', [_kinds[name]])[0]
-    try:
-        if kind is float and not isinstance(v, bool): return float(Fraction(v) if isinstance(v, str) else v)
-        if isinstance(v, kind) and not (kind is int and isinstance(v, bool)): return v
-    except (TypeError, ValueError, ZeroDivisionError): pass
-    wanted = 'a number or a fraction such as 8/255' if kind is float else f'of type {kind.__name__}'
-    raise ValueError(f'`{name}` is {wanted}, got {v!r}')
+_wanted = dict(int_type='a whole number', float_type='a number or a fraction such as 8/255', string_type='a text',
+               bool_type='true or false', list_type='a list of names', too_short='a list with a name in it',
+               finite_number='finite', greater_than='more than {gt}', greater_than_equal='at least {ge}',
+               less_than_equal='at most {le}') # pydantic's types of errors
+
+def _checked(model, settings, where=''):
+    "Return `model(**settings)`; raise a `ValueError` that says what the first wrong setting must be"
+    for k in settings: _known(f'setting{where}', k, signature(model).parameters)
+    try: return model(**settings)
+    except ValidationError as e: wrong = e.errors()[0]
+    limits = wrong.get('ctx', {})
+    if 'error' in limits: raise limits['error'] # one of our own
+    raise ValueError(f"`{wrong['loc'][0]}`{where} must be {_wanted[wrong['type']].format(**limits)}, "
+                     f"got {wrong['input']!r}")
 
 # %% ../../nbs/study/00_config.ipynb #329a1ecb
 def members(
@@ -186,14 +209,7 @@ def betas(
 
 # %% ../../nbs/study/00_config.ipynb #4d6bcb3e
 def _check(c):
-    "Raise a `ValueError` if a setting of a cell is invalid or the settings do not fit together"
-    for k in ('noise','alpha','lam','beta'):
-        v = getattr(c, k)
-        if v is not None and not 0 <= v <= 1: raise ValueError(f"`{k}` lies in [0, 1], got {v}")
-    if not 0 < c.eps <= 1: raise ValueError(f"`eps` lies in (0, 1], got {c.eps:g}: write 8/255")
-    for k in ('n','epochs','teacher_epochs','width','teacher_width','teacher_epoch','bs','lr','T'):
-        v = getattr(c, k)
-        if v is not None and not v > 0: raise ValueError(f"`{k}` is more than 0, got {v}")
+    "Raise a `ValueError` if a name in the settings of a cell is unknown or the settings do not fit together"
     if c.augment is not None: _known('`augment`', c.augment, ['none','flip'])
     if c.schedule is not None: _known('`schedule`', c.schedule, _schedules)
     if c.attack is not None: training_attack(c.attack, c.eps)
@@ -231,10 +247,10 @@ def _complete(c):
 
 def make_cell(**settings):
     "Return the `Cell` with these settings, whose values are as in the file; raise a `ValueError` if they are invalid"
-    settings = {k: _typed(k, v) for k,v in settings.items()}
-    c = Cell(**settings)
-    extra = set(settings) - allowed_settings(c.method)
-    if extra: raise ValueError(f"`{sorted(extra)[0]}` means nothing to method {c.method!r}: leave it out")
+    known = allowed_settings(settings.get('method'))
+    c = _checked(Cell, settings)
+    if extra := sorted(set(settings) - known):
+        raise ValueError(f"method {c.method!r} has no setting `{extra[0]}`: leave it out")
     c = _complete(c)
     _check(c)
     return c
@@ -246,9 +262,10 @@ def teachers_of(
     "Return the list of cells of the teachers that `c` needs"
     if not c.has_teacher: return []
     kinds = members(c.teacher)
-    return [Cell(kind, c.data, c.size, c.n, c.noise, c.augment, c.seed, c.teacher_arch, c.teacher_width, c.eps,
-                 c.teacher_epochs, compile=c.compile, bf16=c.bf16,
-                 schedule='teacher', member=kinds[:i].count(kind)) for i,kind in enumerate(kinds)]
+    same = {k: getattr(c, k) for k in ('data','size','n','noise','augment','seed','eps','compile','bf16')}
+    same |= dict(arch=c.teacher_arch or c.arch, width=c.teacher_width or c.width, epochs=c.teacher_epochs)
+    return [Cell(method=kind, schedule='teacher', member=kinds[:i].count(kind), **same)
+            for i,kind in enumerate(kinds)]
 
 def recipe_of(
     c, # `Cell`
@@ -264,23 +281,23 @@ def recipe_of(
     return r.replace(attack=training_attack(c.attack, c.eps)) if c.attack else r
 
 # %% ../../nbs/study/00_config.ipynb #4af9e75a
-_measure = dict(attacks=['clean','pgd20'], n=None, n_autoattack=None, seed=0, fast=True, best=True, bs=250)
+def _attacks(names):
+    "Return the checked names of attacks without repetitions; clean accuracy is always measured"
+    for a in names: make_attack(a)
+    return list(dict.fromkeys(['clean', *names]))
 
-def _read_measure(settings):
-    "Return the checked settings of `[measure]` with defaults; clean accuracy is always measured"
-    for k in settings: _known('setting of [measure]', k, _measure)
-    m = _measure | settings
-    attacks = m['attacks']
-    if not isinstance(attacks, list) or not attacks or not all(isinstance(a, str) for a in attacks):
-        raise ValueError(f"`attacks` of [measure] is a list of names, such as ['clean', 'pgd20'], got {attacks!r}")
-    for a in attacks: make_attack(a)
-    for k in ('fast','best'):
-        if not isinstance(m[k], bool): raise ValueError(f"`{k}` of [measure] is true or false, got {m[k]!r}")
-    for k in ('n','n_autoattack','seed','bs'):
-        v,least = m[k],0 if k == 'seed' else 1
-        if (v is not None or k in ('seed','bs')) and (not isinstance(v, int) or isinstance(v, bool) or v < least):
-            raise ValueError(f"`{k}` of [measure] is a whole number from {least} on, got {v!r}")
-    return m | dict(attacks=list(dict.fromkeys(['clean', *attacks])))
+_Attacks = Annotated[list[str], Field(min_length=1), AfterValidator(_attacks)]
+
+@dataclass(frozen=True, config=_strict)
+class Measure:
+    "Settings of `[measure]`"
+    attacks:_Attacks=field(default_factory=lambda: ['clean','pgd20']) # names for `make_attack`
+    n:_Count|None=None # number of images; None means all
+    n_autoattack:_Count|None=None # number of images for AutoAttack; None means `n`
+    seed:Annotated[int, Field(ge=0)]=0 # seed of the sample of images and of the attacks
+    fast:bool=True # see `make_attack`
+    best:bool=True # measure the best epoch of networks without a teacher, too
+    bs:_Count=250 # batch size
 
 def _tables(spec):
     "Check the form of `spec` and return its `[[grid]]` tables"
@@ -298,9 +315,10 @@ def read_study(
     "Return the distinct cells of a study, its `[measure]` settings and its title; raise a `ValueError` for errors"
     title = '' if isinstance(spec, dict) else Path(spec).stem
     spec = spec if isinstance(spec, dict) else _read_toml(spec)
-    grids,measure = [_with_new_names(g) for g in _tables(spec)],_read_measure(spec.get('measure', {}))
+    grids = [_with_new_names(g) for g in _tables(spec)]
+    measure = _checked(Measure, spec.get('measure', {}), ' of [measure]')
     top = _with_new_names({k: v for k,v in spec.items() if k not in ('grid','measure','title')})
-    own = [k for k in _kinds if k != 'member']
+    own = [f.name for f in fields(Cell) if f.name != 'member']
     for k in top: _known('setting', k, [*own, 'measure', 'grid', 'title'])
     for k in (k for g in grids for k in g): _known('setting of [[grid]]', k, own)
     for k,v in [*top.items(), *(o for g in grids for o in g.items())]:
@@ -313,7 +331,7 @@ def read_study(
             if 'method' not in settings: raise ValueError("a grid has no `method`: say one, such as 'akd' or 'at'")
             known = allowed_settings(settings['method'])
             cells[make_cell(**{k: v for k,v in settings.items() if k in known or k in g})] = None
-    return sorted(cells, key=lambda c: c.seed),measure,spec.get('title', title) # one seed after another
+    return sorted(cells, key=lambda c: c.seed),asdict(measure),spec.get('title', title) # one seed after another
 
 def _read_toml(path):
     try: return tomllib.loads(Path(path).read_text(encoding='utf8'))

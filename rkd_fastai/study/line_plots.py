@@ -11,10 +11,11 @@ from .plots import (accuracy_label, baseline_name, base_near, error_bars, legend
                                     panels,
                                     red, star_legend, stars)
 from ..registry import methods
-from .results import (NotEnough, accuracy, cells_of, fraction, head, kind_name, make_table, one_task,
-                                      points, rows, format_value, settings, task)
+from .results import (NotEnough, accuracy, cells_of, head, kind_name, make_table, one_task,
+                                      rows, format_value, settings, task)
 from .tables import gain_over, hyper, own_students, picks_of, unpaired
 from ..style import colours, markers
+from ..text import format_fraction, format_points
 
 # %% ../../nbs/study/06_line_plots.ipynb #1d7e71f4
 axis_names = ('n','noise','eps','epochs','compute','width','teacher_width','teacher_epoch','alpha','lam','T','beta')
@@ -69,8 +70,8 @@ def axis_table(
               head(robust): accuracy(r, robust)} |
              {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–',
               'Epochs in all': format_value('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
-    what = (f"Networks trained alike but for the {axis_text(x)}; of several settings the one with the most values, "
-            "then the most robust.")
+    what = (f"Networks that differ only in the {axis_text(x)}. Of several settings the one with the most values is "
+            "shown, and of those the most robust one.")
     if rows(df)[x].isna().any():
         what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
     return make_table(shown, one_task(rows(df), free=[x]), what, robust)
@@ -128,7 +129,7 @@ def plot_axis(
     return fig
 
 def _axis_words(lines, x, robust):
-    ends = lambda o, c: f"{points(o[c].iloc[0])} to {points(o[c].iloc[-1])} %"
+    ends = lambda o, c: f"{format_points(o[c].iloc[0])} to {format_points(o[c].iloc[-1])} %"
     each = [f"{line_name(o)}: {ends(o, 'clean')} clean, {ends(o, robust)} {head(robust)}" for o in lines]
     return (f"Accuracy along the {axis_text(x)}, from {format_value(x, lines[0][x].iloc[0])} to "
             f"{format_value(x, lines[0][x].iloc[-1])}. {'; '.join(each)}.")
@@ -211,7 +212,7 @@ def capacity_table(
 ):
     "Return a table of the best students' gains over the baseline by the network's width"
     found,robust = capacities(df, robust, baseline, within)
-    gain_of = lambda r, n: points(r[f'{n}_gain'], r[f'{n}_gain_std'],
+    gain_of = lambda r, n: format_points(r[f'{n}_gain'], r[f'{n}_gain_std'],
                                   '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
     left = unpaired(own_students(df), robust, baseline)
     lines = [{'Layer size': format_value('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'),
@@ -219,7 +220,7 @@ def capacity_table(
               f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
     return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '
-                                 f'in points; ± is the root of both variances.{left}', robust, spread=True)
+                                 f'in points; ± is the root of the sum of both variances.{left}', robust, spread=True)
 
 @figure_style
 def plot_capacity(
@@ -239,15 +240,16 @@ def plot_capacity(
         ax.errorbar(x, y, std, ls='', marker=markers[i], ms=6, color=colours[i], elinewidth=1.2, label=label)
         for at,v in zip(x, y):
             if not np.isnan(v):
-                ax.annotate(points(v/100, sign='+'), (at, v), xytext=((-6,6)[i], 0), textcoords='offset points',
+                ax.annotate(format_points(v/100, sign='+'), (at, v), xytext=((-6,6)[i], 0), textcoords='offset points',
                             ha=('right','left')[i], va='center', fontsize=8)
-    ax.set(xticks=range(len(found)), xticklabels=[fraction(w) for w in found['width']], xlim=(-.6, len(found)-.4),
-           xlabel='layer size', ylabel='gain over the baseline, points')
+    ax.set(xticks=range(len(found)), xticklabels=[format_fraction(w) for w in found['width']],
+           xlim=(-.6, len(found)-.4), xlabel='layer size', ylabel='gain over the baseline, points')
     legend_below(fig, ax.get_legend_handles_labels()[0], ncols=2)
     fig.set_label(_capacity_words(found, robust))
     return fig
 
 def _capacity_words(found, robust):
-    gained = lambda r: f"clean {points(r['clean_gain'], sign='+')}, {head(robust)} {points(r['robust_gain'], sign='+')}"
-    each = '; '.join(f"layer size {fraction(r['width'])}: {gained(r)}" for _,r in found.iterrows())
+    signed = lambda gain: format_points(gain, sign='+')
+    gained = lambda r: f"clean {signed(r['clean_gain'])}, {head(robust)} {signed(r['robust_gain'])}"
+    each = '; '.join(f"layer size {format_fraction(r['width'])}: {gained(r)}" for _,r in found.iterrows())
     return f'Gain of the best students over the baseline, in points. {each}.'

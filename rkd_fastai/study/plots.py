@@ -12,11 +12,11 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from ..registry import methods
 from .results import (NotEnough, accuracy, cells_of, check_column, head, kind_name, make_table,
-                                      one_task, pareto, points, rows, format_value, settings, students_of,
+                                      one_task, pareto, rows, format_value, settings, students_of,
                                       distinguishing_settings, varying)
 from .tables import baseline_of, hyper, nearest
 from ..style import colours, markers
-from ..text import counted
+from ..text import counted, format_points
 
 # %% ../../nbs/study/05_plots.ipynb #52562050
 _look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
@@ -69,9 +69,10 @@ def front_table(
     lines = [{head(c): format_value(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
              {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other "
-            f"one{f' with the same {head(by).lower()}' if by else ''} dominates. A line in a figure is the "
-            "front of all networks in that panel, the baseline's too; through the star that students are compared "
-            "with run dotted lines. ES: epoch the teacher was stopped after.")
+            f"student{f' with the same {head(by).lower()}' if by else ''} beats in one accuracy without a loss in the "
+            "other. A line in a figure joins such networks of that panel, the baseline included. Dotted lines run "
+            "through the star of the baseline that students are compared with. ES: epoch the teacher was stopped "
+            "after.")
     return make_table(lines, df, what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #2221d2e4
@@ -197,12 +198,13 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
                  ncols=4 if len(across) > 1 else 2)
 
 def _pareto_words(s, base, robust, color, n):
-    top = lambda c: f"{points(s[c].max())} %"
+    top = lambda c: f"{format_points(s[c].max())} %"
     by = dict(teacher_epoch='the epoch the teacher was stopped after', alpha='α').get(color, color)
     words = (f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured "
              f"by {by}. ")
     words += f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under {head(robust)}"
-    return words + (f"; the baseline {points(base['clean'].iloc[0])} % and {points(base[robust].iloc[0])} %."
+    return words + (f"; the baseline {format_points(base['clean'].iloc[0])} % and "
+                    f"{format_points(base[robust].iloc[0])} %."
                     if len(base) else '.')
 
 # %% ../../nbs/study/05_plots.ipynb #dddcc4c6
@@ -261,7 +263,7 @@ def _draw_map(ax, g, c, alphas, stops, cmap, norm):
         if np.isnan(v): continue
         light = np.dot(im.cmap(im.norm(100*v))[:3], [.299,.587,.114]) > .55
         best = v == np.nanmax(grid)
-        ax.text(j, i, points(v), ha='center', va='center', color='black' if light else 'white', fontsize=8,
+        ax.text(j, i, format_points(v), ha='center', va='center', color='black' if light else 'white', fontsize=8,
                 weight='bold' if best else None)
         if best:
             ax.add_patch(plt.Rectangle((j-.47, i-.45), .94, .9, fill=False, lw=1.6, ec='black' if light else 'white'))
@@ -299,5 +301,6 @@ def _map_words(s, c, base):
     top = s.loc[s[c].idxmax()]
     who = (f"{format_value('method', top['method'])} with {kind_name(top['teacher'])} teacher, "
            f"{hyper(top, s.assign(teacher=''))}")
-    words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is {points(top[c])} %, by {who}"
-    return words + (f"; white is the baseline’s {points(base.iloc[0][c])} %." if len(base) else '.')
+    words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is "
+    words += f"{format_points(top[c])} %, by {who}"
+    return words + (f"; white is the baseline’s {format_points(base.iloc[0][c])} %." if len(base) else '.')

@@ -8,12 +8,10 @@ __all__ = ['task', 'extras', 'settings', 'NotEnough', 'rows', 'measured', 'measu
 
 # %% ../../nbs/study/03_results.ipynb #a83d30de
 import html, re
-from decimal import Decimal, ROUND_HALF_UP
-from fractions import Fraction
 import numpy as np, pandas as pd
 from ..registry import methods
 from ..sampling import Sample
-from ..text import counted
+from ..text import counted, format_eps, format_fraction, format_points
 
 # %% ../../nbs/study/03_results.ipynb #65f3deb9
 class NotEnough(ValueError):
@@ -182,15 +180,6 @@ _heads = dict(data='Data', size='Image size', augment='Augmentation', n='Trainin
               checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW',
               fgsm='FGSM')
 
-def fraction(x):
-    "Return a number as a fraction, e.g. '1/16' for 0.0625, if its denominator is at most 64"
-    f = Fraction(x).limit_denominator(64)
-    return str(f) if abs(f - x) < 1e-9 else f'{x:g}'
-
-def radius(eps):
-    "Return a radius as text, '8/255' and not '0.031'"
-    return f'{eps:g}' if abs(eps - round(eps, 3)) < 1e-9 else f'{255*eps:.3g}/255'
-
 def kind_name(teacher):
     "Return `teacher` as text for tables, e.g. '2 × ST + 2 × AT'"
     if not isinstance(teacher, str): return '–'
@@ -206,25 +195,17 @@ def format_value(c, v):
     "Return value `v` of column `c` as text"
     if pd.isna(v): return 'usual' if c in ('augment','size') else '–'
     if c == 'augment' and v == 'none': return 'no'
-    if c in ('width','teacher_width') or c == 'lam' and abs(v - round(v, 3)) > 1e-9: return fraction(v)
-    if c in ('eps','teacher_eps'): return radius(v)
+    if c in ('width','teacher_width') or c == 'lam' and abs(v - round(v, 3)) > 1e-9: return format_fraction(v)
+    if c in ('eps','teacher_eps'): return format_eps(v)
     if c == 'noise': return f'{100*v:g} %'
     if c == 'teacher': return kind_name(v)
     if c == 'method': return methods.get(v, _kinds.get(v, v))
     return v if isinstance(v, str) else f'{v:,.0f}' if abs(v) >= 1e4 else f'{v:.4g}'
 
-def points(mean, std=np.nan, sign=''):
-    "Return fractions as percentage points: '48.1 ± 0.3', or '48.1' without a `std`"
-    if pd.isna(mean): return '–'
-    # use decimals, since Python and NumPy round halves such as 81.35 differently
-    tenths = Decimal(f'{100*mean:.6f}').quantize(Decimal('.1'), ROUND_HALF_UP)
-    text = f'{tenths + 0:{sign}.1f}'.replace('-', '−')
-    return text if pd.isna(std) else f'{text} ± {100*std:.1f}'
-
 def accuracy(cell, c):
     "Return the accuracy `c` of a row of `over_seeds` as text, with the number of seeds if some lack it"
     few = f" ({cell[f'{c}_seeds']} of {cell['seeds']} seeds)" if 0 < cell[f'{c}_seeds'] < cell['seeds'] else ''
-    return points(cell[c], cell[f'{c}_std']) + few
+    return format_points(cell[c], cell[f'{c}_std']) + few
 
 # %% ../../nbs/study/03_results.ipynb #553ee986
 def span(df, c):
@@ -303,11 +284,10 @@ def as_markdown(
 ):
     "Return a table as Markdown text, with its verdict and caption below"
     text = lambda v: re.sub(r'\s+', ' ', html.escape(str(v), quote=False)).replace('\\', '\\\\').replace('|', '\\|')
-    line = lambda values: f"| {' | '.join(values)} |"
-    side = ['--:' if is_number(table[c]) else ':--' for c in table]
+    side = ['right' if is_number(table[c]) else 'left' for c in table]
     below = [text(table.attrs[k]) for k in ('verdict','caption') if table.attrs.get(k)]
-    lines = [line(map(text, table)), line(side), *(line(map(text, r)) for r in table.itertuples(index=False))]
-    return '\n'.join([*lines, *(f'\n{t}' for t in below)]) + '\n'
+    shown = table.rename(columns=text).map(text).to_markdown(index=False, colalign=side, disable_numparse=True)
+    return '\n\n'.join([shown, *below]) + '\n'
 
 # %% ../../nbs/study/03_results.ipynb #20d7bf79
 def key_of(df, columns):

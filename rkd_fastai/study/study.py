@@ -24,11 +24,11 @@ from .cells import cell_dls, eval_images, has_test_split, seconds
 from .config import (Cell, betas, cell_from, read_study, recipe_of, settings_of, short_hash,
                                      teachers_of)
 from .report import views, write_report
-from .results import NotEnough, cells_of, head, main, measured, pareto, points, format_value
+from .results import NotEnough, cells_of, head, main, measured, pareto, format_value
 from ..registry import data_names
 from .run import describe_run, fit_run, load_run, machine, n_watched, train_seconds
 from ..teachers import Teacher
-from ..text import counted, say
+from ..text import counted, format_percent, format_points, say
 
 # %% ../../nbs/study/08_study.ipynb #b5d0c50a
 @contextmanager
@@ -299,7 +299,7 @@ class Runner:
                                    state_path=state,
                                    bs=self.study.measure['bs'], fast=self.study.measure['fast'],
                                    progress=line.progress, sample=sample)
-            line.finish(', '.join(f'{k} {v:.1%}' for k,v in r.results.items())
+            line.finish(', '.join(f'{k} {format_percent(v)}' for k,v in r.results.items())
                         + ('' if checkpoint == 'last' else f', epoch {best_epoch(folder)}'))
             res = self.study.results(c)
             res.setdefault(checkpoint, {}).update({k: v | dict(asked=[n, seed], fast=self.study.searches_fast(k), n=r.n,
@@ -439,7 +439,7 @@ class _Table:
         spent,left = time.time()-self.start,sum(self.work.values())
         left = f', about {clock(spent*left/(self.all-left))} left' if had and left else ''
         found = ('diverged: ' + res['diverged'] if res.get('diverged')
-                 else '  '.join(f"{k} {v['accuracy']:.1%}" for k,v in res.get('last', {}).items()))
+                 else '  '.join(f"{k} {format_percent(v['accuracy'])}" for k,v in res.get('last', {}).items()))
         say(f'{self.n:>4}/{len(self.cells)}  '
             f'{_cell_text(c, self.varied):<{self.width}}  {found}  ({clock(spent)}{left})')
 
@@ -458,10 +458,10 @@ def pareto_text(
     own = ~df['method'].isin(list(distil_methods))
     for i in [*df.index[~df.index.isin(front)], *front, *df.index[own]]:
         grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
-    side = [f'{points(y.max()):>5} ┤', *['      │']*(height-2), f'{points(y.min()):>5} ┤']
+    side = [f'{format_points(y.max()):>5} ┤', *['      │']*(height-2), f'{format_points(y.min()):>5} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
     return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*width,
-                      f"       {points(x.min()):<4}{'clean, %':^{width-8}}{points(x.max()):>4}",
+                      f"       {format_points(x.min()):<4}{'clean, %':^{width-8}}{format_points(x.max()):>4}",
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
 def hours(

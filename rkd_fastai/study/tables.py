@@ -10,9 +10,9 @@ import numpy as np, pandas as pd
 from ..core import check_fraction
 from ..registry import methods
 from .results import (NotEnough, accuracy, cells_of, extras, head, key_of, kind_name,
-                                      make_table, measures, one_task, points, rows, format_value, students_of,
+                                      make_table, measures, one_task, rows, format_value, students_of,
                                       task, distinguishing_settings, varying, wider)
-from ..text import counted
+from ..text import counted, format_points
 
 # %% ../../nbs/study/04_tables.ipynb #0ef239b5
 def baseline_of(cells, baseline=None):
@@ -201,27 +201,32 @@ def _name(s, g):
     "Return the task of the students `s` as text, with the settings that differ among the tasks of all students `g`"
     first = s.iloc[0]
     text = lambda c: _unset[c] if c in _unset and pd.isna(first[c]) else _where[c].format(format_value(c, first[c]))
-    return ', '.join(map(text, varying(g, task))) or 'here'
+    return ', '.join(map(text, varying(g, task)))
 
 def _outcome(g, name, other, within, where):
     """Return a bool and a text: whether a student of one task wins in `name`, loses at most `within` in `other` and
     takes at most 10 % more compute than the baseline"""
-    if g['exceeds_compute'].all(): return False, f'{where} (all took more than 10 % more epochs)'
+    at = f' {where}' if where else ''
+    if g['exceeds_compute'].all(): return False, f'all took more than 10 % more epochs in all{at}'
     held = g[~g['exceeds_compute'] & (g[f'{other}_gain'] >= -within - 1e-9)]
-    if not len(held): return False, f'{where} (none keeps the other accuracy to within {100*within:g} points)'
+    if not len(held): return False, f'none keeps the other accuracy to within {100*within:g} points{at}'
     wins = held[_won(held, name) > 0]
     top = (wins if len(wins) else held).sort_values(f'{name}_gain').iloc[-1]
-    return len(wins) > 0, f"{where} ({points(top[f'{name}_gain'], top[f'{name}_gain_std'], '+')})"
+    gained = f"{format_points(top[f'{name}_gain'], top[f'{name}_gain_std'], '+')} points{at}"
+    return len(wins) > 0, f'by {gained}' if len(wins) else f'the best gains {gained}'
 
 def _verdict(g, within):
     "Return sentences about the tasks in which students win and in which they do not"
     columns = varying(g, task)
     g,found = g.sort_values(columns, kind='stable') if columns else g, []
-    for word,name,other in (('more robust','robust','clean'), ('more accurate','clean','robust')):
+    for what,word,name,other in (('robustness','robust','robust','clean'),
+                                 ('clean accuracy','accurate','clean','robust')):
         seen = [_outcome(s, name, other, within, _name(s, g)) for _,s in g.groupby(key_of(g, task), sort=False)]
         won,lost = [[t for ok,t in seen if ok == wanted] for wanted in (True, False)]
-        found += [f"A student is {word} than the baseline {'; '.join(won)}."] if won else []
-        found += [f"Distillation does not win, no student is shown to be {word} {'; '.join(lost)}."] if lost else []
+        if won: found.append(f"Distillation wins in {what}: a student is more {word} than the baseline "
+                             f"{'; '.join(won)}.")
+        if lost: found.append(f"Distillation does not win in {what}: no student is shown to be more {word} than the "
+                              f"baseline ({'; '.join(lost)}).")
     return '\n'.join(found)
 
 def gain(
@@ -236,15 +241,16 @@ def gain(
     g,robust = gains(df, baseline, robust)
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
     shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *distinguishing_settings(g)]
-    gain_text = lambda r: {f'{label} gain': points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
+    gain_text = lambda r: {f'{label} gain': format_points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
                            for name,label in (('clean','Clean'),('robust',head(robust)))}
     lines = [{head(c): format_value(c, r[c]) for c in shown} | gain_text(r)
              | {'Epochs in all': r['mark'], 'Baseline’s': format_value('compute', r['baseline_compute']),
              'Result': _result(c, rob, r['exceeds_compute'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'),
                                                                           _won(g, 'robust'))]
-    what = ("Student less the baseline nearest in compute, of whose last and best epoch the more robust one is taken. "
-            "Of a difference ± is the root of both variances; "
-            "of a single seed it is chance among the test images. A gain within its ± is none. "
+    what = ("A gain is the accuracy of a student minus that of the baseline with the most similar number of epochs. "
+            "Of the baseline's last and best epoch the more robust one is taken. ± is the root of the sum of both "
+            "variances; with a single seed it is chance among the test images. A gain that is smaller than its ± does "
+            "not count. "
             f"{_marks}{unpaired(df, robust, baseline)}")
     return make_table(lines, _about(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True,
                       verdict=_verdict(g, within))
@@ -268,10 +274,17 @@ def _for_kind(s, kind, robust, floor):
     held = s[s[robust] >= floor - 1e-9]
     return (_best(held, 'clean', robust), '') if len(held) else (_best(s, robust, 'clean'), ' §')
 
-def _rule(within):
-    return ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy that "
-            f"costs at most {100*within:g} points "
-            "of the baseline’s robust one (§: none does, the most robust is shown).")
+def _compared(df, within, robust, baseline):
+    """Return the rows of one task, its students, the attack, the lowest robust accuracy of a student that is chosen by
+    clean accuracy, and sentences on this choice"""
+    check_fraction(within=within)
+    df = one_task(rows(df))
+    cells,robust = cells_of(df, robust)
+    floor,comparison = _floor(cells, robust, within, baseline)
+    rule = ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy that "
+            f"costs at most {100*within:g} points of the baseline’s robust one (§: none does, the most robust is "
+            "shown).")
+    return df, students_of(cells), robust, floor, f'{rule} {comparison}'
 
 def _teacher_eps(s, kind):
     """Return the radius in a teacher's training; if its rows lack it, 0 for ST, a quarter of the students' radius for
@@ -287,11 +300,7 @@ def table3(
     baseline=None, # method of the baseline; None means 'at', or else the only one
 ):
     "Return the paper's Tables 3 and 4: one student per kind of teacher and method, sorted by the teacher's radius"
-    check_fraction(within=within)
-    df = one_task(rows(df))
-    cells,robust = cells_of(df, robust)
-    floor,comparison = _floor(cells, robust, within, baseline)
-    s = students_of(cells)
+    df,s,robust,floor,rule = _compared(df, within, robust, baseline)
     s = s[(s['members'].fillna(1) == 1) & s['method'].isin(methods) & s['teacher'].notna()]
     if s['teacher'].nunique() < 2:
         raise NotEnough(f"has students by {', '.join(methods)} of fewer than two kinds of single teachers: nothing to "
@@ -304,7 +313,7 @@ def table3(
             if (s['method'] == m).any():
                 line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, format_value('method', m), s)
         lines.append(line)
-    return make_table(lines, df, f'One student per kind of teacher. {_rule(within)} {comparison}', robust)
+    return make_table(lines, df, f'One student per kind of teacher. {rule}', robust)
 
 def _chosen(s, kind, robust, floor, label, among):
     "Return three table cells for the student of one kind: clean accuracy, robust accuracy and hyperparameters"
@@ -326,11 +335,7 @@ def table5(
     baseline=None, # method of the baseline; None means 'at', or else the only one
 ):
     "Return the paper's Tables 5 and 10: one teacher against several of the same kind, per method"
-    check_fraction(within=within)
-    df = one_task(rows(df))
-    cells,robust = cells_of(df, robust)
-    floor,comparison = _floor(cells, robust, within, baseline)
-    s = students_of(cells)
+    df,s,robust,floor,rule = _compared(df, within, robust, baseline)
     s = s[~s['teacher'].fillna(',').str.contains(',')]
     s = s.assign(kind=s['teacher'].str.replace(r'^\s*\d+\s+', '', regex=True), members=s['members'].fillna(1))
     lines = []
@@ -342,8 +347,8 @@ def table5(
         lines.append(start | _chosen(one, kind, robust, floor, '1 model', s)
                      | _chosen(many, kind, robust, floor, f'{k:g} models', s))
     if not lines: raise NotEnough("has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
-    return make_table(lines, df, 'One teacher against an ensemble, out of the same α and ES where both were tried '
-                                 f'with them. {_rule(within)} {comparison}', robust)
+    return make_table(lines, df, 'One teacher against an ensemble. Both are chosen from the same values of α and '
+                                 f'ES if both were tried with them. {rule}', robust)
 
 def _as_they_are(df, shown, what, robust):
     """Return a table with one line per network in `df`: the settings that the function `shown` names, and the accuracy

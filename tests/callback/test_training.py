@@ -771,7 +771,7 @@ def test_catastrophic_overfitting(stop, make_learner, make_dls, plain_net, robus
     if stop: learn.fit(4, 0.)
     else:
         with pytest.warns(UserWarning, match=r'catastrophic overfitting: in epoch 3 the accuracy of 96 images under '
-                                             r'PGD\(eps=25.5/255, steps=5.* fell from \d'):
+                                             r'PGD\(eps=0.1, steps=5.* fell from \d'):
             learn.fit(4, 0.)
     assert len(learn.recorder.values) == (3 if stop else 4)
     assert same(weights(learn.model), weights(robust_net if stop else plain_net))

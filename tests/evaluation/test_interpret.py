@@ -316,7 +316,7 @@ def test_matrix_is_drawn(lettered):
     fig = plt.gcf(); ax = fig.axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == letters == [t.get_text() for t in ax.get_yticklabels()]
     assert [int(t.get_text()) for t in ax.texts] == interp.confusion_matrix().flatten().tolist()
-    assert ax.get_title() == 'Confusion under PGD, L∞ ε 25.5/255'
+    assert ax.get_title() == 'Confusion under PGD, L∞ ε 0.1'
     fig.canvas.draw()
     box = ax.xaxis.label.get_window_extent()
     assert box.y0 >= 0 and box.height > 0 # fastai's own is cut off

@@ -212,18 +212,21 @@ def test_spread_of_a_gain():
     assert (one.robust_gain_std == pytest.approx((.4*.6/400 + .5*.5/400)**.5)
             and one.clean_gain_std == pytest.approx((.7*.3/400 + .8*.2/400)**.5))
 
+not_robust = ('Distillation does not win in robustness: no student is shown to be more robust than the baseline '
+              '({}).')
+
 @pytest.mark.parametrize('clean, robust, result, verdict', [
-    (.8, .6, 'better in both', 'A student is more robust than the baseline here (+20.0 ± 3.5).\nA student is more '
-                               'accurate than the baseline here (+10.0 ± 3.0).'),
-    (.7, .6, 'more robust', 'A student is more robust than the baseline here (+20.0 ± 3.5).\nDistillation does not '
-                            'win, no student is shown to be more accurate here (+0.0 ± 3.2).'),
-    (.6, .6, 'more robust, less accurate', 'Distillation does not win, no student is shown to be more robust here '
-                                           '(none keeps the other accuracy to within 2 points).'),
-    (.8, .3, 'more accurate, less robust', 'Distillation does not win, no student is shown to be more robust here '
-                                           '(−10.0 ± 3.4).'),
-    (.71, .41, 'level', 'Distillation does not win, no student is shown to be more robust here (+1.0 ± '
-                        '3.5).\nDistillation does not win, no student is shown to be more accurate here (+1.0 ± 3.2).'),
-    (.7, .3, 'worse', 'Distillation does not win, no student is shown to be more robust here (−10.0 ± 3.4).')])
+    (.8, .6, 'better in both',
+     'Distillation wins in robustness: a student is more robust than the baseline by +20.0 ± 3.5 points.\n'
+     'Distillation wins in clean accuracy: a student is more accurate than the baseline by +10.0 ± 3.0 points.'),
+    (.7, .6, 'more robust',
+     'Distillation wins in robustness: a student is more robust than the baseline by +20.0 ± 3.5 points.\n'
+     'Distillation does not win in clean accuracy: no student is shown to be more accurate than the baseline '
+     '(the best gains +0.0 ± 3.2 points).'),
+    (.6, .6, 'more robust, less accurate', not_robust.format('none keeps the other accuracy to within 2 points')),
+    (.8, .3, 'more accurate, less robust', not_robust.format('the best gains −10.0 ± 3.4 points')),
+    (.71, .41, 'level', not_robust.format('the best gains +1.0 ± 3.5 points')),
+    (.7, .3, 'worse', not_robust.format('the best gains −10.0 ± 3.4 points'))])
 def test_what_a_gain_means(clean, robust, result, verdict):
     got = gain(frame(at(.7, .4), student(clean, robust)))
     assert got.Result[0] == result and got.attrs['verdict'].startswith(verdict)
@@ -232,18 +235,18 @@ def test_verdict_names_where_distillation_does_not_win():
     good,bad = [(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., 1/4)],(at(.5, .3, width=1/16),
                                                                                      student(.6, .2, width=1/16))
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
-    assert (verdict[0].startswith('A student is more robust than the baseline at layer size 1/4 (+20.0')
-            and 'at layer size 1 (+20.0' in verdict[0] and '1/16' not in verdict[0])
-    assert verdict[1].startswith('Distillation does not win, no student is shown to be more robust at layer '
-                                 'size 1/16 (')
+    assert (verdict[0].startswith('Distillation wins in robustness: a student is more robust than the baseline by +20')
+            and 'points at layer size 1/4' in verdict[0] and 'points at layer size 1.' in verdict[0]
+            and '1/16' not in verdict[0])
+    assert verdict[1].startswith('Distillation does not win in robustness') and 'at layer size 1/16' in verdict[1]
 
 def test_verdict_names_all_that_differs():
     "Of equally many students none are 'the main task': once it was another one than that of `main`"
     df = pd.concat([frame(at(.7, .4), student(.8, .6)).assign(n=n, width=w)
                     for n,w in ((500, 1.), (2000, 1.), (1000, .25), (None, 1.))])
     verdict = gain(df).attrs['verdict'].splitlines()[0]
-    for where in ('with 500 training images, at layer size 1 (', 'with 2000 training images, at layer size 1 (',
-                  'with 1000 training images, at layer size 1/4 (', 'with all training images, at layer size 1 ('):
+    for where in ('with 500 training images, at layer size 1', 'with 2000 training images, at layer size 1',
+                  'with 1000 training images, at layer size 1/4', 'with all training images, at layer size 1'):
         assert where in verdict
 
 @pytest.mark.parametrize('table', [gain, select, capacity_table])
@@ -411,7 +414,9 @@ def test_captions_say_how_it_was_measured():
 def test_markdown_and_csv():
     table = pd.DataFrame({'Method': ['a|b <i>', 'c\nd'], 'Clean': ['48.1 ± 0.3', '–']})
     table.attrs.update(caption='Made up.', verdict='One.\nTwo.')
-    assert as_markdown(table) == '| Method | Clean |\n| :-- | --: |\n| a\\|b &lt;i&gt; | 48.1 ± 0.3 |\n| c d | – |\n\nOne. Two.\n\nMade up.\n' # noqa: E501
+    assert as_markdown(table) == ('| Method         |      Clean |\n|:---------------|-----------:|\n'
+                                  '| a\\|b &lt;i&gt; | 48.1 ± 0.3 |\n| c d            |          – |\n\n'
+                                  'One. Two.\n\nMade up.\n')
     got = select(study())
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(got.to_csv(index=False)), dtype=str, keep_default_na=False),
                                   got.astype(str), check_dtype=False)

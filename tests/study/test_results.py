@@ -6,9 +6,10 @@ import pytest
 
 from rkd_fastai.study.config import read_study
 from rkd_fastai.study.report import views
-from rkd_fastai.study.results import as_markdown, over_seeds, points
+from rkd_fastai.study.results import as_markdown, over_seeds
 from rkd_fastai.study.study import Study, read_rows
 from rkd_fastai.study.tables import gains
+from rkd_fastai.text import format_points
 
 root = Path(__file__).parents[2]
 collected = sorted(f.parent for f in (root/'results').glob('*/*/study.json'))
@@ -77,7 +78,7 @@ def test_tables_written_by_hand(page, study, heading, networks):
         c, = cells[(cells[list(checkpoint)] == list(checkpoint.values())).all(axis=1)].to_dict('records')
         row, = [[o.strip(' *') for o in l.strip('|').split('|')] for l in section.splitlines()
                 if l.startswith(f'| {start} |')]
-        assert row[2:] == [points(c[k], c[f'{k}_std']) for k in ('clean','pgd20','autoattack') if k in c], start
+        assert row[2:] == [format_points(c[k], c[f'{k}_std']) for k in ('clean','pgd20','autoattack') if k in c], start
 
 @pytest.mark.parametrize('study', ['headline', 'early'])
 def test_headline_is_measured_on_all_test_images(study):
@@ -104,5 +105,5 @@ def test_the_table_of_gains():
         one, = g[(g[list(checkpoint)] == list(checkpoint.values())).all(axis=1)].to_dict('records')
         for cell,k in zip(rows[name], ('robust','clean')):
             gain,std = one[f'{k}_gain'],one[f'{k}_gain_std']
-            text = points(gain, std, '+')
+            text = format_points(gain, std, '+')
             assert cell == (f'**{text}**' if gain > std else text), (name, k)
