@@ -311,9 +311,9 @@ def test_results_of_other_images_are_not_compared(learn):
 def test_a_state_of_another_sample(learn, tmp_path):
     args = dict(attacks=('clean','pgd1'), state_path=tmp_path/'state.json')
     learn.robustness(n=n, **args)
-    with pytest.raises(ValueError, match=rf"sample '{n} of .* seed 0' there, '20 of .* seed 0' here"):
+    with pytest.raises(ValueError, match=rf"sample is '{n} of .* seed 0' in the file and '20 of .* seed 0' here"):
         learn.robustness(n=20, **args)
-    with pytest.raises(ValueError, match="test images.* there, .*validation images"):
+    with pytest.raises(ValueError, match="test images.* in the file and .*validation images"):
         learn.robustness(n=n, ds_idx=1, **args)
 
 # --- splits of folders ---

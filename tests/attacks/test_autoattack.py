@@ -487,7 +487,7 @@ def test_full_disk(how, at, robust_net, test_images, tmp_path):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(evaluation, 'write_atomic', full)
             with pytest.raises(OSError, match='state_path') as e: run(path)
-        assert len(saves) == at and str(path) in str(e.value) and 'room' in str(e.value)
+        assert len(saves) == at and str(path) in str(e.value) and 'unchanged: solve this, and run' in str(e.value)
         assert path.read_text() == saves[-2] and json.loads(path.read_text())
         assert sorted(p.name for p in tmp_path.iterdir()) == ['state.json', 'whole'], 'nothing half-written is left'
         got = run(path)

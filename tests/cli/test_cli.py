@@ -293,7 +293,7 @@ def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
                                         (['trian'], 2), (['train', '--epoch', '3'], 2)])
 def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
     "Nothing that takes long to import is imported before a command runs"
-    slow = ['torch', 'fastai', 'numpy', 'pandas', 'pydantic', 'rich', 'tabulate']
+    slow = ['torch', 'fastai', 'numpy', 'pandas', 'rich', 'tabulate']
     assert python(f'''
         import contextlib, io, sys
         from rkd_fastai.cli.main import main

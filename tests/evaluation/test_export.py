@@ -306,14 +306,14 @@ def test_only_what_was_measured_is_on_the_card(dataset, n_test, n, results, clea
 robustbench_fields = ('''link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported autoattack_acc footnote'''.split()) # noqa: E501
 
 def test_card_as_robustbench_writes_it(tmp_path):
-    "Its fields in its order, null where nothing is known, what is told as it is told"
+    "Its fields in its order, null where nothing is known, and what is given is unchanged"
     bare = export_robustbench(small(1), images(4), tmp_path/'bare')
     assert (list(info(bare)) == robustbench_fields
             and {k: v for k,v in info(bare).items() if v is not None} == dict(number_forward_passes=1))
     assert sorted(p.name for p in bare.iterdir()) == ['load_model.py', 'model.pt2', 'model_info.json']
     fields = dict(link='https://example.org', name='A "title"', authors='Zoë, Łukasz', additional_data=False,
                 number_forward_passes=3, dataset='cifar10', venue='ICML 2020',
-                architecture='ResNet-18', fields='58', footnote='α')
+                architecture='ResNet-18', reported='58', footnote='α')
     full = export_robustbench(small(1), images(4), tmp_path/'full', card_of(10_000, eps=.5, norm='L2'), 'L2', **fields)
     assert (info(full) == fields | dict(eps='0.5', clean_acc='91.24', autoattack_acc='50.00')
             and list(info(full)) == robustbench_fields)
@@ -421,7 +421,7 @@ def test_networks_that_are_refused(name, tmp_path, snapshot):
     (dict(autoattack_acc='99'), ValueError, '`autoattack_acc` is not an entry'),
     (dict(additional_data='no'), ValueError, "`additional_data` must be bool, got 'no'"),
     (dict(number_forward_passes=True), ValueError, '`number_forward_passes` must be int'),
-    (dict(fields=58), ValueError, '`reported` must be str')])
+    (dict(reported=58), ValueError, '`reported` must be str')])
 def test_arguments_that_are_refused(kwargs, error, match, tmp_path):
     with pytest.raises(error, match=match):
         export_robustbench(**dict(model=small(1), x=images(4), folder=tmp_path/'new'/'net') | kwargs)
