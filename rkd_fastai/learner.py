@@ -93,7 +93,8 @@ def rkd_learner(
     bf16:bool=False, # run the attack and the teacher in bfloat16; `learn.to_bf16()` does so for the training step
     **kwargs
 )->Learner:
-    "Return a Learner that distils a robust student from `teacher`; start training with `fit_one_cycle`"
+    """Return a Learner that distils a robust student from `teacher`. Train it with `fit_rkd`, the paper's schedule, if
+    `opt_func=sgd_nesterov`, and with `fit_one_cycle` if it uses Adam, fastai's default."""
     cls = method_class(method)
     if (ours := getattr(arch, 'func', arch)) in (cifar_resnet18, wide_resnet):
         raise TypeError(f"`arch` cannot be {ours.__name__} itself: call it, as in `{ours.__name__}(n_out=dls.c)`, or "
