@@ -94,7 +94,7 @@ def rkd_learner(
     **kwargs
 )->Learner:
     """Return a Learner that distils a robust student from `teacher`. Train it with `fit_rkd`, the paper's schedule, if
-    `opt_func=sgd_nesterov`, and with `fit_one_cycle` if it uses Adam, fastai's default."""
+    its optimiser is SGD, e.g. `sgd_nesterov`, and with `fit_one_cycle` if it is Adam, fastai's default."""
     cls = method_class(method)
     if (ours := getattr(arch, 'func', arch)) in (cifar_resnet18, wide_resnet):
         raise TypeError(f"`arch` cannot be {ours.__name__} itself: call it, as in `{ours.__name__}(n_out=dls.c)`, or "
