@@ -19,6 +19,7 @@ from .callback.adversarial import AdversarialTraining, RobustCallback, check_kno
 from .core import check_fraction
 from .models import cifar_resnet18, wide_resnet
 from .registry import callbacks
+from .text import did_you_mean
 import rkd_fastai.schedules # noqa: F401 (patches `fit_exp` and `fit_rkd` on `Learner`)
 
 # %% ../nbs/12_learner.ipynb #51d5549e
@@ -34,7 +35,8 @@ def method_class(
     method, # 'akd', 'rslad', 'ard' or 'ckd'
 ):
     "Return the callback class of the distillation `method`; raise `ValueError` if it is unknown"
-    if method not in distil_methods: raise ValueError(f"unknown `method` {method!r}: use one of {list(distil_methods)}")
+    if method not in distil_methods:
+        raise ValueError(f"unknown `method` {method!r}: {did_you_mean(method, distil_methods)}")
     return distil_methods[method]
 
 @patch

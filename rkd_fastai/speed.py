@@ -117,7 +117,7 @@ class _StandIn:
         return x
 
     def went_astray(self):
-        "Return whether the layer's output did not go directly to the BatchNorm in this pass; reset for the next one"
+        "Return whether the layer's output bypassed its BatchNorm in this pass; reset for the next one"
         astray = self.astray or self.waiting is not None
         self.waiting,self.astray = None,False
         return astray
@@ -246,7 +246,7 @@ class _Trials:
     def __init__(self): self.known,self.counters,self.folds,self.n_calls,self.n_trials = [],set(),True,0,0
 
     def state(self, net, x):
-        "Return everything visible that may select a path through `net`, for images such as `x`"
+        "Return attributes, hooks and modules on which the control flow of `net` may depend, for images such as `x`"
         settings = _settings(net)
         for m,k in self.counters: settings.get(m, {}).pop(k, None)
         return x.shape[1:], x.dtype, x.device, _structure(net), settings

@@ -124,7 +124,7 @@ def test_packed_checkpoint(tmp_path):
     torch.save(dict(w=torch.zeros(huge//4)), tmp_path/'a.pth')
     rezipped(tmp_path/'a.pth', method=zipfile.ZIP_DEFLATED)
     assert (tmp_path/'a.pth').stat().st_size < 1e6
-    refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', 'more memory than it has bytes')
+    refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', 'more memory than its file size')
     assert torch.load(tmp_path/'a.pth', weights_only=True)['w'].nbytes == huge # it is live
 
 def test_checkpoint_of_entries_inside_each_other(tmp_path):
@@ -203,7 +203,7 @@ def test_packed_idx(dims, tmp_path):
 def test_absurd_idx_headers(tmp_path):
     for n in (10, 10**6, 2**32-1):
         (tmp_path/'a').write_bytes(idx((n, 28, 28), bytes(784)))
-        refused(lambda: read_idx(tmp_path/'a', (28, 28)), f'does not hold {n} elements')
+        refused(lambda: read_idx(tmp_path/'a', (28, 28)), f'does not contain {n} elements')
     for cut in range(16):
         (tmp_path/'a').write_bytes(idx((1, 28, 28), bytes(784))[:cut])
         refused(lambda: read_idx(tmp_path/'a', (28, 28)), 'a')

@@ -204,8 +204,8 @@ def test_two_networks_in_one_checkpoint(net, tiny_net, tmp_path):
     "Neither is chosen; nor is half a normaliser left out, or one of images that end at 255"
     other = {f'module.model.{k}': v for k,v in tiny_net(seed=6).state_dict().items()}
     torch.save(of_madry(net) | other, tmp_path/'a.pth')
-    with pytest.raises(ValueError, match='a.pth` holds two different tensors for `0.weight`, `module.model.0.weight` '
-                                         'and `module.attacker.model.0.weight`'):
+    with pytest.raises(ValueError, match='a.pth` contains two different tensors for `0.weight`, '
+                                         '`module.model.0.weight` and `module.attacker.model.0.weight`'):
         load_teacher(tmp_path/'a.pth', tiny_net())
     torch.save({k: v for k,v in of_madry(net).items() if not k.endswith('new_std')}, tmp_path/'b.pth')
     with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'):

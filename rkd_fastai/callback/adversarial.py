@@ -101,8 +101,8 @@ class RobustCallback(FitCallback):
         if settings and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             k,v = next(iter(settings.items()))
             v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
-            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has its own loss, "
-                             "which uses only `weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a "
+            raise ValueError(f"`{k}{v}` of the Learner's loss function is ignored by {self.name}, whose own loss "
+                             "uses only `weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a "
                              "cross-entropy. Give the Learner `CrossEntropyLossFlat`, or train with "
                              "`AdversarialTraining`, which keeps the Learner's loss")
         if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):

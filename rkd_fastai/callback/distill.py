@@ -45,9 +45,9 @@ class CleanCache:
         if any(k not in self.rows for k in keys):
             self.rows.update(zip(keys, self.probs(x)))
             if len(self.rows) > self.n:
-                raise ValueError("`cache=True` needs images that are the same in every epoch, but there were more "
-                                 f"different images than the {self.n} of the data set: leave out augmentation and "
-                                 "MixUp, or leave out `cache`")
+                raise ValueError("`cache=True` needs images that are the same in every epoch, but these change "
+                                 f"(more than the {self.n} images of the data set were seen): leave out augmentation "
+                                 "and MixUp, or remove `cache=True`")
         return torch.stack([self.rows[k] for k in keys])
 
 # %% ../../nbs/callback/03_distill.ipynb #53d7ea75
@@ -136,7 +136,7 @@ class AKDCallback(DistillationCallback):
         super().__init__(teacher, attack, T, **kwargs)
         if self.cache and not self.soft_attack:
             raise ValueError("`cache=True` stores the teacher's probabilities on clean images, but AKD⁺ needs them on "
-                             "adversarial images, which differ in every epoch: leave it out")
+                             "adversarial images, which differ in every epoch: remove `cache=True`")
         self.alpha = alpha
 
     def model_images(self):
@@ -207,7 +207,7 @@ class CKDCallback(DistillationCallback):
         lam = check_fraction(lam=lam)
         if 'attack' in kwargs:
             raise TypeError("`attack` is not an argument of CKDCallback, because clean distillation has no attack: "
-                            "leave it out, or use another method")
+                            "remove it, or use another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # other callbacks look for the training attack here
 

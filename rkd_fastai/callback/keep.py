@@ -34,7 +34,7 @@ class _Epochs:
 
     @property
     def claim(self):
-        "Path of the file that names the training of the first epoch until `Resume` has saved the training"
+        "Path of the file that identifies the training until `Resume` writes its first state"
         return self.folder/f'.{self.name}.training'
 
     def claimed_by(self, resume):
@@ -103,7 +103,7 @@ class KeepEpochs(EachEpoch):
             if not goes_on: vars(self.learn).pop('_training', None) # the training has not begun
             which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others
                      else 'epochs')
-            raise ValueError(f"`{kept.folder}` holds {which} of another training, which `KeepEpochs` does not "
+            raise ValueError(f"`{kept.folder}` contains {which} of another training, which `KeepEpochs` does not "
                              "overwrite: delete them, give `KeepEpochs` another `fname` or the Learner another `path` "
                              "or `model_dir`, or let `KeepEpochs(overwrite=True)` delete them")
         self._kept,resume = kept,self._unborn()

@@ -90,8 +90,8 @@ def _is_per_item(v, dl):
 def _of_items(k, v, dl, idxs):
     "Return the weights `v` of the items `idxs`; raise `TypeError` for other attributes than weights"
     if not (isinstance(dl, WeightedDL) and k == 'wgts'):
-        raise TypeError(f"`dls` have a {type(dl).__name__} with a `{k}` for each image, of which no subset can be "
-                        "taken: choose the images first, and then make this loader from them")
+        raise TypeError(f"`dls` have a {type(dl).__name__} whose `{k}` has one entry per image and cannot be "
+                        "subset: choose the images first, and then make this loader from them")
     w = v[list(idxs)]
     if not w.sum():
         raise ValueError(f"all {len(w)} images of the subset have the weight 0: take more images (`n`), or other ones "

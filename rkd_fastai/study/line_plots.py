@@ -27,8 +27,9 @@ def axis_lines(
     x, # name of a numeric setting, such as 'n' or 'eps', or 'compute'
     robust=None, # attack; None means `strongest(df)`
 ):
-    """Return a list with the rows of `over_seeds` for each line, all rows of `over_seeds`, and the attack. There is one
-    line per method, teacher and checkpoint, of networks with equal other settings and the most values of `x`"""
+    """Return `(lines, means, attack)`: the rows of each line, all rows of `over_seeds`, and the name of the attack.
+    There is one line per method, teacher and checkpoint, of networks with equal other settings and the most values of
+    `x`"""
     if x not in axis_names: raise ValueError(f"`x` must be one of {list(axis_names)}, got {x!r}")
     cells,robust = cells_of(one_task(rows(df), free=[x]), robust)
     fixed = [c for c in settings if c not in (x, *_with.get(x, []))]
@@ -187,8 +188,8 @@ def _draw_path(ax, lines, base, robust):
 
 # %% ../../nbs/study/06_line_plots.ipynb #fb380abf
 def capacities(df, robust, baseline, within):
-    """Return a DataFrame with one row per width, and the attack. Columns are `clean_gain` of RKD-Acc. and `robust_gain`
-    of RKD-Rob. over the baseline, their standard deviations (`_std`) and the student (`_by`)"""
+    """Return `(table, attack)`: one row per width, and the name of the attack. Columns are `clean_gain` of RKD-Acc.
+    and `robust_gain` of RKD-Rob. over the baseline, their standard deviations (`_std`) and the student (`_by`)"""
     picks,robust = picks_of(own_students(df), robust, baseline, within)
     found = []
     for s,b,chosen in picks:

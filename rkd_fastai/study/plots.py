@@ -139,8 +139,8 @@ def _dot_legend(styles, sizes, numbers, color, size, base):
 
 # %% ../../nbs/study/05_plots.ipynb #5e6c54c9
 def base_near(cells, s, robust, baseline=None):
-    """Return the baselines nearest in compute to the student in `s` with the most, the one to compare with first; no
-    rows without a baseline"""
+    """Return the baselines whose compute is closest to that of the most expensive student in `s`, the one to compare
+    with first; no rows without a baseline"""
     try: return nearest(baseline_of(cells, baseline), s['compute'].max(), robust)
     except NotEnough: return cells[:0]
 

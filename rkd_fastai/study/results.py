@@ -140,7 +140,7 @@ def _said_settings(row): return ', '.join(f'{c}={row[c]}' for c in settings if p
 
 # %% ../../nbs/study/03_results.ipynb #00fe9953
 def cells_of(df, robust=None):
-    "Return the rows of `over_seeds(df)` that have the clean accuracy and that under `robust`, and the attack's name"
+    "Return the rows of `over_seeds(df)` with both clean and `robust` accuracy, and the name of the attack"
     found = measured(df)
     if not len(found): raise NotEnough("has no row with accuracies")
     robust = check_column(found, robust or strongest(found), 'robust')

@@ -91,8 +91,8 @@ def folder_dls(
     files,labels = parts['train']
     classes = sorted({*labels})
     if len(classes) < 2:
-        raise ValueError(f"`data`: {folder} has one class, {classes[0]!r}, and nothing to tell it from: it should "
-                         "have a sub-folder of images for each class")
+        raise ValueError(f"`data`: {folder} has only one class, {classes[0]!r}, but at least two are needed: it "
+                         "should contain a sub-folder of images for each class")
     if 'valid' not in parts:
         held = {*sample_positions(labels, max(round(.2*len(files)), 1), seed=42).tolist()}
         parts['train'],parts['valid'] = ([[f for i,f in enumerate(files) if (i in held) == is_held]]
@@ -112,7 +112,7 @@ def make_dls(
     "Return the DataLoaders of the data set `data` or of a folder of images, see `folder_dls`"
     sized = {} if size is None else dict(size=size)
     if sized and data in data_names and not data.startswith('fashion'):
-        raise ValueError(f"`size` {size}: the images of {data} have one size, leave it out")
+        raise ValueError(f"`size` {size}: the images of {data} have one size, remove it")
     if data in _packaged: return _packaged[data](bs=bs, device_resident=True, **sized)
     if data in _published: return _published[data](path, bs=bs, device_resident=True, **sized)
     if not Path(data).is_dir():
@@ -189,12 +189,12 @@ def _found(path):
     if not path.exists(): raise MissingFile(f"no run and no checkpoint at `{path}`")
     if path.is_dir():
         if saved := [] if (path/'model.pth').exists() else [*saved_epochs(path).values()]:
-            raise MissingFile(f"`{path}` holds a run that was cut off: add `--resume` to its command to go on with "
-                              f"it, or name a checkpoint in it, such as `{saved[-1]}`")
+            raise MissingFile(f"`{path}` contains an interrupted run: add `--resume` to its command to go on with "
+                              f"it, or pass a checkpoint in it, such as `{saved[-1]}`")
         path = path/'model.pth'
     card_path = path.parent/'card.json'
     if not card_path.is_file():
-        raise MissingFile(f"no card.json beside `{path}`: name a folder that `rkd train` or `rkd distill` made, or a "
+        raise MissingFile(f"no card.json beside `{path}`: pass a folder that `rkd train` or `rkd distill` made, or a "
                           "checkpoint in it")
     return path, *_described(card_path, path)
 

@@ -207,7 +207,8 @@ def _outcome(g, name, other, within, where):
     """Return a bool and a text: whether a student of one task wins in `name`, loses at most `within` in `other` and
     takes at most 10 % more compute than the baseline"""
     at = f' {where}' if where else ''
-    if g['exceeds_compute'].all(): return False, f'all took more than 10 % more epochs in all{at}'
+    if g['exceeds_compute'].all():
+        return False, f'every student needed over 10 % more epochs than the baseline{at}'
     held = g[~g['exceeds_compute'] & (g[f'{other}_gain'] >= -within - 1e-9)]
     if not len(held): return False, f'none keeps the other accuracy to within {100*within:g} points{at}'
     wins = held[_won(held, name) > 0]
@@ -261,7 +262,8 @@ def _floor(cells, robust, within, baseline):
     baseline, and a sentence about the baseline"""
     try: s,bases = pairs_of(cells, baseline)[0]
     except NotEnough:
-        return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
+        return -np.inf, ('There is no baseline to compare with here, so the most accurate student '
+                         'may not be robust.')
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return (b[robust] - within, f"For comparison, {format_value('method', b['method'])} without a teacher "
                                 f"({b['checkpoint']} "

@@ -69,7 +69,7 @@ def test_a_folder_of_images_that_is_elsewhere(images, tmp_path, monkeypatch):
     assert json.loads((tmp_path/'run/card.json').read_text())['size'] == 64
     rkd('evaluate', 'run', '--attacks', 'clean')
     (tmp_path/'away').mkdir(); monkeypatch.chdir(tmp_path/'away')
-    with pytest.raises(SystemExit, match='images in images, which is not here: name their folder by `--data`'):
+    with pytest.raises(SystemExit, match='images in images, which is not here: pass their folder with `--data`'):
         rkd('evaluate', '../run', '--attacks', 'clean')
     rkd('evaluate', '../run', '--attacks', 'clean', '--data', '../images')
 
@@ -154,7 +154,7 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     assert not (tmp_path/'teacher/model.pth').exists()
     for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out',
                                                        tmp_path/'no')):
-        with pytest.raises(SystemExit, match='was cut off: add `--resume`.*epoch_1.pth'): rkd(*command)
+        with pytest.raises(SystemExit, match='contains an interrupted run: add `--resume`.*epoch_1.pth'): rkd(*command)
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
     for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'),
@@ -229,7 +229,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
         m.setattr(Resume, '_save', die)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
-    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: restore what the run had, or name another `--out`' # noqa: E501
+    assert e.value.code == f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: restore what the run had, or choose another `--out`' # noqa: E501
     for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'),
                         (('--data-path', tmp_path), None)):
         if says:
@@ -237,7 +237,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
                 rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run holds checkpoints of a longer training, up to epoch_3.pth: '
+    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer training, up to epoch_3.pth: '
                                          'delete them'):
         rkd(*student, tmp_path/'teacher1', '--epochs', 2)
 

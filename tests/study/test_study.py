@@ -96,7 +96,7 @@ def test_a_file_of_another_form(wrong, says, tmp_path):
 
 @pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"),
                                            (dict(attacks=['pgd']), 'unknown attack'),
-                                           (dict(attacks=[]), 'a list with a name in it'),
+                                           (dict(attacks=[]), 'a non-empty list'),
                                            (dict(attacks='clean'), 'a list of names'),
     (dict(n=0), '`n` of .measure. must be at least 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'),
                                            (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'),
