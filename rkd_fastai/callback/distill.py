@@ -112,7 +112,7 @@ class DistillationCallback(AdversarialTraining):
     def attack_targ(self):
         """Return the labels, or the soft targets on the clean images for an attack with `objective='kl'`, as in the
         RSLAD authors' code"""
-        if not self.soft_attack: return self.targ
+        if not self.attack_uses_soft_targets: return self.targ
         return soft_targets(self.clean_probs(), self.targ, self.alpha)
 
     def after_fit(self):
@@ -134,7 +134,7 @@ class AKDCallback(DistillationCallback):
     ):
         alpha = check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
-        if self.cache and not self.soft_attack:
+        if self.cache and not self.attack_uses_soft_targets:
             raise ValueError("`cache=True` stores the teacher's probabilities on clean images, but AKD⁺ needs them on "
                              "adversarial images, which differ in every epoch: remove `cache=True`")
         self.alpha = alpha
@@ -162,7 +162,7 @@ class _CleanAndAdversarial(DistillationCallback):
         return super().model_images()
 
     def method_loss(self, pred):
-        return type(self).loss(self.pred_again(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam,
+        return type(self).loss(self.second_forward(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam,
                                self.T, 'none')
 
 class RSLADCallback(_CleanAndAdversarial):

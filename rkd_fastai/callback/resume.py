@@ -111,9 +111,9 @@ class OtherTraining(ValueError):
     def __init__(self,
         path, # path of the file
         difference, # first difference from the file, in words that start with its name
-        way_out, # advice, which follows the difference in the message
+        hint, # advice, which follows the difference in the message
     ):
-        super().__init__(f'`{path}` is from another training ({difference}){way_out}')
+        super().__init__(f'`{path}` is from another training ({difference}){hint}')
         self.path,self.difference = path,difference
 
 def _plain(o, tensors=True):

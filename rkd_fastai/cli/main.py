@@ -218,11 +218,11 @@ def _start(command, options):
     "Run the function of `command` in `rkd_fastai.cli.commands` with a dict of options"
     args = SimpleNamespace(command=command, **options)
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai causes this at every start
-    from rkd_fastai.callback.progress import reason # loads fastai and PyTorch, which takes seconds
+    from rkd_fastai.callback.progress import exception_message # loads fastai and PyTorch, which takes seconds
     from rkd_fastai.cli import commands
     try:
         with _plain_warnings(commands, args): getattr(commands, command)(args)
-    except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(reason(e), args))
+    except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(exception_message(e), args))
     except KeyboardInterrupt:
         print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
         sys.exit(130) # the usual exit code after Ctrl-C

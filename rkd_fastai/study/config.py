@@ -99,7 +99,7 @@ def short_hash(
 # The names and saved settings of cells depend on this table. Do not change a key or a value in it, even if the name or
 # the default of a field changes: otherwise finished cells are not found any more. Give each new setting an entry whose
 # value describes the behaviour before the setting existed.
-_unchanged = dict(
+_frozen_defaults = dict(
     data='fashion_sample', size=None, n=None, noise=0., augment=None, seed=0, arch='cifar_resnet18', width=1/8,
     eps=8/255, epochs=40,
     lr=None, bs=None, schedule=None, attack=None, teacher=None, teacher_epochs=None, teacher_epoch=None,
@@ -109,15 +109,15 @@ _unchanged = dict(
 def settings_of(
     c, # `Cell`
 )->dict: # setting: value
-    "Return the settings of a cell that are saved: those that differ from the fixed table `_unchanged`"
+    "Return the settings of a cell that are saved: those that differ from the fixed table `_frozen_defaults`"
     own = {f.name: getattr(c, f.name) for f in fields(Cell)}
-    return {k: v for k,v in own.items() if k not in _unchanged or v != _unchanged[k]}
+    return {k: v for k,v in own.items() if k not in _frozen_defaults or v != _frozen_defaults[k]}
 
 def cell_from(
     settings, # dict from `settings_of`
 )->Cell:
     "Return the cell with these saved settings"
-    return Cell(**(_unchanged | settings))
+    return Cell(**(_frozen_defaults | settings))
 
 # %% ../../nbs/study/00_config.ipynb #4fd25fe3
 _teacher_settings = {'teacher','teacher_epochs','teacher_epoch','teacher_arch','teacher_width','beta'}

@@ -15,7 +15,7 @@ import pandas as pd, torch
 from fastai.torch_core import default_device
 from filelock import FileLock, Timeout
 import rkd_fastai
-from ..callback.progress import Line, reason
+from ..callback.progress import Line, exception_message
 from ..checkpoint import MissingFile, best_epoch, read_json, write_atomic
 from ..evaluation.robustness import measure_robustness
 from ..learner import distil_methods
@@ -24,9 +24,9 @@ from .cells import cell_dls, eval_images, has_test_split, seconds
 from .config import (Cell, betas, cell_from, read_study, recipe_of, settings_of, short_hash,
                                      teachers_of)
 from .report import views, write_report
-from .results import NotEnough, cells_of, head, main, measured, pareto, format_value
+from .results import NotEnough, cells_of, column_title, main_task, with_accuracy, pareto, format_value
 from ..registry import data_names
-from .run import describe_run, fit_run, load_run, machine, n_watched, train_seconds
+from .run import describe_run, fit_run, load_run, machine, n_monitor_images, train_seconds
 from ..teachers import Teacher
 from ..text import counted, format_percent, format_points, say
 
@@ -266,7 +266,7 @@ class Runner:
                         # train again if the study now needs more checkpoints than when the training began
                         while not self.study.is_trained(c): self.train(c, label)
                     except FloatingPointError as e:
-                        self.write(c, dict(diverged=reason(e)))
+                        self.write(c, dict(diverged=exception_message(e)))
                         (self.study.folder(c)/'resume.pth').unlink(missing_ok=True)
         return True
 
@@ -451,7 +451,7 @@ def pareto_text(
     height=14, # height of the plot in lines
 ):
     "Return a text plot of clean against robust accuracy of the main task, with one mark per mean over the seeds"
-    df,robust = cells_of(main(df))
+    df,robust = cells_of(main_task(df))
     df = df[df['method'] != 'teacher'].reset_index(drop=True)
     front,(x,y) = pareto(df, robust=robust).index,(df['clean'],df[robust])
     cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,width),(y,height)))
@@ -461,7 +461,7 @@ def pareto_text(
         grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
     side = [f'{format_points(y.max()):>5} ┤', *['      │']*(height-2), f'{format_points(y.min()):>5} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
-    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*width,
+    return '\n'.join([f'{column_title(robust)}, %', *lines, '      └' + '─'*width,
                       f"       {format_points(x.min()):<4}{'clean, %':^{width-8}}{format_points(x.max()):>4}",
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
@@ -479,7 +479,7 @@ def hours(
 def _no_students(df):
     "Return a sentence that says why no student can be compared, or an empty text"
     s = df[df['method'].isin(list(distil_methods))]
-    if len(s) and len(measured(s)): return ''
+    if len(s) and len(with_accuracy(s)): return ''
     return ("No student is compared: "
             f"{f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}.")
 
@@ -489,13 +489,13 @@ def study_report(
     "Write tables, figures and an HTML page to `report` in the study's folder; return a summary for the terminal"
     _check_version(folder)
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
-    if not len(df) or not len(measured(df)):
+    if not len(df) or not len(with_accuracy(df)):
         return (f'nothing has been measured in {folder} yet'
                 + (f'; trainings that diverged: {len(df)}' if len(df) else ''))
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
         notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on "
-                  f"{n_watched} of the images that it is measured on. This makes the result optimistic.")
+                  f"{n_monitor_images} of the images that it is measured on. This makes the result optimistic.")
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: the study {e.reason}'
     first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)

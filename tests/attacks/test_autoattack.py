@@ -475,8 +475,8 @@ def test_full_disk(how, at, robust_net, test_images, tmp_path):
         if len(saves) < at: return real(path, text)
         with pytest.MonkeyPatch.context() as m:
             if how == 'ENOSPC':
-                def no_room(_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                m.setattr(os, 'fsync', no_room)
+                def simulate_disk_full(_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                m.setattr(os, 'fsync', simulate_disk_full)
                 return real(path, text)
             limits = resource.getrlimit(resource.RLIMIT_FSIZE) # the kernel refuses what would go beyond
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(text)//2, limits[1]))

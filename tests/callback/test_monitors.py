@@ -334,7 +334,7 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
         order, only_shows = 900, True
         def after_epoch(self):
             if self.epoch == every-1: raise KeyboardInterrupt
-    def die(): raise KeyboardInterrupt
+    def interrupt(): raise KeyboardInterrupt
     folder = tmp_path/'models'
     if how == 'finished': start(); (tmp_path/'run.pth').unlink()
     else:
@@ -342,7 +342,7 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
             write = keep.write_atomic
             if how == 'after the weights':
                 m.setattr(keep, 'write_atomic', lambda path,
-                          text: die() if path.name == f'epoch_{every}.json' else write(path, text))
+                          text: interrupt() if path.name == f'epoch_{every}.json' else write(path, text))
             start(cbs=[Die()])
     assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')
     if how in ('other file', 'no file', 'finished'):

@@ -22,9 +22,9 @@ class Die(Callback):
     "A power cut at the first `event` after `step` training batches; after all others, and no part of the training"
     order, only_shows = 2000, True
     def __init__(self, step, event='after_batch'):
-        def die():
+        def interrupt():
             if self.learn.train_iter == step and not self.learn.lock.locked(): raise KeyboardInterrupt
-        setattr(self, event, die)
+        setattr(self, event, interrupt)
 class Where(Callback):
     "What a callback is told about the place in the training"
     order, run_valid, only_shows = -5, False, True # right after `TrainEvalCallback`

@@ -159,7 +159,7 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     assert (tmp_path/'student/model.pth').exists()
     for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'),
                     ('--lr', .5, .1), ('--eps', '4/255', 8/255)): # said in the words of the command line
-        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the run.*another `--out`'):
+        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the interrupted run.*another `--out`'):
             rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
     with pytest.raises(SystemExit, match='`--data` is fashion_sample'):
         rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, '--out', tmp_path/'teacher',
@@ -221,16 +221,16 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
     "And checkpoints of a longer training in the folder of a shorter one"
     from rkd_fastai.callback.resume import Resume
     save = Resume._save
-    def die(self): save(self); raise KeyboardInterrupt
+    def interrupt(self): save(self); raise KeyboardInterrupt
     for seed in (1, 2):
         rkd('train', *small, '--how', 'st', '--epochs', 1, '--seed', seed, '--out', tmp_path/f'teacher{seed}')
     student = ('distill', *small, '--out', tmp_path/'run', '--teacher')
     with monkeypatch.context() as m:
-        m.setattr(Resume, '_save', die)
+        m.setattr(Resume, '_save', interrupt)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
     assert e.value.code == f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: restore what the run had, or choose another `--out`' # noqa: E501
-    for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'),
+    for option,says in ((('--compile',), '`--compile` is given here, but left out in the interrupted run'),
                         (('--data-path', tmp_path), None)):
         if says:
             with pytest.raises(SystemExit, match=says):

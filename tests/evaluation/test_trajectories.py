@@ -25,9 +25,9 @@ class Die(Callback):
     only_shows = True
     def __init__(self, event, epoch, order=900):
         self.order = order
-        def die():
+        def interrupt():
             if self.learn.epoch == epoch and not self.learn.lock.locked(): raise KeyboardInterrupt
-        setattr(self, event, die)
+        setattr(self, event, interrupt)
 class Doubles(nn.Module):
     "`net` with logits `k` times as large"
     def __init__(self, net, k): super().__init__(); self.net,self.k = net,k

@@ -61,7 +61,7 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
 @pytest.mark.parametrize('wrong, says', [
     (dict(metod='akd'), "did you mean 'method'"), (dict(method='akdd'), "did you mean 'akd'"),
     (dict(method='akd', teacher='att'), "did you mean 'at'"),
-    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'),
+    (dict(method='akd', beta=.5), '`beta` needs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'),
     (dict(method='akd', schedule='exp'), "method 'akd' has no setting `schedule`"),
     (dict(method='akd', alpha='much'), '`alpha` must be a number'),
     (dict(method='akd', alpha=[.5, 1.5]), '`alpha` must be at most 1'),
