@@ -71,8 +71,8 @@ def front_table(
              | {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other "
             f"student{f' with the same {column_title(by).lower()}' if by else ''} beats in one accuracy "
-            "without a loss in the other. A line in a figure joins such networks of that panel, the baseline included. Dotted lines run "
-            "through the star of the baseline that students are compared with. ES: epoch the teacher was stopped "
+            "without a loss in the other. A line in a figure joins such networks of that panel, the baseline included. "
+            "Dotted lines run through the star of the baseline that students are compared with. ES: epoch the teacher was stopped "
             "after.")
     return make_table(lines, df, what, robust)
 
