@@ -72,8 +72,8 @@ def front_table(
     what = (f"The table holds those of {counted(len(s), 'student')} that no other "
             f"student{f' with the same {column_title(by).lower()}' if by else ''} beats in one accuracy "
             "without a loss in the other. A line in a figure joins such networks of that panel, the baseline included. "
-            "Dotted lines run through the star of the baseline that students are compared with. ES: epoch the teacher was stopped "
-            "after.")
+            "Dotted lines run through the star of the baseline that students are compared with. ES: epoch the "
+            "teacher was stopped after.")
     return make_table(lines, df, what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #2221d2e4

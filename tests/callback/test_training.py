@@ -461,8 +461,8 @@ def test_settings_of_the_loss_that_would_be_lost(kind, name, make_learner, make_
     make, says = lost[kind]
     learn = make_learner(make_dls(), tiny_net(), loss_func=make(), cbs=make_cb(name, tiny_net(seed=7)))
     before = weights(learn.model)
-    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function would be '
-                                         'lost.*AdversarialTraining'):
+    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function is ignored '
+                                         'by.*AdversarialTraining'):
         learn.fit(1, .01)
     assert same(weights(learn.model), before)
 
