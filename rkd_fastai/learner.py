@@ -19,7 +19,6 @@ from .callback.adversarial import AdversarialTraining, RobustCallback, check_kno
 from .core import check_fraction
 from .models import cifar_resnet18, wide_resnet
 from .registry import callbacks
-from .text import did_you_mean
 import rkd_fastai.schedules # noqa: F401 (patches `fit_exp` and `fit_rkd` on `Learner`)
 
 # %% ../nbs/12_learner.ipynb #51d5549e
@@ -36,7 +35,7 @@ def method_class(
 ):
     "Return the callback class of the distillation `method`; raise `ValueError` if it is unknown"
     if method not in distil_methods:
-        raise ValueError(f"unknown `method` {method!r}: {did_you_mean(method, distil_methods)}")
+        raise ValueError(f"unknown `method` {method!r}: choose from {', '.join(distil_methods)}")
     return distil_methods[method]
 
 @patch
