@@ -275,7 +275,7 @@ def test_ways_out_of_another_trainings_folder(make_learner, make_dls):
     before = kept(folder)
     make_learner(make_dls(n=64), cbs=[KeepEpochs(fname='student'), KeepEpochs(2, fname='deeper/epoch')]).fit(2)
     make_learner(make_dls(n=64), cbs=KeepEpochs(), model_dir='other').fit(2)
-    with pytest.raises(ValueError, match='deeper` holds epoch_2 of another'):
+    with pytest.raises(ValueError, match='deeper` contains epoch_2 of another'):
         make_learner(make_dls(n=64), cbs=KeepEpochs(fname='deeper/epoch')).fit(1)
     after = {k: v for k,v in kept_files(folder).items() if not k.startswith('student')}
     assert (after == before and list(saved_epochs(folder, 'student')) == [1, 2]
