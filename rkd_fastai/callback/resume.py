@@ -100,6 +100,7 @@ def _difference(there, here, name=''):
         for k in [*there, *(k for k in here if k not in there)]:
             d = _difference(there.get(k, 'nothing'), here.get(k, 'nothing'), f'{name}.{k}' if name else str(k))
             if d: return d
+    elif there != here and name == 'images': return 'images differ from those of the saved training'
     elif there != here: return f'{name} is {there} in the file and {here} here'
 
 # %% ../../nbs/callback/07_resume.ipynb #c3ce8d3b
@@ -110,9 +111,9 @@ class OtherTraining(ValueError):
     def __init__(self,
         path, # path of the file
         difference, # first difference from the file, in words that start with its name
-        way_out, # advice, which follows the difference in the message
+        hint, # advice, which follows the difference in the message
     ):
-        super().__init__(f'`{path}` is from another training ({difference}){way_out}')
+        super().__init__(f'`{path}` is from another training ({difference}){hint}')
         self.path,self.difference = path,difference
 
 def _plain(o, tensors=True):
@@ -145,7 +146,7 @@ def _memory(cb, tensors=False):
     return out
 
 def _is_memory(cb, k):
-    "True if `_memory` can have saved attribute `k`: it is no setting, no method and no attribute of the Learner"
+    "Return whether `k` is saved state rather than a setting, a method or an attribute of the Learner"
     if k in ('learn','run') or not k.isidentifier() or callable(getattr(type(cb), k, None)): return False
     if k in signature(type(cb)).parameters: return k in getattr(type(cb), 'remembers', ())
     return k in vars(cb) or hasattr(type(cb), k) or not hasattr(cb.learn, k)
@@ -237,7 +238,7 @@ class Resume(FitCallback):
 
     @property
     def _fits(self):
-        "Pair: the number of fits of this Learner that have ended with this callback, and whether the next has begun"
+        "`(n_finished_fits, next_has_started)` of this Learner with this callback"
         return vars(self.learn).get('_fits_kept', {}).get(self._id, (0, False))
     @_fits.setter
     def _fits(self, v): vars(self.learn).setdefault('_fits_kept', {})[self._id] = v
@@ -265,7 +266,7 @@ class Resume(FitCallback):
     def _read(self):
         s = load_plain(self.path)
         if not isinstance(s, dict) or s.get('what') != _what:
-            raise ValueError(f"`{self.path}` is not a file that `Resume` wrote: delete it, or name another file")
+            raise ValueError(f"`{self.path}` is not a file that `Resume` wrote: delete it, or choose another file")
         with zipfile.ZipFile(self.path) as z: damaged = z.testzip() # PyTorch does not check the checksums
         s = dict(ended=[], stopped=None) | s # files of earlier versions lack these
         fits = ([*s['ended'], *([] if s['stopped'] in (None, _here) else [s['stopped']])]
@@ -282,8 +283,8 @@ class Resume(FitCallback):
         n,(done,begun) = len(s['ended']),self._fits
         if done == n+1: return done,self._append(s)
         if done > n:
-            raise ValueError(f"`{self.path}` does not hold the earlier fits of this Learner: name another file, or "
-                             "delete it")
+            raise ValueError(f"`{self.path}` does not contain this Learner's earlier `fit` calls: choose another file, "
+                             "or delete it")
         # after an interruption, a Learner runs either the same fit again or all fits from the first one
         wrong = {}
         for fit in ([done, 0] if begun else [done]):
@@ -293,7 +294,7 @@ class Resume(FitCallback):
             d = wrong[done]
             seed = ', and if the images are split at random, give the split a `seed`' if d.startswith('images') else ''
             raise OtherTraining(self.path, f"{f'fit {done+1}: ' if n else ''}{d}",
-                                f': name another file, or delete it{seed}')
+                                f': choose another file, or delete it{seed}')
         if not (0 <= there['epoch'] <= self.learn.n_epoch and 0 <= there['done'] < len(self.dls.train)): self._damaged()
         if there['done'] and fit == n and not self.can_go_on_in_epoch:
             raise ValueError(f"`{self.path}` was saved in the middle of an epoch: continue with `num_workers=0`")
@@ -333,8 +334,8 @@ class Resume(FitCallback):
         which = f"fit {fit+1} of {len(self.ended)+1}"
         if ended: say(f"`{self.path}`: {which} has ended and is not trained again")
         elif self.epochs == self.learn.n_epoch:
-            say(f"`{self.path}` holds all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: nothing "
-                "is left to train. To train again, delete it or name another file")
+            say(f"`{self.path}` contains all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: "
+                "nothing is left to train. To train again, delete it or choose another file")
         elif fit: say(f"`{self.path}`: {which} continues after {counted(self.epochs, 'epoch')}")
 
     def _set_grads(self, s):

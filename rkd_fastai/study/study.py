@@ -15,7 +15,7 @@ import pandas as pd, torch
 from fastai.torch_core import default_device
 from filelock import FileLock, Timeout
 import rkd_fastai
-from ..callback.progress import Line, reason
+from ..callback.progress import Line, exception_message
 from ..checkpoint import MissingFile, best_epoch, read_json, write_atomic
 from ..evaluation.robustness import measure_robustness
 from ..learner import distil_methods
@@ -24,9 +24,9 @@ from .cells import cell_dls, eval_images, has_test_split, seconds
 from .config import (Cell, betas, cell_from, read_study, recipe_of, settings_of, short_hash,
                                      teachers_of)
 from .report import views, write_report
-from .results import NotEnough, cells_of, head, main, measured, pareto, format_value
+from .results import NotEnough, cells_of, column_title, main_task, with_accuracy, pareto, format_value
 from ..registry import data_names
-from .run import describe_run, fit_run, load_run, machine, n_watched, train_seconds
+from .run import describe_run, fit_run, load_run, machine, n_monitor_images, train_seconds
 from ..teachers import Teacher
 from ..text import counted, format_percent, format_points, say
 
@@ -64,7 +64,7 @@ def _check_version(folder):
     made_by = _read_json(Path(folder)/'study.json').get('rkd_fastai', rkd_fastai.__version__)
     if made_by != rkd_fastai.__version__:
         raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with "
-                         "that version, or name another folder")
+                         "that version, or choose another folder")
 
 # %% ../../nbs/study/08_study.ipynb #073c488c
 class Study:
@@ -76,7 +76,7 @@ class Study:
         out=None, # folder of the study; None means the file's name in `studies`
         path=None, # folder of a published data set; None means that it is found or downloaded
     ):
-        if out is None and isinstance(spec, dict): raise ValueError("`out`: name a folder for a study that has no file")
+        if out is None and isinstance(spec, dict): raise ValueError("pass `out` if the study is a dict")
         self.cells,self.measure,self.title = read_study(spec)
         self.spec = spec if isinstance(spec, dict) else str(spec)
         self.out,self.path = Path(out or Path('studies')/Path(spec).stem), path
@@ -110,7 +110,7 @@ class Study:
         folder = (base/Path(c.data).expanduser()).resolve()
         if not folder.is_dir():
             settings = 'the study' if isinstance(self.spec, dict) else self.spec
-            raise ValueError(f"`data` of {settings} is {c.data!r}, but there is no folder {folder}: name a folder of "
+            raise ValueError(f"`data` of {settings} is {c.data!r}, but there is no folder {folder}: pass a folder of "
                              f"images, from the study's own, or one of {data_names}")
         return replace(c, data=str(folder))
 
@@ -266,7 +266,7 @@ class Runner:
                         # train again if the study now needs more checkpoints than when the training began
                         while not self.study.is_trained(c): self.train(c, label)
                     except FloatingPointError as e:
-                        self.write(c, dict(diverged=reason(e)))
+                        self.write(c, dict(diverged=exception_message(e)))
                         (self.study.folder(c)/'resume.pth').unlink(missing_ok=True)
         return True
 
@@ -365,7 +365,7 @@ def read_rows(
     """Return one row per network that was measured or diverged: settings, accuracies as fractions, and `compute`, the
     epochs of teachers and student together; raise a `MissingFile` error if `folder` has no study"""
     if not (Path(folder)/'study.json').is_file():
-        raise MissingFile(f"no study.json in `{folder}`: name a folder that `rkd study` made")
+        raise MissingFile(f"no study.json in `{folder}`: pass a folder that `rkd study` made")
     found = [res for f in sorted(Path(folder).glob('cells/*/results.json')) if (res := _read_results(f))]
     return pd.DataFrame([_row(cell_from(res['cell']), res, checkpoint) for res in found
                          for checkpoint in ('last','best')
@@ -381,7 +381,7 @@ def _state(study, c):
     "Return the state of the cell `c` in words"
     if study.is_done(c): return 'done'
     if c.method != 'teacher' and study.is_trained(c): return 'trained'
-    return 'cut off' if study.folder(c).exists() else ''
+    return 'interrupted' if study.folder(c).exists() else ''
 
 def plan_text(
     plan, # DataFrame from `Study.plan`
@@ -400,7 +400,8 @@ def _part(cells, part):
     if part is None: return cells
     m = re.fullmatch(r'(\d+)/(\d+)', part)
     if not m or not 1 <= int(m[1]) <= int(m[2]):
-        raise ValueError(f"`cell` {part!r}: the first of eight parts is '1/8', the last '8/8'")
+        raise ValueError(f"`cell` must be 'i/n' with 1 <= i <= n, such as '1/8' for the first of eight parts, got "
+                         f"{part!r}")
     return cells[int(m[1])-1::int(m[2])]
 
 # %% ../../nbs/study/08_study.ipynb #4a1bffab
@@ -450,7 +451,7 @@ def pareto_text(
     height=14, # height of the plot in lines
 ):
     "Return a text plot of clean against robust accuracy of the main task, with one mark per mean over the seeds"
-    df,robust = cells_of(main(df))
+    df,robust = cells_of(main_task(df))
     df = df[df['method'] != 'teacher'].reset_index(drop=True)
     front,(x,y) = pareto(df, robust=robust).index,(df['clean'],df[robust])
     cols,rows = (((v-v.min())/max(v.max()-v.min(), 1e-9)*(n-1)).round().astype(int) for v,n in ((x,width),(y,height)))
@@ -460,7 +461,7 @@ def pareto_text(
         grid[rows[i]][cols[i]] = '*' if own[i] else '●' if i in front else '·'
     side = [f'{format_points(y.max()):>5} ┤', *['      │']*(height-2), f'{format_points(y.min()):>5} ┤']
     lines = [a + ''.join(b) for a,b in zip(side, reversed(grid))]
-    return '\n'.join([f'{head(robust)}, %', *lines, '      └' + '─'*width,
+    return '\n'.join([f'{column_title(robust)}, %', *lines, '      └' + '─'*width,
                       f"       {format_points(x.min()):<4}{'clean, %':^{width-8}}{format_points(x.max()):>4}",
                       '       * without a teacher   ● student on the Pareto front   · other student'])
 
@@ -478,7 +479,7 @@ def hours(
 def _no_students(df):
     "Return a sentence that says why no student can be compared, or an empty text"
     s = df[df['method'].isin(list(distil_methods))]
-    if len(s) and len(measured(s)): return ''
+    if len(s) and len(with_accuracy(s)): return ''
     return ("No student is compared: "
             f"{f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}.")
 
@@ -488,13 +489,13 @@ def study_report(
     "Write tables, figures and an HTML page to `report` in the study's folder; return a summary for the terminal"
     _check_version(folder)
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
-    if not len(df) or not len(measured(df)):
+    if not len(df) or not len(with_accuracy(df)):
         return (f'nothing has been measured in {folder} yet'
                 + (f'; trainings that diverged: {len(df)}' if len(df) else ''))
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
         notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on "
-                  f"{n_watched} of the images that it is measured on. That flatters it.")
+                  f"{n_monitor_images} of the images that it is measured on. This makes the result optimistic.")
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: the study {e.reason}'
     first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)
