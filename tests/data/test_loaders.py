@@ -651,7 +651,7 @@ def test_a_loader_class_that_would_lose_something(cls, way, make_dls):
 def test_what_belongs_to_each_image_of_an_unknown_class(make_dls):
     d = loaders_of(make_dls, Hard, power=list(range(96)))
     assert with_bs(d, 16).train.power == list(range(96))
-    with pytest.raises(TypeError, match='a Hard with a `power` for each image'): with_subset(d, 60)
+    with pytest.raises(TypeError, match='a Hard whose `power` has one entry per image'): with_subset(d, 60)
 
 @each_way
 def test_the_first_n_stay_the_first_n(way, make_dls):
