@@ -22,7 +22,7 @@ def reference_pgd(model, x, y):
         x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
     return x_adv.detach()
 
-def worn_in(a):
+def network_with_statistics(a):
     "A network whose BatchNorm has seen images"
     model = cifar_resnet18(10, a.width, a.n_in).to(a.device)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def batch(a):
 def main(args=None):
     a = parse(__doc__, args)
     torch.manual_seed(0)
-    model, (x, y), attack = worn_in(a).eval(), batch(a), PGD(EPS, steps=STEPS, step_size=STEP)
+    model, (x, y), attack = network_with_statistics(a).eval(), batch(a), PGD(EPS, steps=STEPS, step_size=STEP)
     def ours(how):
         with faster(**how): attack(model, x, y)
     contestants = ({k: lambda how=how: ours(how) for k,how in HOW.items()}

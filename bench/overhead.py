@@ -13,7 +13,7 @@ from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.callback.distill import AKDCallback
 from rkd_fastai.schedules import sgd_nesterov
 from rkd_fastai.teachers import Teacher
-from .attack import EPS, STEP, STEPS, batch, worn_in
+from .attack import EPS, STEP, STEPS, batch, network_with_statistics
 from .step import ALPHA, bare_step, sgd
 from .timing import HOW, compare, parse, peak_mib, setting, table
 
@@ -33,8 +33,8 @@ def main(args=None):
                                        help='run this one alone, and print the peak memory of the process'),
               how=dict(choices=list(HOW), default='ours', help='float32 as it is, compiled, in bfloat16, or both'))
     torch.manual_seed(0)
-    attack, how, (x, y), net, teacher = PGD(EPS, steps=STEPS,
-                                            step_size=STEP), HOW[a.how], batch(a), worn_in(a), Teacher(worn_in(a))
+    attack, how, (x, y) = PGD(EPS, steps=STEPS, step_size=STEP), HOW[a.how], batch(a)
+    net, teacher = network_with_statistics(a), Teacher(network_with_statistics(a))
     model = copy.deepcopy(net)
     opt = sgd(model)
     def bare():

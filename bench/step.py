@@ -14,7 +14,7 @@ from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.speed import compiled, faster
 from rkd_fastai.losses import akd_loss
 from rkd_fastai.teachers import Teacher
-from .attack import EPS, STEP, STEPS, batch, reference_pgd, worn_in
+from .attack import EPS, STEP, STEPS, batch, reference_pgd, network_with_statistics
 from .timing import HOW, compare, forward_flops, matmul_rate, parse, peak_mib, ratio, setting, table
 
 ALPHA = .8
@@ -59,7 +59,8 @@ def our_steps(model, teachers, x, y):
 def main(args=None):
     a = parse(__doc__, args, teachers=dict(type=int, default=1, help='in the ensemble'))
     torch.manual_seed(0)
-    model, teachers, (x, y) = worn_in(a), [worn_in(a) for _ in range(a.teachers)], batch(a)
+    model, teachers = network_with_statistics(a), [network_with_statistics(a) for _ in range(a.teachers)]
+    x, y = batch(a)
     n = 2*STEPS + a.teachers + 3
     ours = our_steps(model, teachers, x, y)
     reference, opt = copy.deepcopy(model), sgd(model)

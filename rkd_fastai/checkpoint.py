@@ -105,10 +105,10 @@ def load_plain(
         raise ValueError(f"`{path}` is a TorchScript file, which contains code: if you trust it, pass "
                          "`torch.jit.load(path)` as the teacher, or save its `state_dict()` with `torch.save`") from e
     except _TakesMore as e:
-        raise ValueError(f"`{path}` would take more memory than it has bytes ({e}): save `model.state_dict()` with "
-                         "`torch.save`") from e
+        raise ValueError(f"`{path}` would need more memory than its file size ({e}), so it may be corrupt or "
+                         "malicious: save `model.state_dict()` with `torch.save`") from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"`{path}` holds more than weights, and reading it would execute code: save "
+        raise ValueError(f"`{path}` contains more than weights, and reading it would execute code: save "
                          "`model.state_dict()` instead") from e
     except Exception as e:
         raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or "
@@ -137,7 +137,7 @@ def read_state(
     "Return the `state_dict` in a checkpoint without executing code; raise `ValueError` if there is none"
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"`{path}` is a folder: name a checkpoint in it, or load a run of `rkd train` or "
+        raise ValueError(f"`{path}` is a folder: pass a checkpoint in it, or load a run of `rkd train` or "
                          "`rkd distill` with `load_run` or `load_network` of rkd_fastai.study.run")
     if not path.is_file(): raise MissingFile(f"no teacher file at `{path}`")
     suffix = Path(path.stem).suffix if path.suffix in ('.tar', '.best', '.latest') else path.suffix
@@ -156,7 +156,8 @@ def _find_state(state, path):
     while isinstance(state, Mapping) and not _is_state(state):
         state = next((state[k] for k in _wrappings if isinstance(state.get(k), Mapping)), None)
     if not isinstance(state, Mapping):
-        raise ValueError(f"`{path}` holds no weights: expected a state_dict, or one under a key of {list(_wrappings)}")
+        raise ValueError(f"`{path}` contains no weights: expected a state_dict, or one under a key of "
+                         f"{list(_wrappings)}")
     size = path.stat().st_size
     for k,v in state.items(): # a tensor that repeats one number can be much larger than its file
         for t in tensors_in(v):
@@ -187,7 +188,7 @@ def _strip(state, want, path):
         if m: into,name = stats,dict(mu='mean', sigma='std').get(m['what'], m['what'])
         else: into,name = found,name or names[-1]
         if name in into and not _equal(into[name], v):
-            raise ValueError(f"`{path}` holds two different tensors for `{name}`, `{origin[name]}` and `{k}`: "
+            raise ValueError(f"`{path}` contains two different tensors for `{name}`, `{origin[name]}` and `{k}`: "
                              "save the state_dict of one network")
         into[name],origin[name] = v,k
     if set(stats) == {'mean','std'}: return found, (stats['mean'].flatten().tolist(), stats['std'].flatten().tolist())
@@ -211,7 +212,9 @@ def fitting_state(
 ):
     "Return the `state_dict` in a checkpoint with the names of `model`; raise `ValueError` if it does not match"
     state,stats = state_and_stats(path, model)
-    if stats: raise ValueError(f"`{path}` also holds the normalisation of its images: use `load_teacher`")
+    if stats:
+        raise ValueError(f"`{path}` also contains normalisation statistics, which would be lost here: use "
+                         "`load_teacher`")
     return state
 
 def state_and_stats(
@@ -261,9 +264,10 @@ def read_card(
     "Return the dict in the card of a checkpoint; raise `ValueError` if it is damaged"
     try: card = read_json(path)
     except ValueError as e:
-        raise ValueError(f"`{path}` is damaged ({e}): delete it, and its epoch counts as not saved") from e
+        raise ValueError(f"`{path}` is damaged ({e}): delete it; the epoch is then treated as unsaved") from e
     if not isinstance(card, dict):
-        raise ValueError(f"`{path}` is not a card, which is an object with an entry for each metric: delete it")
+        raise ValueError(f"`{path}` is not a valid card, which is a JSON object with an entry for each metric: delete "
+                         "it")
     return card
 
 def card_vocab(
@@ -287,7 +291,7 @@ def best_epoch(
     trainings = {}
     for n,card in cards.items(): trainings.setdefault(str(card.get('training')), []).append(n)
     if len(trainings) > 1:
-        raise ValueError(f"`{folder}` holds epochs of {len(trainings)} trainings, "
+        raise ValueError(f"`{folder}` contains epochs of {len(trainings)} trainings, "
                          f"{' and '.join(map(str, trainings.values()))}, which cannot be compared: move the files of "
                          "all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)

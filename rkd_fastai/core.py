@@ -270,7 +270,7 @@ def check_targ(
                         f"`torch.as_tensor({name})`")
     if targ.is_floating_point():
         if targ.ndim == 1:
-            raise ValueError(f"`{name}` holds one {targ.dtype} per image, but class indices are integers: use "
+            raise ValueError(f"`{name}` contains one {targ.dtype} per image, but class indices are integers: use "
                              f"`{name}.long()`")
         if targ.ndim != 2 or targ.shape[1] != (n_out or targ.shape[1]):
             raise ValueError(f"soft `{name}` must be (bs, {n_out or 'n_out'}) to match the logits, "
@@ -289,7 +289,7 @@ def class_indices(
     "Return `targ` as int64; raise `ValueError` for an index outside the classes, if `targ` is on the CPU"
     check_targ(targ, n_out)
     if targ.device.type == 'cpu' and targ.numel() and not (0 <= targ.min() and targ.max() < n_out):
-        raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but the logits have {n_out} classes")
+        raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but the logits have {n_out} classes")
     return targ.long()
 
 def onehot(
@@ -341,11 +341,11 @@ def _as_numbers(kwargs): return {k: as_number(k, v) for k,v in kwargs.items()}
 def _one_or_all(values): return next(iter(values)) if len(values) == 1 else tuple(values)
 
 def check_number(**kwargs):
-    "Return the values as a Python number, or as a tuple of several; raise `TypeError` if one is not a number"
+    "Return one number, or a tuple for several arguments; raise `TypeError` if one is not a number"
     return _one_or_all(_as_numbers(kwargs).values())
 
 def check_fraction(**kwargs):
-    "Return the values as a Python number, or as a tuple of several; raise `ValueError` if one is not in [0, 1]"
+    "Return one number, or a tuple for several arguments; raise `ValueError` if one is not in [0, 1]"
     values = _as_numbers(kwargs)
     for k,v in values.items():
         if not 0 <= v <= 1: raise ValueError(f"`{k}` must be a weight in [0, 1], got {v}")

@@ -24,7 +24,7 @@ import rkd_fastai.schedules # noqa: F401 (patches `fit_exp` and `fit_rkd` on `Le
 # %% ../nbs/12_learner.ipynb #51d5549e
 distil_methods = {name: getattr(distill, callback) for name,callback in callbacks.items()}
 
-def _turn(learn, cb):
+def _set_method(learn, cb):
     "Replace the Learner's training method by the callback `cb`; check `cb` first, so that an error changes nothing"
     if cb is not None: cb.check(learn.dls); cb.check_loss(learn.loss_func)
     learn.remove_cb(RobustCallback)
@@ -34,7 +34,8 @@ def method_class(
     method, # 'akd', 'rslad', 'ard' or 'ckd'
 ):
     "Return the callback class of the distillation `method`; raise `ValueError` if it is unknown"
-    if method not in distil_methods: raise ValueError(f"unknown `method` {method!r}: use one of {list(distil_methods)}")
+    if method not in distil_methods:
+        raise ValueError(f"unknown `method` {method!r}: choose from {', '.join(distil_methods)}")
     return distil_methods[method]
 
 @patch
@@ -47,7 +48,7 @@ def to_rkd(self:Learner,
     cls = method_class(method)
     # None means the default of the callback, but the callback must have this argument
     check_known(cls, [k for k in kwargs if k not in signature(cls).parameters])
-    return _turn(self, cls(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
+    return _set_method(self, cls(teacher, **{k: v for k,v in kwargs.items() if v is not None}))
 
 @patch
 def to_adversarial(self:Learner,
@@ -55,12 +56,12 @@ def to_adversarial(self:Learner,
     **kwargs, # the callback's other arguments: `compile`, `bf16`
 )->Learner:
     "Switch this Learner to adversarial training (Madry et al., 2018), and return it"
-    return _turn(self, AdversarialTraining(attack or PGD(), **kwargs))
+    return _set_method(self, AdversarialTraining(attack or PGD(), **kwargs))
 
 @patch
 def to_natural(self:Learner)->Learner:
     "Switch this Learner back to plain fastai training, and return it"
-    return _turn(self, None)
+    return _set_method(self, None)
 
 # %% ../nbs/12_learner.ipynb #1b18cff8
 _builds = set(signature(vision_learner).parameters) - set(signature(Learner).parameters) - {'arch'}
@@ -93,7 +94,8 @@ def rkd_learner(
     bf16:bool=False, # run the attack and the teacher in bfloat16; `learn.to_bf16()` does so for the training step
     **kwargs
 )->Learner:
-    "Return a Learner that distils a robust student from `teacher`; start training with `fit_one_cycle`"
+    """Return a Learner that distils a robust student from `teacher`. Train it with `fit_rkd`, the paper's schedule, if
+    its optimiser is SGD, e.g. `sgd_nesterov`, and with `fit_one_cycle` if it is Adam, fastai's default."""
     cls = method_class(method)
     if (ours := getattr(arch, 'func', arch)) in (cifar_resnet18, wide_resnet):
         raise TypeError(f"`arch` cannot be {ours.__name__} itself: call it, as in `{ours.__name__}(n_out=dls.c)`, or "

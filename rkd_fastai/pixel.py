@@ -106,9 +106,8 @@ def to_pixels(
             warnings.warn("some pixels are slightly outside [0, 1], which a bicubic resize causes: attacks and "
                           "measurements use `x.clamp(0, 1)`")
             return x.clamp(0, 1)
-        raise type(e)(f"{e}. These are the images without the DataLoaders' Normalize: normalise only with fastai's "
-                      "`Normalize` in `batch_tfms`, and leave out transforms that add values after it, such as "
-                      "RandomErasing") from e
+        raise type(e)(f"{e}. Images must be in [0, 1] after undoing `Normalize`. Use only fastai's `Normalize` in "
+                      "`batch_tfms`, and leave out transforms that add values after it, such as RandomErasing") from e
     return x.clamp(0, 1)
 
 # %% ../nbs/08_pixel.ipynb #f3b12bcf

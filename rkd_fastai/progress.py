@@ -56,8 +56,8 @@ def check_progress(
 ):
     "Raise `TypeError` unless `progress` is None, a bool or a function"
     if progress is None or isinstance(progress, bool) or callable(progress): return
-    raise TypeError("`progress` must be True for a bar, False for none, None for a bar where the Learner shows its "
-                    f"own, or a function of the share of the work done and a text, got {progress!r}")
+    raise TypeError("`progress` must be None (follow the Learner), True, False or a function "
+                    f"`(fraction, text)`, got {progress!r}")
 
 class Progress:
     "Counter for `counting` that shows the finished fraction of a task and the remaining time"

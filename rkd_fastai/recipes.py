@@ -115,7 +115,8 @@ def _makes_one(net):
 
 def _check(recipe, teacher):
     known = [*_own_methods, *distil_methods]
-    if recipe.method not in known: raise ValueError(f"unknown `method` {recipe.method!r}: use one of {known}")
+    if recipe.method not in known:
+        raise ValueError(f"unknown `method` {recipe.method!r}: choose from {', '.join(known)}")
     attacks = recipe.method not in ('st','ckd')
     if attacks == (recipe.attack is None):
         raise ValueError("`attack` must " + ("be set, e.g. to `PGD()`, because" if attacks else "be None, because")
@@ -262,5 +263,5 @@ def recipe_of_kind(
 )->Recipe:
     "Return the recipe for a kind of teacher; raise `ValueError` if the kind is unknown"
     if kind not in teacher_kinds:
-        raise ValueError(f"unknown kind of teacher {kind!r}: use one of {list(teacher_kinds)}")
+        raise ValueError(f"unknown kind of teacher {kind!r}: choose from {', '.join(teacher_kinds)}")
     return kind_recipes[kind].at_eps(eps/4 if kind == 'lat' else eps)

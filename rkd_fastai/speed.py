@@ -70,13 +70,13 @@ def _is_slow_backward(conv, compile=False):
     return conv.kernel_size == (1,1) and conv.padding == (0,0)
 
 # %% ../nbs/06_speed.ipynb #e57ebdfc
-class _StandIn:
+class _FastLayer:
     "`forward` of a convolution or linear `layer` for attacks, into which the BatchNorm `bn` is folded"
     waiting,astray = None,False # the BatchNorm's next input and its version; whether it got another
     def __init__(self, layer, bn=None): self.layer,self.bn = layer,bn
 
     @torch.no_grad()
-    def put_on(self, compile=False, bf16=False):
+    def install(self, compile=False, bf16=False):
         self.weight,self.bias = self._weights()
         if bf16: self.weight,self.bias = _bf16(self.weight), None if self.bias is None else self.bias.bfloat16()
         conv,self.turned = self.layer, None
@@ -87,7 +87,7 @@ class _StandIn:
         self.waiting,self.astray,self.watches = None,False,self.bn is not None and not compile
         if self.bn is not None: self.bn.forward = self._same if self.watches else _same
 
-    def take_off(self):
+    def remove(self):
         vars(self.layer).pop('forward', None)
         if self.bn is not None: vars(self.bn).pop('forward', None)
         self.weight = self.bias = self.turned = self.waiting = None
@@ -116,8 +116,8 @@ class _StandIn:
             self.waiting = None
         return x
 
-    def went_astray(self):
-        "Return whether the layer's output did not go directly to the BatchNorm in this pass; reset for the next one"
+    def bypassed_bn(self):
+        "Return whether the layer's output bypassed its BatchNorm in this pass; reset for the next one"
         astray = self.astray or self.waiting is not None
         self.waiting,self.astray = None,False
         return astray
@@ -169,8 +169,8 @@ def _n_uses(out):
             todo.append(nxt)
     return uses
 
-def _find_stand_ins(model, x):
-    "Return the stand-ins that make `model` faster, found with the images `x`"
+def _find_fast_layers(model, x):
+    "Return the fast layers for `model`, found with the images `x`"
     watched = [m for m in model.modules() if type(m) in _layers + _norms]
     plain = {m for m in watched if _is_plain(m)}
     calls,out = _calls(model, x.detach().requires_grad_(), watched)
@@ -184,7 +184,7 @@ def _find_stand_ins(model, x):
             if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2):
                 folds[layer] = bn
     layers = [m for m in dict.fromkeys(called) if type(m) in _layers and m in plain]
-    return [_StandIn(m, folds.get(m)) for m in layers if m in folds or _is_slow_backward(m)]
+    return [_FastLayer(m, folds.get(m)) for m in layers if m in folds or _is_slow_backward(m)]
 
 
 # %% ../nbs/06_speed.ipynb #5edef6cc
@@ -193,19 +193,19 @@ def _logits_and_grad(model, x):
     logits = model(x)
     return logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), x)[0]
 
-def _agree(model, x, stand_ins):
-    "Return whether logits and input gradients for `x` are the same with `stand_ins`, up to rounding errors"
+def _outputs_match(model, x, fast_layers):
+    "Return whether logits and input gradients for `x` are the same with `fast_layers`, up to rounding errors"
     plain = _logits_and_grad(model, x)
-    with _wearing(stand_ins):
+    with _installed(fast_layers):
         fast = _logits_and_grad(model, x)
-        astray = [s.went_astray() for s in stand_ins]
+        astray = [s.bypassed_bn() for s in fast_layers]
     return not any(astray) and all((f-p).norm() <= 1e-2*p.norm() for f,p in zip(fast, plain))
 
 @contextmanager
-def _wearing(stand_ins, *how):
-    def put_back(): [s.take_off() for s in stand_ins]
+def _installed(fast_layers, *how):
+    def put_back(): [s.remove() for s in fast_layers]
     try:
-        for s in stand_ins: s.put_on(*how)
+        for s in fast_layers: s.install(*how)
         yield
     finally:
         try: put_back()
@@ -239,20 +239,20 @@ def _structure(net):
         found.append((id(m), type(m), [*map(id, m._modules.values())], hooks, lacks, 'forward' in vars(m)))
     return found
 
-def _pairs(stand_ins): return [(s.layer, s.bn) for s in stand_ins]
+def _pairs(fast_layers): return [(s.layer, s.bn) for s in fast_layers]
 
 class _Trials:
-    "Results of the trials of one network: the stand-ins for each of its recent states"
+    "Results of the trials of one network: the fast layers for each of its recent states"
     def __init__(self): self.known,self.counters,self.folds,self.n_calls,self.n_trials = [],set(),True,0,0
 
     def state(self, net, x):
-        "Return everything visible that may select a path through `net`, for images such as `x`"
+        "Return attributes, hooks and modules on which the control flow of `net` may depend, for images such as `x`"
         settings = _settings(net)
         for m,k in self.counters: settings.get(m, {}).pop(k, None)
         return x.shape[1:], x.dtype, x.device, _structure(net), settings
 
-    def stand_ins(self, model, net, x):
-        "Return the known stand-ins for the current state of `net`, or else those from a new trial"
+    def fast_layers(self, model, net, x):
+        "Return the known fast layers for the current state of `net`, or else those from a new trial"
         state,is_new = self.state(net, x),_is_new(net)
         self.n_calls += 1
         for there,was_new,found in self.known:
@@ -269,21 +269,21 @@ class _Trials:
         return found
 
     def trial(self, model, net, x, state):
-        "Return the stand-ins that agree with `model` on two images, and the states of `net` for which they are valid"
+        "Return the fast layers that agree with `model` on two images, and the states of `net` for which they are valid"
         with torch.enable_grad(), torch.autocast(x.device.type,
                                                  enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
             two = x[:2].detach().clone()
-            first = found = _find_stand_ins(model, two)
+            first = found = _find_fast_layers(model, two)
             after = [_settings(net)]
             if self.state(net, x) != state: # the first pass may have initialised something
-                found = _find_stand_ins(model, two)
+                found = _find_fast_layers(model, two)
                 after.append(_settings(net))
-            if found and not _agree(model, two, found): found = []
+            if found and not _outputs_match(model, two, found): found = []
             after.append(_settings(net))
         counters = {(m, k) for s in after for m in s for k,v in s[m].items()
                     if after[0].get(m, {}).get(k, _settings) != v}
         if counters: self.folds,self.counters = False,self.counters | counters
-        if not self.folds: first = found = [_StandIn(s.layer) for s in found if _is_slow_backward(s.layer)]
+        if not self.folds: first = found = [_FastLayer(s.layer) for s in found if _is_slow_backward(s.layer)]
         now = self.state(net, x)
         return found, [state, now] if now != state and _pairs(first) == _pairs(found) else [now]
 
@@ -294,18 +294,18 @@ def _trials_of(model):
     if net not in _trials: _trials[net] = _Trials()
     return _trials[net]
 
-def _stand_ins(model, x):
-    "Return the tested stand-ins for `model`, which are kept while its state is the same"
+def _fast_layers(model, x):
+    "Return the tested fast layers for `model`, which are kept while its state is the same"
     if torch.is_inference_mode_enabled(): return [] # inference mode has no autograd graph
-    return _trials_of(model).stand_ins(model, _network(model), x)
+    return _trials_of(model).fast_layers(model, _network(model), x)
 
-def _watched_pass(forward, stand_ins, trials, *args, **kwargs):
-    for s in stand_ins: s.went_astray() # reset after an interrupted pass
+def _watched_pass(forward, fast_layers, trials, *args, **kwargs):
+    for s in fast_layers: s.bypassed_bn() # reset after an interrupted pass
     out = forward(*args, **kwargs)
-    if not any([s.went_astray() for s in stand_ins]): return out
+    if not any([s.bypassed_bn() for s in fast_layers]): return out
     trials.folds = False
     trials.known.clear()
-    for s in stand_ins: s.take_off()
+    for s in fast_layers: s.remove()
     return forward(*args, **kwargs)
 
 @contextmanager
@@ -321,11 +321,11 @@ def _as_forward(model, forward):
         try: put_back()
         except KeyboardInterrupt: put_back(); raise # Ctrl-C interrupted it
 
-def _watching(model, stand_ins):
+def _watching(model, fast_layers):
     "Repeat a pass of `model` on the plain model, within this context, if it takes another path than the trial"
-    if not any(s.bn is not None for s in stand_ins): return nullcontext()
+    if not any(s.bn is not None for s in fast_layers): return nullcontext()
     # with `partial`, a copy of `model` that is made within this context runs the copy
-    return _as_forward(model, partial(_watched_pass, model.forward, stand_ins, _trials_of(model)))
+    return _as_forward(model, partial(_watched_pass, model.forward, fast_layers, _trials_of(model)))
 
 
 # %% ../nbs/06_speed.ipynb #ba608b3f
@@ -424,7 +424,7 @@ def folded(
     if not ok: yield model; return
     compile,bf16 = _how.get()
     bf16 = bf16 and x.dtype != torch.float64
-    stand_ins = _stand_ins(model, x)
+    fast_layers = _fast_layers(model, x)
     # the compiler checks everything that the model reads, and compiles again after a change
-    with (_wearing(stand_ins, compile, bf16), compiled(model) if compile else _watching(model, stand_ins),
+    with (_installed(fast_layers, compile, bf16), compiled(model) if compile else _watching(model, fast_layers),
           _in_bf16(model, x.device) if bf16 else nullcontext()): yield model

@@ -64,7 +64,7 @@ def did_you_mean(
 )->str:
     "Return a hint with the known word that is most similar to `word`, or with all known words"
     near = get_close_matches(str(word), list(words), 1, .5)
-    return f'did you mean {near[0]!r}?' if near else f'use one of {list(words)}'
+    return f'did you mean {near[0]!r}?' if near else f"choose from {', '.join(map(str, words))}"
 
 # %% ../nbs/00_text.ipynb #c1bfce5f
 _nearest = {'█': '#', '░': '.', '≤': '<=', '≥': '>=', '→': '->', '±': '+-', '×': 'x', '·': '.', '–': '-', '—': '-',

@@ -363,9 +363,9 @@ takes_targ = dict(
     trades=lambda m, x, t: trades_loss(torch.zeros(16, 10), torch.zeros(16, 10), t), akd=lambda m, x,
     t: akd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t))
 no_targ = dict(
-    floats=(lambda y: y.float(), ValueError, r'`(targ|y)` holds one torch.float32 per image, but class indices are '
+    floats=(lambda y: y.float(), ValueError, r'`(targ|y)` contains one torch.float32 per image, but class indices are '
                                              r'integers: use `(targ|y).long\(\)`'),
-    halves=(lambda y: y.half(), ValueError, r'`(targ|y)` holds one torch.float16 per image.*`(targ|y).long\(\)`'),
+    halves=(lambda y: y.half(), ValueError, r'`(targ|y)` contains one torch.float16 per image.*`(targ|y).long\(\)`'),
     a_column=(lambda y: y[:,None], ValueError, r'`(targ|y)` must hold class indices \(bs,\).*shape \(16, 1\): use '
                                                r'`(targ|y).flatten\(\)`'),
     a_column_of_floats=(lambda y: y[:,None].float(), ValueError, r'soft `(targ|y)`.*\(16, 1\)'),

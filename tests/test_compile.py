@@ -15,7 +15,7 @@ from rkd_fastai.speed import compiled, faster, folded
 from rkd_fastai.learner import rkd_learner
 from rkd_fastai.models import cifar_resnet18
 from rkd_fastai.teachers import Teacher
-from test_speed import models, worn_in
+from test_speed import models, net_with_random_bn
 
 ATTACK = PGD(.1, steps=2, random_start=False)
 methods = dict(at=lambda t, **kw: AdversarialTraining(ATTACK, **kw), trades=lambda t,
@@ -73,7 +73,7 @@ def test_compiled_with_the_real_compiler(make_learner, make_dls):
 
 @pytest.mark.slow
 def test_compiled_gradient_signs():
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(8, 3, 32, 32), torch.arange(8)
+    model, x, y = net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(8, 3, 32, 32), torch.arange(8)
     with frozen(model):
         def grad():
             xi = x.clone().requires_grad_()
@@ -116,7 +116,7 @@ def test_no_compiler_at_all():
     "As on a machine without g++"
     from torch._inductor import config
     fast._warned.clear(); torch._dynamo.reset()
-    model, x, y = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(),
+    model, x, y = net_with_random_bn(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(),
                                                 nn.Linear(500, 10))), torch.rand(
         4, 3, 32, 32), torch.arange(4)
     want = ATTACK(model, x, y)
@@ -126,7 +126,7 @@ def test_no_compiler_at_all():
     assert torch.equal(got, want)
 
 def test_what_is_compiled_is_freed(shapes):
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/16)), torch.rand(4, 3, 32, 32), torch.arange(4)
+    model, x, y = net_with_random_bn(lambda: cifar_resnet18(10, 1/16)), torch.rand(4, 3, 32, 32), torch.arange(4)
     with faster(compile=True): ATTACK(model, x, y)
     with compiled(model): copied, pickled = copy.deepcopy(model), pickle.dumps(model)
     assert shapes and not any('forward' in vars(m) for m in model.modules())
@@ -147,7 +147,7 @@ def test_many_models_are_compiled(shapes):
 def test_each_kind_of_call_has_its_own_compilations(shapes):
     """Four batch sizes, with gradients, without, and in bfloat16 are more than the eight that PyTorch keeps of a
     function"""
-    model, net = worn_in(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(),
+    model, net = net_with_random_bn(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(),
                                                nn.Linear(3600, 10))).eval(), fast._Compiled()
     with frozen(model), warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -204,14 +204,15 @@ def test_second_fit_compiles_nothing(shapes, make_learner, make_dls, tiny_net):
     assert graphs == [3, 0] # attack, teacher, training step
 
 def test_hooked_model_is_left_alone(shapes):
-    model, x, y, seen = worn_in(lambda: cifar_resnet18(10, 1/16)), torch.rand(4, 3, 32, 32), torch.arange(4), []
+    model, seen = net_with_random_bn(lambda: cifar_resnet18(10, 1/16)), []
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
     model.register_forward_hook(lambda m, i, o: seen.append(1))
     with faster(compile=True): ATTACK(model, x, y)
     assert len(seen) >= 2 and not shapes
 
 def test_users_own_compilation(shapes):
     "A model that is compiled already is folded and attacked like any other"
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/16)).eval(), torch.rand(4, 3, 32, 32), torch.arange(4)
+    model, x, y = net_with_random_bn(lambda: cifar_resnet18(10, 1/16)).eval(), torch.rand(4, 3, 32, 32), torch.arange(4)
     own = torch.compile(model)
     for _ in range(2):
         assert torch.equal(ATTACK(own, x, y), ATTACK(model, x, y))
@@ -223,7 +224,7 @@ def test_users_own_compilation(shapes):
 @pytest.mark.parametrize('name', models)
 def test_bf16_gradient(name):
     "Nearly the float32 one, on every architecture"
-    model, x, y = worn_in(models[name][0]).eval(), torch.rand(8, 3, 32, 32), torch.arange(8)
+    model, x, y = net_with_random_bn(models[name][0]).eval(), torch.rand(8, 3, 32, 32), torch.arange(8)
     def grad():
         xi = x.clone().requires_grad_()
         with folded(model, x): logits = model(xi)
@@ -249,7 +250,8 @@ def test_bf16_attack_is_as_strong(attack, robust_net, test_images, snapshot):
     assert snapshot.same(before, snapshot.take(robust_net)) and x_adv.dtype == torch.float32
 
 def test_bf16_leaves_float64_alone():
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/16)).double(), torch.rand(4, 3, 32, 32).double(), torch.arange(4)
+    model = net_with_random_bn(lambda: cifar_resnet18(10, 1/16)).double()
+    x, y = torch.rand(4, 3, 32, 32).double(), torch.arange(4)
     with faster(bf16=True): assert torch.equal(ATTACK(model, x, y), ATTACK(model, x, y))
 
 def test_bf16_reaches_attack_and_teacher_but_not_training(make_learner, make_dls, tiny_net):
@@ -264,7 +266,7 @@ def test_bf16_reaches_attack_and_teacher_but_not_training(make_learner, make_dls
         methods['akd'](Watched('teacher', tiny_net(seed=7)), bf16=True))
     half, full = torch.bfloat16, torch.float32
     assert seen[('student', True)] == {full}
-    # the attack; validation and the trial of the stand-ins
+    # the attack; validation and the trial of the fast layers
     assert half in seen[('student', False)] and full in seen[('student', False)]
     assert half in seen[('teacher', False)]
 

@@ -124,7 +124,7 @@ def test_packed_checkpoint(tmp_path):
     torch.save(dict(w=torch.zeros(huge//4)), tmp_path/'a.pth')
     rezipped(tmp_path/'a.pth', method=zipfile.ZIP_DEFLATED)
     assert (tmp_path/'a.pth').stat().st_size < 1e6
-    refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', 'more memory than it has bytes')
+    refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', 'more memory than its file size')
     assert torch.load(tmp_path/'a.pth', weights_only=True)['w'].nbytes == huge # it is live
 
 def test_checkpoint_of_entries_inside_each_other(tmp_path):
@@ -203,7 +203,7 @@ def test_packed_idx(dims, tmp_path):
 def test_absurd_idx_headers(tmp_path):
     for n in (10, 10**6, 2**32-1):
         (tmp_path/'a').write_bytes(idx((n, 28, 28), bytes(784)))
-        refused(lambda: read_idx(tmp_path/'a', (28, 28)), f'does not hold {n} elements')
+        refused(lambda: read_idx(tmp_path/'a', (28, 28)), f'does not contain {n} elements')
     for cut in range(16):
         (tmp_path/'a').write_bytes(idx((1, 28, 28), bytes(784))[:cut])
         refused(lambda: read_idx(tmp_path/'a', (28, 28)), 'a')
@@ -475,7 +475,7 @@ full = [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('[enforce
         OSError(errno.EROFS, 'Read-only file system'), OSError(errno.EDQUOT, 'Disk quota exceeded')]
 each_full = pytest.mark.parametrize('error', full, ids=lambda e: str(e)[:12])
 
-def no_room(mp, error, after=0):
+def simulate_disk_full(mp, error, after=0):
     "From the `after`-th write on, half of it and then `error`"
     left = [after]
     def guard(f):
@@ -498,7 +498,7 @@ def test_keeping_epochs_on_a_full_disk(error, make_learner, tiny_net, monkeypatc
     was = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert len(was) == 6
     with monkeypatch.context() as mp:
-        no_room(mp, error, after=2)
+        simulate_disk_full(mp, error, after=2)
         with pytest.raises(OSError) as e: learn.fit(3)
     says = str(e.value).splitlines()[-1]
     assert 'epoch_5.pth` cannot be written' in says and str(error) in says and 'is unchanged' in says
@@ -514,7 +514,7 @@ def test_a_card_on_a_full_disk(error, make_learner, tiny_net, monkeypatch):
     learn = make_learner(cbs=KeepEpochs())
     folder = learn.path/learn.model_dir
     with monkeypatch.context() as mp:
-        no_room(mp, error, after=1)
+        simulate_disk_full(mp, error, after=1)
         with pytest.raises(OSError, match='epoch_1.json` cannot be written'): learn.fit(1)
     assert [p.name for p in folder.iterdir()] == ['epoch_1.pth']
     Teacher.at_epoch(folder, 1, tiny_net())
@@ -526,7 +526,7 @@ def test_state_files_on_a_full_disk(error, tmp_path, plain_net, test_images, mon
     x, y = (o[:6] for o in test_images)
     run = lambda: measure_robustness(plain_net, x, y, ['clean','pgd2'], .1, state_path=tmp_path/'s', bs=2)
     with monkeypatch.context() as mp:
-        no_room(mp, error, after=3)
+        simulate_disk_full(mp, error, after=3)
         with pytest.raises(OSError) as e: run()
     assert ('`state_path`' in str(e.value) and str(tmp_path/'s') in str(e.value) and str(error) in str(e.value)
             and '\n' not in str(e.value))
@@ -540,7 +540,7 @@ def test_rkd_on_a_full_disk(error, tmp_path, monkeypatch):
     args = ['train', '--data', 'digits', '--n', '64', '--bs', '32', '--width', '1/16', '--epochs', '1', '--out',
             str(tmp_path/'run'), '--steps', '1']
     with monkeypatch.context() as mp:
-        no_room(mp, error, after=1)
+        simulate_disk_full(mp, error, after=1)
         with pytest.raises(SystemExit, match='cannot be written') as e: cli.main(args)
     assert str(e.value).startswith('rkd: error: ') and str(error) in str(e.value) and '\n' not in str(e.value)
     assert not list((tmp_path/'run').glob('.*')) and not (tmp_path/'run'/'model.pth').exists()

@@ -394,7 +394,7 @@ def test_but_and_at_eps():
             and rslad_official.epochs == 300)
     with pytest.raises(TypeError, match="a recipe has no `epoch`: did you mean 'epochs'"):
         rslad_official.replace(epoch=20)
-    with pytest.raises(TypeError, match="a recipe has no `x`: use one of .*'epochs'"):
+    with pytest.raises(TypeError, match="a recipe has no `x`: choose from .*epochs"):
         rslad_official.replace(bs=2, x=20)
     with pytest.raises(TypeError, match=r'`settings=recipe.settings \| dict\(alpha=0.5\)`'):
         rslad_official.replace(alpha=.5)

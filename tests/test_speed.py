@@ -10,7 +10,7 @@ from rkd_fastai.attacks.autoattack import AutoAttack
 from rkd_fastai.core import PixelModel, frozen
 from rkd_fastai.evaluation.robustness import robust_flags
 from rkd_fastai import speed as fast
-from rkd_fastai.speed import _stand_ins, folded
+from rkd_fastai.speed import _fast_layers, folded
 from rkd_fastai.models import cifar_resnet18, wide_resnet
 from rkd_fastai.teachers import Teacher
 
@@ -61,7 +61,7 @@ models = {
     'timm efficientnet': (lambda: timm.create_model('efficientnet_b0', num_classes=10), 0),
     'timm convnext': (lambda: timm.create_model('convnext_atto', num_classes=10), 0)}
 
-def worn_in(make):
+def net_with_random_bn(make):
     "A network with BatchNorm statistics and affine parameters that are no longer the initial ones, in train mode"
     torch.manual_seed(0)
     model = make()
@@ -82,9 +82,9 @@ def logits_and_grad(model, x, y):
 @pytest.mark.parametrize('name', models)
 def test_same_logits_and_gradient_signs(name):
     make, n_folded = models[name]
-    model, x, y = worn_in(make).eval(), torch.rand(8, 3, 32, 32), torch.arange(8)
+    model, x, y = net_with_random_bn(make).eval(), torch.rand(8, 3, 32, 32), torch.arange(8)
     with frozen(model):
-        assert sum(s.bn is not None for s in _stand_ins(model, x)) == n_folded
+        assert sum(s.bn is not None for s in _fast_layers(model, x)) == n_folded
         exact = [t.float() for t in logits_and_grad(copy.deepcopy(model).double(), x.double(), y)]
         plain = logits_and_grad(model, x, y)
         with folded(model, x): fast = logits_and_grad(model, x, y)
@@ -111,18 +111,18 @@ def test_every_attack_gets_it_but_autoattack():
     "A new attack need not ask; AutoAttack's flags are to be the package's own"
     class Peek(Attack):
         def perturb(self, model, x, targ): self.bn = model.bn1.forward.__name__; return x
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/8)), torch.rand(4, 3, 32, 32), torch.arange(4)
+    model, x, y = net_with_random_bn(lambda: cifar_resnet18(10, 1/8)), torch.rand(4, 3, 32, 32), torch.arange(4)
     peek = Peek(); peek(model, x, y)
     assert peek.bn == '_same' and AutoAttack.folds is False
     peek.folds = False; peek(model, x, y)
     assert peek.bn == 'forward'
 
 def test_nothing_is_left_behind(snapshot):
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/8)), torch.rand(4, 3, 32, 32), torch.arange(4)
+    model, x, y = net_with_random_bn(lambda: cifar_resnet18(10, 1/8)), torch.rand(4, 3, 32, 32), torch.arange(4)
     size, before = len(pickle.dumps(model)), snapshot.take(model)
     torch.manual_seed(0); after_rand = torch.rand(3)
     torch.manual_seed(0); PGD(random_start=False)(model, x, y)
-    assert torch.equal(after_rand, torch.rand(3)), 'trying the stand-ins drew random numbers'
+    assert torch.equal(after_rand, torch.rand(3)), 'trying the fast layers drew random numbers'
     assert snapshot.same(before, snapshot.take(model)) and len(pickle.dumps(model)) == size
     assert not any({'forward'} & set(vars(m)) or m._forward_hooks for m in model.modules())
     root, copied = weakref.ref(model), copy.deepcopy(model)
@@ -131,7 +131,7 @@ def test_nothing_is_left_behind(snapshot):
 
 @pytest.mark.parametrize('change', ['weights', 'statistics', 'head', 'layer', 'hook', 'float64'])
 def test_what_changes_between_two_attacks_is_seen(change):
-    model, x = worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)
+    model, x = net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)
     with frozen(model), folded(model, x): old = model(x)
     with torch.no_grad():
         # `.data`, as fastai's optimisers write: no version counter tells
@@ -162,24 +162,25 @@ def test_activation_in_place_before_batchnorm():
 
 def test_wrong_fold_is_found_out_once_statistics_differ(monkeypatch):
     "A new BatchNorm changes nothing, so a wrong fold agrees: the verdict is not kept"
-    from rkd_fastai.speed import _StandIn
-    right = _StandIn._weights
-    monkeypatch.setattr(_StandIn, '_weights', lambda self: right(_StandIn(self.layer))) # as if BatchNorm did nothing
+    from rkd_fastai.speed import _FastLayer
+    right = _FastLayer._weights
+    monkeypatch.setattr(_FastLayer, '_weights', lambda self: right(_FastLayer(self.layer))) # as without BatchNorm
     model, x = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(),
                              nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8)
-    assert _stand_ins(model.eval(), x)
-    model.train()(x); assert _stand_ins(model.eval(), x) == []
+    assert _fast_layers(model.eval(), x)
+    model.train()(x); assert _fast_layers(model.eval(), x) == []
 
 def test_wrong_fold_is_found_out(monkeypatch):
     "Stand-ins that compute something else are not worn"
-    from rkd_fastai.speed import _StandIn
-    right = _StandIn._weights
-    monkeypatch.setattr(_StandIn, '_weights', lambda self: tuple(t if t is None else 1.2*t for t in right(self)))
-    assert _stand_ins(worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)) == []
+    from rkd_fastai.speed import _FastLayer
+    right = _FastLayer._weights
+    monkeypatch.setattr(_FastLayer, '_weights', lambda self: tuple(t if t is None else 1.2*t for t in right(self)))
+    assert _fast_layers(net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)) == []
 
 def test_under_autocast():
     "As fastai's mixed precision does it: the forward pass inside, the backward pass outside"
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    model = net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval()
+    x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
     def grad():
         xi = x.clone().requires_grad_()
         with torch.autocast('cpu', torch.bfloat16): logits = model(xi)
@@ -190,24 +191,24 @@ def test_under_autocast():
     assert (plain.sign() == fast.sign()).float().mean() > .9 # two roundings to bfloat16
     with torch.autocast('cpu', torch.bfloat16): assert PGD()(model, x, y).isfinite().all()
 
-def test_trying_the_stand_ins_draws_no_random_numbers():
+def test_trying_the_fast_layers_draws_no_random_numbers():
     class Noisy(nn.Module):
         def __init__(self): super().__init__(); self.net = cifar_resnet18(10, 1/8)
         def forward(self, x): return self.net(x + torch.randn_like(x))
     model, before = Noisy().eval(), torch.get_rng_state()
-    assert _stand_ins(model, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))) == []
+    assert _fast_layers(model, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))) == []
     assert torch.equal(before, torch.get_rng_state())
 
 def test_teacher_is_folded_and_says_the_same():
-    nets, x = [worn_in(lambda: cifar_resnet18(10, 1/8)).eval(),
-               worn_in(lambda: wide_resnet(10, 1)).eval()], torch.rand(8, 3, 32, 32)
+    nets, x = [net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval(),
+               net_with_random_bn(lambda: wide_resnet(10, 1)).eval()], torch.rand(8, 3, 32, 32)
     want = sum(n(x).softmax(1) for n in nets)/2
     teacher = Teacher(nets)
     for t in (teacher, Teacher(teacher)): torch.testing.assert_close(t.probs(x), want.detach(), rtol=1e-4, atol=1e-5)
     assert robust_flags(teacher, x, want.argmax(1), PGD(1/255, steps=1)).any()
 
 def test_inference_mode():
-    model, x, y = worn_in(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32), torch.arange(4)
+    model, x, y = net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32), torch.arange(4)
     teacher = Teacher(model)
     with torch.inference_mode(): probs = teacher.probs(x); x_adv = PGD()(model, x, y)
     torch.testing.assert_close(probs.clone(), teacher.probs(x), rtol=1e-4, atol=1e-5)
@@ -228,7 +229,7 @@ def test_a_network_that_chooses_its_batchnorm():
     net.eval()
     for net.adv in (False, True, False):
         with torch.no_grad(): plain = net(x)
-        with frozen(net): assert not any(s.bn for s in _stand_ins(net, x))
+        with frozen(net): assert not any(s.bn for s in _fast_layers(net, x))
         with torch.no_grad(), frozen(net), folded(net, x):
             torch.testing.assert_close(net(x), plain, rtol=1e-4, atol=1e-4)
 
@@ -270,7 +271,7 @@ def test_a_network_that_goes_another_way(change, monkeypatch):
     net.eval()
     attack = PGD(.05, steps=2, random_start=False)
     attack(net, x, y)
-    with frozen(net): assert [s.bn for s in _stand_ins(net, x)] == [net.bn]
+    with frozen(net): assert [s.bn for s in _fast_layers(net, x)] == [net.bn]
     change(net, x)
     got = attack(net, x, y)
     attack.folds = False
@@ -278,9 +279,9 @@ def test_a_network_that_goes_another_way(change, monkeypatch):
 
 @pytest.fixture
 def trials(monkeypatch):
-    "How often stand-ins were looked for"
-    seen,find = [],fast._find_stand_ins
-    monkeypatch.setattr(fast, '_find_stand_ins', lambda *args: seen.append(1) or find(*args))
+    "How often fast layers were looked for"
+    seen,find = [],fast._find_fast_layers
+    monkeypatch.setattr(fast, '_find_fast_layers', lambda *args: seen.append(1) or find(*args))
     return seen
 
 class Counting(ManyWays):

@@ -172,7 +172,7 @@ def test_usual_wrappings(key, net, tiny_net, x, tmp_path):
                tmp_path/'a.pth')
     check(tmp_path/'a.pth', net, tiny_net, x)
 
-def of_madry(net, mean=(.3,), std=(.2,)):
+def madrylab_checkpoint(net, mean=(.3,), std=(.2,)):
     "What MadryLab's `robustness` saves of a network: each weight twice, and twice the statistics of its images"
     weights = {f'module.{part}.{k}': v for part in ('model','attacker.model') for k,v in net.state_dict().items()}
     stats = {f'module.{part}.new_{k}': torch.tensor(v).view(-1, 1, 1) for part in ('normalizer','attacker.normalize')
@@ -184,14 +184,14 @@ def of_madry(net, mean=(.3,), std=(.2,)):
                          ids='+'.join)
 def test_checkpoint_of_madrylab(name, parts, net, tiny_net, x, tmp_path):
     "With the settings of its training; its normalisation is taken over, and another one where it is told"
-    state = {k: v for k,v in of_madry(net).items() if k.split('.')[1] in parts}
+    state = {k: v for k,v in madrylab_checkpoint(net).items() if k.split('.')[1] in parts}
     settings = Namespace(lr=.1, out=Path('runs'), classes=['a', 'b'])
     torch.save(dict(model=state, optimizer=torch.optim.SGD(net.parameters(), .1, .9).state_dict(), schedule=None,
                     epoch=150, args=settings, nat_prec1=np.float64(87.)), tmp_path/name)
     t = load_teacher(tmp_path/name, tiny_net())
     close(t.probs(x), probs_of(net, (x-.3)/.2)); close(t.members[0].mean.flatten(), torch.tensor([.3]))
     close(load_teacher(tmp_path/name, tiny_net(), mean=.5, std=.25).probs(x), probs_of(net, (x-.5)/.25))
-    with pytest.raises(ValueError, match='normalisation of its images: use `load_teacher`'):
+    with pytest.raises(ValueError, match='normalisation statistics, .*: use `load_teacher`'):
         fitting_state(tmp_path/name, tiny_net())
 
 def test_prefixes_before_some_names(net, tiny_net, x, tmp_path):
@@ -203,14 +203,14 @@ def test_prefixes_before_some_names(net, tiny_net, x, tmp_path):
 def test_two_networks_in_one_checkpoint(net, tiny_net, tmp_path):
     "Neither is chosen; nor is half a normaliser left out, or one of images that end at 255"
     other = {f'module.model.{k}': v for k,v in tiny_net(seed=6).state_dict().items()}
-    torch.save(of_madry(net) | other, tmp_path/'a.pth')
-    with pytest.raises(ValueError, match='a.pth` holds two different tensors for `0.weight`, `module.model.0.weight` '
-                                         'and `module.attacker.model.0.weight`'):
+    torch.save(madrylab_checkpoint(net) | other, tmp_path/'a.pth')
+    with pytest.raises(ValueError, match='a.pth` contains two different tensors for `0.weight`, '
+                                         '`module.model.0.weight` and `module.attacker.model.0.weight`'):
         load_teacher(tmp_path/'a.pth', tiny_net())
-    torch.save({k: v for k,v in of_madry(net).items() if not k.endswith('new_std')}, tmp_path/'b.pth')
+    torch.save({k: v for k,v in madrylab_checkpoint(net).items() if not k.endswith('new_std')}, tmp_path/'b.pth')
     with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'):
         load_teacher(tmp_path/'b.pth', tiny_net())
-    torch.save(of_madry(net, mean=(125.3,), std=(63.,)), tmp_path/'c.pth')
+    torch.save(madrylab_checkpoint(net, mean=(125.3,), std=(63.,)), tmp_path/'c.pth')
     with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which does not fit images in \[0, 1\]: pass `mean` and '
                                          r'`std`'):
         load_teacher(tmp_path/'c.pth', tiny_net())
@@ -324,7 +324,7 @@ class NormInPlace(NormInside):
     "The same, sparing of memory"
     def forward(self, x): return self.model(x.sub_(self.mu).div_(self.sigma))
 
-def worn_in(net):
+def with_bn_statistics(net):
     "With BatchNorm statistics that are no longer the initial ones, in eval mode"
     with torch.no_grad():
         for _ in range(5): net(torch.rand(8, 3, 8, 8))
@@ -357,7 +357,7 @@ def student(dls, tiny_net, make_learner):
 def test_networks_of_peers(name, suffix, method, tmp_path, make_dls, make_learner, tiny_net, check_distillation):
     "As a network in memory and from a file of its weights"
     make, (mean, std) = peers[name]
-    net, x = worn_in(make()), torch.rand(6, 3, 8, 8)
+    net, x = with_bn_statistics(make()), torch.rand(6, 3, 8, 8)
     if suffix: save(net.state_dict(), tmp_path/f'a{suffix}')
     teacher = load_teacher(tmp_path/f'a{suffix}', make(), mean, std) if suffix else Teacher(net, mean=mean, std=std)
     native, kept = natively(net, mean, std), x.clone()

@@ -78,7 +78,7 @@ def open_browser():
              '--disable-component-update', '--disable-sync']
     with sync_playwright() as p, p.chromium.launch(executable_path=path, args=flags) as browser: yield browser
 
-def note_complaints(page, home):
+def collect_browser_errors(page, home):
     "A list to which each error on the console, failed request and request to elsewhere is added from now on"
     complaints = []
     def note(event, is_wrong, text): page.on(event, lambda o: complaints.append(text(o)) if is_wrong(o) else None)
@@ -107,7 +107,7 @@ def save_screenshot(page, path, width, max_height=2600):
 def check_page(browser, home, name, screenshots=None):
     "`(problems, links, ids)` of one page"
     with browser.new_page() as page: # of its own: nothing is left in a cache
-        complaints = note_complaints(page, home)
+        complaints = collect_browser_errors(page, home)
         page.goto(f'{home}/{name}')
         faults, links, ids = page.evaluate(content_js)
         problems = [f'{fault}: {o.strip()[:120]}' for fault,found in faults.items() for o in found]

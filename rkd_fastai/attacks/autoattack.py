@@ -198,7 +198,8 @@ class AutoAttack(Attack):
         model, # maps pixel space to logits; an ensemble is also attacked through its members
         n_out, # number of classes
     ):
-        "Return a list of texts that describe each attack in `parts`, and each attack that needs more classes"
+        """Return texts that describe each attack in `parts`, and the attacks that are left out because there are too
+        few classes"""
         names = [repr(p) for p in self.parts(model, n_out)]
         missing = ([] if self.version in _names
                    else [p for p in _autoattack_parts(self.version, 10) if n_out < _least.get(p, 2)])
@@ -209,7 +210,7 @@ class AutoAttack(Attack):
         with torch.no_grad(): logits = check_logits(model(x))
         parts = self.parts(model, logits.shape[1])
         if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]:
-            raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but the logits have "
+            raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but the logits have "
                              f"{logits.shape[1]} classes")
         x_adv,is_robust = x.clone(), logits.argmax(1) == targ
         for part in parts:

@@ -54,7 +54,7 @@ def fab(
     targets:int=9, # number of most likely wrong classes to attack in turn
     steps:int=100, # number of steps per class
 ):
-    "Run FAB-T (Croce & Hein, 2020) for one radius; return `x′` `(bs, c, h, w)`, `x` where it fails; not random"
+    "Run FAB-T (Croce & Hein, 2020) for one radius; return `x′` `(bs, c, h, w)`, or `x` where it fails; deterministic"
     eps,targets,steps = as_number('eps', eps),whole_number('targets', targets, 1),whole_number('steps', steps, 0)
     def run(idx, rank):
         i,found = _fab_run(model, x[idx], y[idx], ranked_class(model, x[idx], y[idx], rank), eps, steps)

@@ -162,7 +162,8 @@ class PGD(Attack):
             raise ValueError(f"`objective` must be 'ce', 'kl' or 'cw', got {self.objective!r}")
         check_eps(self.eps, self.norm)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
-            raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with eps {self.eps}")
+            raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with `eps` "
+                             f"{format_eps(self.eps)}")
         if not 0 <= self.random_start < float('inf'):
             raise ValueError("`random_start` must be True, False or the standard deviation of the noise that is added "
                              f"to `x` at the start, got {self.random_start}")
@@ -227,8 +228,8 @@ def check_eps(
     eps = as_number('eps', eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1:
-        raise ValueError(f"`eps` must be in [0, 1], the range of the pixels, got {eps}: if it is meant on the 0–255 "
-                         f"scale, write {eps:g}/255")
+        raise ValueError(f"`eps` must be in [0, 1], the range of the pixels, got {format_eps(eps)}: if it is meant on "
+                         f"the 0–255 scale, write {eps:g}/255")
     return eps
 
 # %% ../../nbs/attacks/01_pgd.ipynb #f7974e34

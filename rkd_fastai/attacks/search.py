@@ -51,7 +51,8 @@ def ranked_class(
     y, # correct classes, int64 `(bs,)`
     rank, # 2 for the most likely wrong class, 3 for the next one, and so on
 ):
-    "Return the class with the given `rank`, `(bs,)`, where the correct class has rank 1; raise `ValueError` if absent"
+    """Return the class with the given `rank`, `(bs,)`, where the correct class has rank 1; raise `ValueError` if `rank`
+    exceeds the number of classes"""
     with torch.no_grad(): logits = check_logits(model(x))
     n_out = logits.shape[1]
     if rank > n_out: raise ValueError(f"`targets` must be at most {n_out-1}, because `model` has {n_out} classes")

@@ -78,7 +78,7 @@ class RobustCallback(FitCallback):
         """Return the loss of each image, `(bs,)`, which is then weighted and averaged, or None to keep the Learner's
         loss function"""
 
-    def pred_again(self,
+    def second_forward(self,
         xb, # tuple of inputs of the network, such as `self.clean_xb`
     ):
         "Run the student a second time in the same step and return its logits, `(bs, n_out)`"
@@ -101,8 +101,8 @@ class RobustCallback(FitCallback):
         if settings and not isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
             k,v = next(iter(settings.items()))
             v = '' if isinstance(v, torch.Tensor) else f'={v!r}'
-            raise ValueError(f"`{k}{v}` of the Learner's loss function would be lost: {self.name} has its own loss, "
-                             "which uses only `weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a "
+            raise ValueError(f"`{k}{v}` of the Learner's loss function is ignored by {self.name}, whose own loss "
+                             "uses only `weight`, `label_smoothing`, `ignore_index` and `reduction='sum'` of a "
                              "cross-entropy. Give the Learner `CrossEntropyLossFlat`, or train with "
                              "`AdversarialTraining`, which keeps the Learner's loss")
         if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
@@ -210,7 +210,7 @@ class AdversarialTraining(RobustCallback):
         self.attack = copy(check_attack(attack))
 
     @property
-    def soft_attack(self):
+    def attack_uses_soft_targets(self):
         "True if the attack maximises a divergence from soft targets"
         return getattr(self.attack, 'objective', 'ce') == 'kl'
 
@@ -237,7 +237,8 @@ class TRADES(AdversarialTraining):
 
     @torch.no_grad()
     def attack_targ(self):
-        if not self.soft_attack: return self.targ
+        if not self.attack_uses_soft_targets: return self.targ
         with frozen(self.pixel): return check_logits(self.pixel(self.images)).softmax(1)
 
-    def method_loss(self, pred): return trades_loss(self.pred_again(self.clean_xb), pred, self.targ, self.beta, 'none')
+    def method_loss(self, pred):
+        return trades_loss(self.second_forward(self.clean_xb), pred, self.targ, self.beta, 'none')

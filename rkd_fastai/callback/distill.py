@@ -45,9 +45,9 @@ class CleanCache:
         if any(k not in self.rows for k in keys):
             self.rows.update(zip(keys, self.probs(x)))
             if len(self.rows) > self.n:
-                raise ValueError("`cache=True` needs images that are the same in every epoch, but there were more "
-                                 f"different images than the {self.n} of the data set: leave out augmentation and "
-                                 "MixUp, or leave out `cache`")
+                raise ValueError("`cache=True` needs images that are the same in every epoch, but these change "
+                                 f"(more than the {self.n} images of the data set were seen): leave out augmentation "
+                                 "and MixUp, or remove `cache=True`")
         return torch.stack([self.rows[k] for k in keys])
 
 # %% ../../nbs/callback/03_distill.ipynb #53d7ea75
@@ -112,7 +112,7 @@ class DistillationCallback(AdversarialTraining):
     def attack_targ(self):
         """Return the labels, or the soft targets on the clean images for an attack with `objective='kl'`, as in the
         RSLAD authors' code"""
-        if not self.soft_attack: return self.targ
+        if not self.attack_uses_soft_targets: return self.targ
         return soft_targets(self.clean_probs(), self.targ, self.alpha)
 
     def after_fit(self):
@@ -134,9 +134,9 @@ class AKDCallback(DistillationCallback):
     ):
         alpha = check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
-        if self.cache and not self.soft_attack:
+        if self.cache and not self.attack_uses_soft_targets:
             raise ValueError("`cache=True` stores the teacher's probabilities on clean images, but AKD⁺ needs them on "
-                             "adversarial images, which differ in every epoch: leave it out")
+                             "adversarial images, which differ in every epoch: remove `cache=True`")
         self.alpha = alpha
 
     def model_images(self):
@@ -162,7 +162,7 @@ class _CleanAndAdversarial(DistillationCallback):
         return super().model_images()
 
     def method_loss(self, pred):
-        return type(self).loss(self.pred_again(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam,
+        return type(self).loss(self.second_forward(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam,
                                self.T, 'none')
 
 class RSLADCallback(_CleanAndAdversarial):
@@ -207,7 +207,7 @@ class CKDCallback(DistillationCallback):
         lam = check_fraction(lam=lam)
         if 'attack' in kwargs:
             raise TypeError("`attack` is not an argument of CKDCallback, because clean distillation has no attack: "
-                            "leave it out, or use another method")
+                            "remove it, or use another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # other callbacks look for the training attack here
 

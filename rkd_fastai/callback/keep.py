@@ -34,7 +34,7 @@ class _Epochs:
 
     @property
     def claim(self):
-        "Path of the file that names the training of the first epoch until `Resume` has saved the training"
+        "Path of the file that identifies the training until `Resume` writes its first state"
         return self.folder/f'.{self.name}.training'
 
     def claimed_by(self, resume):
@@ -61,7 +61,7 @@ class KeepEpochs(EachEpoch):
         json.dumps(self.card) # raises now if the card cannot be written
 
     def _place(self): return self.path/self.model_dir/self.fname
-    def _unborn(self):
+    def _pending_resume_path(self):
         "Return the path of a `Resume` callback that has not saved its file yet, or None"
         path = getattr(vars(self.learn).get('resume'), 'path', None)
         return path if isinstance(path, Path) and not path.exists() else None
@@ -69,12 +69,12 @@ class KeepEpochs(EachEpoch):
     def before_fit(self):
         plain_state(unwrap(self.model)) # raises now if the weights could not be read back
         self._kept = None
-        if self.training_id is None and not rank_distrib(): self._take_up(_Epochs(self._place()))
+        if self.training_id is None and not rank_distrib(): self._adopt_existing(_Epochs(self._place()))
 
-    def _take_up(self, kept):
+    def _adopt_existing(self, kept):
         """Let a new Learner continue an older training: with the user's `start_epoch`, or if the training was killed
         before `Resume` saved it"""
-        there,resume = kept.numbers(),self._unborn()
+        there,resume = kept.numbers(),self._pending_resume_path()
         found = {kept.training_of(n) for n in there}
         skips = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
         if skips and len(found) == 1 and there[-1] <= skips: self.training_id = found.pop() or None
@@ -85,10 +85,10 @@ class KeepEpochs(EachEpoch):
         goes_on = self.training_id is not None
         super().before_train()
         if not self.trained: return
-        if self._kept is None: self._begin(goes_on)
-        elif not self._unborn(): self._kept.claim.unlink(missing_ok=True)
+        if self._kept is None: self._check_or_clear(goes_on)
+        elif not self._pending_resume_path(): self._kept.claim.unlink(missing_ok=True)
 
-    def _begin(self, goes_on):
+    def _check_or_clear(self, goes_on):
         """Raise a `ValueError` in every process if the first process finds another training's epochs in the folder, or
         delete them with `overwrite=True`"""
         kept = _Epochs(self._place())
@@ -103,10 +103,10 @@ class KeepEpochs(EachEpoch):
             if not goes_on: vars(self.learn).pop('_training', None) # the training has not begun
             which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others
                      else 'epochs')
-            raise ValueError(f"`{kept.folder}` holds {which} of another training, which `KeepEpochs` does not "
+            raise ValueError(f"`{kept.folder}` contains {which} of another training, which `KeepEpochs` does not "
                              "overwrite: delete them, give `KeepEpochs` another `fname` or the Learner another `path` "
                              "or `model_dir`, or let `KeepEpochs(overwrite=True)` delete them")
-        self._kept,resume = kept,self._unborn()
+        self._kept,resume = kept,self._pending_resume_path()
         if resume and not rank_distrib():
             write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
 

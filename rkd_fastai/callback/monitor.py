@@ -261,7 +261,7 @@ class NonFinite(FitCallback):
     only_shows,_stateattrs,kept = True,('kept',),None # does not change the training, see `Resume`
     def __init__(self,
         # advice in the error if the training diverges
-        lower="lower the learning rate, or clip the gradients by `GradientClip()`",
+        lower="lower the learning rate, or clip the gradients with `GradientClip()`",
     ): self.lower = lower
 
     @property
@@ -303,7 +303,8 @@ class NonFinite(FitCallback):
 
     def after_train(self):
         if self.on and not _finite(list(self.model.parameters()), 'cpu'): # check after the epoch's last step
-            with add_location(self.learn): raise NotFinite(self.lower)
+            with add_location(self.learn):
+                raise NotFinite(f"the weights are NaN or infinite: {self.lower}")
 
 _advice = {'images': "check the data and their transforms", 'adversarial images': "check the attack",
            "teacher's probabilities": "check its weights and its normalisation"}

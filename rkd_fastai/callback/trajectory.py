@@ -48,7 +48,7 @@ class RecordTrajectory(EachEpoch):
         bs=250, # batch size
     ):
         seed,bs = whole_number('seed', seed),whole_number('bs', bs, 1)
-        if Path(path).is_file(): raise ValueError(f"`path` {path} is a file: name a folder")
+        if Path(path).is_file(): raise ValueError(f"`path` {path} is a file: pass a folder")
         self.path,self.dl,self.n,self.seed,self.bs = Path(path),dl,check_n(n),seed,bs
         self._attack = attack and copy(check_attack(attack)) # other callbacks look for the training attack in `attack`
         self.epochs,self._of = 0,None # number of recorded epochs and their training; `Resume` saves both
@@ -84,7 +84,7 @@ class RecordTrajectory(EachEpoch):
         with frozen(pixel_model(self.learn)) as model:
             n_out = check_no_probs(check_logits(model(x.to(model_device(model))))).shape[1]
         if not (0 <= y.min() and y.max() < n_out):
-            raise ValueError(f"`dl` holds classes {y.min()} to {y.max()}, but the network has {n_out} classes")
+            raise ValueError(f"`dl` contains classes {y.min()} to {y.max()}, but the network has {n_out} classes")
 
     def _card(self, y, sample):
         # remove addresses of functions, which differ between processes
@@ -99,8 +99,8 @@ class RecordTrajectory(EachEpoch):
         "Raise a `ValueError` unless `path` has the `done` epochs of this training and no other training"
         there = self._saved()
         if len(there) > done+1 and not self.epochs:
-            raise ValueError(f"`path` {self.path} holds {len(there)} epochs of another training: name another folder, "
-                             "or delete it")
+            raise ValueError(f"`path` {self.path} contains {len(there)} epochs of another training: choose another "
+                             "folder, or delete it")
         lost = sorted({*range(1, done+1)} - {*there})
         if lost:
             raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: "
@@ -110,12 +110,12 @@ class RecordTrajectory(EachEpoch):
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e:
-            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): name another folder, "
+            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): choose another folder, "
                              "or delete it") from e
         for k in ('n','attack','seed','labels','sample'):
             if old.get(k) != card[k]:
-                raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: name another "
-                                 "folder, or delete it")
+                raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: choose "
+                                 "another folder, or delete it")
 
     def each_epoch(self):
         if self.data is not None:

@@ -46,7 +46,7 @@ def with_args(
     settings = {k: getattr(args, k) for k in ('alpha','lam','T') if getattr(args, k, None) is not None}
     if settings:
         unknown = set(settings) - set(signature(method_class(recipe.method)).parameters)
-        if unknown: raise ValueError(f"`--{unknown.pop()}` means nothing to {recipe.method}: leave it out")
+        if unknown: raise ValueError(f"`--{unknown.pop()}` does not apply to {recipe.method}: remove it")
     return recipe.replace(settings=recipe.settings | settings)
 
 def teacher_recipe(
@@ -73,9 +73,10 @@ def student_recipe(
 def _new_folder(out, resume):
     "Return `out` as a path; raise a `ValueError` if it contains a run that would be lost"
     out = Path(out)
-    if (out/'model.pth').exists(): raise ValueError(f"`--out` {out} holds a finished run already: name another folder")
+    if (out/'model.pth').exists():
+        raise ValueError(f"`--out` {out} already contains a finished run: choose another folder")
     if (out/'resume.pth').exists() and not resume:
-        raise ValueError(f"`--out` {out} holds a run that was cut off: add `--resume` to continue it, or name "
+        raise ValueError(f"`--out` {out} contains an interrupted run: add `--resume` to continue it, or choose "
                          "another folder")
     return out
 
@@ -107,8 +108,8 @@ def _check_same(args, out, card):
         # `--keep` does not change the training
         if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue
         if k in _paths and card[k] not in data_names: continue
-        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the run that was cut "
-                         f"off in {out}: `--resume` needs the same options. For other options, name "
+        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the interrupted "
+                         f"run in {out}: `--resume` needs the same options. For other options, choose "
                          "another `--out`")
 
 _parts = dict(images='the training images are', synthetic='the synthetic images are', vocab='the classes are',
@@ -121,17 +122,17 @@ def _same_training(out):
     except OtherTraining as e:
         name = e.difference.split()[0]
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
-        raise ValueError(f"{what} not the same as in the run that was cut off in {out}: restore what the run had, or "
-                         "name another `--out`" if what else
-                         f"the run that was cut off in {out} was another training ({e.difference}): name another "
+        raise ValueError(f"{what} not the same as in the interrupted run in {out}: restore what the run had, or "
+                         "choose another `--out`" if what else
+                         f"the interrupted run in {out} was another training ({e.difference}): choose another "
                          "`--out`") from e
 
 def _check_older(out, epochs):
     "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this training would not replace"
     older = [n for n in saved_epochs(out) if n > epochs]
     if older:
-        raise ValueError(f"`--out` {out} holds checkpoints of a longer training, up to epoch_{older[-1]}.pth: delete "
-                         "them, or name another folder")
+        raise ValueError(f"`--out` {out} contains checkpoints of a longer training, up to epoch_{older[-1]}.pth: "
+                         "delete them, or choose another folder")
 
 def _advice(out, keep):
     "Return a function that gives advice for an epoch that was more robust than the last one"
@@ -146,11 +147,12 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     if args.epochs is not None and args.epochs < 1: raise ValueError(f"`--epochs` must be >= 1, got {args.epochs}")
     if args.lr is not None and args.lr < 0: raise ValueError(f"`--lr` must be >= 0, got {args.lr}")
     if args.frac is not None:
-        if args.synthetic is None: raise ValueError("`--frac` needs synthetic images: name their file by `--synthetic`")
+        if args.synthetic is None:
+            raise ValueError("`--frac` needs synthetic images: pass their file with `--synthetic`")
         recipe = recipe.replace(synthetic=args.frac)
     if args.synthetic is not None and recipe.synthetic is None:
-        raise ValueError("this recipe has no synthetic images: set their part of the batch, such as `--frac .7`, or "
-                         "leave `--synthetic` out")
+        raise ValueError("`--synthetic` needs `--frac` here, the fraction of each batch that is synthetic, such as "
+                         "`--frac 0.7`: give it, or leave `--synthetic` out")
     out = _new_folder(args.out, args.resume)
     if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # other seed than the teacher's
@@ -193,7 +195,7 @@ def _teachers_size(args, cards):
     def alike(data): return data == args.data if args.data in data_names else data not in data_names
     sizes = {card.get('size') for card in cards if alike(card.get('data'))}
     if len(sizes) > 1:
-        raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: name one")
+        raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: pass one of them")
     return next(iter(sizes), None)
 
 def distill(
@@ -216,7 +218,7 @@ def _checked(learn, eps, n):
 def _check_held_out(args, card, dls):
     "Raise a `ValueError`, or warn, if the run may have been trained on the images to measure"
     now = held_out_digest(dls)
-    # nothing to check: the images are not from a folder, from a test split, or given by `--data`
+    # nothing to check: the images are not from a folder, from a test split, or given with `--data`
     if now is None or len(dls.loaders) > 2 or args.data is not None: return
     if 'held_out' not in card:
         warnings.warn("the run's card does not say which images were held out of its training, so that some of those "
@@ -224,7 +226,7 @@ def _check_held_out(args, card, dls):
     elif card['held_out'] != now:
         raise ValueError("the images that are held out now are not those that were held out of the run's training: "
                          "files have been added, removed or renamed since. "
-                         "Restore the folder, or name a folder of images that the run has not seen by `--data`")
+                         "Restore the folder, or pass a folder of images that the run has not seen with `--data`")
 
 def evaluate(
     args, # options
@@ -233,14 +235,14 @@ def evaluate(
     if args.check and args.norm != 'Linf':
         raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
     if args.norm != 'Linf' and args.eps is None:
-        raise ValueError('`--norm L2` has radii of its own: name `--eps`, of which 0.5 is usual')
+        raise ValueError('`--norm L2` needs `--eps`, such as `--eps 0.5`')
     model,card = load_run(args.model)
     eps = args.eps if args.eps is not None else card['eps'] if isinstance(card.get('eps'), float) else _eps
     data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
     if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
-        raise ValueError("the run's card does not tell which data it was trained on: name them by `--data`")
+        raise ValueError("the run's card does not tell which data it was trained on: pass them with `--data`")
     if args.data is None and data not in data_names and not Path(data).is_dir():
-        raise ValueError(f"the run was trained on the images in {data}, which is not here: name their folder by "
+        raise ValueError(f"the run was trained on the images in {data}, which is not here: pass their folder with "
                          "`--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
@@ -264,8 +266,8 @@ def study(
             raise ValueError(f"`rkd study report` needs a folder: name the folder of one study, got {args.study[1:]}")
         print(study_report(args.study[1]))
         return
-    if len(args.study) != 1: raise ValueError(f"name one study at a time, got {args.study}")
-    if not Path(args.study[0]).is_file(): raise ValueError(f"there is no study at {args.study[0]}: name a TOML file")
+    if len(args.study) != 1: raise ValueError(f"pass one study at a time, got {args.study}")
+    if not Path(args.study[0]).is_file(): raise ValueError(f"there is no study at {args.study[0]}: pass a TOML file")
     s = Study(args.study[0], args.out, args.data_path)
     if args.dry_run: print(plan_text(s.plan())); return
     s.run(args.cell, args.processes)

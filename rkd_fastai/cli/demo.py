@@ -55,15 +55,15 @@ def train_models(
 )->dict:
     "Train the four networks and return a dict of their Learners by name, in the order of training"
     attack, learners = PGD(s.eps), {}
-    def train(name, epochs, fit='fit_rkd', turn=lambda learn: learn.to_adversarial(attack), cbs=()):
+    def train(name, epochs, fit='fit_rkd', convert=lambda learn: learn.to_adversarial(attack), cbs=()):
         # the student gets different initial weights from its teacher's
-        learn = learners[name] = turn(_learner(s, out, seed + 1000*(name == 'student'), cbs))
+        learn = learners[name] = convert(_learner(s, out, seed + 1000*(name == 'student'), cbs))
         with one_line(learn, f'training {name}'): getattr(learn, fit)(epochs)
-    train('standard', s.student, turn=lambda learn: learn)
+    train('standard', s.student, convert=lambda learn: learn)
     train('teacher', s.teacher, 'fit_exp', cbs=[KeepEpochs(overwrite=True)]) # overwrite an earlier demo
     train('baseline', s.teacher + s.student)
     teacher = Teacher.at_epoch(Path(out)/'models', s.teacher_epoch, learners['teacher'].model)
-    train('student', s.student, turn=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))
+    train('student', s.student, convert=lambda learn: learn.to_rkd(teacher, alpha=.8, attack=attack))
     return learners
 
 # %% ../../nbs/cli/00_demo.ipynb #a3517a6d

@@ -45,15 +45,19 @@ def _one_of(names):
     return check
 
 _folder = ("a folder of images. The folder contains the folders train, valid (or val) and test, and each of these "
-           "contains one folder per class. If there is no valid, a fifth of the training images is held out to choose "
-           "epochs on.")
+           "contains one folder per class. If the folder valid is missing, a fifth of the training images is held "
+           "out to choose epochs on.")
 Data = Annotated[str, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or {_folder}")]
 DataOfRun = Annotated[str | None, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or "
-    f"{_folder} If there is a test, it is measured on. Default: the data of the run.")]
+    f"{_folder} If the folder test exists, it is used for the measurement. Default: the data of the run.")]
 DataPath = Annotated[str | None, _data(metavar='FOLDER', help="Folder of a published data set. Default: it is found or "
     "downloaded.")]
-Size = Annotated[int | None, _n(_data, help="Side of the images in pixels. Images of a folder are cropped to it. "
-    "fashion_mnist and fashion_sample are available in 14 and 28. Default: that of the run or teacher, else 64.")]
+_side = ("Side of the images in pixels. Images of a folder are cropped to it. fashion_mnist and fashion_sample are "
+         "available in 14 and 28.")
+_side_of_data = "14 for fashion_sample, 28 for fashion_mnist and 64 for a folder"
+Size = Annotated[int | None, _n(_data, help=f"{_side} Default: {_side_of_data}.")]
+SizeOfTeacher = Annotated[int | None, _n(_data, help=f"{_side} Default: that of the teacher, else {_side_of_data}.")]
+SizeOfRun = Annotated[int | None, _n(_data, help=f"{_side} Default: that of the run.")]
 BatchSize = Annotated[int | None, _n(_data, help="Batch size. Default: that of the recipe, or a smaller one if there "
     "are too few images for eight batches.")]
 BatchSizeOfAttack = Annotated[int, _n(_data, help="Batch size.")]
@@ -103,7 +107,7 @@ Temperature = Annotated[float | None, _number(partial(_distilling, '--T'), help=
     "recipe.")]
 
 Out = Annotated[str, typer.Option(metavar='FOLDER', help="Folder to write the run to.")]
-Resume = Annotated[bool, _run('--resume', help="Continue the interrupted run in that folder. The result is that of an "
+Resume = Annotated[bool, _run('--resume', help="Continue the interrupted run in --out. The result is that of an "
     "uninterrupted run.")]
 Keep = Annotated[int, _n(_run, help="Keep the checkpoint of every N-th epoch.")]
 Compile = Annotated[bool, _run('--compile', help="Run attack, teacher and training step through torch.compile.")]
@@ -124,8 +128,7 @@ Study = Annotated[list[str], typer.Argument(metavar='FILE', help="TOML file of a
     "folder of a study, to write its tables and figures.")]
 StudyOut = Annotated[str | None, _run(metavar='FOLDER', help="Folder to write the study to. Default: studies/ and the "
     "name of the file.")]
-Cell = Annotated[str | None, _run(metavar='I/N', help="Train only every N-th network, from the I-th on. This is for "
-    "job arrays.")]
+Cell = Annotated[str | None, _run(metavar='I/N', help="Train part I of N of the networks, for job arrays.")]
 Processes = Annotated[int, _n(_run, help="Number of processes, which share the CPU cores. The output of the K-th is in "
     "process_K.log in the folder.")]
 DryRun = Annotated[bool, _run('--dry-run', help="Print the networks and the estimated time on this machine, and train "
@@ -167,18 +170,19 @@ def train(out: Out, how: How = 'at', data: Data = 'fashion_sample', data_path: D
 @app.command()
 def distill(teacher: TeacherPaths, out: Out, betas: Betas = None, recipe: StudentRecipe = 'paper_student',
             method: Method = None, alpha: Alpha = None, lam: Lam = None, T: Temperature = None,
-            data: Data = 'fashion_sample', data_path: DataPath = None, size: Size = None, bs: BatchSize = None,
-            n: N = None, synthetic: Synthetic = None, frac: Frac = None, arch: Arch = 'cifar_resnet18',
-            width: Width = '1/8', epochs: Epochs = None, lr: Lr = None, eps: Eps = None, steps: Steps = None,
-            resume: Resume = False, keep: Keep = 1, compile: Compile = False, bf16: Bf16 = False, seed: Seed = 42):
+            data: Data = 'fashion_sample', data_path: DataPath = None, size: SizeOfTeacher = None,
+            bs: BatchSize = None, n: N = None, synthetic: Synthetic = None, frac: Frac = None,
+            arch: Arch = 'cifar_resnet18', width: Width = '1/8', epochs: Epochs = None, lr: Lr = None, eps: Eps = None,
+            steps: Steps = None, resume: Resume = False, keep: Keep = 1, compile: Compile = False, bf16: Bf16 = False,
+            seed: Seed = 42):
     "Distil a student from one or several teachers."
     _start('distill', locals())
 
 @app.command()
 def evaluate(model: Run, attacks: Attacks = 'clean,pgd20,autoattack', eps: EpsOfRun = None, norm: Norm = 'Linf',
              fast: Fast = False, check: Check = False, data: DataOfRun = None, data_path: DataPath = None,
-             size: Size = None, bs: BatchSizeOfAttack = 250, n: Sample = None, json: Json = None, state: State = None,
-             seed: SeedOfSample = 42):
+             size: SizeOfRun = None, bs: BatchSizeOfAttack = 250, n: Sample = None, json: Json = None,
+             state: State = None, seed: SeedOfSample = 42):
     "Measure the accuracy of a run, clean and under attack."
     _start('evaluate', locals())
 
@@ -214,11 +218,11 @@ def _start(command, options):
     "Run the function of `command` in `rkd_fastai.cli.commands` with a dict of options"
     args = SimpleNamespace(command=command, **options)
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai causes this at every start
-    from rkd_fastai.callback.progress import reason # loads fastai and PyTorch, which takes seconds
+    from rkd_fastai.callback.progress import exception_message # loads fastai and PyTorch, which takes seconds
     from rkd_fastai.cli import commands
     try:
         with _plain_warnings(commands, args): getattr(commands, command)(args)
-    except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(reason(e), args))
+    except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(exception_message(e), args))
     except KeyboardInterrupt:
         print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
         sys.exit(130) # the usual exit code after Ctrl-C

@@ -66,8 +66,8 @@ def _find(path, sub, name):
     for d in (Path(path), Path(path)/sub):
         for f in (d/name, d/f'{name}.gz'):
             if f.exists(): return f
-    raise FileNotFoundError(f"{name} is neither in {path} nor in {Path(path)/sub}: give the folder with the published "
-                            "files as `path`, or leave `path` out to download them")
+    raise FileNotFoundError(f"{name} not found in {path} or {Path(path)/sub}: set `path` to the folder of the "
+                            "published files, or leave `path` out to download them")
 
 def _downloaded(name, get):
     "Return `get()`, which downloads the dataset `name`; raise `OSError` if the download fails"
@@ -101,7 +101,7 @@ def read_idx(
     if head[:4] != bytes([0,0,8,nd]):
         raise ValueError(f"{path} is not an IDX file of unsigned bytes with {nd} dimensions: download it again")
     if data is None or len(head) != 4 + 4*nd or len(data) != n*math.prod(shape):
-        raise ValueError(f"{path} does not hold {n} elements of shape {tuple(shape)}: download it again")
+        raise ValueError(f"{path} does not contain {n} elements of shape {tuple(shape)}: download it again")
     return np.frombuffer(data, np.uint8).reshape(n, *shape)
 
 # %% ../../nbs/data/02_benchmarks.ipynb #9f62d982
@@ -139,7 +139,7 @@ def fashion_mnist_dls(
 def _number_dtype(kind, *_):
     "Return a numeric dtype; raise an error for an object dtype, with which a file could fill the memory"
     if not re.fullmatch(r'[|<>=]?[biuf]\d', kind if isinstance(kind, str) else kind.decode()):
-        raise pickle.UnpicklingError(f'it asks for a dtype {kind}')
+        raise pickle.UnpicklingError(f'it contains a disallowed dtype {kind}')
     return np.dtype(kind, copy=True) # a copy, because unpickling sets its state
 
 def _rebuild(*_): return np.empty(0)
@@ -152,14 +152,15 @@ class _ArrayUnpickler(pickle._Unpickler): # the C version allocates memory befor
     "Unpickler that rebuilds only containers, strings, numbers and arrays"
     dispatch = {k: f for k,f in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
     def find_class(self, module, name):
-        if (module,name) not in _array_names: raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        if (module,name) not in _array_names:
+            raise pickle.UnpicklingError(f'it contains a disallowed class or function {module}.{name}')
         return _array_names[module,name]
 
     def load_build(self):
         o,state = self.stack[-2:]
         if (isinstance(o, np.dtype) and not (state[0] == 3 and state[2:7] == (None, None, None, -1, -1))
             or not isinstance(o, (np.dtype, ndarray))):
-            raise pickle.UnpicklingError(f'it sets {type(o)}')
+            raise pickle.UnpicklingError(f'it contains a disallowed state of {type(o).__name__}')
         super().load_build()
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -183,7 +184,7 @@ def _read_batch(f, labels, c):
     d = read_pickle(f)
     x = d.get(b'data') if isinstance(d, dict) else None
     if not isinstance(x, ndarray) or x.shape[1:] != (3072,) or labels not in d:
-        raise ValueError(f"{f} does not hold `data` of shape (n, 3072) and `{labels.decode()}`: download it again")
+        raise ValueError(f"{f} does not contain `data` of shape (n, 3072) and `{labels.decode()}`: download it again")
     x,y = check_xy((x.reshape(-1,3,32,32).transpose(0,2,3,1), d[labels]), f)
     return x,check_labels(y, c, f)
 

@@ -58,7 +58,7 @@ def _check_loaders(dls):
 def _new(dl, dataset=None, idxs=None, **kwargs):
     """Return `dl.new(dataset, **kwargs)` with all arguments of `dl`; raise `TypeError` if one would be lost. `idxs` are
     the items of `dl` that `dataset` contains; None means all."""
-    kind,way_out = type(dl).__name__, "define a method `new` of the class that passes it on"
+    kind,hint = type(dl).__name__, "define a method `new` of the class that passes it on"
     # `dl` uses only the first `n` items
     if dl.n is not None and idxs is None and dl.n != _length(dl.dataset): kwargs = dict(n=dl.n) | kwargs
     if dl.fake_l.persistent_workers: kwargs = dict(persistent_workers=True) | kwargs
@@ -68,7 +68,7 @@ def _new(dl, dataset=None, idxs=None, **kwargs):
     for k,v in own.items():
         if v is _own_arguments:
             raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: store it as `self.{k}`, or "
-                            f"{way_out}")
+                            f"{hint}")
     if idxs is not None:
         own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
     try: new = dl.new(dataset, **own | kwargs)
@@ -76,7 +76,7 @@ def _new(dl, dataset=None, idxs=None, **kwargs):
         raise TypeError(f"`dls` have a {kind}, and another one cannot be made from it ({e}): define a method `new` of "
                         "the class that can") from e
     lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_configured(k, dl, new, idxs is not None)]
-    if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: {way_out}")
+    if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: {hint}")
     return new
 
 def _length(o):
@@ -90,8 +90,8 @@ def _is_per_item(v, dl):
 def _of_items(k, v, dl, idxs):
     "Return the weights `v` of the items `idxs`; raise `TypeError` for other attributes than weights"
     if not (isinstance(dl, WeightedDL) and k == 'wgts'):
-        raise TypeError(f"`dls` have a {type(dl).__name__} with a `{k}` for each image, of which no subset can be "
-                        "taken: choose the images first, and then make this loader from them")
+        raise TypeError(f"`dls` have a {type(dl).__name__} whose `{k}` has one entry per image and cannot be "
+                        "subset: choose the images first, and then make this loader from them")
     w = v[list(idxs)]
     if not w.sum():
         raise ValueError(f"all {len(w)} images of the subset have the weight 0: take more images (`n`), or other ones "

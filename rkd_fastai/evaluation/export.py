@@ -20,7 +20,7 @@ from ..core import (PixelModel, check_images, check_initialized, check_logits, c
 from .robustness import Robustness
 from ..pixel import check_single_label, held_out, pixel_model, sample_images
 from ..teachers import Teacher
-from ..text import format_eps
+from ..text import did_you_mean, format_eps
 
 # %% ../../nbs/evaluation/03_export.ipynb #22cae7e9
 _card_keys = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str,
@@ -33,7 +33,7 @@ _test_images = dict(cifar10=10_000, cifar100=10_000, imagenet=5_000) # number of
 def _check_card(card):
     for k,v in card.items():
         if k not in _card_keys:
-            raise ValueError(f"`{k}` is not an entry of RobustBench's card: use one of {list(_card_keys)}")
+            raise ValueError(f"`{k}` is not an entry of RobustBench's card: {did_you_mean(k, _card_keys)}")
         if v is not None and type(v) is not _card_keys[k]:
             raise ValueError(f"`{k}` must be {_card_keys[k].__name__}, got {v!r}")
 
@@ -65,8 +65,8 @@ def _on_cpu(model, hooks=True):
     try:
         with torch.no_grad(): model = deepcopy(model, {id(h): OrderedDict() for h in watchers})
     except Exception as e:
-        raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): remove what computes its weights, such "
-                         "as pruning") from e
+        raise ValueError(f"`model` cannot be copied ({str(e).splitlines()[0]}): remove "
+                         "reparametrisations such as pruning or weight norm") from e
     return model.to('cpu', torch.float32, memory_format=torch.contiguous_format)
 
 class _Mixture(nn.Module):
@@ -189,10 +189,10 @@ def _check_same(loaded, model, x):
 def _check_folder(folder):
     at = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if at.exists() and not at.is_dir():
-        raise ValueError(f"`folder` {folder} cannot be made, because {at} is a file: name another folder")
+        raise ValueError(f"`folder` {folder} cannot be made, because {at} is a file: choose another folder")
     if (folder/'model.pt2').exists():
-        raise ValueError(f"`folder` {folder} already holds an export: name another folder, or delete it")
-    if at == folder and any(folder.iterdir()): raise ValueError(f"`folder` {folder} is not empty: name a new one")
+        raise ValueError(f"`folder` {folder} already contains an export: choose another folder, or delete it")
+    if at == folder and any(folder.iterdir()): raise ValueError(f"`folder` {folder} is not empty: choose a new one")
 
 @contextmanager
 def _new_folder(folder):
@@ -239,7 +239,7 @@ def export_robustbench(
                         "Learner, call `learn.to_robustbench`")
     folder = Path(folder).resolve()
     _check_folder(folder); _check_card(card); _check_robustness(robustness, norm); check_images(x)
-    if not len(x): raise ValueError("`x` holds no images")
+    if not len(x): raise ValueError("`x` contains no images")
     card = dict(number_forward_passes=_passes(model)) | card
     cards = dict(model_info=_model_info(card, robustness, n_test), robustness=robustness and robustness.to_dict(),
                  classes=[str(o) for o in getattr(model, 'vocab', [])])

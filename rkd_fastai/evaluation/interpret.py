@@ -31,7 +31,7 @@ def _check_radii(eps, attack, norm, seed, bs):
                          f"{attack!r}")
     if norm not in _radii: raise ValueError(f"`norm` must be one of {list(_radii)}, got {norm!r}")
     eps = np.unique(np.asarray(_radii[norm] if eps is None else eps, float)).tolist()
-    if not eps: raise ValueError("`eps` is empty: give at least one radius, or leave it out")
+    if not eps: raise ValueError("`eps` is empty: give at least one radius, or remove it")
     for e in eps: make_attack(attack, e, norm, seed, bs)
     return eps
 

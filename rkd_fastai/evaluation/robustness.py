@@ -53,7 +53,7 @@ def robust_flags(
         logits = _finite_logits(ask, x)
         check_targ(targ, logits.shape[1])
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
-            raise ValueError(f"`targ` holds classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
+            raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
         flags = logits.argmax(1) == label
         if flags.any(): # attack only the images that are classified correctly
             standing = flags.nonzero()[:,0]
@@ -65,7 +65,7 @@ def _check_data(x, targ):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"`x` must be a tensor of images `(n, c, h, w)`, got {type(x).__name__}")
     check_targ(targ)
-    if not len(x): raise ValueError("`x` holds no images")
+    if not len(x): raise ValueError("`x` contains no images")
     if len(x) != len(targ): raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
     check_images(x)
 
@@ -256,11 +256,12 @@ class _Run:
             run,found = dict(saved['run']),dict(saved['attacks'])
             if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: name another file") from e
+            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: choose another "
+                             "file") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
             diff = ', '.join(f'{k} is {a!r} in the file and {b!r} here' for k,(a,b) in other.items())
-            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): name another file, "
+            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): choose another file, "
                              "or delete it")
         self.at = {k: dict(v, is_robust=[int(c) for c in v['is_robust']]) for k,v in found.items()}
 
@@ -277,7 +278,7 @@ class _Run:
                                                      for k,v in self.at.items()}))
         try: write_atomic(self.path, text)
         except OSError as e:
-            raise OSError(f"`state_path`: {e}: solve this, and run the measurement again to continue") from e
+            raise OSError(f"`state_path`: {e}. Fix this, and run the measurement again to continue") from e
 
     def run(self, name):
         "Run all parts of the attack `name` and return its progress"

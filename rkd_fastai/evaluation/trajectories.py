@@ -24,7 +24,7 @@ def _array(name, v, ndim, dtype):
     except (TypeError, ValueError) as e:
         raise ValueError(f"`{name}` must be an array of numbers, got {type(v).__name__}") from e
     if v.ndim != ndim: raise ValueError(f"`{name}` must have {ndim} dimensions, got shape {v.shape}")
-    if not np.isfinite(v).all(): raise ValueError(f"`{name}` holds NaN or infinite numbers")
+    if not np.isfinite(v).all(): raise ValueError(f"`{name}` contains NaN or infinite numbers")
     return v
 
 def _probs(name, v):
@@ -92,7 +92,7 @@ class Trajectory:
 def _read_card(folder):
     path = folder/'card.json'
     if not path.is_file():
-        raise ValueError(f"`folder` {folder} has no `card.json`: name a folder that `RecordTrajectory` wrote")
+        raise ValueError(f"`folder` {folder} has no `card.json`: pass a folder that `RecordTrajectory` wrote")
     try:
         card = json.loads(path.read_text(encoding='utf8'))
         return dict(card, n=int(card['n']), attack=card['attack'], labels=card['labels'])
@@ -122,8 +122,8 @@ def load_trajectory(
     names = ['log_clean','entropy'] + (['log_adv','entropy_adv'] if card['attack'] is not None else [])
     epochs = sorted(int(p.stem[6:]) for p in folder.glob('epoch_*.npz') if p.stem[6:].isdigit())
     if not epochs:
-        raise ValueError(f"`folder` {folder} holds no epoch: the training was stopped in its first epoch, or has not "
-                         "finished it yet")
+        raise ValueError(f"`folder` {folder} contains no epoch: the training was stopped in its first epoch, or has "
+                         "not finished it yet")
     lost = sorted({*range(1, epochs[-1]+1)} - {*epochs})
     if lost: raise ValueError(f"`folder` {folder} lacks epoch {lost[0]} of {epochs[-1]}")
     rows = [_read_epoch(folder/f'epoch_{k:04d}.npz', card['n'], names) for k in epochs]

@@ -22,19 +22,19 @@ from ..learner import distil_methods, method_class
 from ..recipes import paper_student, recipe_of_kind
 from ..registry import teacher_kinds
 from ..schedules import ExpDecay, OneCycle, Steps
-from ..text import counted, did_you_mean, say
+from ..text import counted, did_you_mean, format_eps, say
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
 # %% ../../nbs/study/00_config.ipynb #95a11135
 def _number(v):
-    "Return the number that a text such as '8/255' stands for; pydantic refuses what is returned as it is"
+    "Return the number that a text such as '8/255' stands for; other values are returned for pydantic to reject"
     try: return float(Fraction(v)) if isinstance(v, str) else v
     except (ValueError, ArithmeticError): return v
 
 def _in_pixels(eps):
     if 0 < eps <= 1: return eps
-    raise ValueError(f"`eps` must be more than 0 and at most 1, got {eps:g}: write 8/255")
+    raise ValueError(f"`eps` must be more than 0 and at most 1, got {format_eps(eps)}: write 8/255")
 
 _Number = Annotated[float, BeforeValidator(_number)]
 _Share = Annotated[_Number, Field(ge=0, le=1)]
@@ -99,7 +99,7 @@ def short_hash(
 # The names and saved settings of cells depend on this table. Do not change a key or a value in it, even if the name or
 # the default of a field changes: otherwise finished cells are not found any more. Give each new setting an entry whose
 # value describes the behaviour before the setting existed.
-_unchanged = dict(
+_frozen_defaults = dict(
     data='fashion_sample', size=None, n=None, noise=0., augment=None, seed=0, arch='cifar_resnet18', width=1/8,
     eps=8/255, epochs=40,
     lr=None, bs=None, schedule=None, attack=None, teacher=None, teacher_epochs=None, teacher_epoch=None,
@@ -109,15 +109,15 @@ _unchanged = dict(
 def settings_of(
     c, # `Cell`
 )->dict: # setting: value
-    "Return the settings of a cell that are saved: those that differ from the fixed table `_unchanged`"
+    "Return the settings of a cell that are saved: those that differ from the fixed table `_frozen_defaults`"
     own = {f.name: getattr(c, f.name) for f in fields(Cell)}
-    return {k: v for k,v in own.items() if k not in _unchanged or v != _unchanged[k]}
+    return {k: v for k,v in own.items() if k not in _frozen_defaults or v != _frozen_defaults[k]}
 
 def cell_from(
     settings, # dict from `settings_of`
 )->Cell:
     "Return the cell with these saved settings"
-    return Cell(**(_unchanged | settings))
+    return Cell(**(_frozen_defaults | settings))
 
 # %% ../../nbs/study/00_config.ipynb #4fd25fe3
 _teacher_settings = {'teacher','teacher_epochs','teacher_epoch','teacher_arch','teacher_width','beta'}
@@ -160,7 +160,7 @@ def _with_new_names(settings):
     return out
 
 _wanted = dict(int_type='a whole number', float_type='a number or a fraction such as 8/255', string_type='a text',
-               bool_type='true or false', list_type='a list of names', too_short='a list with a name in it',
+               bool_type='true or false', list_type='a list of names', too_short='a non-empty list',
                finite_number='finite', greater_than='more than {gt}', greater_than_equal='at least {ge}',
                less_than_equal='at most {le}') # pydantic's types of errors
 
@@ -203,8 +203,8 @@ def betas(
     kinds = members(teacher)
     last = [k == kinds[-1] for k in kinds]
     if all(last):
-        raise ValueError(f"`beta` weighs the last of several kinds, but `teacher` is {teacher!r}: name two, such as "
-                         "'2 st, 2 at', or leave `beta` out")
+        raise ValueError(f"`beta` needs at least two kinds of teacher, such as '2 st, 2 at', but `teacher` is "
+                         f"{teacher!r}: add a kind, or leave `beta` out")
     return [beta/sum(last) if l else (1-beta)/(len(last)-sum(last)) for l in last]
 
 # %% ../../nbs/study/00_config.ipynb #4d6bcb3e
@@ -250,7 +250,7 @@ def make_cell(**settings):
     known = allowed_settings(settings.get('method'))
     c = _checked(Cell, settings)
     if extra := sorted(set(settings) - known):
-        raise ValueError(f"method {c.method!r} has no setting `{extra[0]}`: leave it out")
+        raise ValueError(f"method {c.method!r} has no setting `{extra[0]}`: remove it")
     c = _complete(c)
     _check(c)
     return c
@@ -322,7 +322,7 @@ def read_study(
     for k in top: _known('setting', k, [*own, 'measure', 'grid', 'title'])
     for k in (k for g in grids for k in g): _known('setting of [[grid]]', k, own)
     for k,v in [*top.items(), *(o for g in grids for o in g.items())]:
-        if v == []: raise ValueError(f"`{k}` is an empty list: give it a value or leave it out")
+        if v == []: raise ValueError(f"`{k}` is an empty list: give it a value or remove it")
     cells = {}
     for g in grids:
         both = top | g

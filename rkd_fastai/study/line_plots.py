@@ -11,9 +11,9 @@ from .plots import (accuracy_label, baseline_name, base_near, error_bars, legend
                                     panels,
                                     red, star_legend, stars)
 from ..registry import methods
-from .results import (NotEnough, accuracy, cells_of, head, kind_name, make_table, one_task,
-                                      rows, format_value, settings, task)
-from .tables import gain_over, hyper, own_students, picks_of, unpaired
+from .results import (NotEnough, accuracy, cells_of, column_title, kind_name, make_table, one_task,
+                                      normalize_rows, format_value, settings, task)
+from .tables import gain_over, format_hyperparameters, own_students, select_students, unpaired
 from ..style import colours, markers
 from ..text import format_fraction, format_points
 
@@ -27,10 +27,11 @@ def axis_lines(
     x, # name of a numeric setting, such as 'n' or 'eps', or 'compute'
     robust=None, # attack; None means `strongest(df)`
 ):
-    """Return a list with the rows of `over_seeds` for each line, all rows of `over_seeds`, and the attack. There is one
-    line per method, teacher and checkpoint, of networks with equal other settings and the most values of `x`"""
+    """Return `(lines, means, attack)`: the rows of each line, all rows of `over_seeds`, and the name of the attack.
+    There is one line per method, teacher and checkpoint, of networks with equal other settings and the most values of
+    `x`"""
     if x not in axis_names: raise ValueError(f"`x` must be one of {list(axis_names)}, got {x!r}")
-    cells,robust = cells_of(one_task(rows(df), free=[x]), robust)
+    cells,robust = cells_of(one_task(normalize_rows(df), free=[x]), robust)
     fixed = [c for c in settings if c not in (x, *_with.get(x, []))]
     lines = []
     for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(['method','teacher','checkpoint'],
@@ -50,7 +51,7 @@ _axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epo
 
 def axis_text(x):
     "Return the name of a setting in words"
-    return _axis_texts.get(x, head(x).lower())
+    return _axis_texts.get(x, column_title(x).lower())
 
 def line_name(o):
     "Return the name of a line from its rows"
@@ -66,15 +67,15 @@ def axis_table(
 ):
     "Return a table of accuracies over the setting `x`, of students and baseline"
     lines,_,robust = axis_lines(df, x, robust)
-    shown = [{'Network': line_name(o), head(x): format_value(x, r[x]), 'Clean': accuracy(r, 'clean'),
-              head(robust): accuracy(r, robust)} |
-             {'Chosen': hyper(r, o[:1]) if r['method'] in methods else '–',
+    shown = [{'Network': line_name(o), column_title(x): format_value(x, r[x]), 'Clean': accuracy(r, 'clean'),
+              column_title(robust): accuracy(r, robust)} |
+             {'Chosen': format_hyperparameters(r, o[:1]) if r['method'] in methods else '–',
               'Epochs in all': format_value('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
     what = (f"Networks that differ only in the {axis_text(x)}. Of several settings the one with the most values is "
             "shown, and of those the most robust one.")
-    if rows(df)[x].isna().any():
+    if normalize_rows(df)[x].isna().any():
         what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
-    return make_table(shown, one_task(rows(df), free=[x]), what, robust)
+    return make_table(shown, one_task(normalize_rows(df), free=[x]), what, robust)
 
 # %% ../../nbs/study/06_line_plots.ipynb #bf043297
 def _draw_line(ax, o, x, c, at, **style):
@@ -130,13 +131,13 @@ def plot_axis(
 
 def _axis_words(lines, x, robust):
     ends = lambda o, c: f"{format_points(o[c].iloc[0])} to {format_points(o[c].iloc[-1])} %"
-    each = [f"{line_name(o)}: {ends(o, 'clean')} clean, {ends(o, robust)} {head(robust)}" for o in lines]
+    each = [f"{line_name(o)}: {ends(o, 'clean')} clean, {ends(o, robust)} {column_title(robust)}" for o in lines]
     return (f"Accuracy along the {axis_text(x)}, from {format_value(x, lines[0][x].iloc[0])} to "
             f"{format_value(x, lines[0][x].iloc[-1])}. {'; '.join(each)}.")
 
 # %% ../../nbs/study/06_line_plots.ipynb #859d0ad5
 def beta_table(
-    df, # one row per measured network, see `rows`
+    df, # one row per measured network, see `normalize_rows`
     robust=None, # attack to show; None means the strongest
 ):
     "Return the paper's Figure 3 as a table: accuracies of students of mixed ensembles by the weight β of the last kind"
@@ -144,7 +145,7 @@ def beta_table(
 
 def _mixed(df):
     "Return the rows of `df` without students of a single kind of teacher"
-    df = rows(df)
+    df = normalize_rows(df)
     mixed = df['teacher'].fillna('').astype(str).str.contains(',')
     if not (mixed & df['method'].isin(methods)).any():
         raise NotEnough("has no students of mixed ensembles, such as '2 st, 2 at'")
@@ -183,24 +184,26 @@ def _draw_path(ax, lines, base, robust):
             ax.annotate(f"{r['beta']:g}", (100*r['clean'], 100*r[robust]), xytext=(4, 3), textcoords='offset points',
                         fontsize=7.5)
     for i in range(len(base)): error_bars(ax, base[i:i+1], robust, **stars(i))
-    ax.set(xlabel='clean accuracy, %', ylabel=f'{head(robust)} accuracy, %', title='numbers: β')
+    ax.set(xlabel='clean accuracy, %', ylabel=f'{column_title(robust)} accuracy, %', title='numbers: β')
 
 # %% ../../nbs/study/06_line_plots.ipynb #fb380abf
 def capacities(df, robust, baseline, within):
-    """Return a DataFrame with one row per width, and the attack. Columns are `clean_gain` of RKD-Acc. and `robust_gain`
-    of RKD-Rob. over the baseline, their standard deviations (`_std`) and the student (`_by`)"""
-    picks,robust = picks_of(own_students(df), robust, baseline, within)
+    """Return `(table, attack)`: one row per width, and the name of the attack. Columns are `clean_gain` of RKD-Acc.
+    and `robust_gain` of RKD-Rob. over the baseline, their standard deviations (`_std`) and the student (`_by`)"""
+    picks,robust = select_students(own_students(df), robust, baseline, within)
     found = []
     for s,b,chosen in picks:
         found.append(dict(width=s['width'].iloc[0]))
         for name,c,row in zip(('clean','robust'), ('clean', robust), chosen):
-            if row is not None: found[-1] |= {f'{name}_{k}': v for k,v in gain_over(row, b.iloc[0], c).items()}
-            if row is not None: found[-1][f'{name}_by'] = f"{format_value('method', row['method'])}, {hyper(row, s)}"
+            if row is None: continue
+            found[-1] |= {f'{name}_{k}': v for k,v in gain_over(row, b.iloc[0], c).items()}
+            found[-1][f'{name}_by'] = f"{format_value('method', row['method'])}, {format_hyperparameters(row, s)}"
     columns = ['width', *[f'{n}_{w}' for n in ('clean','robust') for w in ('gain','gain_std','by')]]
     found = pd.DataFrame(found).reindex(columns=columns).dropna(subset='width').sort_values('width')
     if found['width'].nunique() < 2: raise NotEnough("has students and a baseline at fewer than two widths")
     if found['width'].duplicated().any():
-        raise NotEnough("has several tasks with the same `width`", ": choose one, or take `main(df, free=['width'])`")
+        raise NotEnough("has several tasks with the same `width`",
+                        ": filter `df` to one, or use `main_task(df, free=['width'])`")
     return found, robust
 
 # %% ../../nbs/study/06_line_plots.ipynb #a1d6f7d0
@@ -217,7 +220,7 @@ def capacity_table(
     left = unpaired(own_students(df), robust, baseline)
     lines = [{'Layer size': format_value('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'),
               'RKD-Acc. by': r['clean_by'],
-              f'RKD-Rob.: {head(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
+              f'RKD-Rob.: {column_title(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
     return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '
                                  f'in points; ± is the root of the sum of both variances.{left}', robust, spread=True)
@@ -233,7 +236,7 @@ def plot_capacity(
     found,robust = capacities(df, robust, baseline, within)
     fig,ax = plt.subplots(figsize=(4.6,3.1))
     ax.axhline(0, color=red, lw=1.2, ls='--')
-    labels = [('clean', 'RKD-Acc.: clean accuracy', 0), ('robust', f'RKD-Rob.: {head(robust)} accuracy', 1)]
+    labels = [('clean', 'RKD-Acc.: clean accuracy', 0), ('robust', f'RKD-Rob.: {column_title(robust)} accuracy', 1)]
     for name,label,i in labels:
         y,std = 100*found[f'{name}_gain'],100*found[f'{name}_gain_std'].fillna(0)
         x = np.arange(len(found)) + (-.09,.09)[i]
@@ -250,6 +253,6 @@ def plot_capacity(
 
 def _capacity_words(found, robust):
     signed = lambda gain: format_points(gain, sign='+')
-    gained = lambda r: f"clean {signed(r['clean_gain'])}, {head(robust)} {signed(r['robust_gain'])}"
+    gained = lambda r: f"clean {signed(r['clean_gain'])}, {column_title(robust)} {signed(r['robust_gain'])}"
     each = '; '.join(f"layer size {format_fraction(r['width'])}: {gained(r)}" for _,r in found.iterrows())
     return f'Gain of the best students over the baseline, in points. {each}.'

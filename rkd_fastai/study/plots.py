@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.lines import Line2D
 from ..registry import methods
-from .results import (NotEnough, accuracy, cells_of, check_column, head, kind_name, make_table,
-                                      one_task, pareto, rows, format_value, settings, students_of,
+from .results import (NotEnough, accuracy, cells_of, check_column, column_title, kind_name, make_table,
+                                      one_task, pareto, normalize_rows, format_value, settings, students_of,
                                       distinguishing_settings, varying)
-from .tables import baseline_of, hyper, nearest
+from .tables import baseline_of, format_hyperparameters, nearest
 from ..style import colours, markers
 from ..text import counted, format_points
 
@@ -46,7 +46,7 @@ def error_bars(ax, o, robust, **kwargs):
     e = lambda c: None if o[f'{c}_std'].isna().all() else 100*o[f'{c}_std']
     if len(o): ax.errorbar(100*o['clean'], 100*o[robust], e(robust), e('clean'), **kwargs)
 
-def accuracy_label(c): return f"{'clean' if c == 'clean' else head(c)} accuracy, %"
+def accuracy_label(c): return f"{'clean' if c == 'clean' else column_title(c)} accuracy, %"
 
 def legend_below(fig, handles, **kwargs):
     "Draw a legend below the panels"
@@ -59,20 +59,21 @@ def front_table(
     robust=None, # attack; None means `strongest(df)`
 ):
     "Return a table of the students of one task on the Pareto front"
-    df = one_task(rows(df))
+    df = one_task(normalize_rows(df))
     cells,robust = cells_of(df, robust)
     s = students_of(cells)
     if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
     if by: check_column(s, by, 'by')
     fronts = [pareto(o, robust=robust) for _,o in (s.groupby(by, dropna=False, sort=False) if by else [(None, s)])]
     shown = ['method','teacher','alpha','teacher_epoch', *distinguishing_settings(s)]
-    lines = [{head(c): format_value(c, r[c]) for c in shown} | {head(c): accuracy(r, c) for c in ('clean', robust)} |
-             {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
+    lines = [{column_title(c): format_value(c, r[c]) for c in shown}
+             | {column_title(c): accuracy(r, c) for c in ('clean', robust)}
+             | {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table holds those of {counted(len(s), 'student')} that no other "
-            f"student{f' with the same {head(by).lower()}' if by else ''} beats in one accuracy without a loss in the "
-            "other. A line in a figure joins such networks of that panel, the baseline included. Dotted lines run "
-            "through the star of the baseline that students are compared with. ES: epoch the teacher was stopped "
-            "after.")
+            f"student{f' with the same {column_title(by).lower()}' if by else ''} beats in one accuracy "
+            "without a loss in the other. A line in a figure joins such networks of that panel, the baseline included. "
+            "Dotted lines run through the star of the baseline that students are compared with. ES: epoch the "
+            "teacher was stopped after.")
     return make_table(lines, df, what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #2221d2e4
@@ -139,8 +140,8 @@ def _dot_legend(styles, sizes, numbers, color, size, base):
 
 # %% ../../nbs/study/05_plots.ipynb #5e6c54c9
 def base_near(cells, s, robust, baseline=None):
-    """Return the baselines nearest in compute to the student in `s` with the most, the one to compare with first; no
-    rows without a baseline"""
+    """Return the baselines whose compute is closest to that of the most expensive student in `s`, the one to compare
+    with first; no rows without a baseline"""
     try: return nearest(baseline_of(cells, baseline), s['compute'].max(), robust)
     except NotEnough: return cells[:0]
 
@@ -162,7 +163,7 @@ def plot_pareto(
     in panels by method and teacher, with baseline and Pareto front"""
     if color not in ('teacher_epoch','alpha','method','teacher'):
         raise ValueError(f"`color` must be 'teacher_epoch', 'alpha', 'method' or 'teacher', got {color!r}")
-    cells,robust = cells_of(one_task(rows(df)), robust)
+    cells,robust = cells_of(one_task(normalize_rows(df)), robust)
     s = students_of(cells)
     if len(s) < 2: raise NotEnough("has one student only: no trade-off to show")
     base = base_near(cells, s, robust, baseline)
@@ -193,16 +194,17 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
         if not (mine & near).any() and not gone: ax.text(.5, .5, 'none', transform=ax.transAxes, ha='center')
     for ax,mine,_,_ in panels: _staircase(ax, pd.concat([s[mine & near], base]), robust)
     for ax in axs[-1]: ax.set_xlabel('clean accuracy, %')
-    for ax in axs[:,0]: ax.set_ylabel(f'{head(robust)} accuracy, %')
+    for ax in axs[:,0]: ax.set_ylabel(f'{column_title(robust)} accuracy, %')
     legend_below(fig, _dot_legend(styles, sizes, s[color].dtype.kind in 'if', color, size, base),
                  ncols=4 if len(across) > 1 else 2)
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{format_points(s[c].max())} %"
     by = dict(teacher_epoch='the epoch the teacher was stopped after', alpha='α').get(color, color)
-    words = (f"{head(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, coloured "
-             f"by {by}. ")
-    words += f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under {head(robust)}"
+    words = (f"{column_title(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, "
+             f"coloured by {by}. ")
+    words += (f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under "
+              f"{column_title(robust)}")
     return words + (f"; the baseline {format_points(base['clean'].iloc[0])} % and "
                     f"{format_points(base[robust].iloc[0])} %."
                     if len(base) else '.')
@@ -214,7 +216,7 @@ def maps(
 ):
     """Return a dict `(method, teacher): students` of those with several values of α or of the stopping epoch, all
     cells, the attack, and the column for `value`"""
-    df = one_task(rows(df))
+    df = one_task(normalize_rows(df))
     if value not in ('clean','robust'): check_column(df, value, 'value')
     cells,robust = cells_of(df, None if value in ('clean','robust') else value)
     s = students_of(cells).dropna(subset=['alpha','teacher_epoch'])
@@ -225,8 +227,8 @@ def maps(
         if g.duplicated(['alpha','teacher_epoch']).any():
             others = varying(g, [c for c in settings if c not in ('alpha','teacher_epoch')])
             raise NotEnough(f"has several students of {format_value('method', m)} and {kind_name(t)} with the same "
-                            "`alpha` "
-                            f"and `teacher_epoch`, which differ in {others}", ': choose one, or take `main(df)`')
+                            f"`alpha` and `teacher_epoch`, which differ in {others}",
+                            ': filter `df` to one of them, or use `main_task(df)`')
     return grids, cells, robust, robust if value == 'robust' else value
 
 # %% ../../nbs/study/05_plots.ipynb #e81260e2
@@ -243,9 +245,9 @@ def map_table(
              | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
     meaning = 'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'
-    what = (f"{head(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after "
+    what = (f"{column_title(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after "
             f"(across). In a figure {meaning}; the best cell of each panel is framed.")
-    return make_table(lines, one_task(rows(df)), what, robust)
+    return make_table(lines, one_task(normalize_rows(df)), what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #c81c47e5
 def _map_colours(values, base, c):
@@ -300,7 +302,7 @@ def plot_map(
 def _map_words(s, c, base):
     top = s.loc[s[c].idxmax()]
     who = (f"{format_value('method', top['method'])} with {kind_name(top['teacher'])} teacher, "
-           f"{hyper(top, s.assign(teacher=''))}")
-    words = f"Heat maps of {head(c)} accuracy over α and stopping epoch. The highest is "
+           f"{format_hyperparameters(top, s.assign(teacher=''))}")
+    words = f"Heat maps of {column_title(c)} accuracy over α and stopping epoch. The highest is "
     words += f"{format_points(top[c])} %, by {who}"
     return words + (f"; white is the baseline’s {format_points(base.iloc[0][c])} %." if len(base) else '.')

@@ -17,15 +17,15 @@ from .line_plots import (axis_table, beta_table, capacity_table, plot_axis, plot
                                          plot_capacity)
 from .plots import front_table, map_table, plot_map, plot_pareto
 from ..registry import methods
-from .results import NotEnough, as_markdown, is_number, main, over_seeds, rows
+from .results import NotEnough, as_markdown, is_number, main_task, over_seeds, normalize_rows
 from .tables import baselines, gain, table12, table2, table3, table5
 
 # %% ../../nbs/study/07_report.ipynb #dc4bd0c7
 View = namedtuple('View', 'title table plot') # `plot` is a function that returns a new figure, or None
 
 def _singles(df):
-    "Return `main(df)` without students of several teachers"
-    df = main(df)
+    "Return `main_task(df)` without students of several teachers"
+    df = main_task(df)
     return df[~df['method'].isin(methods) | (df['members'].fillna(1) == 1)]
 
 def _kinds(df):
@@ -50,24 +50,27 @@ def _view(title, rows_of, table, plot=None):
         return View(title, table(df), plot and partial(plot, df))
     return make
 
-def _axis(title, x): return _view(title, partial(main, free=[x]), partial(axis_table, x=x), partial(plot_axis, x=x))
+def _axis(title, x):
+    return _view(title, partial(main_task, free=[x]), partial(axis_table, x=x), partial(plot_axis, x=x))
 
 _views = dict(
-    selected=_view('The best students', partial(main, free=['width']), table2),
-    gain=_view('Gain at equal compute', rows, gain),
+    selected=_view('The best students', partial(main_task, free=['width']), table2),
+    gain=_view('Gain at equal compute', normalize_rows, gain),
     trade_off=_view('Early stopping and label mixing', _grid, front_table, partial(plot_pareto, color='teacher_epoch')),
     map_clean=_view('Clean accuracy over α and stopping epoch', _grid, partial(map_table, value='clean'),
                     partial(plot_map, value='clean')),
     map_robust=_view('Robust accuracy over α and stopping epoch', _grid, map_table, plot_map),
     teachers=_view('Trade-offs by kind of teacher', _kinds, partial(front_table, by='teacher'),
                    partial(plot_pareto, color='teacher')),
-    teacher_kinds=_view('One student per kind of teacher', main, table3),
-    ensembles=_view('One teacher against several', main, table5),
-    mixture=_view('Mixed ensembles', main, beta_table, plot_beta),
-    capacity=_view('Gain by the width of the network', partial(main, free=['width']), capacity_table, plot_capacity),
+    teacher_kinds=_view('One student per kind of teacher', main_task, table3),
+    ensembles=_view('One teacher against several', main_task, table5),
+    mixture=_view('Mixed ensembles', main_task, beta_table, plot_beta),
+    capacity=_view('Gain by the width of the network', partial(main_task, free=['width']), capacity_table,
+                   plot_capacity),
     images=_axis('Number of training images', 'n'), noise=_axis('Wrong labels', 'noise'),
     radius=_axis('Radius', 'eps'), epochs=_axis('Length of training', 'epochs'),
-    baselines=_view('Trained without a teacher', rows, baselines), measured=_view('Teachers themselves', rows, table12))
+    baselines=_view('Trained without a teacher', normalize_rows, baselines),
+    measured=_view('Teachers themselves', normalize_rows, table12))
 
 def _look(df):
     "Return two dicts by name: the views for which `df` has enough rows, and for each other view what is missing"
@@ -81,7 +84,7 @@ def views(
     df, # rows of a study
 ):
     "Return a dict from name to `View` with all views for which `df` has enough rows"
-    return _look(rows(df))[0]
+    return _look(normalize_rows(df))[0]
 
 # %% ../../nbs/study/07_report.ipynb #7fc2a4c4
 _dark = {'figure.facecolor': '#14181f', 'axes.facecolor': '#14181f', 'savefig.facecolor': '#14181f',
@@ -211,7 +214,7 @@ def write_report(
     page's path, or raise a `NotEnough` error if there is no view"""
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"`title` must be the page's title, a text, got {title!r}")
-    folder,df = Path(folder),rows(df)
+    folder,df = Path(folder),normalize_rows(df)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"`folder` is a file: {folder}")
     found,missing = _look(df)
     if not found:

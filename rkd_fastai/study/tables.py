@@ -9,9 +9,9 @@ __all__ = ['select', 'own_students', 'table2', 'gains', 'gain', 'table3', 'table
 import numpy as np, pandas as pd
 from ..core import check_fraction
 from ..registry import methods
-from .results import (NotEnough, accuracy, cells_of, extras, head, key_of, kind_name,
-                                      make_table, measures, one_task, rows, format_value, students_of,
-                                      task, distinguishing_settings, varying, wider)
+from .results import (NotEnough, accuracy, cells_of, extras, column_title, group_key, kind_name,
+                                      make_table, measures, one_task, normalize_rows, format_value, students_of,
+                                      task, distinguishing_settings, varying, teacher_width_ratio)
 from ..text import counted, format_points
 
 # %% ../../nbs/study/04_tables.ipynb #0ef239b5
@@ -39,8 +39,8 @@ def nearest(base, compute, robust):
 def pairs_of(cells, baseline=None):
     "Return a list with one pair (students, baselines) per task that has both"
     base = baseline_of(cells, baseline)
-    s,key = students_of(cells),key_of(base, task)
-    found = [(mine, base[key == key_of(mine, task).iloc[0]]) for _,mine in s.groupby(key_of(s, task), sort=False)]
+    s,key = students_of(cells),group_key(base, task)
+    found = [(mine, base[key == group_key(mine, task).iloc[0]]) for _,mine in s.groupby(group_key(s, task), sort=False)]
     found = [(mine, b) for mine,b in found if len(b)]
     if not found: raise NotEnough(f"has no baseline for the task of any student: {', '.join(task)} must be the same")
     return found
@@ -48,7 +48,7 @@ def pairs_of(cells, baseline=None):
 def unpaired(df, robust, baseline):
     "Return a sentence on the students of `df` whose task has no baseline, or an empty text"
     cells,_ = cells_of(df, robust)
-    k = (~key_of(students_of(cells), task).isin(key_of(baseline_of(cells, baseline), task))).sum()
+    k = (~group_key(students_of(cells), task).isin(group_key(baseline_of(cells, baseline), task))).sum()
     return (f" {counted(k, 'student has', 'students have')} no baseline of the same task here and "
             f"{'is' if k == 1 else 'are'} left out." if k else '')
 
@@ -74,22 +74,22 @@ def gain_over(row, base, c):
 _marks = "† more than 10 % fewer epochs in all than the baseline, ‡ more than 10 % more."
 
 # %% ../../nbs/study/04_tables.ipynb #988cd6ab
-def hyper(row, among):
+def format_hyperparameters(row, among):
     "Return the hyperparameters of a student as text: α, the stopping epoch, and others that differ `among` students"
     stopped = pd.notna(row['teacher_epoch']) and not row['teacher_epoch'] >= row['teacher_epochs']
     texts = [f"ES={row['teacher_epoch']:g}" if stopped else 'no ES', f"α={format_value('alpha', row['alpha'])}"]
     more = [c for c in distinguishing_settings(among[among['method'] == row['method']]) if pd.notna(row[c])]
-    texts += [f'{head(c)}={format_value(c, row[c])}' for c in more]
+    texts += [f'{column_title(c)}={format_value(c, row[c])}' for c in more]
     return ', '.join(texts + ([kind_name(row['teacher'])] if among['teacher'].nunique() > 1 else []))
 
 def _choose(s, base, robust, within):
     """Return the most accurate of students `s` that is at most `within` less robust than `base`, and the most robust
     one that is at most `within` less accurate; None for a missing one"""
-    held = lambda c: s[s[c] >= base[c] - within - 1e-9]
-    return [_best(ok, by, other) if len(ok := held(other)) else None
+    eligible = lambda c: s[s[c] >= base[c] - within - 1e-9]
+    return [_best(ok, by, other) if len(ok := eligible(other)) else None
             for by,other in (('clean', robust), (robust, 'clean'))]
 
-def picks_of(df, robust, baseline, within):
+def select_students(df, robust, baseline, within):
     """Return a list of `(students, baselines, [RKD-Acc., RKD-Rob.])` per task, in which students are compared with the
     first baseline, and the attack"""
     check_fraction(within=within)
@@ -97,24 +97,24 @@ def picks_of(df, robust, baseline, within):
     pairs = [(s, nearest(b, s['compute'].max(), robust)) for s,b in pairs_of(cells, baseline)]
     return [(s, b, _choose(s, b.iloc[0], robust, within)) for s,b in pairs], robust
 
-def _about(df, s, baselines):
+def _task_rows(df, s, baselines):
     "Return the rows of `df` for the tasks of `s`: students and `baselines`, also those that diverged"
-    df = rows(df)
-    return df[key_of(df, task).isin(key_of(s, task)) & df['method'].isin([*methods, *baselines])]
+    df = normalize_rows(df)
+    return df[group_key(df, task).isin(group_key(s, task)) & df['method'].isin([*methods, *baselines])]
 
 def _teacher_line(b, names, more, used):
     "Return the line of a baseline; `more` are the settings in which the baselines differ"
-    how = ', '.join([format_value('method', b['method']), *(f'{head(c).lower()} {format_value(c, b[c])}' for c in more),
-                     *used*['compared with']])
-    return ({'Method': f"Only teacher, {b['checkpoint']} epoch"} | {head(c): accuracy(b, c) for c in names} |
+    how = ', '.join([format_value('method', b['method']),
+                     *(f'{column_title(c).lower()} {format_value(c, b[c])}' for c in more), *used*['compared with']])
+    return ({'Method': f"Only teacher, {b['checkpoint']} epoch"} | {column_title(c): accuracy(b, c) for c in names} |
             {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': format_value('compute', b['compute'])})
 
 def _student_line(label, row, base, names, among, none):
     "Return the line of a student, or a line with the text `none` if `row` is None"
     if row is None:
-        return {'Method': label} | {head(c): '–' for c in names} | {'Best loss': '–', 'Hyperparameters': none}
-    return ({'Method': label} | {head(c): accuracy(row, c) for c in names} |
-            {'Best loss': format_value('method', row['method']), 'Hyperparameters': hyper(row, among),
+        return {'Method': label} | {column_title(c): '–' for c in names} | {'Best loss': '–', 'Hyperparameters': none}
+    return ({'Method': label} | {column_title(c): accuracy(row, c) for c in names} |
+            {'Best loss': format_value('method', row['method']), 'Hyperparameters': format_hyperparameters(row, among),
              'Epochs in all': compute_text(row, base)})
 
 # %% ../../nbs/study/04_tables.ipynb #e2bfee86
@@ -125,37 +125,37 @@ def select(
     robust=None, # attack; None means `strongest(df)`
 ):
     "Return the paper's Table 2: for each task the baseline, the most accurate and the most robust student"
-    picks,robust = picks_of(df, robust, baseline, within)
+    picks,robust = select_students(df, robust, baseline, within)
     everyone = pd.concat([s for s,_,_ in picks])
     stronger = (found := measures(everyone))[1:found.index(robust)] if robust in measures(everyone) else []
     lines,vary,names = [], varying(everyone, task), ['clean', robust, *stronger]
     for s,bases,chosen in picks:
         of_task = [_teacher_line(b, names, distinguishing_settings(bases), used=not i)
                    for i,(_,b) in enumerate(bases.iterrows())]
-        for label,row,other in zip(('RKD-Acc.','RKD-Rob.'), chosen, (head(robust), 'clean')):
+        for label,row,other in zip(('RKD-Acc.','RKD-Rob.'), chosen, (column_title(robust), 'clean')):
             of_task.append(_student_line(label, row, bases.iloc[0], names, everyone,
                                          f'none: every student loses more than {100*within:g} points {other}'))
-        lines += [{head(c): format_value(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
-    among = (f"; chosen by {head(robust)} and these very numbers among {counted(len(everyone), 'setting')}, which "
-             "flatters them a little" if len(everyone) > 1 else '')
+        lines += [{column_title(c): format_value(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
+    among = (f"; chosen by {column_title(robust)} and these very numbers among {counted(len(everyone), 'setting')}, "
+             "which flatters them a little" if len(everyone) > 1 else '')
     what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust than the "
             "baseline, RKD-Rob. the most robust one that is "
             f"at most {100*within:g} points less accurate{among}. "
             f"ES: epoch the teacher was stopped after. {_marks}{unpaired(df, robust, baseline)}")
-    return make_table(lines, _about(df, everyone, picks[0][1]['method'].unique()), what, robust)
+    return make_table(lines, _task_rows(df, everyone, picks[0][1]['method'].unique()), what, robust)
 
 # %% ../../nbs/study/04_tables.ipynb #6db85121
 def own_students(
     df, # from `read_rows`
 ):
     "`df` with no students of several teachers or of a teacher with another architecture or width"
-    df = rows(df)
-    own = (df['members'].fillna(1) == 1) & (wider(df) == 1) & (df['teacher_arch'].isna()
+    df = normalize_rows(df)
+    own = (df['members'].fillna(1) == 1) & (teacher_width_ratio(df) == 1) & (df['teacher_arch'].isna()
                                                                | (df['teacher_arch'] == df['arch']))
     return df[own | ~df['method'].isin(methods)]
 
 def table2(
-    df, # one row per measured network, see `rows`
+    df, # one row per measured network, see `normalize_rows`
     **kwargs # arguments of `select`
 ):
     "Return the paper's Tables 2 and 9: `select` among students of one teacher of the same width"
@@ -207,11 +207,12 @@ def _outcome(g, name, other, within, where):
     """Return a bool and a text: whether a student of one task wins in `name`, loses at most `within` in `other` and
     takes at most 10 % more compute than the baseline"""
     at = f' {where}' if where else ''
-    if g['exceeds_compute'].all(): return False, f'all took more than 10 % more epochs in all{at}'
-    held = g[~g['exceeds_compute'] & (g[f'{other}_gain'] >= -within - 1e-9)]
-    if not len(held): return False, f'none keeps the other accuracy to within {100*within:g} points{at}'
-    wins = held[_won(held, name) > 0]
-    top = (wins if len(wins) else held).sort_values(f'{name}_gain').iloc[-1]
+    if g['exceeds_compute'].all():
+        return False, f'every student needed over 10 % more epochs than the baseline{at}'
+    eligible = g[~g['exceeds_compute'] & (g[f'{other}_gain'] >= -within - 1e-9)]
+    if not len(eligible): return False, f'none keeps the other accuracy to within {100*within:g} points{at}'
+    wins = eligible[_won(eligible, name) > 0]
+    top = (wins if len(wins) else eligible).sort_values(f'{name}_gain').iloc[-1]
     gained = f"{format_points(top[f'{name}_gain'], top[f'{name}_gain_std'], '+')} points{at}"
     return len(wins) > 0, f'by {gained}' if len(wins) else f'the best gains {gained}'
 
@@ -221,7 +222,7 @@ def _verdict(g, within):
     g,found = g.sort_values(columns, kind='stable') if columns else g, []
     for what,word,name,other in (('robustness','robust','robust','clean'),
                                  ('clean accuracy','accurate','clean','robust')):
-        seen = [_outcome(s, name, other, within, _name(s, g)) for _,s in g.groupby(key_of(g, task), sort=False)]
+        seen = [_outcome(s, name, other, within, _name(s, g)) for _,s in g.groupby(group_key(g, task), sort=False)]
         won,lost = [[t for ok,t in seen if ok == wanted] for wanted in (True, False)]
         if won: found.append(f"Distillation wins in {what}: a student is more {word} than the baseline "
                              f"{'; '.join(won)}.")
@@ -242,8 +243,8 @@ def gain(
     g = g.sort_values(['robust_gain','clean_gain'], ascending=False, kind='stable')
     shown = [*varying(g, task), 'method', 'teacher', 'alpha', 'teacher_epoch', *distinguishing_settings(g)]
     gain_text = lambda r: {f'{label} gain': format_points(r[f'{name}_gain'], r[f'{name}_gain_std'], '+')
-                           for name,label in (('clean','Clean'),('robust',head(robust)))}
-    lines = [{head(c): format_value(c, r[c]) for c in shown} | gain_text(r)
+                           for name,label in (('clean','Clean'),('robust',column_title(robust)))}
+    lines = [{column_title(c): format_value(c, r[c]) for c in shown} | gain_text(r)
              | {'Epochs in all': r['mark'], 'Baseline’s': format_value('compute', r['baseline_compute']),
              'Result': _result(c, rob, r['exceeds_compute'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'),
                                                                           _won(g, 'robust'))]
@@ -252,35 +253,36 @@ def gain(
             "variances; with a single seed it is chance among the test images. A gain that is smaller than its ± does "
             "not count. "
             f"{_marks}{unpaired(df, robust, baseline)}")
-    return make_table(lines, _about(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True,
+    return make_table(lines, _task_rows(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True,
                       verdict=_verdict(g, within))
 
 # %% ../../nbs/study/04_tables.ipynb #76b4acb7
-def _floor(cells, robust, within, baseline):
+def _min_robust_accuracy(cells, robust, within, baseline):
     """Return the lowest robust accuracy of a student that is chosen by clean accuracy, minus infinity without a
     baseline, and a sentence about the baseline"""
     try: s,bases = pairs_of(cells, baseline)[0]
     except NotEnough:
-        return -np.inf, 'There is no baseline to compare with here, so the most accurate may be anything but robust.'
+        return -np.inf, ('There is no baseline to compare with here, so the most accurate student '
+                         'may not be robust.')
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return (b[robust] - within, f"For comparison, {format_value('method', b['method'])} without a teacher "
                                 f"({b['checkpoint']} "
-                                f"epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {head(robust)}.")
+                                f"epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {column_title(robust)}.")
 
 def _for_kind(s, kind, robust, floor):
     """Return the student to show for one kind of teacher, and a mark if no student is robust enough to be chosen by
     clean accuracy"""
     if kind not in ('st','lat'): return _best(s, robust, 'clean'), ''
-    held = s[s[robust] >= floor - 1e-9]
-    return (_best(held, 'clean', robust), '') if len(held) else (_best(s, robust, 'clean'), ' §')
+    eligible = s[s[robust] >= floor - 1e-9]
+    return (_best(eligible, 'clean', robust), '') if len(eligible) else (_best(s, robust, 'clean'), ' §')
 
 def _compared(df, within, robust, baseline):
     """Return the rows of one task, its students, the attack, the lowest robust accuracy of a student that is chosen by
     clean accuracy, and sentences on this choice"""
     check_fraction(within=within)
-    df = one_task(rows(df))
+    df = one_task(normalize_rows(df))
     cells,robust = cells_of(df, robust)
-    floor,comparison = _floor(cells, robust, within, baseline)
+    floor,comparison = _min_robust_accuracy(cells, robust, within, baseline)
     rule = ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy that "
             f"costs at most {100*within:g} points of the baseline’s robust one (§: none does, the most robust is "
             "shown).")
@@ -317,15 +319,15 @@ def table3(
 
 def _chosen(s, kind, robust, floor, label, among):
     "Return three table cells for the student of one kind: clean accuracy, robust accuracy and hyperparameters"
-    if not len(s): return {f'{label} {w}': '–' for w in ('clean', head(robust), 'chosen')}
+    if not len(s): return {f'{label} {w}': '–' for w in ('clean', column_title(robust), 'chosen')}
     row,mark = _for_kind(s, kind, robust, floor)
-    cells = accuracy(row, 'clean'), accuracy(row, robust), hyper(row, among.assign(teacher='')) + mark
-    return {f'{label} {w}': v for w,v in zip(('clean', head(robust), 'chosen'), cells)}
+    cells = accuracy(row, 'clean'), accuracy(row, robust), format_hyperparameters(row, among.assign(teacher='')) + mark
+    return {f'{label} {w}': v for w,v in zip(('clean', column_title(robust), 'chosen'), cells)}
 
 # %% ../../nbs/study/04_tables.ipynb #d8838935
 def _common(one, many):
     "Return the rows of `one` and `many` with hyperparameters that both have, or all rows if there are none"
-    a,b = (key_of(o, ['alpha','teacher_epoch',*extras]) for o in (one, many))
+    a,b = (group_key(o, ['alpha','teacher_epoch',*extras]) for o in (one, many))
     return (one[a.isin(b)], many[b.isin(a)]) if a.isin(b).any() else (one, many)
 
 def table5(
@@ -354,16 +356,17 @@ def _as_they_are(df, shown, what, robust):
     """Return a table with one line per network in `df`: the settings that the function `shown` names, and the accuracy
     under every attack"""
     cells,robust = cells_of(df, robust)
-    lines = [{head(c): format_value(c, r[c]) for c in shown(cells)} | {head(c): accuracy(r, c) for c in measures(cells)}
+    lines = [{column_title(c): format_value(c, r[c]) for c in shown(cells)}
+             | {column_title(c): accuracy(r, c) for c in measures(cells)}
              for _,r in cells.iterrows()]
     return make_table(lines, df, what, robust)
 
 def table12(
-    df, # one row per measured network, see `rows`
+    df, # one row per measured network, see `normalize_rows`
     robust=None, # attack of the table; None means the strongest
 ):
     "Return the paper's Table 12: accuracies of teachers and ensembles themselves under every attack"
-    df = rows(df)
+    df = normalize_rows(df)
     df = df[df['method'] == 'teacher']
     if not len(df): raise NotEnough("has no teachers that were measured themselves: rows whose `method` is 'teacher'")
     shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members',
@@ -371,11 +374,11 @@ def table12(
     return _as_they_are(df, shown, 'Teachers and ensembles themselves, before any distillation.', robust)
 
 def baselines(
-    df, # one row per measured network, see `rows`
+    df, # one row per measured network, see `normalize_rows`
     robust=None, # attack of the table; None means the strongest
 ):
     "Return a table of networks trained without a teacher, with their accuracies under every attack"
-    df = rows(df)
+    df = normalize_rows(df)
     df = df[~df['method'].isin([*methods, 'teacher'])]
     if not len(df): raise NotEnough("has no network trained without a teacher: rows whose `method` is 'at' or 'trades'")
     shown = lambda cells: [*varying(cells, task), 'method', 'checkpoint', *distinguishing_settings(cells), 'compute']

@@ -475,8 +475,8 @@ def test_full_disk(how, at, robust_net, test_images, tmp_path):
         if len(saves) < at: return real(path, text)
         with pytest.MonkeyPatch.context() as m:
             if how == 'ENOSPC':
-                def no_room(_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                m.setattr(os, 'fsync', no_room)
+                def simulate_disk_full(_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                m.setattr(os, 'fsync', simulate_disk_full)
                 return real(path, text)
             limits = resource.getrlimit(resource.RLIMIT_FSIZE) # the kernel refuses what would go beyond
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(text)//2, limits[1]))
@@ -487,7 +487,7 @@ def test_full_disk(how, at, robust_net, test_images, tmp_path):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(evaluation, 'write_atomic', full)
             with pytest.raises(OSError, match='state_path') as e: run(path)
-        assert len(saves) == at and str(path) in str(e.value) and 'unchanged: solve this, and run' in str(e.value)
+        assert len(saves) == at and str(path) in str(e.value) and 'unchanged. Fix this, and run' in str(e.value)
         assert path.read_text() == saves[-2] and json.loads(path.read_text())
         assert sorted(p.name for p in tmp_path.iterdir()) == ['state.json', 'whole'], 'nothing half-written is left'
         got = run(path)
@@ -620,7 +620,8 @@ def test_bad_input(robust_net, test_images, tmp_path):
     above, below, nan = x.clone(), x.clone(), x.clone()
     above[7,0,0,0], below[7,0,0,0], nan[7,0,0,0] = 1.01, -.01, float('nan')
     for bad,kwargs,word in (((x, y), dict(attacks=()), '`attacks` is empty'),
-                            ((x[:0], y[:0]), {}, '`x` holds no images'), ((x, y[:5]), {}, '`targ` has 5 labels for 8'),
+                            ((x[:0], y[:0]), {}, '`x` contains no images'),
+                            ((x, y[:5]), {}, '`targ` has 5 labels for 8'),
                             ((above, y), {}, r'\[0, 1\]'), ((below, y), {}, r'\[0, 1\]'), ((nan, y), {}, 'NaN'),
                             ((x, y), dict(bs=0), '`bs`'), ((x, y), dict(eps=8), '`eps`')):
         with batches() as sizes, pytest.raises(ValueError, match=word):
@@ -632,7 +633,7 @@ def test_labels_out_of_range(label, robust_net, test_images):
     "Also where only the last of several batches holds one, and before any attack"
     x, y = (o[:8].clone() for o in test_images)
     y[7] = label
-    with batches() as sizes, pytest.raises(ValueError, match='`targ` holds classes'):
+    with batches() as sizes, pytest.raises(ValueError, match='`targ` contains classes'):
         measure_robustness(robust_net, x, y, 'autoattack', .1, bs=3)
     assert [ok for _,ok in sizes] == [True, True, False]
 
@@ -709,7 +710,7 @@ def test_images_and_labels_in_other_forms(form, robust_net, test_images):
 
 def test_labels_beyond_the_classes(robust_net, test_images):
     x, y = (o[:6] for o in test_images)
-    with pytest.raises(ValueError, match='`targ` holds classes'): AutoAttack(.15)(robust_net, x, y + 70)
+    with pytest.raises(ValueError, match='`targ` contains classes'): AutoAttack(.15)(robust_net, x, y + 70)
 
 # --- what it is given ---
 

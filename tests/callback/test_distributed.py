@@ -219,7 +219,7 @@ def test_checkpoints(out):
 def test_another_trainings_epochs_are_refused_by_all(ranks):
     "Though the first process alone sees them: the second would wait for it without end"
     assert (['epoch_1 to epoch_2 of another training' in r['refused'] for r in ranks] == [True, False]
-            and 'holds epochs of another training' in ranks[1]['refused'])
+            and 'contains epochs of another training' in ranks[1]['refused'])
 
 if __name__ == '__main__': main(sys.argv[1])
 

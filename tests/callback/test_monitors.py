@@ -275,7 +275,7 @@ def test_ways_out_of_another_trainings_folder(make_learner, make_dls):
     before = kept(folder)
     make_learner(make_dls(n=64), cbs=[KeepEpochs(fname='student'), KeepEpochs(2, fname='deeper/epoch')]).fit(2)
     make_learner(make_dls(n=64), cbs=KeepEpochs(), model_dir='other').fit(2)
-    with pytest.raises(ValueError, match='deeper` holds epoch_2 of another'):
+    with pytest.raises(ValueError, match='deeper` contains epoch_2 of another'):
         make_learner(make_dls(n=64), cbs=KeepEpochs(fname='deeper/epoch')).fit(1)
     after = {k: v for k,v in kept_files(folder).items() if not k.startswith('student')}
     assert (after == before and list(saved_epochs(folder, 'student')) == [1, 2]
@@ -334,7 +334,7 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
         order, only_shows = 900, True
         def after_epoch(self):
             if self.epoch == every-1: raise KeyboardInterrupt
-    def die(): raise KeyboardInterrupt
+    def interrupt(): raise KeyboardInterrupt
     folder = tmp_path/'models'
     if how == 'finished': start(); (tmp_path/'run.pth').unlink()
     else:
@@ -342,7 +342,7 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
             write = keep.write_atomic
             if how == 'after the weights':
                 m.setattr(keep, 'write_atomic', lambda path,
-                          text: die() if path.name == f'epoch_{every}.json' else write(path, text))
+                          text: interrupt() if path.name == f'epoch_{every}.json' else write(path, text))
             start(cbs=[Die()])
     assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')
     if how in ('other file', 'no file', 'finished'):

@@ -22,9 +22,9 @@ class Die(Callback):
     "A power cut at the first `event` after `step` training batches; after all others, and no part of the training"
     order, only_shows = 2000, True
     def __init__(self, step, event='after_batch'):
-        def die():
+        def interrupt():
             if self.learn.train_iter == step and not self.learn.lock.locked(): raise KeyboardInterrupt
-        setattr(self, event, die)
+        setattr(self, event, interrupt)
 class Where(Callback):
     "What a callback is told about the place in the training"
     order, run_valid, only_shows = -5, False, True # right after `TrainEvalCallback`
@@ -593,7 +593,7 @@ def test_messages_of_several_fits(base, tmp_path, capsys):
     run(groups(base), tuned, [Resume(path)])
     assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 continues after 1 epoch\n' # noqa: E501
     run(groups(base), tuned, [Resume(path)])
-    assert f'`{path}` holds all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
+    assert f'`{path}` contains all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
 
 @pytest.mark.parametrize('learner_wide', [False, True])
 def test_ctrl_c_in_a_second_fit(learner_wide, base, tmp_path):
@@ -627,7 +627,7 @@ def test_another_second_fit(base, tmp_path):
     learn = run(lambda **kw: base(**kw).add_cb(Resume(tmp_path/'b.pth')), twice)
     run(base, fits['fit'], [Resume(tmp_path/'b2.pth'), Die(6)], dies=True)
     (tmp_path/'b2.pth').rename(tmp_path/'b.pth')
-    with pytest.raises(ValueError, match='does not hold the earlier fits'): learn.fit(1)
+    with pytest.raises(ValueError, match="does not contain this Learner's earlier"): learn.fit(1)
 
 @pytest.mark.parametrize('stops', ['epoch', 'first epoch', 'batch'])
 def test_a_fit_that_a_callback_stops(stops, base, tmp_path):
@@ -710,7 +710,7 @@ def test_finished_is_finished(base, make_dls, tmp_path, capsys):
     assert 'left to train' not in capsys.readouterr().out
     one_cycle(learn, [Resume(tmp_path/'run.pth'), where])
     assert differ(end(learn), want) == [] and where.seen == []
-    assert f'`{tmp_path/"run.pth"}` holds all 3 epochs: nothing is left to train' in capsys.readouterr().out
+    assert f'`{tmp_path/"run.pth"}` contains all 3 epochs: nothing is left to train' in capsys.readouterr().out
     other = run(make, one_cycle, [Resume(tmp_path/'run.pth'), where], seed=9, net=5)
     assert differ(end(other), want) == [] and where.seen == [] and other.epoch == 2
 

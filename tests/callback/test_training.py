@@ -461,8 +461,8 @@ def test_settings_of_the_loss_that_would_be_lost(kind, name, make_learner, make_
     make, says = lost[kind]
     learn = make_learner(make_dls(), tiny_net(), loss_func=make(), cbs=make_cb(name, tiny_net(seed=7)))
     before = weights(learn.model)
-    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function would be '
-                                         'lost.*AdversarialTraining'):
+    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function is ignored '
+                                         'by.*AdversarialTraining'):
         learn.fit(1, .01)
     assert same(weights(learn.model), before)
 
@@ -743,9 +743,9 @@ def test_killed_while_keeping_an_epoch(when, make_learner, make_dls, tiny_net, m
     learn.fit(2, .01)
     folder = learn.path/learn.model_dir
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
-    def die(*args, **kwargs): raise KeyboardInterrupt
-    if when == 'card': monkeypatch.setattr(keep, 'write_atomic', die)
-    else: monkeypatch.setattr(torch, 'save', die)
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    if when == 'card': monkeypatch.setattr(keep, 'write_atomic', interrupt)
+    else: monkeypatch.setattr(torch, 'save', interrupt)
     with pytest.raises(KeyboardInterrupt): learn.fit(1, .01)
     assert sorted(p.name for p in folder.iterdir()) == sorted([*old, *['epoch_3.pth']*(when == 'card')])
     assert all((folder/name).read_bytes() == b for name,b in old.items())

@@ -69,7 +69,7 @@ def test_a_folder_of_images_that_is_elsewhere(images, tmp_path, monkeypatch):
     assert json.loads((tmp_path/'run/card.json').read_text())['size'] == 64
     rkd('evaluate', 'run', '--attacks', 'clean')
     (tmp_path/'away').mkdir(); monkeypatch.chdir(tmp_path/'away')
-    with pytest.raises(SystemExit, match='images in images, which is not here: name their folder by `--data`'):
+    with pytest.raises(SystemExit, match='images in images, which is not here: pass their folder with `--data`'):
         rkd('evaluate', '../run', '--attacks', 'clean')
     rkd('evaluate', '../run', '--attacks', 'clean', '--data', '../images')
 
@@ -154,12 +154,12 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     assert not (tmp_path/'teacher/model.pth').exists()
     for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out',
                                                        tmp_path/'no')):
-        with pytest.raises(SystemExit, match='was cut off: add `--resume`.*epoch_1.pth'): rkd(*command)
+        with pytest.raises(SystemExit, match='contains an interrupted run: add `--resume`.*epoch_1.pth'): rkd(*command)
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
     for k,v,was in (('--epochs', 4, 3), ('--how', 'st', 'at'), ('--data', 'fashion_sample', 'digits'),
                     ('--lr', .5, .1), ('--eps', '4/255', 8/255)): # said in the words of the command line
-        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the run.*another `--out`'):
+        with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the interrupted run.*another `--out`'):
             rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
     with pytest.raises(SystemExit, match='`--data` is fashion_sample'):
         rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, '--out', tmp_path/'teacher',
@@ -221,23 +221,23 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
     "And checkpoints of a longer training in the folder of a shorter one"
     from rkd_fastai.callback.resume import Resume
     save = Resume._save
-    def die(self): save(self); raise KeyboardInterrupt
+    def interrupt(self): save(self); raise KeyboardInterrupt
     for seed in (1, 2):
         rkd('train', *small, '--how', 'st', '--epochs', 1, '--seed', seed, '--out', tmp_path/f'teacher{seed}')
     student = ('distill', *small, '--out', tmp_path/'run', '--teacher')
     with monkeypatch.context() as m:
-        m.setattr(Resume, '_save', die)
+        m.setattr(Resume, '_save', interrupt)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
-    assert e.value.code == f'rkd: error: the teacher is not the same as in the run that was cut off in {tmp_path}/run: restore what the run had, or name another `--out`' # noqa: E501
-    for option,says in ((('--compile',), '`--compile` is given here, but left out in the run'),
+    assert e.value.code == f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: restore what the run had, or choose another `--out`' # noqa: E501
+    for option,says in ((('--compile',), '`--compile` is given here, but left out in the interrupted run'),
                         (('--data-path', tmp_path), None)):
         if says:
             with pytest.raises(SystemExit, match=says):
                 rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run holds checkpoints of a longer training, up to epoch_3.pth: '
+    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer training, up to epoch_3.pth: '
                                          'delete them'):
         rkd(*student, tmp_path/'teacher1', '--epochs', 2)
 

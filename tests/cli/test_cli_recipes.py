@@ -163,9 +163,10 @@ def test_settings_reach_the_method(args, method, settings, attack, teacher, plan
     assert attack is None and card['attack'] == 'None' or cb.attack.objective == attack
 
 @pytest.mark.parametrize('args, line', [
-    (('--method', 'akd', '--lam', .5), '`--lam` means nothing to akd'), (('--lam', .5), '`--lam` means nothing to akd'),
-    (('--method', 'ckd', '--alpha', .5), '`--alpha` means nothing to ckd'),
-    (('--recipe', 'ard_official', '--method', 'akd', '--lam', .5), '`--lam` means nothing to akd'),
+    (('--method', 'akd', '--lam', .5), '`--lam` does not apply to akd'),
+    (('--lam', .5), '`--lam` does not apply to akd'),
+    (('--method', 'ckd', '--alpha', .5), '`--alpha` does not apply to ckd'),
+    (('--recipe', 'ard_official', '--method', 'akd', '--lam', .5), '`--lam` does not apply to akd'),
     (('--alpha', 2), '`--alpha`'), (('--T', 0), '`--T`'),
     (('--recipe', 'rslad_official', '--lam', 1.5), '`--lam`'),
     (('--bs', 65), '`--bs` must be from 1 to 64'), (('--bs', 0), '`--bs` must be from 1'), (('--frac', .5), '`--frac`'),
@@ -230,7 +231,7 @@ def test_students_learn_from_synthetic_images_too(npz, teacher, tmp_path, fits):
 def test_unfit_synthetic_images(arrays, line, tmp_path):
     np.savez(tmp_path/'bad.npz', **arrays)
     assert line in says('train', *small, '--how', 'at+', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
-    assert '`--frac .7`, or leave `--synthetic` out' in says('train', *small, '--how', 'at', '--synthetic',
+    assert '`--frac 0.7`: give it, or leave `--synthetic` out' in says('train', *small, '--how', 'at', '--synthetic',
                                                              tmp_path/'bad.npz', '--out', tmp_path/'out')
 
 def test_n_is_the_seeds(tmp_path, planned):

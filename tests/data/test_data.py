@@ -381,7 +381,7 @@ def test_idx_damage(tmp_path):
     good = f.read_bytes()
     assert (read_idx(f, (4, 4)) == x).all()
     for msg, raw in {'not an IDX file': [b'', b'\0\0\x0b\3' + good[4:], b'\0\0\x08\1' + good[4:], b'<html>'],
-                     'does not hold': [good[:-1], good + b'\0', good[:10],
+                     'does not contain': [good[:-1], good + b'\0', good[:10],
                                        good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
         for o in raw:
             f.write_bytes(o)
@@ -394,7 +394,7 @@ def test_idx_damage(tmp_path):
 def test_files_that_are_missing_or_disagree(tmp_path, tiny):
     for dls_of, name in ((fashion_mnist_dls, 'train-images'), (cifar10_dls, 'data_batch_1'), (cifar100_dls, 'train'),
                          (tiny_imagenet_dls, 'train')):
-        with pytest.raises(FileNotFoundError, match=f'{name}.* is neither in .*leave `path` out'): dls_of(tmp_path/'no')
+        with pytest.raises(FileNotFoundError, match=f'{name} not found in .*leave `path` out'): dls_of(tmp_path/'no')
     f = tmp_path/'f'
     for split in ('train', 't10k'):
         write_idx(f/f'{split}-images-idx3-ubyte', images(40, 28, 28), False)
@@ -416,8 +416,8 @@ def test_cifar_damage(tmp_path):
         f.write_bytes(o)
         with pytest.raises(ValueError, match=f'{f} is not a file of CIFAR'): cifar100_dls(tmp_path)
     y = labels(200, 100).tolist()
-    for msg, o in (('does not hold', {b'data': x, b'labels': y}),
-                   ('does not hold', {b'data': x[:, 1:], b'fine_labels': y}), ('does not hold', [x, y]),
+    for msg, o in (('does not contain', {b'data': x, b'labels': y}),
+                   ('does not contain', {b'data': x[:, 1:], b'fine_labels': y}), ('does not contain', [x, y]),
                    ('images must be uint8', {b'data': x/1, b'fine_labels': y}),
                    ('labels must be 200 integers', {b'data': x, b'fine_labels': y[1:]}),
                    ('labels must be below 100', {b'data': x, b'fine_labels': [100, *y[1:]]})):
@@ -436,10 +436,10 @@ def test_a_pickle_runs_nothing(tmp_path):
                  Runs(np.save, str(marker), 1), Runs(getattr, 'a', 'upper'), Runs(Path, 'x')):
         for protocol in (0, 2, 4):
             (tmp_path/'data_batch_1').write_bytes(pickle.dumps({b'data': [call]}, protocol=protocol))
-            with pytest.raises(ValueError, match='it asks for'): cifar10_dls(tmp_path)
+            with pytest.raises(ValueError, match='a disallowed'): cifar10_dls(tmp_path)
     # a dotted name under an innocent module
     (tmp_path/'data_batch_1').write_bytes(b'\x80\x04\x8c\x05numpy\x8c\x12lib.npyio.os.popen\x93.')
-    with pytest.raises(ValueError, match='it asks for'): read_pickle(tmp_path/'data_batch_1')
+    with pytest.raises(ValueError, match='a disallowed'): read_pickle(tmp_path/'data_batch_1')
     assert not list(tmp_path.glob('marker*'))
 
 

@@ -434,7 +434,7 @@ def test_a_bar_is_cleared_after_an_error(learn, bars):
 def test_what_progress_cannot_be(look, bad, learn, monkeypatch):
     "Said before any image is read"
     for dl in learn.dls.loaders: monkeypatch.setattr(dl, 'new', lambda *_, **__: pytest.fail('images were read'))
-    with pytest.raises(TypeError, match='`progress` must be True'): getattr(learn, look)(**views[look], progress=bad)
+    with pytest.raises(TypeError, match='`progress` must be None'): getattr(learn, look)(**views[look], progress=bad)
 
 @pytest.mark.parametrize('look,kwargs', [('robustness', dict(attacks=('pgd20', 'pgd10'), eps=.1)),
                                          ('check_robustness', dict(eps=.1)),

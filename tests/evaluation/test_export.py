@@ -410,7 +410,7 @@ def test_networks_that_are_refused(name, tmp_path, snapshot):
 @pytest.mark.parametrize('kwargs,error,match', [
     (dict(model='net.pth'), TypeError, '`model` must be an nn.Module .*got str'),
     (dict(x=torch.rand(2, 1, 8, 8)*255), ValueError, '`x` must be images in'),
-    (dict(x=torch.rand(0, 1, 8, 8)), ValueError, '`x` holds no images'),
+    (dict(x=torch.rand(0, 1, 8, 8)), ValueError, '`x` contains no images'),
     (dict(x=torch.rand(1, 8, 8)), ValueError, '`x` must be a batch'),
     (dict(norm='L1'), ValueError, "`norm` must be 'Linf' or 'L2'"),
     (dict(robustness=.5), ValueError, '`robustness` must be what'),
@@ -430,7 +430,7 @@ def test_arguments_that_are_refused(kwargs, error, match, tmp_path):
 def contents(folder): return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
 
 @pytest.mark.parametrize('at,match', [('file', '`folder` .*is a file'), ('file/deep/er', '`folder` .*file is a file'),
-                                      ('export', 'already holds an export'), ('full', 'is not empty')])
+                                      ('export', 'already contains an export'), ('full', 'is not empty')])
 def test_folders_in_use(at, match, tmp_path):
     (tmp_path/'file').write_text('x'); (tmp_path/'full').mkdir(); (tmp_path/'full'/'notes').write_text('x')
     export_robustbench(small(1), images(4), tmp_path/'export')

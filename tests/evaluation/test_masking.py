@@ -84,8 +84,8 @@ def test_noise_in_the_network_is_seen(robust_net, test_images):
 
 def test_a_check_of_ones_own(robust_net, test_images):
     from rkd_fastai.evaluation import masking
-    @masking.symptom('weather', 'Take an umbrella.')
-    def weather(model, x, y, eps): return 'rain', True
+    @masking.symptom('dummy_symptom', 'Take an umbrella.')
+    def dummy_symptom(model, x, y, eps): return 'rain', True
     try: report = check_masking(robust_net, *(t[:40] for t in test_images), .1)
     finally: masking._symptoms.pop()
     assert not report.ok and 'Take an umbrella.' in repr(report)

@@ -25,9 +25,9 @@ class Die(Callback):
     only_shows = True
     def __init__(self, event, epoch, order=900):
         self.order = order
-        def die():
+        def interrupt():
             if self.learn.epoch == epoch and not self.learn.lock.locked(): raise KeyboardInterrupt
-        setattr(self, event, die)
+        setattr(self, event, interrupt)
 class Doubles(nn.Module):
     "`net` with logits `k` times as large"
     def __init__(self, net, k): super().__init__(); self.net,self.k = net,k
@@ -289,9 +289,9 @@ def test_another_training_is_refused(make, tmp_path):
     record(make, tmp_path/'t', n_epoch=3)
     before = files(tmp_path/'t')
     for seed in (0, 1):
-        with pytest.raises(ValueError, match='`path`.* holds 3 epochs of another training'):
+        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training'):
             record(make, tmp_path/'t', seed=seed)
-        with pytest.raises(ValueError, match='`path`.* holds 3 epochs of another training'):
+        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training'):
             record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
     assert files(tmp_path/'t') == before
 
@@ -347,7 +347,7 @@ def test_bad_folders_networks_and_loaders(make, make_dls, tiny_net, tmp_path):
     with pytest.raises(TypeError, match='`attack`'): RecordTrajectory(tmp_path/'t', attack='pgd')
     with pytest.raises(ValueError, match='`path`.*two callbacks'):
         make(RecordTrajectory(tmp_path/'t'), RecordTrajectory(tmp_path/'t')).fit(1)
-    with pytest.raises(ValueError, match='`dl` holds classes 0 to 9, but the network has 3'):
+    with pytest.raises(ValueError, match='`dl` contains classes 0 to 9, but the network has 3'):
         make(RecordTrajectory(tmp_path/'t', make_dls().valid), net=tiny_net(n_out=3),
              dls=make_dls(n=30, n_valid=12, n_classes=3, bs=10)).fit(1)
     assert not (tmp_path/'t').exists()
@@ -366,7 +366,7 @@ def rewrite(folder, k=2, **arrays): np.savez(folder/f'epoch_{k:04d}.npz', **epoc
 damages = dict(
     lost=(lambda f: (f/'epoch_0002.npz').unlink(), '`folder`.*lacks epoch 2 of 3'),
     first=(lambda f: (f/'epoch_0001.npz').unlink(), 'lacks epoch 1'),
-    none=(lambda f: [p.unlink() for p in f.glob('*.npz')], 'holds no epoch'),
+    none=(lambda f: [p.unlink() for p in f.glob('*.npz')], 'contains no epoch'),
     no_card=(lambda f: (f/'card.json').unlink(), 'has no `card.json`'),
     card=(lambda f: (f/'card.json').write_text('{'), 'card.json` is damaged'),
     old_card=(lambda f: (f/'card.json').write_text('{"n": 20}'), 'card.json` is damaged'),
@@ -381,7 +381,7 @@ damages = dict(
     fewer=(lambda f: rewrite(f, log_adv=np.zeros(19)), 'epoch_0002.npz`: `log_adv` is float64 .19,.* 20 images'),
     ints=(lambda f: rewrite(f, log_clean=np.zeros(20, int)), '`log_clean` is int64'),
     each=(lambda f: rewrite(f, entropy=np.zeros(20)), '`entropy` is float64'),
-    nan=(lambda f: rewrite(f, log_clean=np.full(20, np.nan)), '`clean` holds NaN'),
+    nan=(lambda f: rewrite(f, log_clean=np.full(20, np.nan)), '`clean` contains NaN'),
     positive=(lambda f: rewrite(f, log_clean=np.ones(20)), r'`clean` must be probabilities in \[0, 1\]'))
 
 @pytest.mark.parametrize('what', damages)
@@ -442,7 +442,7 @@ def test_smooth_against_a_loop(n, width):
 
 @pytest.mark.parametrize('f,message', [
     (lambda: difficulty([.5, .5]), '`p` must have 2'), (lambda: difficulty([[1.1]]), r'`p` must be probabilities'),
-    (lambda: difficulty([[-.1]]), '`p` must be'), (lambda: difficulty([[np.nan]]), '`p` holds NaN'),
+    (lambda: difficulty([[-.1]]), '`p` must be'), (lambda: difficulty([[np.nan]]), '`p` contains NaN'),
     (lambda: difficulty('p'), '`p` must be an array of numbers'),
     (lambda: difficulty(np.zeros((0, 4))), '`p` is empty'),
     (lambda: cosine([[1.]], [[1., 1.]]), '`p_t` has 1 image, but `p_s` has 2'),

@@ -282,7 +282,7 @@ class FakePage:
     ('pageerror', None, dict(message='thrown'))])
 def test_complaints_of_the_browser(event, harmless, bad):
     page = FakePage()
-    complaints = site_check.note_complaints(page, 'http://h:1')
+    complaints = site_check.collect_browser_errors(page, 'http://h:1')
     happen = lambda values: page.handlers[event](SimpleNamespace(location=dict(url='x'), **values))
     if harmless: happen(harmless)
     assert complaints == []

@@ -20,15 +20,15 @@ def test_pytorch_modules_need_no_fastai():
         print(losses.akd_loss(net(x_adv), torch.full((2, 10), .1), torch.tensor([1, 2])).ndim)
     ''') == '0' # noqa: E501
 
-def star(first, second):
+def shadowed_names(first, second):
     "The names that `second` gives another meaning than `first` gave them"
     ns = {}
     exec(f'from {first} import *', ns); before = dict(ns)
     exec(f'from {second} import *', ns)
     return [k for k,v in before.items() if not k.startswith('__') and ns[k] is not v]
 
-def test_star_import_shadows_nothing_of_fastai(): assert star('fastai.vision.all', 'rkd_fastai.all') == []
-def test_fastai_shadows_nothing_of_ours(): assert star('rkd_fastai.all', 'fastai.vision.all') == []
+def test_star_import_shadows_nothing_of_fastai(): assert shadowed_names('fastai.vision.all', 'rkd_fastai.all') == []
+def test_fastai_shadows_nothing_of_ours(): assert shadowed_names('rkd_fastai.all', 'fastai.vision.all') == []
 
 e = 8/255
 no = inspect.Parameter.empty

@@ -37,7 +37,7 @@ shown = [('README.md', 'early', 'What it is worth', baseline
              'AKD⁺ student, teacher of epoch 10, α 0.5': dict(teacher_epoch=10, alpha=.5)}),
          ('results/fashion_mnist/README.md', 'headline', 'Does a student beat',
           baseline | {'AKD⁺ student': dict(method='akd')}),
-         ('results/fashion_mnist/README.md', 'early', 'The same student, of teachers', baseline | early),
+         ('results/fashion_mnist/README.md', 'early', 'Students of early-stopped teachers', baseline | early),
          ('results/fashion_mnist/README.md', 'noise', 'With a fifth of the labels wrong',
           baseline | {f'AKD⁺ student, α {a:g}': dict(method='akd', alpha=a) for a in (.8, 1.)}),
          ('results/fashion_mnist/README.md', 'grid', 'Early stopping and label mixing',

@@ -61,7 +61,7 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
 @pytest.mark.parametrize('wrong, says', [
     (dict(metod='akd'), "did you mean 'method'"), (dict(method='akdd'), "did you mean 'akd'"),
     (dict(method='akd', teacher='att'), "did you mean 'at'"),
-    (dict(method='akd', beta=.5), '`beta` weighs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'),
+    (dict(method='akd', beta=.5), '`beta` needs'), (dict(method='akd', teacher_epoch=4), 'beyond the teacher'),
     (dict(method='akd', schedule='exp'), "method 'akd' has no setting `schedule`"),
     (dict(method='akd', alpha='much'), '`alpha` must be a number'),
     (dict(method='akd', alpha=[.5, 1.5]), '`alpha` must be at most 1'),
@@ -96,7 +96,7 @@ def test_a_file_of_another_form(wrong, says, tmp_path):
 
 @pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"),
                                            (dict(attacks=['pgd']), 'unknown attack'),
-                                           (dict(attacks=[]), 'a list with a name in it'),
+                                           (dict(attacks=[]), 'a non-empty list'),
                                            (dict(attacks='clean'), 'a list of names'),
     (dict(n=0), '`n` of .measure. must be at least 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'),
                                            (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'),
