@@ -19,13 +19,25 @@ def eq36(s, s_adv, t, y, alpha=1., lam=5/6, T=1.):
     mixed = alpha*t + (1-alpha)*y
     return T**2*((1-lam)*kl(softmax(s/T), mixed) + lam*kl(softmax(s_adv/T), mixed))
 def eq47(s_adv, t_adv, y, alpha=1., T=1.): return T**2*ce(softmax(s_adv/T), alpha*t_adv + (1-alpha)*y)
+def adaad(s, s_adv, t, t_adv, y, alpha=1., lam=1.):
+    return lam*kl(softmax(s_adv), alpha*t_adv + (1-alpha)*y) + (1-lam)*kl(softmax(s), alpha*t + (1-alpha)*y)
+def iad(s, s_adv, t, t_adv, y, alpha=1., lam=1., beta=.1):
+    w = (y*t_adv).sum(1)**beta
+    distilled = w*kl(softmax(s_adv), alpha*t + (1-alpha)*y) + (1-w)*kl(softmax(s_adv), softmax(s))
+    return (1-lam)*ce(softmax(s), y) + lam*distilled
+def saad(s, s_adv, t, t_adv, y, alpha=1., beta=0., gamma=1., scale=5., igdm=0.):
+    H = -(t_adv*t_adv.log()).sum(1) if gamma == 1 else (t_adv**gamma).sum(1).log()/(1 - gamma)
+    w = scale*(H - H.min())
+    adv,clean = kl(softmax(s_adv), alpha*t_adv + (1-alpha)*y), kl(softmax(s), alpha*t + (1-alpha)*y)
+    return w*(adv + igdm) + beta*(1 - w/w.max())*clean
 def trades(s, s_adv, y, beta=6.): return ce(softmax(s), y) + beta*kl(softmax(s_adv), softmax(s))
 
 bs,c = 16,7
 def double(*size, seed):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 s,s_adv = 3*double(bs, c, seed=1), 3*double(bs, c, seed=2)
-t = softmax(2*double(bs, c, seed=3))
+t,t_adv = softmax(2*double(bs, c, seed=3)), softmax(2*double(bs, c, seed=5))
+four = (s, s_adv, t, t_adv)
 hard = torch.arange(bs) % c
 soft = softmax(double(bs, c, seed=4))
 
@@ -36,11 +48,17 @@ cases = { # our loss, the equation, its tensors before `targ`, settings to try
     'rslad':  (rslad_loss, eq36, (s, s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, lam=.5, T=4.), dict(alpha=0.),
                                                  dict(lam=0.), dict(lam=1., T=.5)]),
     'akd':    (akd_loss, eq47, (s_adv, t), [{}, dict(alpha=.8), dict(alpha=.3, T=4.), dict(alpha=0.), dict(T=.5)]),
+    'adaad':  (adaad_loss, adaad, four, [{}, dict(alpha=.8, lam=.3), dict(alpha=0.), dict(lam=0.)]),
+    'mtard':  (mtard_loss, lambda *a, lam=.5, **kw: adaad(*a, lam=lam, **kw), four, [{}, dict(alpha=.8, lam=.3)]),
+    'iad':    (iad_loss, iad, four, [{}, dict(alpha=.8, lam=.3), dict(alpha=0., beta=0.), dict(lam=0.), dict(beta=2.)]),
+    'saad':   (saad_loss, saad, four, [{}, dict(alpha=.8, beta=.7), dict(alpha=0., gamma=2., scale=1.),
+                                       dict(gamma=3.)]),
     'trades': (trades_loss, trades, (s, s_adv), [{}, dict(beta=0.), dict(beta=1.5)])}
 every = pytest.mark.parametrize('name,kw', [(k, kw) for k,(*_,kws) in cases.items() for kw in kws],
                                 ids=[f'{k}-{kw}' for k,(*_,kws) in cases.items() for kw in kws])
 each = pytest.mark.parametrize('name', cases)
-distilled = pytest.mark.parametrize('name', ['ckd', 'ard', 'rslad', 'akd'])
+distilled = pytest.mark.parametrize('name', [k for k in cases if k != 'trades'])
+with_temperature = pytest.mark.parametrize('name', ['ckd', 'ard', 'rslad', 'akd'])
 targs = pytest.mark.parametrize('targ', [hard, soft], ids=['hard', 'soft'])
 def as_labels(targ): return targ if targ.is_floating_point() else torch.eye(c, dtype=torch.float64)[targ]
 def n_logits(name): return 1 if name in ('ckd', 'akd') else 2   # how many of its tensors are student logits
@@ -163,7 +181,8 @@ def test_finite_at_extreme_logits(name, targ, dtype):
     # a teacher that is certain, so that 0·log 0 occurs
     zeros = torch.eye(c)[hard.flip(0)]
     for kw in kws:
-        ts = [(extreme*(1-2*i)).requires_grad_() for i in range(n_logits(name))] + [zeros]*(name != 'trades')
+        n = n_logits(name)
+        ts = [(extreme*(1-2*i)).requires_grad_() for i in range(n)] + [zeros]*(len(tensors) - n)
         out = loss(*ts, targ if targ is hard else targ.float(), **kw)
         out.backward()
         assert out.isfinite() and all(o.grad.isfinite().all() for o in ts if o.requires_grad), kw
@@ -181,20 +200,25 @@ def test_classes_at_int32_and_uint8(name):
 def test_weights_outside_0_1(bad):
     with pytest.raises(ValueError, match='alpha'): soft_targets(t, hard, bad)
     with pytest.raises(ValueError, match='alpha'): akd_loss(s, t, hard, alpha=bad)
-    for loss in (rslad_loss, ard_loss):
-        with pytest.raises(ValueError, match='alpha'): loss(s, s_adv, t, hard, alpha=bad)
-        with pytest.raises(ValueError, match='lam'): loss(s, s_adv, t, hard, lam=bad)
+    for loss,ts in ((rslad_loss, four[:3]), (ard_loss, four[:3]), (adaad_loss, four), (mtard_loss, four),
+                    (iad_loss, four)):
+        with pytest.raises(ValueError, match='alpha'): loss(*ts, hard, alpha=bad)
+        with pytest.raises(ValueError, match='lam'): loss(*ts, hard, lam=bad)
+    with pytest.raises(ValueError, match='alpha'): saad_loss(*four, hard, alpha=bad)
     with pytest.raises(ValueError, match='lam'): ckd_loss(s, t, hard, lam=bad)
 
-@distilled
+@with_temperature
 @pytest.mark.parametrize('bad', [0., -1., float('nan'), float('inf')])
 def test_T_not_positive(name, bad):
     loss, _, tensors, _ = cases[name]
     with pytest.raises(ValueError, match='`T`'): loss(*tensors, hard, T=bad)
 
 @pytest.mark.parametrize('bad', [-1., float('nan'), float('inf')])
-def test_beta_not_positive(bad):
+def test_numbers_that_must_be_positive(bad):
     with pytest.raises(ValueError, match='beta'): trades_loss(s, s_adv, hard, beta=bad)
+    with pytest.raises(ValueError, match='beta'): iad_loss(*four, hard, beta=bad)
+    for name in ('beta','gamma','scale'):
+        with pytest.raises(ValueError, match=name): saad_loss(*four, hard, **{name: bad})
 
 @each
 def test_targ_that_does_not_fit(name):
@@ -250,3 +274,24 @@ def test_trades_names_its_logits():
 def test_labels_of_another_batch():
     with pytest.raises(ValueError, match='`targ` has 1 label for 4 rows'):
         soft_targets(torch.rand(4, 3).softmax(1), torch.tensor([1]), .5)
+
+def test_igdm_is_its_definition():
+    "The differences of logits as probabilities, in float64, with the gradients of the student's logits"
+    s_minus,t_plus,t_minus = (2*double(bs, c, seed=i) for i in (6, 7, 8))
+    def naive(a, b): return kl(softmax(a - b), softmax(t_plus - t_minus))
+    ours,exact = ([o.to(dtype).requires_grad_() for o in (s, s_minus)] for dtype in (torch.float32, torch.float64))
+    got,want = igdm_loss(*ours, t_plus.float(), t_minus.float(), reduction='none'), naive(*exact)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    for a,b in zip(torch.autograd.grad(got.sum(), ours), torch.autograd.grad(want.sum(), exact)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    assert igdm_loss(s, s_minus, s, s_minus).abs() < 1e-6
+
+def test_igdm_inside_saad():
+    each = igdm_loss(s_adv, s, t_adv.log(), t.log(), reduction='none')
+    torch.testing.assert_close(saad_loss(*four, hard, igdm=each, reduction='none').double(),
+                               saad(*four, as_labels(hard), igdm=each.double()), rtol=1e-5, atol=1e-6)
+
+def test_saad_of_a_teacher_that_is_equally_sure_of_all_images():
+    "Every weight is 0 then, and the clean term has its full weight"
+    got = saad_loss(s, s_adv, t, t_adv[:1].expand(bs, c), hard, beta=1.)
+    torch.testing.assert_close(got.double(), kl(softmax(s), t).mean(), rtol=1e-6, atol=1e-6)

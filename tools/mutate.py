@@ -14,7 +14,8 @@ root = Path(__file__).parent.parent
 # group: (module, its functions and classes, the tests that have to notice)
 groups = dict(
     losses=('losses.py',
-            ['_ce','_kl','soft_targets','ensemble_probs','ckd_loss','ard_loss','rslad_loss','akd_loss','trades_loss'],
+            ['_ce','_kl','soft_targets','ensemble_probs','ckd_loss','ard_loss','rslad_loss','akd_loss','trades_loss',
+             '_kl_between','_entropy','adaad_loss','iad_loss','igdm_loss','saad_loss'],
             ['tests/test_losses.py']),
     pgd=('attacks/pgd.py',
          ['_settle','_lengths','_Linf','_L2','PGD.loss','PGD.perturb','PGD._ascend','PGD._noise','PGD._score'],

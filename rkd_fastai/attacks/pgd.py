@@ -48,6 +48,7 @@ class Attack:
     folds = True # let `folded` make the model faster; False in a subclass that needs the unchanged model
     cost = 1 # forward passes per image, for the estimate of the remaining time; a gradient counts as two more
     stops_early = False # True if images with an adversarial example cost less than `cost`
+    takes_function = False # True if `targ` may be a function, which is asked for the targets of x′ at every step
 
     def parts(self,
         model, # maps pixel space to logits
@@ -83,18 +84,22 @@ class Attack:
     def __call__(self,
         model, # maps pixel space `(bs, c, h, w)` to logits `(bs, n_out)`; any callable
         x, # images in [0, 1], `(bs, c, h, w)`
-        targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
+        # class indices `(bs,)`, soft labels `(bs, n_out)`, or for some attacks a function from images to soft labels,
+        # which is called for x′ at every step and takes part in the gradient
+        targ,
     ):
         "Return adversarial examples for `x`: detached, with its shape and dtype, within `eps` of `x` and in [0, 1]"
         check_images(x)
-        check_targ(targ)
-        if len(targ) != len(x):
+        if callable(targ) and not self.takes_function:
+            raise TypeError(f"{self!r} takes labels, not a function: use `PGD(objective='kl')` without restarts")
+        if not callable(targ): check_targ(targ)
+        if not callable(targ) and len(targ) != len(x):
             raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
         self.check(x)
         if not len(x): return x.detach().clone()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             # clone them, because autograd does not accept tensors that were created in inference mode
-            x,targ = (t.detach().as_subclass(torch.Tensor).clone() for t in (x, targ))
+            x,targ = (t if callable(t) else t.detach().as_subclass(torch.Tensor).clone() for t in (x, targ))
             _warn_of_probs(model, x)
             with folded(model, x) if self.folds else nullcontext(): x_adv = self.perturb(model, x, targ)
             return _settle(x_adv.detach(), x)
@@ -174,6 +179,9 @@ class PGD(Attack):
     @property
     def cost(self): return self.restarts*max(3*self.steps, 1)
 
+    @property
+    def takes_function(self): return self.objective == 'kl' and self.restarts == 1
+
     def loss(self,
         logits, # `(bs, n_out)`
         targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
@@ -208,7 +216,10 @@ class PGD(Attack):
         x_adv = ball.project(x_float + self._noise(ball, x_float)) if self.random_start else x_float
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_()
-            grad, = torch.autograd.grad(self.loss(model(x_adv.to(x.dtype)), targ).sum(), x_adv)
+            x_now = x_adv.to(x.dtype)
+            # the logarithm of a probability that underflows to 0 would have no gradient
+            now = targ(x_now).clamp_min(1e-12) if callable(targ) else targ
+            grad, = torch.autograd.grad(self.loss(model(x_now), now).sum(), x_adv)
             x_adv = ball.project(x_adv.detach() + self.step_size*ball.unit(grad))
         return x_adv
 
