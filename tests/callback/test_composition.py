@@ -239,8 +239,8 @@ def test_csv_logger(method, make_learner, make_dls, tiny_net):
 def test_show_graph(method, make_learner, make_dls, tiny_net, monkeypatch):
     "The curves are the method's losses and the clean validation losses"
     drawn, seen = [], Seen()
-    monkeypatch.setattr(ConsoleMasterBar, 'update_graph', lambda self, graphs,
-                        *bounds: drawn.append(copy.deepcopy((graphs, bounds))))
+    monkeypatch.setattr(ConsoleMasterBar, 'update_graph',
+                        lambda self, graphs, *bounds: drawn.append(copy.deepcopy((graphs, bounds))))
     learn = make_learner(make_dls(n=64, bs=32), cbs=[method(tiny_net(seed=7), still), seen])
     learn.fit(2, .01, cbs=[ProgressCallback(), ShowGraphCallback()])
     ((iters, train), (ends, valid)), (x_bounds, y_bounds) = drawn[-1]

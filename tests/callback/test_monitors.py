@@ -338,8 +338,8 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
             write = keep.write_atomic
             if how == 'after the weights':
-                m.setattr(keep, 'write_atomic', lambda path,
-                          text: interrupt() if path.name == f'epoch_{every}.json' else write(path, text))
+                m.setattr(keep, 'write_atomic', lambda path, text: (
+                    interrupt() if path.name == f'epoch_{every}.json' else write(path, text)))
             start(cbs=[Die()])
     assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')
     if how in ('other file', 'no file', 'finished'):

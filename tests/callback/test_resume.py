@@ -399,8 +399,8 @@ class Watches(EachEpoch):
     remembers = ('sums',)
     def before_fit(self):
         from collections import Counter, defaultdict
-        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = 0, L(), [], Counter(), defaultdict( # noqa: E501
-            list), {}, signal.SIGTERM # which is an `int`
+        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = (
+            0, L(), [], Counter(), defaultdict(list), {}, signal.SIGTERM) # which is an `int`
     def each_epoch(self):
         self.n += 1
         self.names.append(f'{self.epoch}')
@@ -1092,8 +1092,8 @@ def test_where_pytorchs_optimiser_keeps_its_state(base, tmp_path, monkeypatch):
     adam = functools.partial(OptimWrapper, opt=torch.optim.Adam)
     run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth'), Die(6)], dies=True)
     given = []
-    monkeypatch.setattr(OptimWrapper, 'load_state_dict', lambda self,
-                        s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
+    monkeypatch.setattr(OptimWrapper, 'load_state_dict',
+                        lambda self, s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
     monkeypatch.setattr('rkd_fastai.callback.resume.model_device', lambda model: torch.device('meta'))
     run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth')])
     assert {s['step'].device.type for s in given[0]['state'].values()} == {'cpu'}

@@ -132,8 +132,9 @@ def test_default_rates_are_for_sgd(opt_func, name, make_learner):
         getattr(learn, fit)(1, lr_max=rate) # a warning is an error here
         if name is None: getattr(learn, fit)(1)
         else:
-            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, but this Learner trains with "
-                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as messages: # noqa: E501
+            with pytest.warns(UserWarning, match=(
+                    rf"default `lr_max` {rate} is for SGD, but this Learner trains with {name}:"
+                    rf".*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov")) as messages:
                 getattr(learn, fit)(1)
             assert messages[0].filename == __file__ # points at the line that fits
     learn.opt_func = sgd_nesterov
