@@ -39,8 +39,8 @@ def bare_step(model, teacher, opt, x, y, attack, compile=False, bf16=False):
     with faster(compile, bf16):
         x_adv = attack(model, x, y)
         probs = teacher.probs(x_adv)
-    with compiled(model) if compile else nullcontext(), torch.autocast('cuda', torch.bfloat16,
-                                                                       enabled=bf16 and x.is_cuda):
+    with (compiled(model) if compile else nullcontext(),
+          torch.autocast('cuda', torch.bfloat16, enabled=bf16 and x.is_cuda)):
         loss = akd_loss(model(x_adv), probs, y, ALPHA)
     loss.backward()
     opt.step()

@@ -102,14 +102,15 @@ def load_plain(
         _check_size(path)
         return _read(path)
     except _TorchScript as e:
-        raise ValueError(f"`{path}` is a TorchScript file, which contains code: if you trust it, pass "
-                         "`torch.jit.load(path)` as the teacher, or save its `state_dict()` with `torch.save`") from e
+        raise ValueError(f"`{path}` is a TorchScript file, which contains code: "
+                         "if you trust it, pass `torch.jit.load(path)` as the teacher, "
+                         "or save its `state_dict()` with `torch.save`") from e
     except _TakesMore as e:
-        raise ValueError(f"`{path}` would need more memory than its file size ({e}), so it may be corrupt or "
-                         "malicious: save `model.state_dict()` with `torch.save`") from e
+        raise ValueError(f"`{path}` would need more memory than its file size ({e}), "
+                         "so it may be corrupt or malicious: save `model.state_dict()` with `torch.save`") from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"`{path}` contains more than weights, and reading it would execute code: save "
-                         "`model.state_dict()` instead") from e
+        raise ValueError(f"`{path}` contains more than weights, and reading it would execute code: "
+                         "save `model.state_dict()` instead") from e
     except Exception as e:
         raise ValueError(f"`{path}` is truncated or not a checkpoint ({type(e).__name__}): copy or "
                          "save it again") from e
@@ -142,9 +143,9 @@ def read_state(
     if not path.is_file(): raise MissingFile(f"no teacher file at `{path}`")
     suffix = Path(path.stem).suffix if path.suffix in ('.tar', '.best', '.latest') else path.suffix
     if suffix not in _suffixes or path.suffix != suffix == '.safetensors':
-        raise ValueError(f"`{path}`: a teacher file must be .safetensors, .pth, .pth.tar, .pt or .ckpt. An exported "
-                         "Learner (.pkl) runs code when loaded: if you trust it, pass `load_learner(path)` as the "
-                         "teacher")
+        raise ValueError(f"`{path}`: a teacher file must be .safetensors, .pth, .pth.tar, .pt or .ckpt. "
+                         "An exported Learner (.pkl) runs code when loaded: "
+                         "if you trust it, pass `load_learner(path)` as the teacher")
     if path.suffix != '.safetensors': return _find_state(load_plain(path), path)
     try: return load_file(path)
     except Exception as e:
@@ -156,8 +157,8 @@ def _find_state(state, path):
     while isinstance(state, Mapping) and not _is_state(state):
         state = next((state[k] for k in _wrappings if isinstance(state.get(k), Mapping)), None)
     if not isinstance(state, Mapping):
-        raise ValueError(f"`{path}` contains no weights: expected a state_dict, or one under a key of "
-                         f"{list(_wrappings)}")
+        raise ValueError(f"`{path}` contains no weights: "
+                         f"expected a state_dict, or one under a key of {list(_wrappings)}")
     size = path.stat().st_size
     for k,v in state.items(): # a tensor that repeats one number can be much larger than its file
         for t in tensors_in(v):
@@ -203,8 +204,8 @@ def _mismatch(state, want):
     unexpected = [k for k in state if k not in want]
     shapes = [f'{k} {tuple(state[k].shape)} for {tuple(want[k].shape)}' for k in want
               if k in state and not is_extra(k) and state[k].shape != want[k].shape]
-    return '; '.join(f'{what}: {some(ks)}' for what,ks in [('missing', missing), ('unexpected', unexpected),
-                                                           ('other shape', shapes)] if ks)
+    return '; '.join(f'{what}: {some(ks)}' for what,ks in
+                     [('missing', missing), ('unexpected', unexpected), ('other shape', shapes)] if ks)
 
 def fitting_state(
     path, # checkpoint, as for `read_state`
@@ -213,8 +214,8 @@ def fitting_state(
     "Return the `state_dict` in a checkpoint with the names of `model`; raise `ValueError` if it does not match"
     state,stats = state_and_stats(path, model)
     if stats:
-        raise ValueError(f"`{path}` also contains normalisation statistics, which would be lost here: use "
-                         "`load_teacher`")
+        raise ValueError(f"`{path}` also contains normalisation statistics, which would be lost here: "
+                         "use `load_teacher`")
     return state
 
 def state_and_stats(
@@ -230,8 +231,8 @@ def state_and_stats(
         raise ValueError(f"`{path}` does not fit `model` ({problem}): build `model` with the checkpoint's "
                          "architecture and number of classes")
     absent = [k for k in want if is_extra(k) and k not in state]
-    if absent: warnings.warn(f"`{path}` has no `{absent[0]}`, because a .safetensors file cannot store it: `model` "
-                             "keeps its own value of `get_extra_state`")
+    if absent: warnings.warn(f"`{path}` has no `{absent[0]}`, because a .safetensors file cannot store it: "
+                             "`model` keeps its own value of `get_extra_state`")
     return state, stats
 
 def card_stats(
@@ -244,8 +245,8 @@ def card_stats(
     if not isinstance(card, dict) or not {'mean','std'} <= set(card): return None,None
     for k in ('mean','std'):
         if not isinstance(card[k], list) or not all(isinstance(v, float) for v in card[k]):
-            raise ValueError(f"`{path}` is damaged (its `{k}` is not a list of numbers): delete it, and pass `mean` "
-                             "and `std`")
+            raise ValueError(f"`{path}` is damaged (its `{k}` is not a list of numbers): "
+                             "delete it, and pass `mean` and `std`")
     return card['mean'],card['std']
 
 # %% ../nbs/09_checkpoint.ipynb #40b4d339
@@ -266,8 +267,8 @@ def read_card(
     except ValueError as e:
         raise ValueError(f"`{path}` is damaged ({e}): delete it; the epoch is then treated as unsaved") from e
     if not isinstance(card, dict):
-        raise ValueError(f"`{path}` is not a valid card, which is a JSON object with an entry for each metric: delete "
-                         "it")
+        raise ValueError(f"`{path}` is not a valid card, which is a JSON object with an entry for each metric: "
+                         "delete it")
     return card
 
 def card_vocab(
@@ -292,8 +293,8 @@ def best_epoch(
     for n,card in cards.items(): trainings.setdefault(str(card.get('training')), []).append(n)
     if len(trainings) > 1:
         raise ValueError(f"`{folder}` contains epochs of {len(trainings)} trainings, "
-                         f"{' and '.join(map(str, trainings.values()))}, which cannot be compared: move the files of "
-                         "all but one into another folder")
+                         f"{' and '.join(map(str, trainings.values()))}, which cannot be compared: "
+                         "move the files of all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)
     scores = {n: score(card) for n,card in cards.items()}
     missing = [n for n,v in scores.items() if not isinstance(v, (int, float)) or v != v]

@@ -24,8 +24,9 @@ import rkd_fastai
 # %% ../nbs/01_core.ipynb #b1aab2a8
 def _stats(name, v):
     "Return `v`, one number or one per channel, as a tensor `(1, c, 1, 1)`; raise `ValueError` if it is invalid"
-    v = torch.as_tensor(v, dtype=torch.float32, device=v.device if isinstance(v, torch.Tensor)
-                        else 'cpu').detach().clone().reshape(1, -1, 1, 1)
+    v = torch.as_tensor(
+        v, dtype=torch.float32, device=v.device if isinstance(v, torch.Tensor) else 'cpu'
+    ).detach().clone().reshape(1, -1, 1, 1)
     if not v.isfinite().all() or (name == 'std' and (v <= 0).any()):
         raise ValueError(f"`{name}` must hold finite{' positive' if name == 'std' else ''} numbers, one per channel, "
                          f"got {v.flatten().tolist()}")
@@ -49,8 +50,8 @@ class PixelModel(nn.Module):
     def _check_channels(self, x):
         n = 1 if self.mean is None else max(self.mean.shape[1], self.std.shape[1])
         if n > 1 and n != x.shape[-3]: # three means would turn one channel into three
-            raise ValueError(f"`mean` and `std` have {n} values, but the images have {x.shape[-3]} channels: give one "
-                             "value per channel, or a single value")
+            raise ValueError(f"`mean` and `std` have {n} values, but the images have {x.shape[-3]} channels: "
+                             "give one value per channel, or a single value")
 
     def normalize(self,
         x, # images in [0, 1], `(bs, c, h, w)`
@@ -82,8 +83,8 @@ def check_initialized(
     "Raise `ValueError` if `model` has lazy layers without weights"
     if not is_uninitialized(model): return
     lazy = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin)})
-    raise ValueError(f"`{name}` has lazy layers without weights ({', '.join(lazy)}): run one batch of images through "
-                     "it first, `model(x)`")
+    raise ValueError(f"`{name}` has lazy layers without weights ({', '.join(lazy)}): "
+                     "run one batch of images through it first, `model(x)`")
 
 def copied(
     model, # network
@@ -115,8 +116,8 @@ def warn_of_batch_statistics(
 ):
     "Warn if the predictions of `model` for an image depend on the other images in the batch, also in eval mode"
     if layer := batch_statistics(model):
-        warnings.warn(f"{_depends(layer, name)}, and the accuracy depends on the batch size: build the network with "
-                      "`track_running_stats=True`")
+        warnings.warn(f"{_depends(layer, name)}, and the accuracy depends on the batch size: "
+                      "build the network with `track_running_stats=True`")
 
 @contextmanager
 def naming_batchnorm(
@@ -127,8 +128,8 @@ def naming_batchnorm(
     try: yield model
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e) or not (layer := batch_statistics(model)): raise
-        raise ValueError(f"{_depends(layer, name)}, and there is no output for a single image: build the network with "
-                         "`track_running_stats=True`") from e
+        raise ValueError(f"{_depends(layer, name)}, and there is no output for a single image: "
+                         "build the network with `track_running_stats=True`") from e
 
 @contextmanager
 def frozen(
@@ -157,10 +158,10 @@ class NotFinite(FloatingPointError, ValueError): "Error for a number that is NaN
 def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
     if lo >= -.5 and hi <= 1.5:
-        return (f"they span [{lo:.3g}, {hi:.3g}]: if a bicubic resize caused this, use `x.clamp(0, 1)`; or are they "
-                "normalised? Attacks work before normalisation, which belongs to the model")
-    return (f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? Attacks work before normalisation, which belongs "
-            "to the model")
+        return (f"they span [{lo:.3g}, {hi:.3g}]: if a bicubic resize caused this, use `x.clamp(0, 1)`; "
+                "or are they normalised? Attacks work before normalisation, which belongs to the model")
+    return (f"they span [{lo:.3g}, {hi:.3g}]: are they normalised? "
+            "Attacks work before normalisation, which belongs to the model")
 
 def check_images(
     x, # images to check, `(bs, c, h, w)`
@@ -171,8 +172,8 @@ def check_images(
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor of images (bs, c, h, w), got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"`{name}` must be float images in [0, 1], got {x.dtype}: convert 0–255 images with "
-                        "`x.float()/255`")
+        raise TypeError(f"`{name}` must be float images in [0, 1], got {x.dtype}: "
+                        "convert 0–255 images with `x.float()/255`")
     if x.ndim != 4: raise ValueError(f"`{name}` must be a batch of images (bs, c, h, w), got shape {tuple(x.shape)}")
     if not x.numel(): return
     lo,hi = torch.stack(torch.aminmax(x.detach())).tolist() # a single wait for the GPU
@@ -189,11 +190,11 @@ def check_logits(
     "Return `logits` as a plain tensor in at least float32; raise an error if they are not logits `(bs, n_out)`"
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = type(logits).__name__ + (f" of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else '')
-        raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: wrap it so that it returns only this "
-                        "tensor")
+        raise TypeError(f"`{name}` must return logits (bs, n_out), got {got}: "
+                        "wrap it so that it returns only this tensor")
     if logits.shape[1] < 2:
-        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes: if "
-                         "z is the only logit for two classes, return `torch.cat([torch.zeros_like(z), z], 1)`")
+        raise ValueError(f"`{name}` returns {logits.shape[1]} logit(s) per image, but needs at least two classes: "
+                         "if z is the only logit for two classes, return `torch.cat([torch.zeros_like(z), z], 1)`")
     return logits.as_subclass(torch.Tensor).to(torch.promote_types(logits.dtype, torch.float32))
 
 def are_probs(
@@ -211,9 +212,9 @@ def check_no_probs(
     "Return `out`; raise `ValueError` if it contains probabilities, because attacks and losses need logits"
     if isinstance(out, torch.Tensor) and out.ndim == 2 and are_probs(out) and (out != out[:1]).any():
         raise ValueError(f"`{name}` returns probabilities, not logits. Attacks and losses apply a softmax themselves, "
-                         "and with two of them the gradients vanish: remove the softmax from the network, for example "
-                         "by `nn.Sequential(*list(net)[:-1])` if it is the last layer, or take the logarithm of the "
-                         f"output by `LogProbs(net)`{or_else}")
+                         "and with two of them the gradients vanish: remove the softmax from the network, "
+                         "for example by `nn.Sequential(*list(net)[:-1])` if it is the last layer, "
+                         f"or take the logarithm of the output by `LogProbs(net)`{or_else}")
     return out
 
 class LogProbs(nn.Module):
@@ -270,8 +271,8 @@ def check_targ(
                         f"`torch.as_tensor({name})`")
     if targ.is_floating_point():
         if targ.ndim == 1:
-            raise ValueError(f"`{name}` contains one {targ.dtype} per image, but class indices are integers: use "
-                             f"`{name}.long()`")
+            raise ValueError(f"`{name}` contains one {targ.dtype} per image, but class indices are integers: "
+                             f"use `{name}.long()`")
         if targ.ndim != 2 or targ.shape[1] != (n_out or targ.shape[1]):
             raise ValueError(f"soft `{name}` must be (bs, {n_out or 'n_out'}) to match the logits, "
                              f"got shape {tuple(targ.shape)}")
@@ -422,6 +423,6 @@ def digest(
     "Return 16 hexadecimal digits that identify these tensors by dtype, shape and values"
     h = hashlib.sha256()
     for t in tensors:
-        h.update(repr((t.dtype, tuple(t.shape))).encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8)
-                 .numpy().tobytes())
+        h.update(repr((t.dtype, tuple(t.shape))).encode()
+                 + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]

@@ -71,8 +71,8 @@ def _build_learner(dls, arch, **kwargs):
     if not isinstance(arch, nn.Module): return vision_learner(dls, arch, **kwargs)
     unused = {k: kwargs.pop(k) for k in list(kwargs) if k in _builds}
     if any(v is not False for v in unused.values()): # `pretrained=False` fits an existing network
-        warnings.warn(f"{list(unused)} are for building a network with `vision_learner`, but `arch` is already a "
-                      "network: it stays as it is")
+        warnings.warn(f"{list(unused)} are for building a network with `vision_learner`, "
+                      "but `arch` is already a network: it stays as it is")
     return Learner(dls, arch, **kwargs)
 
 @delegates(vision_learner, but=['dls','arch'])
@@ -98,8 +98,8 @@ def rkd_learner(
     its optimiser is SGD, e.g. `sgd_nesterov`, and with `fit_one_cycle` if it is Adam, fastai's default."""
     cls = method_class(method)
     if (ours := getattr(arch, 'func', arch)) in (cifar_resnet18, wide_resnet):
-        raise TypeError(f"`arch` cannot be {ours.__name__} itself: call it, as in `{ours.__name__}(n_out=dls.c)`, or "
-                        "pass a function of torchvision, such as `models.resnet18`")
+        raise TypeError(f"`arch` cannot be {ours.__name__} itself: call it, as in `{ours.__name__}(n_out=dls.c)`, "
+                        "or pass a function of torchvision, such as `models.resnet18`")
     alpha,lam = check_fraction(alpha=alpha, lam=lam)
     settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache, compile=compile, bf16=bf16)
     allowed_settings,defaults = signature(cls).parameters,signature(rkd_learner).parameters

@@ -19,8 +19,8 @@ def _check(logits, t_probs, name='s_logits', targ=None, t_name='t_probs'):
     if targ is not None and len(targ) != len(logits):
         raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(logits), 'image')}")
     if t_probs is not None and t_probs.shape != logits.shape:
-        raise ValueError(f"`{t_name}` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} must have the same "
-                         "shape: do teacher and student have the same classes?")
+        raise ValueError(f"`{t_name}` {tuple(t_probs.shape)} and `{name}` {tuple(logits.shape)} "
+                         "must have the same shape: do teacher and student have the same classes?")
 
 def _log_p(logits, target):
     "Return log-probabilities, and 0 where `target` is 0, because a logit of -∞ would give 0·∞ there"

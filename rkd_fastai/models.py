@@ -60,8 +60,8 @@ class _WideBlock(nn.Module):
     "Two times BatchNorm, activation and convolution; if the shape changes, the shortcut follows the first activation"
     def __init__(self, n_in, n_out, stride, act):
         super().__init__()
-        self.batchnorm_0,self.relu_0,self.conv_0 = nn.BatchNorm2d(n_in), act(), nn.Conv2d(n_in, n_out, 3,
-                                                                                          stride=stride, bias=False)
+        self.batchnorm_0,self.relu_0,self.conv_0 = (
+            nn.BatchNorm2d(n_in), act(), nn.Conv2d(n_in, n_out, 3, stride=stride, bias=False))
         self.batchnorm_1,self.relu_1,self.conv_1 = nn.BatchNorm2d(n_out), act(), _conv(n_out, n_out, 3)
         self.shortcut = nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False) if n_in != n_out or stride != 1 else None
         self.stride = stride

@@ -103,11 +103,12 @@ def to_pixels(
     try: check_images(x, 'images', tol=1e-3)
     except ValueError as e:
         if _overshoots(x):
-            warnings.warn("some pixels are slightly outside [0, 1], which a bicubic resize causes: attacks and "
-                          "measurements use `x.clamp(0, 1)`")
+            warnings.warn("some pixels are slightly outside [0, 1], which a bicubic resize causes: "
+                          "attacks and measurements use `x.clamp(0, 1)`")
             return x.clamp(0, 1)
-        raise type(e)(f"{e}. Images must be in [0, 1] after undoing `Normalize`. Use only fastai's `Normalize` in "
-                      "`batch_tfms`, and leave out transforms that add values after it, such as RandomErasing") from e
+        raise type(e)(f"{e}. Images must be in [0, 1] after undoing `Normalize`. "
+                      "Use only fastai's `Normalize` in `batch_tfms`, "
+                      "and leave out transforms that add values after it, such as RandomErasing") from e
     return x.clamp(0, 1)
 
 # %% ../nbs/08_pixel.ipynb #f3b12bcf
@@ -132,8 +133,8 @@ def check_single_label(
     elif get_c(dls) == 1:
         raise ValueError("`dls` have one class, but a classifier needs at least two: add images of another class")
     else: return
-    raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: use a "
-                     "`CategoryBlock`")
+    raise ValueError(f"`dls` are {kind} DataLoaders, but robust training needs one class per image: "
+                     "use a `CategoryBlock`")
 
 # %% ../nbs/08_pixel.ipynb #d11cadb2
 def sample_images(
@@ -157,8 +158,8 @@ def split_name(
 )->str: # 'train', 'valid' or 'test', or None for a loader that is not in `dls`
     "Return the name of the split of `dls` that a loader reads"
     names = ('train','valid','test')
-    return next((name for name,own in zip(names, dls.loaders) if own is dl or undistributed(own) is undistributed(dl)),
-                None)
+    return next((name for name,own in zip(names, dls.loaders)
+                 if own is dl or undistributed(own) is undistributed(dl)), None)
 
 def choose_dl(
     dls, # DataLoaders
@@ -229,8 +230,8 @@ def _read(dls, dl):
                              f"{tuple(xs[0].shape[1:])} and {tuple(xs[-1].shape[1:])}: give the DataLoaders "
                              "`item_tfms=Resize(…)`")
     if not xs:
-        raise ValueError("there are no images to evaluate, because `dl` is empty. An exported Learner does not contain "
-                         "its images: pass them, e.g. by `dl=dls.valid`")
+        raise ValueError("there are no images to evaluate, because `dl` is empty. "
+                         "An exported Learner does not contain its images: pass them, e.g. by `dl=dls.valid`")
     return torch.cat(xs), torch.cat(ys)
 
 def _sampled(learn, dl, n, seed):
@@ -285,8 +286,8 @@ def arriving_positions(
     """Return the dataset positions of the images from `dl` in the order of iteration, with -1 for repeated images;
     return None if the order is unknown"""
     if isinstance(dl, _tud.DataLoader):
-        return (list(range(len(dl.dataset))) if isinstance(dl.sampler, _tud.SequentialSampler) and dl.batch_size
-                else None)
+        return (list(range(len(dl.dataset)))
+                if isinstance(dl.sampler, _tud.SequentialSampler) and dl.batch_size else None)
     idxs = getattr(dl, '_DataLoader__idxs', None) # fastai draws these when the iteration starts
     if not isinstance(idxs, list) or None in idxs[:1] or not dl.bs: return None
     if not hasattr(dl, 'n_padded'): return idxs

@@ -57,8 +57,8 @@ class Recipe:
     note:str='' # where this library differs from the source
 
     def __repr__(self):
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name == 'method'
-                or getattr(self, f.name) not in (f.default, {})}
+        settings = {f.name: getattr(self, f.name) for f in fields(self)
+                    if f.name == 'method' or getattr(self, f.name) not in (f.default, {})}
         return 'Recipe(\n' + ''.join(f'    {k}={_shown(v)},\n' for k,v in settings.items()) + ')'
 
     @property
@@ -119,14 +119,16 @@ def _check(recipe, teacher):
         raise ValueError(f"unknown `method` {recipe.method!r}: choose from {', '.join(known)}")
     attacks = recipe.method not in ('st','ckd')
     if attacks == (recipe.attack is None):
-        raise ValueError("`attack` must " + ("be set, e.g. to `PGD()`, because" if attacks else "be None, because")
-                         + f" the method {recipe.method!r} " + ("needs one" if attacks else "takes none"))
+        raise ValueError("`attack` must "
+                         + ("be set, e.g. to `PGD()`, because" if attacks else "be None, because")
+                         + f" the method {recipe.method!r} "
+                         + ("needs one" if attacks else "takes none"))
     if recipe.needs_teacher and teacher is None:
-        raise ValueError(f"`teacher` is missing, and the method {recipe.method!r} needs one: pass it, e.g. as "
-                         "`Teacher.at_epoch(folder, 20, net)`")
+        raise ValueError(f"`teacher` is missing, and the method {recipe.method!r} needs one: "
+                         "pass it, e.g. as `Teacher.at_epoch(folder, 20, net)`")
     if not recipe.needs_teacher and teacher is not None:
-        raise ValueError(f"`teacher` must be left out, because the method {recipe.method!r} takes none. Recipes that "
-                         f"take one are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
+        raise ValueError(f"`teacher` must be left out, because the method {recipe.method!r} takes none. "
+                         f"Recipes that take one are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
 
 def _callback(recipe, teacher, **kwargs):
     "Return the training callback of a recipe"
@@ -137,8 +139,8 @@ def _callback(recipe, teacher, **kwargs):
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
         if recipe.synthetic is None:
-            raise ValueError("this recipe has no synthetic images: leave `synthetic` out, or set their share of the "
-                             "batch by `recipe.replace(synthetic=.7)`")
+            raise ValueError("this recipe has no synthetic images: leave `synthetic` out, "
+                             "or set their share of the batch by `recipe.replace(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 
@@ -160,8 +162,9 @@ def learner(self:Recipe,
     "Return a Learner for this recipe, which `recipe.fit(learn)` trains; raise an error if a required part is missing"
     _check(self, teacher)
     if not self.bn_wd and 'splitter' in kwargs:
-        raise ValueError("`splitter` must be left out, because this recipe has its own, which excludes BatchNorm from "
-                         "the weight decay. With `recipe.replace(bn_wd=True)` it has none")
+        raise ValueError("`splitter` must be left out, because this recipe has its own, "
+                         "which excludes BatchNorm from the weight decay. "
+                         "With `recipe.replace(bn_wd=True)` it has none")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
     _check_net(net, dls)
@@ -195,55 +198,61 @@ def lr_for(self:Recipe,
 
 # %% ../nbs/13_recipes.ipynb #bf3b6a95
 _rkd = 'When does knowledge distillation improve robustness?'
-paper_teacher = Recipe(f'{_rkd} Appendix A.1', 'at', PGD(), epochs=100, bs=128, lr=.1, schedule=ExpDecay(.9),
-    note='the paper states SGD, epochs, batch size, learning rate and PGD-7; momentum, weight decay and steps of 2/255 '
-         'are the usual ones')
-paper_student = Recipe(f'{_rkd} Appendix A.1', 'akd', PGD(), epochs=100, bs=256, lr=.21, schedule=OneCycle(),
-                       settings=dict(alpha=.8),
+paper_teacher = Recipe(f'{_rkd} Appendix A.1', 'at', PGD(),
+    epochs=100, bs=128, lr=.1, schedule=ExpDecay(.9),
+    note='the paper states SGD, epochs, batch size, learning rate and PGD-7; '
+         'momentum, weight decay and steps of 2/255 are the usual ones')
+paper_student = Recipe(f'{_rkd} Appendix A.1', 'akd', PGD(),
+    epochs=100, bs=256, lr=.21, schedule=OneCycle(), settings=dict(alpha=.8),
     note='alpha is that of Section 4; in Section 3.1, about .3 is best with a standard and .7 with a robust teacher. '
          'The rest is as in `paper_teacher`')
 
 # %% ../nbs/13_recipes.ipynb #187ac959
 _wrn = partial(wide_resnet, 28, 10)
-rebuffi_at_plus = Recipe('Rebuffi et al., Fixing Data Augmentation to Improve Adversarial Robustness (2021), '
-                         'experimental setup; the paper, Section 4 (AT+)', 'at', PGD(steps=10),
-    epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025), arch=_wrn, bn_wd=False, ema=.995,
-                         synthetic=.7, cutout=18,
-    note='the average ramps up from the first step, where the authors start it after the warm-up; `replace(cutout=0, '
-         'cutmix=True)` is their other augmentation')
-wang_at_plus = rebuffi_at_plus.replace(source='Wang et al., Better Diffusion Models Further Improve Adversarial '
-                                              'Training (2023), training settings; the paper, Section 4 (AT+, EDM '
-                                              'data)',
+rebuffi_at_plus = Recipe(
+    'Rebuffi et al., Fixing Data Augmentation to Improve Adversarial Robustness (2021), experimental setup; '
+    'the paper, Section 4 (AT+)', 'at', PGD(steps=10),
+    epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025),
+    arch=_wrn, bn_wd=False, ema=.995, synthetic=.7, cutout=18,
+    note='the average ramps up from the first step, where the authors start it after the warm-up; '
+         '`replace(cutout=0, cutmix=True)` is their other augmentation')
+wang_at_plus = rebuffi_at_plus.replace(
+    source='Wang et al., Better Diffusion Models Further Improve Adversarial Training (2023), training settings; '
+           'the paper, Section 4 (AT+, EDM data)',
     bs=512, lr=.2, lr_bs=512, cutout=0,
-    note="the loss is the cross-entropy of adversarial examples, as in the paper's AT+; the authors' command trains "
-         "with TRADES, which is `wang_trades`")
-wang_trades = wang_at_plus.replace(source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)',
-                               method='trades',
-    attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), label_smoothing=.1,
+    note="the loss is the cross-entropy of adversarial examples, as in the paper's AT+; "
+         "the authors' command trains with TRADES, which is `wang_trades`")
+wang_trades = wang_at_plus.replace(
+    source='Wang et al. (2023), train-wa.py; the paper, Appendix B.4 (TRADES+)',
+    method='trades', attack=PGD(steps=10, objective='kl'), settings=dict(beta=5.), label_smoothing=.1,
     note="this recipe attacks in eval mode, the script with the statistics of the batch; BatchNorm sees x' before x")
 
 # %% ../nbs/13_recipes.ipynb #84db3dbe
 _start = 'the random start is clipped to [0, 1] before the first step; the script clips it after this step'
-rslad_official = Recipe('Zi et al., Revisiting Adversarial Robustness Distillation (2021), resnet18_rslad_cifar10.py',
-                        'rslad',
-    PGD(steps=10, step_size=2/255, random_start=.001, objective='kl'), epochs=300, bs=128, lr=.1,
-                        schedule=Steps((215,260,285), 300),
-    wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=5/6), mean_over_classes=True, note=_start)
-ard_official = Recipe('Goldblum et al., Adversarially Robust Distillation (2020), main.py', 'ard',
-                      PGD(steps=10, step_size=2/255), epochs=200, bs=128, lr=.1,
-    schedule=Steps((100,), 200), wd=2e-4, nesterov=False, settings=dict(alpha=1., lam=1., T=30.),
-                      mean_over_classes=True,
-    note='this recipe attacks the student in eval mode, the script in train mode. The second step of the script, at '
-         'epoch 150, does not change the rate. The default student there is a MobileNetV2')
-trades_official = Recipe('Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy (2019), '
-                         'train_trades_cifar10.py', 'trades',
-    PGD(.031, steps=10, step_size=.007, random_start=.001, objective='kl'), epochs=76, bs=128, lr=.1,
-                         schedule=Steps((74,), 76),
-    arch=partial(wide_resnet, 34, 10, act=nn.ReLU), wd=2e-4, nesterov=False, settings=dict(beta=6.), note=_start)
-fast_at = Recipe('Wong et al., Fast is better than free (2020), CIFAR10/train_fgsm.py', 'at', FFGSM(8/255), epochs=15,
-                 bs=128, lr=.2, schedule=Triangle(.5), nesterov=False,
-    note='this recipe attacks in eval mode, the script in train mode and half precision. The network there is a '
-         'PreActResNet-18')
+rslad_official = Recipe(
+    'Zi et al., Revisiting Adversarial Robustness Distillation (2021), resnet18_rslad_cifar10.py',
+    'rslad', PGD(steps=10, step_size=2/255, random_start=.001, objective='kl'),
+    epochs=300, bs=128, lr=.1, schedule=Steps((215,260,285), 300), wd=2e-4, nesterov=False,
+    settings=dict(alpha=1., lam=5/6), mean_over_classes=True, note=_start)
+ard_official = Recipe(
+    'Goldblum et al., Adversarially Robust Distillation (2020), main.py',
+    'ard', PGD(steps=10, step_size=2/255),
+    epochs=200, bs=128, lr=.1, schedule=Steps((100,), 200), wd=2e-4, nesterov=False,
+    settings=dict(alpha=1., lam=1., T=30.), mean_over_classes=True,
+    note='this recipe attacks the student in eval mode, the script in train mode. '
+         'The second step of the script, at epoch 150, does not change the rate. '
+         'The default student there is a MobileNetV2')
+trades_official = Recipe(
+    'Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy (2019), train_trades_cifar10.py',
+    'trades', PGD(.031, steps=10, step_size=.007, random_start=.001, objective='kl'),
+    epochs=76, bs=128, lr=.1, schedule=Steps((74,), 76), arch=partial(wide_resnet, 34, 10, act=nn.ReLU),
+    wd=2e-4, nesterov=False, settings=dict(beta=6.), note=_start)
+fast_at = Recipe(
+    'Wong et al., Fast is better than free (2020), CIFAR10/train_fgsm.py',
+    'at', FFGSM(8/255),
+    epochs=15, bs=128, lr=.2, schedule=Triangle(.5), nesterov=False,
+    note='this recipe attacks in eval mode, the script in train mode and half precision. '
+         'The network there is a PreActResNet-18')
 
 all_recipes = {k: v for k,v in list(globals().items()) if isinstance(v, Recipe)}
 

@@ -136,8 +136,8 @@ def fit_sched(self:Learner,
     if lr_max is _exp_lr or lr_max is _rkd_lr: _check_sgd(self.opt, lr_max)
     self.opt.set_hyper('lr', lr_max)
     lrs = np.array([h['lr'] for h in self.opt.hypers])
-    self.fit(n_epoch, cbs=ParamScheduler({'lr': lambda pct: lrs * sched(pct, n_epoch)})+L(cbs), wd=wd,
-             start_epoch=start_epoch)
+    self.fit(n_epoch, cbs=ParamScheduler({'lr': lambda pct: lrs * sched(pct, n_epoch)})+L(cbs),
+             wd=wd, start_epoch=start_epoch)
     return self
 
 # %% ../nbs/11_schedules.ipynb #2144b7cb

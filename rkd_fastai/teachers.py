@@ -55,16 +55,16 @@ class Teacher(nn.Module):
         if not models: raise ValueError("`teacher` is an empty list: give at least one model")
         if ((mean is not None or std is not None)
             and not any(isinstance(m, nn.Module) and not isinstance(m, Teacher) for m in models)):
-            raise ValueError("`mean` and `std` are for a plain nn.Module: a Learner or a Teacher brings its own "
-                             "normalisation")
+            raise ValueError("`mean` and `std` are for a plain nn.Module: "
+                             "a Learner or a Teacher brings its own normalisation")
         self.betas = check_weights(betas, len(models))
         self.members = nn.ModuleList([_as_member(m, mean, std) for m in models])
         vocabs = [m.vocab for m in self.members if m.vocab]
         self.vocab = vocabs[0] if vocabs else [] # class names in order, if a Learner provides them
         names = [[str(o) for o in v] for v in vocabs]
         if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names):
-            raise ValueError(f"`teacher` has members with different orders of the classes, {names}: their average "
-                             "would mean nothing")
+            raise ValueError(f"`teacher` has members with different orders of the classes, {names}: "
+                             "their average would mean nothing")
         self.requires_grad_(False).eval()
         if len(models) > 1: self.to(model_device(self.members[0])) # the members may be on several devices
 
@@ -82,12 +82,12 @@ class Teacher(nn.Module):
         """Return Σ β_i softmax(f_i(x)/T), float32 `(bs, n_out)`, without gradients; raise `NotFinite` if `x` or
         the result contains NaN or infinite values"""
         check_T(T)
-        p = ensemble_probs([m.probs(x, T) if isinstance(m, Teacher) else _probs(m, x, T) for m in self.members],
-                           self.betas)
+        p = ensemble_probs(
+            [m.probs(x, T) if isinstance(m, Teacher) else _probs(m, x, T) for m in self.members], self.betas)
         if not p.isfinite().all():
             if not x.isfinite().all():
-                raise NotFinite("`teacher` was given images that contain NaN or infinite values: check the attack that "
-                                "made them")
+                raise NotFinite("`teacher` was given images that contain NaN or infinite values: "
+                                "check the attack that made them")
             raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of "
                             f"{len(p)} images: check its weights and its normalisation (`mean`, `std`)")
         return p
@@ -98,8 +98,8 @@ class Teacher(nn.Module):
         """Return logits `(bs, n_out)`, which are log Σ β_i softmax(f_i(x)) for an ensemble. They are differentiable,
         so that a teacher can be attacked."""
         if len(self.members) == 1: return self.members[0](x)
-        logps = [check_logits(m(x), 'teacher').log_softmax(1) + math.log(b) for m,b in zip(self.members, self.betas)
-                 if b > 0]
+        logps = [check_logits(m(x), 'teacher').log_softmax(1) + math.log(b)
+                 for m,b in zip(self.members, self.betas) if b > 0]
         return torch.stack(logps).logsumexp(0)
 
     def __repr__(self):
@@ -123,8 +123,8 @@ def load_teacher(
     model.load_state_dict(state, strict=False) # eval mode does not need BatchNorm's step counters, which may be missing
     if mean is None and std is None: mean,std = stats or card_stats(path)
     if stats and mean is stats[0] and max(mean) > 1:
-        raise ValueError(f"`{path}` normalises images with a mean of {mean}, which does not fit images in [0, 1]: pass "
-                         "`mean` and `std`")
+        raise ValueError(f"`{path}` normalises images with a mean of {mean}, which does not fit images in [0, 1]: "
+                         "pass `mean` and `std`")
     return Teacher(model, mean=mean, std=std)
 
 # %% ../nbs/10_teachers.ipynb #e6d5527e
@@ -163,8 +163,8 @@ def from_robustbench(cls:Teacher,
     load_model = _import('robustbench.utils', 'robustbench').load_model
     try: teacher = cls(load_model(model_name=name, dataset=dataset, threat_model=threat_model, **kwargs))
     except (KeyError, ValueError) as e:
-        raise ValueError(f"RobustBench has no network {name!r} for {dataset!r} and {threat_model!r} ({e}): `name` is "
-                         "its id on robustbench.github.io") from e
+        raise ValueError(f"RobustBench has no network {name!r} for {dataset!r} and {threat_model!r} ({e}): "
+                         "`name` is its id on robustbench.github.io") from e
     if dataset == 'cifar10': teacher.vocab = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
     return teacher
 
@@ -190,8 +190,8 @@ def _for_channels(stats, n):
     weights of the channels."""
     if len(stats) in (1, n): return stats
     if n == 1: return [sum(stats)/len(stats)]
-    raise ValueError(f"`in_chans` is {n}, but the network's own normalisation has {len(stats)} channels: pass `mean` "
-                     f"and `std` with {n} values")
+    raise ValueError(f"`in_chans` is {n}, but the network's own normalisation has {len(stats)} channels: "
+                     f"pass `mean` and `std` with {n} values")
 
 @patch(cls_method=True)
 def from_torchvision(cls:Teacher,
@@ -205,8 +205,8 @@ def from_torchvision(cls:Teacher,
         raise ValueError(f"`weights` {weights} have no class names: use those of a classifier")
     tfms = weights.transforms()
     if mean is None and std is None: mean,std = tfms.mean,tfms.std
-    teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights), mean=mean,
-                  std=std)
+    teacher = cls(get_model(type(weights).__name__.removesuffix('_Weights').lower(), weights=weights),
+                  mean=mean, std=std)
     teacher.vocab = list(weights.meta['categories'])
     return teacher
 
@@ -220,8 +220,8 @@ def check_teacher(
     channels = {m.mean.numel() for m in teacher.modules() if isinstance(m, PixelModel)
                 and m.mean is not None} - {1, images.shape[1]}
     if channels: # a grey image minus three means would become an image with three channels
-        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: it "
-                         f"normalises {channels.pop()} channels. If its network takes images of {images.shape[1]}, "
+        raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: "
+                         f"it normalises {channels.pop()} channels. If its network takes images of {images.shape[1]}, "
                          "make the teacher with `mean` and `std` of that length")
     warn_of_batch_statistics(teacher, 'teacher')
     try: probs = teacher.probs(images)
@@ -233,9 +233,9 @@ def check_teacher(
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: "
                          f"{str(e).splitlines()[0]}") from e
     if n_out and probs.shape[1] != n_out:
-        raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: use a teacher of the same "
-                         "classes")
+        raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: "
+                         "use a teacher of the same classes")
     theirs,ours = ([str(o) for o in v] for v in (teacher.vocab, getattr(dls, 'vocab', [])))
     if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(f"`teacher` orders the classes as {theirs}, but `dls` as {ours}: build `dls` with the `vocab` "
-                         "of the teacher")
+        raise ValueError(f"`teacher` orders the classes as {theirs}, but `dls` as {ours}: "
+                         "build `dls` with the `vocab` of the teacher")

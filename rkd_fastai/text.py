@@ -68,8 +68,7 @@ def did_you_mean(
 
 # %% ../nbs/00_text.ipynb #c1bfce5f
 _nearest = {'█': '#', '░': '.', '≤': '<=', '≥': '>=', '→': '->', '±': '+-', '×': 'x', '·': '.', '–': '-', '—': '-',
-            '′': "'", '∞': 'inf', '…': '...',
-            'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'ε': 'eps', 'λ': 'lambda'}
+            '′': "'", '∞': 'inf', '…': '...', 'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'ε': 'eps', 'λ': 'lambda'}
 
 def _shown(e):
     "Return a replacement for characters that cannot be encoded, as an error handler for `codecs`"

@@ -82,8 +82,8 @@ def make_learner(make_dls, tiny_net, tmp_path):
     def make(dls=None, model=None, **kwargs):
         kwargs = dict(loss_func=CrossEntropyLossFlat(), path=tmp_path) | kwargs
         dls = make_dls() if dls is None else dls
-        learn = Learner(dls, tiny_net(n_in=3 if dls.one_batch()[0].shape[1] == 3 else 1) if model is None else model,
-                        **kwargs)
+        learn = Learner(
+            dls, tiny_net(n_in=3 if dls.one_batch()[0].shape[1] == 3 else 1) if model is None else model, **kwargs)
         learn.remove_cb(ProgressCallback)
         learn.logger = lambda *_: None
         return learn
@@ -94,8 +94,7 @@ def _train(digits, attack_steps):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1),
-                              nn.BatchNorm2d(32),
-                              nn.ReLU(), nn.Flatten(), nn.Linear(32*16, 10))
+                              nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32*16, 10))
         opt = torch.optim.Adam(model.parameters(), 3e-3)
         for _ in range(10):
             for i in torch.randperm(1297).split(100):

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest, timm, torch, torch.nn as nn, torchvision
 from fastai.vision.all import (SGD, CrossEntropyLossFlat, Learner, Mish, Normalize, ProgressCallback, imagenet_stats,
-                               resnet18, set_seed,
-                               vision_learner, xresnet18)
+                               resnet18, set_seed, vision_learner, xresnet18)
 from torch.nn.utils.parametrizations import spectral_norm
 
 from rkd_fastai.all import *
@@ -30,35 +29,35 @@ half = [[.5]*3]*2
 archs = {
     'vision_learner': (32, 3, imagenet_stats, lambda dls, **kw: vision_learner(dls, resnet18, **kw)),
     'vision_learner, unfrozen': (32, 3, imagenet_stats, unfrozen),
-    'vision_learner, one channel': (28, 1, None, lambda dls,
-                                    **kw: vision_learner(dls, resnet18, n_in=1, pretrained=False, **kw)),
+    'vision_learner, one channel': (28, 1, None, lambda dls, **kw: vision_learner(
+        dls, resnet18, n_in=1, pretrained=False, **kw)),
     'vision_learner, xresnet': (32, 3, None, lambda dls, **kw: vision_learner(dls, xresnet18, pretrained=False, **kw)),
     'vision_learner, convnext': (32, 3, imagenet_stats, lambda dls, **kw: vision_learner(dls, 'convnext_atto', **kw)),
-    'vision_learner, ViT': (32, 3, half, lambda dls, **kw: vision_learner(dls, 'vit_tiny_patch16_224', img_size=32,
-                                                                          patch_size=8, depth=2, **kw)),
-    'timm ViT': (32, 3, None, net(lambda: timm.create_model('test_vit', img_size=32, num_classes=10, drop_rate=.3,
-                                                            drop_path_rate=.3))),
+    'vision_learner, ViT': (32, 3, half, lambda dls, **kw: vision_learner(
+        dls, 'vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2, **kw)),
+    'timm ViT': (32, 3, None, net(lambda: timm.create_model(
+        'test_vit', img_size=32, num_classes=10, drop_rate=.3, drop_path_rate=.3))),
     'xresnet, one channel, 8×8': (8, 1, None, net(lambda: xresnet18(n_out=10, c_in=1, act_cls=Mish))),
-    'dropout': (8, 1, None, net(lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-                                                      nn.Dropout2d(.3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Dropout(.5),
-                                                      *head(8)))),
+    'dropout': (8, 1, None, net(lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(.3),
+        nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Dropout(.5), *head(8)))),
     'GroupNorm': (16, 3, None, net(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), *head(8)))),
-    'in place': (16, 3, None, net(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8),
-                                                        nn.SiLU(inplace=True), nn.Dropout(.5, inplace=True),
-                                                        *head(8)))),
-    'in place on the images': (16, 3, None, net(lambda: nn.Sequential(nn.Hardtanh(.2, .8, inplace=True),
-                                                                      nn.Conv2d(3, 8, 3), nn.ReLU(), *head(8)))),
-    'spectral norm': (16, 3, None, net(lambda: nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8),
-                                                             nn.ReLU(), *head(8)))),
-    '224×224': (224, 3, None, net(lambda: nn.Sequential(nn.Conv2d(3, 8, 8, 4), nn.BatchNorm2d(8),
-                                                        nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, 2),
-                                                        nn.ReLU(inplace=True), *head(16))))}
+    'in place': (16, 3, None, net(lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.SiLU(inplace=True),
+        nn.Dropout(.5, inplace=True), *head(8)))),
+    'in place on the images': (16, 3, None, net(lambda: nn.Sequential(
+        nn.Hardtanh(.2, .8, inplace=True), nn.Conv2d(3, 8, 3), nn.ReLU(), *head(8)))),
+    'spectral norm': (16, 3, None, net(lambda: nn.Sequential(
+        spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.ReLU(), *head(8)))),
+    '224×224': (224, 3, None, net(lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 8, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, 2), nn.ReLU(inplace=True), *head(16))))}
 
 @pytest.fixture(autouse=True)
 def random_weights(monkeypatch):
     "Instead of the pretrained weights that fastai would download: all else is as with them"
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args,
-                        **kw: torchvision.models.resnet18().state_dict())
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url',
+                        lambda *args, **kw: torchvision.models.resnet18().state_dict())
     monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kw: None)
 
 @pytest.fixture
@@ -83,8 +82,8 @@ def test_steps_are_those_of_plain_pytorch(name, method, silent, check_distillati
     dls = noise_dls(size, channels, **(dict(n=2, bs=2) if size == 224 else {}))
     learn, net = silent(build, dls), teacher_net(channels)
     assert bool(stats) == any(isinstance(t, Normalize) for t in dls.after_batch.fs)
-    check_distillation(learn, Teacher(net, mean=.4, std=.2), lambda x: net((x-.4)/.2).softmax(1).detach(), method,
-                       stats)
+    check_distillation(learn, Teacher(net, mean=.4, std=.2), lambda x: net((x-.4)/.2).softmax(1).detach(),
+                       method, stats)
 
 def test_factory_builds_what_vision_learner_does(silent):
     "`rkd_learner(dls, arch, teacher)` is `vision_learner(dls, arch).to_rkd(teacher)`, to the last bit of the weights"
@@ -93,8 +92,8 @@ def test_factory_builds_what_vision_learner_does(silent):
         learn = silent(build, noise_dls(32)); set_seed(1); learn.fit(1, .02)
         return learn
     teacher, attack = Teacher(teacher_net(3)), PGD(steps=1)
-    a, b = fit(lambda dls, **kw: rkd_learner(dls, resnet18, teacher, attack=attack, **kw)), fit(lambda dls,
-                                                                                                **kw: vision_learner(dls, resnet18, **kw).to_rkd(teacher, attack=attack)) # noqa: E501
+    a, b = (fit(lambda dls, **kw: rkd_learner(dls, resnet18, teacher, attack=attack, **kw)),
+            fit(lambda dls, **kw: vision_learner(dls, resnet18, **kw).to_rkd(teacher, attack=attack)))
     assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
     assert [p.requires_grad for p in a.model.parameters()] == [p.requires_grad for p in b.model.parameters()]
 
@@ -143,8 +142,7 @@ print(load_learner('student.pkl').predict(dls.valid_ds[0][0]))
 def test_no_warning_in_normal_use(tmp_path):
     "None but fastai's own, of `load_learner`"
     done = subprocess.run([sys.executable, '-W', 'always', '-c', script], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300,
-                          env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
+                          timeout=300, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
     assert not done.returncode, done.stderr
     before, ours = done.stderr.split('--- rkd_fastai')
     warned = [l for l in ours.splitlines() if re.search('[Ww]arning', l)]
@@ -166,8 +164,8 @@ def test_torchscript(make, robust_net, test_images, make_learner, tmp_path):
     was = [hasattr(m, 'training') and m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
     attack = PGD(.1, steps=3, random_start=False)
     assert ((attack(net, x, y) - attack(robust_net, x, y)).abs() < 1e-6).float().mean() > .99
-    assert robust_accuracy(net, x, y, AutoAttack(.1, version='apgd-ce', fast=True)) == robust_accuracy(robust_net, x,
-                                                                                                       y, AutoAttack(.1, version='apgd-ce')) # noqa: E501
+    assert (robust_accuracy(net, x, y, AutoAttack(.1, version='apgd-ce', fast=True))
+            == robust_accuracy(robust_net, x, y, AutoAttack(.1, version='apgd-ce')))
     teacher = Teacher(net)
     torch.testing.assert_close(teacher.probs(x), Teacher(robust_net).probs(x))
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -219,8 +217,8 @@ def test_lazy_layers_elsewhere(tiny_net, tmp_path):
     torch.save(tiny_net().state_dict(), tmp_path/'net.pth')
     for what in (lambda: PGD()(net, x, y), lambda: robust_accuracy(net, x, y),
                  lambda: load_teacher(tmp_path/'net.pth', net), lambda: export_robustbench(net, x, tmp_path/'export')):
-        with pytest.raises(ValueError, match=r'`model` has lazy layers without weights \(LazyBatchNorm2d, LazyConv2d, '
-                                             r'LazyLinear\): run one batch'):
+        with pytest.raises(ValueError, match=r'`model` has lazy layers without weights '
+                                             r'\(LazyBatchNorm2d, LazyConv2d, LazyLinear\): run one batch'):
             what()
     with pytest.raises(ValueError, match='`teacher` has lazy layers'): Teacher([tiny_net(), net])
     net(x)

@@ -3,8 +3,7 @@ import json, re
 from functools import partial
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSELossFlat, MultiCategoryBlock,
-                               PILImageBW,
-                               RegressionBlock, Transform, TensorImage, resnet18)
+                               PILImageBW, RegressionBlock, Transform, TensorImage, resnet18)
 
 from rkd_fastai import models
 from rkd_fastai.all import *
@@ -50,8 +49,8 @@ def test_teacher_with_other_classes(method, unchanged, make_learner, tiny_net):
 @each
 def test_teacher_of_other_images(method, unchanged, make_learner, tiny_net):
     both_ways(unchanged, make_learner(), tiny_net(n_in=3), method, ValueError, '`teacher`')
-    both_ways(unchanged, make_learner(), nn.Sequential(nn.Flatten(), nn.Linear(100, 10)), method, ValueError,
-              '`teacher`')
+    both_ways(unchanged, make_learner(), nn.Sequential(nn.Flatten(), nn.Linear(100, 10)), method,
+              ValueError, '`teacher`')
 
 class NaN(nn.Module):
     def forward(self, x): return x.flatten(1)[:,:10]*float('nan')
@@ -145,8 +144,7 @@ def test_no_single_label(kind, how, unchanged, make_learner, tiny_net, tmp_path)
     if how == 'callback': learn.add_cb(AKDCallback(tiny_net()))
     with unchanged(learn, ValueError, match):
         dict(akd=lambda: learn.to_rkd(tiny_net()), adversarial=lambda: learn.to_adversarial(),
-             robustness=lambda: learn.robustness(('clean',)),
-             callback=lambda: learn.fit(1))[how]()
+             robustness=lambda: learn.robustness(('clean',)), callback=lambda: learn.fit(1))[how]()
 
 class Shift(Transform):
     "Leaves [0, 1], after everything"
@@ -264,12 +262,12 @@ def test_what_is_no_number(name, make, value):
                                         f'.*{"quotes" if isinstance(value, str) else ""}'):
         make(value)
 
-@pytest.mark.parametrize('name,make', [('steps', lambda v: PGD(steps=v)), ('restarts', lambda v: PGD(restarts=v)),
-                                       ('bs', lambda v: AutoAttack(bs=v)), ('queries', lambda v: AutoAttack(queries=v)),
+@pytest.mark.parametrize('name,make', [
+    ('steps', lambda v: PGD(steps=v)), ('restarts', lambda v: PGD(restarts=v)),
+    ('bs', lambda v: AutoAttack(bs=v)), ('queries', lambda v: AutoAttack(queries=v)),
     ('seed', lambda v: AutoAttack(seed=v)), ('every', KeepEpochs), ('n_out', lambda v: wide_resnet(10, 1, n_out=v)),
-                                       ('bs', lambda v: digits_dls(bs=v)), ('seed', lambda v: digits_dls(seed=v)),
-    ('bs', lambda v: with_bs(None, v)), ('bs', lambda v: robust_accuracy(nn.Flatten(), torch.rand(2,1,2,2),
-                                                                         torch.zeros(2).long(), PGD(), v))])
+    ('bs', lambda v: digits_dls(bs=v)), ('seed', lambda v: digits_dls(seed=v)), ('bs', lambda v: with_bs(None, v)),
+    ('bs', lambda v: robust_accuracy(nn.Flatten(), torch.rand(2,1,2,2), torch.zeros(2).long(), PGD(), v))])
 def test_what_is_no_whole_number(name, make):
     for bad in (2.5, float('nan'), float('inf')):
         with pytest.raises(ValueError, match=f'`{name}` must be a whole number'): make(bad)
@@ -353,25 +351,26 @@ def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net
     with pytest.raises(ValueError, match='different orders of the classes'): Teacher([one, other])
 
 takes_targ = dict(
-    pgd=lambda m, x, t: PGD(.1, steps=1)(m, x, t), kl=lambda m, x, t: PGD(.1, steps=1, objective='kl')(m, x, t),
+    pgd=lambda m, x, t: PGD(.1, steps=1)(m, x, t),
+    kl=lambda m, x, t: PGD(.1, steps=1, objective='kl')(m, x, t),
     cw=lambda m, x, t: PGD(.1, steps=1, objective='cw')(m, x, t),
-    autoattack=lambda m, x, t: AutoAttack(.1, version='apgd-ce')(m, x, t), robust_accuracy=lambda m, x,
-    t: robust_accuracy(m, x, t, lambda m, x, t: x),
-    check_masking=lambda m, x, t: check_masking(m, x, t), soft_targets=lambda m, x,
-    t: soft_targets(torch.full((16, 10), .1), t, .5), ckd=lambda m, x,
-    t: ckd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t),
-    trades=lambda m, x, t: trades_loss(torch.zeros(16, 10), torch.zeros(16, 10), t), akd=lambda m, x,
-    t: akd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t))
+    autoattack=lambda m, x, t: AutoAttack(.1, version='apgd-ce')(m, x, t),
+    robust_accuracy=lambda m, x, t: robust_accuracy(m, x, t, lambda m, x, t: x),
+    check_masking=lambda m, x, t: check_masking(m, x, t),
+    soft_targets=lambda m, x, t: soft_targets(torch.full((16, 10), .1), t, .5),
+    ckd=lambda m, x, t: ckd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t),
+    trades=lambda m, x, t: trades_loss(torch.zeros(16, 10), torch.zeros(16, 10), t),
+    akd=lambda m, x, t: akd_loss(torch.zeros(16, 10), torch.full((16, 10), .1), t))
 no_targ = dict(
-    floats=(lambda y: y.float(), ValueError, r'`(targ|y)` contains one torch.float32 per image, but class indices are '
-                                             r'integers: use `(targ|y).long\(\)`'),
+    floats=(lambda y: y.float(), ValueError, r'`(targ|y)` contains one torch.float32 per image, '
+                                             r'but class indices are integers: use `(targ|y).long\(\)`'),
     halves=(lambda y: y.half(), ValueError, r'`(targ|y)` contains one torch.float16 per image.*`(targ|y).long\(\)`'),
-    a_column=(lambda y: y[:,None], ValueError, r'`(targ|y)` must hold class indices \(bs,\).*shape \(16, 1\): use '
-                                               r'`(targ|y).flatten\(\)`'),
+    a_column=(lambda y: y[:,None], ValueError, r'`(targ|y)` must hold class indices \(bs,\).*shape \(16, 1\): '
+                                               r'use `(targ|y).flatten\(\)`'),
     a_column_of_floats=(lambda y: y[:,None].float(), ValueError, r'soft `(targ|y)`.*\(16, 1\)'),
     one_number=(lambda y: torch.tensor(1), ValueError, r'`(targ|y)` must hold class indices'),
-    a_list=(lambda y: y.tolist(), TypeError, r'`(targ|y)` must be a tensor of class indices .*got list: use '
-                                             r'`torch.as_tensor'),
+    a_list=(lambda y: y.tolist(), TypeError, r'`(targ|y)` must be a tensor of class indices .*got list: '
+                                             r'use `torch.as_tensor'),
     an_array=(lambda y: y.numpy(), TypeError, r'`(targ|y)` must be a tensor of class indices .*got ndarray'))
 
 @pytest.mark.parametrize('kind', no_targ)
@@ -456,8 +455,8 @@ def test_attack_on_probabilities(plain_net, test_images):
 def test_one_is_no_plural(make_learner, make_dls, capsys):
     "In errors, progress lines and results"
     from rkd_fastai.callback.progress import one_line
-    for f in (lambda x, y: akd_loss(torch.zeros(2, 3), torch.full((2, 3), 1/3), y), lambda x,
-              y: robust_accuracy(nn.Flatten(), x, y), lambda x, y: PGD(.1)(nn.Flatten(), x, y)):
+    for f in (lambda x, y: akd_loss(torch.zeros(2, 3), torch.full((2, 3), 1/3), y),
+              lambda x, y: robust_accuracy(nn.Flatten(), x, y), lambda x, y: PGD(.1)(nn.Flatten(), x, y)):
         with pytest.raises(ValueError, match='`targ` has 1 label for 2 '): f(torch.rand(2, 1, 8, 8), torch.tensor([0]))
     learn = make_learner(make_dls(n=64))
     with one_line(learn, 'training'): learn.fit(1)

@@ -18,22 +18,22 @@ from rkd_fastai.teachers import Teacher
 from test_speed import models, net_with_random_bn
 
 ATTACK = PGD(.1, steps=2, random_start=False)
-methods = dict(at=lambda t, **kw: AdversarialTraining(ATTACK, **kw), trades=lambda t,
-               **kw: TRADES(PGD(.1, steps=2, objective='kl'), **kw),
-               akd=lambda t, **kw: AKDCallback(t, attack=ATTACK, **kw), rslad=lambda t,
-               **kw: RSLADCallback(t, attack=ATTACK, **kw),
-               ard=lambda t, **kw: ARDCallback(t, attack=ATTACK, **kw), ckd=lambda t, **kw: CKDCallback(t, **kw))
+methods = dict(at=lambda t, **kw: AdversarialTraining(ATTACK, **kw),
+               trades=lambda t, **kw: TRADES(PGD(.1, steps=2, objective='kl'), **kw),
+               akd=lambda t, **kw: AKDCallback(t, attack=ATTACK, **kw),
+               rslad=lambda t, **kw: RSLADCallback(t, attack=ATTACK, **kw),
+               ard=lambda t, **kw: ARDCallback(t, attack=ATTACK, **kw),
+               ckd=lambda t, **kw: CKDCallback(t, **kw))
 
 @pytest.fixture
 def shapes(monkeypatch):
     """Traces without generating code, which takes a tenth of the time, and lists the (module, shape) of every
     compiled call"""
     calls, real, call = [], torch.compile, fast._Compiled.__call__
-    monkeypatch.setattr(torch, 'compile', functools.partial(lambda fn, mode=None,
-                                                            **kw: real(fn, backend='aot_eager', **kw)))
-    monkeypatch.setattr(fast._Compiled, '__call__', lambda self, model,
-                        x: (calls.append((type(model).__name__, model.training, tuple(x.shape))),
-                            call(self, model, x))[1])
+    monkeypatch.setattr(torch, 'compile', functools.partial(
+        lambda fn, mode=None, **kw: real(fn, backend='aot_eager', **kw)))
+    monkeypatch.setattr(fast._Compiled, '__call__', lambda self, model, x: (
+        calls.append((type(model).__name__, model.training, tuple(x.shape))), call(self, model, x))[1])
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()
@@ -109,19 +109,19 @@ def test_failing_compiler(name, where, monkeypatch, make_learner, make_dls, tiny
         warnings.simplefilter('always')
         got = fit(make_learner, dls, tiny_net(dropout=.2), methods[name](tiny_net(seed=7), compile=True))
     assert all(torch.equal(a, b) for a,b in zip(weights(got.model), weights(want.model)))
-    assert [str(w.message) for w in ws if 'compile' in str(w.message)] == ['`compile=True` failed, so the model runs '
-                                                                           'uncompiled (RuntimeError: backend failed)']
+    assert ([str(w.message) for w in ws if 'compile' in str(w.message)]
+            == ['`compile=True` failed, so the model runs uncompiled (RuntimeError: backend failed)'])
 
 def test_no_compiler_at_all():
     "As on a machine without g++"
     from torch._inductor import config
     fast._warned.clear(); torch._dynamo.reset()
-    model, x, y = net_with_random_bn(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(),
-                                                nn.Linear(500, 10))), torch.rand(
-        4, 3, 32, 32), torch.arange(4)
+    model, x, y = (
+        net_with_random_bn(lambda: nn.Sequential(nn.Conv2d(3, 5, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(500, 10))),
+        torch.rand(4, 3, 32, 32), torch.arange(4))
     want = ATTACK(model, x, y)
-    with config.patch({'cpp.cxx': ('no-such-compiler',), 'fx_graph_cache': False}), pytest.warns(UserWarning,
-                                                                                                 match='`compile=True` failed'), faster(compile=True): # noqa: E501
+    with (config.patch({'cpp.cxx': ('no-such-compiler',), 'fx_graph_cache': False}),
+          pytest.warns(UserWarning, match='`compile=True` failed'), faster(compile=True)):
         got = ATTACK(model, x, y)
     assert torch.equal(got, want)
 
@@ -147,8 +147,8 @@ def test_many_models_are_compiled(shapes):
 def test_each_kind_of_call_has_its_own_compilations(shapes):
     """Four batch sizes, with gradients, without, and in bfloat16 are more than the eight that PyTorch keeps of a
     function"""
-    model, net = net_with_random_bn(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(),
-                                               nn.Linear(3600, 10))).eval(), fast._Compiled()
+    model, net = (net_with_random_bn(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10))
+                                     ).eval(), fast._Compiled())
     with frozen(model), warnings.catch_warnings():
         warnings.simplefilter('error')
         for n in (1, 2, 3, 4):
@@ -176,8 +176,8 @@ def test_interrupted_step_leaves_no_compiled_model(where, shapes, make_learner, 
     real = fast._Compiled.__call__
     with pytest.MonkeyPatch.context() as mp, pytest.raises(KeyboardInterrupt):
         if where == 'forward':
-            mp.setattr(fast._Compiled, '__call__', lambda self, model,
-                       x: stop() if model.training else real(self, model, x))
+            mp.setattr(fast._Compiled, '__call__',
+                       lambda self, model, x: stop() if model.training else real(self, model, x))
         else: mp.setattr(torch.Tensor, 'backward', stop)
         learn.fit(1)
     assert not any('forward' in vars(m) for m in learn.model.modules())

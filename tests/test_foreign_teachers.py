@@ -110,8 +110,8 @@ def test_timm_natively(name, kw, size):
     assert not t.training and not any(p.requires_grad for p in t.parameters())
 
 def test_timm_loads_weights_by_default():
-    with patch.object(timm, 'create_model', side_effect=lambda name, pretrained,
-                      **kw: timm.models.create_model(name, num_classes=4)) as made:
+    with patch.object(timm, 'create_model', side_effect=(
+            lambda name, pretrained, **kw: timm.models.create_model(name, num_classes=4))) as made:
         Teacher.from_timm('test_resnet', num_classes=4)
     assert made.call_args.args == ('test_resnet',) and made.call_args.kwargs == dict(pretrained=True, num_classes=4)
     with pytest.raises(Exception, match='no_such_network'): Teacher.from_timm('no_such_network', pretrained=False)
@@ -121,8 +121,8 @@ def test_timm_in_other_channels(stats, make_dls, make_learner):
     """Grey images are normalised by the mean of the network's own statistics, or by what is given; there is none for
     two channels"""
     own = dict(mean=(.1, .2, .6), std=(.4, .5, .9))
-    make = lambda **kw: Teacher.from_timm('test_resnet', pretrained=False, num_classes=10, pretrained_cfg_overlay=own,
-                                          **kw)
+    make = lambda **kw: Teacher.from_timm(
+        'test_resnet', pretrained=False, num_classes=10, pretrained_cfg_overlay=own, **kw)
     t, x = make(in_chans=1, **stats), torch.rand(3, 1, 32, 32)
     net = t.members[0].model
     close(t.probs(x), probs(net, (x - .3)/(.2 if stats else .6)), rtol=1e-4, atol=1e-6)
@@ -145,8 +145,8 @@ def test_members_on_several_devices(make_dls, tiny_net):
     "Which is what the error is about, not the images"
     t = Teacher([tiny_net(), tiny_net(seed=1)])
     t.members[1].to('meta')
-    with pytest.raises(ValueError, match=r"`teacher` is on several devices, cpu and meta: move all of it to one, "
-                                         r"`teacher.to\('cpu'\)`"):
+    with pytest.raises(ValueError, match=r"`teacher` is on several devices, cpu and meta: "
+                                         r"move all of it to one, `teacher.to\('cpu'\)`"):
         check_teacher(t, make_dls())
 
 

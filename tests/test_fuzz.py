@@ -105,8 +105,8 @@ def test_loss_is_the_float64_one(name, data):
     got = loss(*zs, *ts, y, **kw, reduction='none')
     assert got.dtype == torch.float32 and got.shape == want.shape and got.isfinite().all()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=tolerance(zs, kw))
-    torch.testing.assert_close(loss(*zs, *ts, y, **kw, reduction='sum').double(), want.sum(), rtol=1e-5,
-                               atol=tolerance(zs, kw)*max(len(y), 1))
+    torch.testing.assert_close(loss(*zs, *ts, y, **kw, reduction='sum').double(), want.sum(),
+                               rtol=1e-5, atol=tolerance(zs, kw)*max(len(y), 1))
     if len(y):
         torch.testing.assert_close(loss(*zs, *ts, y, **kw).double(), want.mean(), rtol=1e-5, atol=tolerance(zs, kw))
     else:
@@ -140,8 +140,8 @@ def test_images_do_not_feel_each_other(name, data):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(data.draw(seeds)))
     torch.testing.assert_close(loss(*(t[order] for t in (*zs, *ts)), y[order], **kw, reduction='none'), each[order],
                                rtol=1e-6, atol=tolerance(zs, kw)/10)
-    i, j, which = data.draw(st.integers(0, len(y)-1)), data.draw(st.integers(0, zs[0].shape[1]-1)), data.draw(
-        st.integers(0, len(zs)-1))
+    i, j, which = (data.draw(st.integers(0, len(y)-1)), data.draw(st.integers(0, zs[0].shape[1]-1)),
+                   data.draw(st.integers(0, len(zs)-1)))
     bad = [z.clone() for z in zs]
     bad[which][i,j] = data.draw(st.sampled_from([nan, inf])) # -inf is a class that is ruled out
     got = loss(*bad, *ts, y, **kw, reduction='none')
@@ -192,7 +192,7 @@ def broken(draw, args, kw, c):
     y = args['targ']
     wrongs = dict(short_targ=('targ', dict(targ=torch.cat([y, y[:1]]) if bs else torch.zeros(1, dtype=torch.long))),
                   tall_targ=('targ', dict(targ=torch.zeros(bs, 1, 1, dtype=torch.long))),
-        other_soft=('targ', dict(targ=torch.zeros(bs, c+1))), flat_soft=('targ', dict(targ=torch.zeros(bs))))
+                  other_soft=('targ', dict(targ=torch.zeros(bs, c+1))), flat_soft=('targ', dict(targ=torch.zeros(bs))))
     if bs:
         wrongs |= dict(too_high=('targ', dict(targ=torch.full((bs,), c))),
                        below=('targ', dict(targ=torch.full((bs,), -1))))
@@ -246,8 +246,8 @@ class Net(nn.Module):
 
 @st.composite
 def images(draw):
-    bs, c, (h, w) = draw(st.one_of(st.integers(1, 4), st.sampled_from([0, 1]))), draw(st.integers(1, 4)), draw(
-        st.sampled_from([(1,1), (4,4), (8,8), (3,9)]))
+    bs, c, (h, w) = (draw(st.one_of(st.integers(1, 4), st.sampled_from([0, 1]))), draw(st.integers(1, 4)),
+                     draw(st.sampled_from([(1,1), (4,4), (8,8), (3,9)])))
     x = rand(draw(seeds), bs, c, h, w)
     kind = draw(st.sampled_from(['uniform','black and white','one','zero','tiny']))
     x = (dict(uniform=x, one=torch.ones_like(x), zero=torch.zeros_like(x), tiny=x*1e-4)[kind]

@@ -15,15 +15,15 @@ pytestmark = pytest.mark.cuda
 def exact():
     "Convolutions in whole float32, always by the same algorithm, so that what differs is ours"
     kept = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (False, True,
-                                                                                                           False)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (
+        False, True, False)
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept
 
 methods = dict(
     at=lambda t, a: AdversarialTraining(a), trades=lambda t, a: TRADES(a), akd=lambda t, a: AKDCallback(t, attack=a),
-    rslad=lambda t, a: RSLADCallback(t, attack=a), ard=lambda t, a: ARDCallback(t, attack=a), ckd=lambda t,
-    a: CKDCallback(t))
+    rslad=lambda t, a: RSLADCallback(t, attack=a), ard=lambda t, a: ARDCallback(t, attack=a),
+    ckd=lambda t, a: CKDCallback(t))
 still = PGD(.1, steps=2, random_start=False)
 fast = [{}, dict(compile=True), dict(bf16=True), dict(compile=True, bf16=True)]
 
@@ -71,8 +71,8 @@ def test_autoattack_is_the_packages(kw, robust_net, test_images):
     aa = Published(net, norm='Linf', eps=.1, seed=0, version='standard', device='cuda')
     def is_robust(x_adv):
         with torch.no_grad(): return (net(x).argmax(1) == y) & (net(x_adv).argmax(1) == y)
-    want, got = is_robust(aa.run_standard_evaluation(x, y, batch_size=50)[0]), is_robust(
-        AutoAttack(.1, seed=0, bs=50, **kw)(net, x, y))
+    want, got = (is_robust(aa.run_standard_evaluation(x, y, batch_size=50)[0]),
+                 is_robust(AutoAttack(.1, seed=0, bs=50, **kw)(net, x, y)))
     assert 0 < want.sum() < 100 and torch.equal(got, want)
 
 # --- training ---

@@ -68,11 +68,12 @@ def carriers(tmp_path, data):
     def npz(name):
         with zipfile.ZipFile(tmp_path/name, 'w') as z:
             for k in ('image','label'):
-                z.writestr(f'{k}.npy', b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (20, "
-                                       b"8, 8), }".ljust(127) + b'\n' + data)
+                z.writestr(f'{k}.npy', b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, "
+                                       b"'shape': (20, 8, 8), }".ljust(127) + b'\n' + data)
         return tmp_path/name
-    run = lambda name, content: (put('run/card.json', json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10))
-                                     .encode()), put(f'run/{name}', content))[1].parent
+    run = lambda name, content: (
+        put('run/card.json', json.dumps(dict(arch='resnet18', width=1/16, n_in=1, n_out=10)).encode()),
+        put(f'run/{name}', content))[1].parent
     return [(in_zip('zip.pth'), read_state), (in_zip('zip.pt'), load_plain), (put('plain.pth', data), read_state),
             (put('plain.ckpt', data), read_state),
             (put('legacy.pth', pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2)
@@ -143,8 +144,8 @@ def test_checkpoint_of_entries_inside_each_other(tmp_path):
         for i in names:
             if '/data/' in i.filename and i.filename != first.filename:
                 o = zipfile.ZipInfo(i.filename)
-                o.file_size, o.compress_size, o.CRC, o.header_offset = (at.file_size, at.compress_size, at.CRC,
-                                                                        at.header_offset)
+                o.file_size, o.compress_size, o.CRC, o.header_offset = (
+                    at.file_size, at.compress_size, at.CRC, at.header_offset)
                 z.filelist.append(o); z.NameToInfo[o.filename] = o
         z._didModify = True
     assert path.stat().st_size < 2e6
@@ -264,14 +265,13 @@ def test_arrays_of_every_number(protocol, tmp_path):
             assert (got[b'names'] == [b'a\xff', 'é'] and got['x'][0].dtype == o.dtype.newbyteorder('=')
                     and np.array_equal(got['x'][0], o) and got['n'] == (1, 2.5, None, True, 10**30))
 
-@pytest.mark.parametrize('changes', [dict(width=16), dict(width=1000.), dict(n_out=10**8), dict(n_in=10**6),
-                                  dict(arch='wrn-28-100'), dict(arch='wrn-4000-1'), dict(arch='wrn-100000-100000'),
-                                  dict(arch='wrn-994-1'),
-    dict(n_out=10**30), dict(n_out=-1), dict(n_out=True), dict(n_out=None), dict(n_out=[10]), dict(width='x'),
-                                  dict(width=1e308), dict(arch=['resnet18']), dict(arch=None), dict(arch={}),
-                                  dict(arch='resnet18.foo'),
-    dict(arch='hf-hub:a/b'), dict(arch='local-dir:/etc'), dict(arch='../../resnet18'), dict(arch='resnet18\0'),
-                                  dict(arch='test_resnet'), dict(arch='wrn-10-1')], ids=str)
+@pytest.mark.parametrize('changes', [
+    dict(width=16), dict(width=1000.), dict(n_out=10**8), dict(n_in=10**6), dict(arch='wrn-28-100'),
+    dict(arch='wrn-4000-1'), dict(arch='wrn-100000-100000'), dict(arch='wrn-994-1'), dict(n_out=10**30),
+    dict(n_out=-1), dict(n_out=True), dict(n_out=None), dict(n_out=[10]), dict(width='x'), dict(width=1e308),
+    dict(arch=['resnet18']), dict(arch=None), dict(arch={}), dict(arch='resnet18.foo'), dict(arch='hf-hub:a/b'),
+    dict(arch='local-dir:/etc'), dict(arch='../../resnet18'), dict(arch='resnet18\0'), dict(arch='test_resnet'),
+    dict(arch='wrn-10-1')], ids=str)
 def test_cards_that_describe_another_network(changes, tmp_path):
     "Refused before the network is made, however large it would be"
     torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'model.pth')
@@ -306,11 +306,11 @@ def test_normalisation_that_is_none(mean, tmp_path, tiny_net):
               lambda: load_teacher(tmp_path/'epoch_1.pth', tiny_net())):
         with pytest.raises(ValueError, match='mean'): f()
 
-@pytest.mark.parametrize('changes', [dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9),
-                                  dict(bs=0), dict(bs=-1), dict(bs=None), dict(seconds=-1.), dict(seconds='1'),
-                                  dict(seconds=float('nan')),
-    dict(is_robust='9999'), dict(is_robust='111'), dict(is_robust='11x1'), dict(is_robust=['1']*4 + ['']), dict(more=1),
-                                  dict(part=True)], ids=str)
+@pytest.mark.parametrize('changes', [
+    dict(part=-1), dict(part='0'), dict(part=.5), dict(next=-3), dict(next=10**9), dict(bs=0), dict(bs=-1),
+    dict(bs=None), dict(seconds=-1.), dict(seconds='1'), dict(seconds=float('nan')), dict(is_robust='9999'),
+    dict(is_robust='111'), dict(is_robust='11x1'), dict(is_robust=['1']*4 + ['']), dict(more=1), dict(part=True)],
+    ids=str)
 def test_state_files_that_lie(changes, tmp_path, plain_net, test_images):
     x, y = (o[:4] for o in test_images)
     run = lambda: measure_robustness(plain_net, x, y, ['clean','pgd2'], .1, state_path=tmp_path/'s', bs=2)
@@ -339,14 +339,13 @@ def training(make_learner, path, dies=True):
     if not dies: return learn.fit(4) or learn
     with pytest.raises(AssertionError): learn.fit(4)
 
-@pytest.mark.parametrize('changes', [dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')),
-                                  dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)),
-                                  dict(keep_epochs=dict(card={})),
+@pytest.mark.parametrize('changes', [
+    dict(keep_epochs=dict(model_dir='../outside')), dict(keep_epochs=dict(path='..')),
+    dict(keep_epochs=dict(fname='../x')), dict(keep_epochs=dict(every=1)), dict(keep_epochs=dict(card={})),
     dict(keep_epochs=dict(each_epoch=3)), dict(keep_epochs=dict(learn=3)), dict(keep_epochs=dict(run=False)),
-                                  dict(keep_epochs={'a b': 1}), dict(keep_epochs=dict(__class__=3)),
-                                  dict(keep_epochs=dict(dls=3)),
+    dict(keep_epochs={'a b': 1}), dict(keep_epochs=dict(__class__=3)), dict(keep_epochs=dict(dls=3)),
     dict(weight_averaging=dict(decay=2.)), dict(weight_averaging=dict(model=3)), dict(keep_epochs=dict(opt=3))],
-                         ids=str)
+    ids=str)
 def test_a_training_that_sets_what_it_did_not_keep(changes, make_learner, tmp_path):
     "The memory of a callback is its memory, neither its settings nor the Learner's folders"
     path = tmp_path/'run'/'run.pth'
@@ -391,9 +390,8 @@ def test_paths_in_cards_lead_nowhere(tmp_path, monkeypatch):
     shutil.copy(folder/'model.pth', folder/'epoch_1.pth')
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
     assert load_run(folder)[0].probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
-    assert best_epoch(folder) == 1 and Teacher.at_epoch(folder, 'best',
-                                                        cifar_resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8,
-                                                                                                      8)).shape == (1, 10) # noqa: E501
+    assert best_epoch(folder) == 1 and Teacher.at_epoch(
+        folder, 'best', cifar_resnet18(10, 1/16, 1)).probs(torch.rand(1, 1, 8, 8)).shape == (1, 10)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
 
 def test_epochs_are_looked_for_in_their_folder_only(tmp_path, tiny_net):
@@ -468,11 +466,11 @@ def test_cut_off_anywhere(tmp_path, tiny_net):
 
 # --- full disks and read-only folders ---
 
-full = [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('[enforce fail at inline_container.cc:603] . '
-                                                                       'PytorchStreamWriter failed writing file '
-                                                                       'data/1: file write failed'), PermissionError(
-    errno.EACCES, 'Permission denied'),
-        OSError(errno.EROFS, 'Read-only file system'), OSError(errno.EDQUOT, 'Disk quota exceeded')]
+full = [OSError(errno.ENOSPC, 'No space left on device'),
+        RuntimeError('[enforce fail at inline_container.cc:603] . '
+                     'PytorchStreamWriter failed writing file data/1: file write failed'),
+        PermissionError(errno.EACCES, 'Permission denied'), OSError(errno.EROFS, 'Read-only file system'),
+        OSError(errno.EDQUOT, 'Disk quota exceeded')]
 each_full = pytest.mark.parametrize('error', full, ids=lambda e: str(e)[:12])
 
 def simulate_disk_full(mp, error, after=0):

@@ -144,8 +144,8 @@ def test_trades_by_hand():
 def test_alpha_0_and_1():
     y = torch.eye(c)[hard]
     args = s.float(), s_adv.float()
-    torch.testing.assert_close(akd_loss(args[1], t, hard, alpha=0.), torch.nn.functional.cross_entropy(args[1], hard),
-                               rtol=0, atol=0)
+    torch.testing.assert_close(
+        akd_loss(args[1], t, hard, alpha=0.), torch.nn.functional.cross_entropy(args[1], hard), rtol=0, atol=0)
     torch.testing.assert_close(rslad_loss(*args, t, hard, alpha=0.), rslad_loss(*args, y, hard, alpha=1.))
     torch.testing.assert_close(ard_loss(*args, t, hard, alpha=0.), ard_loss(*args, y, hard, alpha=1.))
     for loss, a in [(akd_loss, args[1:]), (rslad_loss, args)]: # at α=1 they have no use for the labels

@@ -32,11 +32,9 @@ pgd7  = dict(kind='PGD', eps=8/255, steps=7, step_size=2/255, random_start=True,
 pgd10 = pgd7 | dict(steps=10)
 near  = dict(random_start=.001, objective='kl') # x + 0.001·N(0,1), climbing the KL
 field = dict(wd=5e-4, bn_wd=True, nesterov=True, lr_bs=None, settings={}, mean_over_classes=False, ema=None,
-             synthetic=None, cutout=0, cutmix=False,
-    label_smoothing=0.)
+             synthetic=None, cutout=0, cutmix=False, label_smoothing=0.)
 at_plus = field | dict(method='at', attack=pgd10, epochs=400, bs=1024, lr=.4, lr_bs=1024, schedule=WarmupCosine(.025),
-                       bn_wd=False, ema=.995,
-    synthetic=.7, cutout=18)
+                       bn_wd=False, ema=.995, synthetic=.7, cutout=18)
 edm = at_plus | dict(bs=512, lr=.2, lr_bs=512, cutout=0)
 script = field | dict(bs=128, lr=.1, wd=2e-4, nesterov=False)
 paper = field | dict(method='at', attack=pgd7, epochs=100, bs=128, lr=.1, schedule=ExpDecay(.9))
@@ -44,25 +42,27 @@ numbers = dict(
     paper_teacher=paper,
     paper_student=field | dict(method='akd', attack=pgd7, epochs=100, bs=256, lr=.21,
                                schedule=OneCycle(.3, 25., 2.5e5), settings=dict(alpha=.8)),
-    rebuffi_at_plus=at_plus, wang_at_plus=edm, wang_trades=edm
-    | dict(method='trades', attack=pgd10 | dict(objective='kl'), settings=dict(beta=5.), label_smoothing=.1),
+    rebuffi_at_plus=at_plus,
+    wang_at_plus=edm,
+    wang_trades=edm | dict(method='trades', attack=pgd10 | dict(objective='kl'), settings=dict(beta=5.),
+                           label_smoothing=.1),
     rslad_official=script | dict(method='rslad', attack=pgd10 | near, epochs=300,
-                                 schedule=Steps((215,260,285), 300, .1),
-        settings=dict(alpha=1., lam=5/6), mean_over_classes=True),
-    ard_official=script | dict(method='ard', attack=pgd10, epochs=200, schedule=Steps((100,), 200, .1),
-                               settings=dict(alpha=1., lam=1., T=30.),
-        mean_over_classes=True),
+                                 schedule=Steps((215,260,285), 300, .1), settings=dict(alpha=1., lam=5/6),
+                                 mean_over_classes=True),
+    ard_official=script | dict(method='ard', attack=pgd10, epochs=200,
+                               schedule=Steps((100,), 200, .1), settings=dict(alpha=1., lam=1., T=30.),
+                               mean_over_classes=True),
     trades_official=script | dict(method='trades', attack=pgd10 | near | dict(eps=.031, step_size=.007), epochs=76,
-                                  schedule=Steps((74,), 76, .1),
-        settings=dict(beta=6.)),
+                                  schedule=Steps((74,), 76, .1), settings=dict(beta=6.)),
     fast_at=field | dict(method='at', attack=pgd7 | dict(kind='FFGSM', steps=1, step_size=10/255), epochs=15, bs=128,
-                         lr=.2, schedule=Triangle(.5),
-        nesterov=False))
-numbers |= {'kind st': paper | dict(method='st', attack=None), 'kind at': paper,
+                         lr=.2, schedule=Triangle(.5), nesterov=False))
+numbers |= {
+    'kind st': paper | dict(method='st', attack=None),
+    'kind at': paper,
     'kind lat': paper | dict(attack=pgd7 | dict(eps=2/255, step_size=.5/255)),
-            'kind ffgsm': paper | dict(attack=pgd7 | dict(kind='FFGSM', steps=1, step_size=10/255)),
-            'kind trades': paper | dict(method='trades', attack=pgd10 | dict(objective='kl'), settings=dict(beta=6.)),
-            'kind at+': at_plus}
+    'kind ffgsm': paper | dict(attack=pgd7 | dict(kind='FFGSM', steps=1, step_size=10/255)),
+    'kind trades': paper | dict(method='trades', attack=pgd10 | dict(objective='kl'), settings=dict(beta=6.)),
+    'kind at+': at_plus}
 
 @each
 def test_numbers(name):
@@ -72,8 +72,8 @@ def test_numbers(name):
     else:
         assert (type(recipe.attack).__name__ == attack['kind']
                 and (recipe.attack.norm, recipe.attack.restarts) == ('Linf', 1))
-        for k in ('eps', 'steps', 'step_size', 'random_start', 'objective'): assert getattr(recipe.attack,
-            k) == pytest.approx(attack[k]) if k != 'objective' else attack[k]
+        for k in ('eps', 'steps', 'step_size', 'random_start', 'objective'):
+            assert getattr(recipe.attack, k) == pytest.approx(attack[k]) if k != 'objective' else attack[k]
         assert (recipe.attack.random_start is True) == (attack['random_start'] is True)
     assert {k: getattr(recipe, k) for k in want} == want
     assert recipe.needs_teacher == (name in distilling) and recipe.source
@@ -81,8 +81,7 @@ def test_numbers(name):
 def test_no_recipe_is_untested(): assert set(numbers) == set(every)
 
 @pytest.mark.parametrize('name, depth, act', [('rebuffi_at_plus', 28, nn.SiLU), ('wang_at_plus', 28, nn.SiLU),
-                                              ('wang_trades', 28, nn.SiLU),
-    ('trades_official', 34, nn.ReLU)])
+                                              ('wang_trades', 28, nn.SiLU), ('trades_official', 34, nn.ReLU)])
 def test_networks(name, depth, act):
     "WideResNet-28-10 with SiLU, TRADES a WideResNet-34-10 with ReLU; all others a ResNet-18"
     with torch.device('meta'): net = all_recipes[name].arch(n_out=10, n_in=3)
@@ -95,11 +94,9 @@ def test_networks(name, depth, act):
 
 @pytest.mark.parametrize('name, bs, n_classes, lr, wd', [
     ('paper_teacher', 16, None, .1, [5e-4]), ('paper_student', 16, None, .21, [5e-4]),
-    ('rebuffi_at_plus', 32, None, .0125, [5e-4, 0.]),
-    ('rebuffi_at_plus', 16, None, .00625, [5e-4, 0.]),
+    ('rebuffi_at_plus', 32, None, .0125, [5e-4, 0.]), ('rebuffi_at_plus', 16, None, .00625, [5e-4, 0.]),
     ('wang_trades', 16, None, .00625, [5e-4, 0.]), ('rslad_official', 16, None, .01, [2e-3]),
-    ('rslad_official', 32, 4, .025, [8e-4]),
-    ('ard_official', 16, 5, .02, [1e-3]),
+    ('rslad_official', 32, 4, .025, [8e-4]), ('ard_official', 16, 5, .02, [1e-3]),
     ('trades_official', 16, None, .1, [2e-4]), ('fast_at', 16, None, .2, [5e-4])])
 def test_rate_and_decay(name, bs, n_classes, lr, wd, make_dls, tiny_net):
     "In proportion to the batch where the source says so; by the number of classes where its loss is a mean over them"
@@ -232,27 +229,26 @@ def test_fast_script(make_dls, tiny_net):
     "FFGSM, a rate that starts from nothing and is back there at the end, no Nesterov"
     _, record = run(all_recipes['fast_at'], make_dls(n=128), tiny_net())
     attack = lambda model, x, y: climb(model, x, lambda out: F.cross_entropy(out, y), uniform(x), steps=1, step=10/255)
-    check_steps(record, attack, lambda model, x_adv, x, y: F.cross_entropy(model(x_adv), y), sgd_of(5e-4),
-                [0., .1, .2, .1])
+    check_steps(record, attack, lambda model, x_adv, x, y: F.cross_entropy(model(x_adv), y),
+                sgd_of(5e-4), [0., .1, .2, .1])
 
 def wa_opt(model):
     "`train-wa.py`: BatchNorm's parameters in a group without weight decay, Nesterov"
     bn = [*model[1].parameters()]
     return torch.optim.SGD([dict(params=[p for p in model.parameters() if not any(p is b for b in bn)]),
-                            dict(params=bn, weight_decay=0.)], .1,
-        momentum=.9, weight_decay=5e-4, nesterov=True)
+                            dict(params=bn, weight_decay=0.)], .1, momentum=.9, weight_decay=5e-4, nesterov=True)
 def wa_rates(top, n):
     return [top*(min(i/n/.025, 1.) if i/n < .025 else .5*(1 + math.cos(math.pi*(i/n - .025)/.975))) for i in range(n)]
 
 @pytest.mark.parametrize('name, top, smoothing', [('rebuffi_at_plus', .4*32/1024, 0.), ('wang_at_plus', .2*32/512, 0.),
-    ('wang_trades', .2*32/512, .1)])
+                                                  ('wang_trades', .2*32/512, .1)])
 def test_weight_averaging_scripts(name, top, smoothing, make_dls, tiny_net):
     "Steps as of the script; what is left is the average with its ramp, and BatchNorm's statistics by value"
     learn, record = run(all_recipes[name], make_dls(n=128), tiny_net())
     if name == 'wang_trades': attack, loss = from_own(uniform), trades_loss_of(5., smoothing)
     else:
-        attack = lambda model, x, y: climb(model, x, lambda out: F.cross_entropy(out, y, label_smoothing=smoothing),
-                                           uniform(x))
+        attack = lambda model, x, y: climb(
+            model, x, lambda out: F.cross_entropy(out, y, label_smoothing=smoothing), uniform(x))
         loss = lambda model, x_adv, x, y: F.cross_entropy(model(x_adv), y, label_smoothing=smoothing)
     ema, params = copy.deepcopy(record.start.state_dict()), {k for k,_ in record.start.named_parameters()}
     t = iter(range(99))
@@ -270,13 +266,13 @@ def test_paper_student_steps(make_dls, tiny_net):
     "AKD⁺ at α=.8: one cross-entropy at x′, of the teacher at x′ too; OneCycle, Nesterov"
     native = tiny_net(seed=7).eval()
     _, record = run(all_recipes['paper_student'], make_dls(n=128), tiny_net(), native)
-    attack = lambda model, x, y: climb(model, x, lambda out: F.cross_entropy(out, y, reduction='sum'), uniform(x),
-                                       steps=7)
+    attack = lambda model, x, y: climb(
+        model, x, lambda out: F.cross_entropy(out, y, reduction='sum'), uniform(x), steps=7)
     def loss(model, x_adv, x, y):
         return F.cross_entropy(model(x_adv), .8*native(x_adv).softmax(1).detach() + .2*F.one_hot(y, 10))
     cos = lambda a, b, pct: b + (a-b)/2*(1 + math.cos(math.pi*pct))
-    check_steps(record, attack, loss, sgd_of(5e-4, True), [.21/25, cos(.21/25, .21, .25/.3),
-                                                           cos(.21, .21/2.5e5, .2/.7), cos(.21, .21/2.5e5, .45/.7)])
+    check_steps(record, attack, loss, sgd_of(5e-4, True),
+                [.21/25, cos(.21/25, .21, .25/.3), cos(.21, .21/2.5e5, .2/.7), cos(.21, .21/2.5e5, .45/.7)])
 
 def test_standard_training_is_fastais(make_dls, tiny_net):
     "`st` attacks nothing: clean cross-entropy"
@@ -324,12 +320,13 @@ schedulers = torch.optim.lr_scheduler
     (4, Triangle(.5), lambda opt: schedulers.CyclicLR(opt, 0., .1, 6, 6, cycle_momentum=False), 1),
     (5, Triangle(.2), lambda opt: schedulers.CyclicLR(opt, 0., .1, 3, 12, cycle_momentum=False), 1),
     # PyTorch ends its warm-up one step early and counts to the last step, which is one past ours
-    (10, OneCycle(.3, 25., 2.5e5), lambda opt: schedulers.OneCycleLR(opt, .1, 31, pct_start=(.3*30+1)/31,
-                                                                     cycle_momentum=False, div_factor=25,
-        final_div_factor=1e4), 1),
-    (6, OneCycle(.5, 10., 100.), lambda opt: schedulers.OneCycleLR(opt, .1, 19, pct_start=(.5*18+1)/19,
-                                                                   cycle_momentum=False, div_factor=10,
-        final_div_factor=10), 1)], ids=lambda v: 'oracle' if isinstance(v, type(lambda: 0)) else str(v))
+    (10, OneCycle(.3, 25., 2.5e5),
+     lambda opt: schedulers.OneCycleLR(opt, .1, 31, pct_start=(.3*30+1)/31, cycle_momentum=False, div_factor=25,
+                                       final_div_factor=1e4), 1),
+    (6, OneCycle(.5, 10., 100.),
+     lambda opt: schedulers.OneCycleLR(opt, .1, 19, pct_start=(.5*18+1)/19, cycle_momentum=False, div_factor=10,
+                                       final_div_factor=10), 1)],
+    ids=lambda v: 'oracle' if isinstance(v, type(lambda: 0)) else str(v))
 def test_schedule_against_pytorch(n_epoch, sched, make, every, make_learner):
     assert np.ravel(rates_of(make_learner, n_epoch, .1, sched)) == pytest.approx(
         pytorchs(make, 3*n_epoch, every=every), rel=1e-6,
@@ -341,13 +338,12 @@ def test_warmup_cosine_against_pytorch(make_learner):
     assert np.ravel(rates_of(make_learner, 10, .1, WarmupCosine(.2))) == pytest.approx(up + down, rel=1e-6, abs=1e-9)
 
 @pytest.mark.parametrize('n_epoch, at', [(300, (215,260,285)), (60, (43,52,57)), (30, (22,26,29)), (20, (15,18,19)),
-                                         (10, (8,9,10)), (7, (6,7,7)),
-    (1, (1,1,1))])
+                                         (10, (8,9,10)), (7, (6,7,7)), (1, (1,1,1))])
 def test_steps_of_another_length(n_epoch, at):
     "The same parts of the training; an epoch whose first batch comes before the step begins at the old rate"
     sched, eager = Steps((215,260,285), 300), lambda e: sum(e >= a for a in at)
-    assert [round(math.log10(1/sched(e/n_epoch, n_epoch))) for e in range(n_epoch)] == [eager(e)
-                                                                                        for e in range(n_epoch)]
+    assert ([round(math.log10(1/sched(e/n_epoch, n_epoch))) for e in range(n_epoch)]
+            == [eager(e) for e in range(n_epoch)])
 
 @pytest.mark.parametrize('sched', [ExpDecay(.5), OneCycle(), Steps((1,2), 3), WarmupCosine(.3), Triangle(.5)], ids=str)
 def test_groups_start_epoch_and_momentum(sched, make_learner):
@@ -412,8 +408,8 @@ def test_but_and_at_eps():
 @each
 def test_repr_is_readable_and_complete(name):
     "All that is not the default, one line each; read back, it is the same recipe"
-    recipe, names = every[name], dict(Recipe=Recipe, PGD=PGD, FFGSM=FFGSM, ExpDecay=ExpDecay, OneCycle=OneCycle,
-                                      Steps=Steps,
+    recipe, names = every[name], dict(
+        Recipe=Recipe, PGD=PGD, FFGSM=FFGSM, ExpDecay=ExpDecay, OneCycle=OneCycle, Steps=Steps,
         WarmupCosine=WarmupCosine, Triangle=Triangle, cifar_resnet18=cifar_resnet18)
     text = repr(recipe)
     assert ' object at ' not in text and 'functools' not in text and 'lambda' not in text
@@ -436,8 +432,8 @@ def test_unknown_method(bad, make_dls, tiny_net):
 def test_training_on_attacks_needs_one(make_dls, tiny_net):
     "An attack that was taken out does not come back as the default one"
     for recipe in (paper_teacher, trades_official, paper_student):
-        with pytest.raises(ValueError, match='`attack`'): recipe.replace(attack=None).learner(make_dls(), tiny_net(),
-            teacher=teacher_of(recipe, tiny_net))
+        with pytest.raises(ValueError, match='`attack`'):
+            recipe.replace(attack=None).learner(make_dls(), tiny_net(), teacher=teacher_of(recipe, tiny_net))
     for recipe in (paper_teacher.replace(method='st'), paper_student.replace(method='ckd', settings={})):
         with pytest.raises(ValueError, match='`attack`.*takes none'):
             recipe.learner(make_dls(), tiny_net(), teacher=teacher_of(recipe, tiny_net))
@@ -445,23 +441,21 @@ def test_training_on_attacks_needs_one(make_dls, tiny_net):
 
 def dls_state(dls):
     return ([(type(dl), dl.bs, dl.shuffle, dl.drop_last, [(type(f), f.order) for f in dl.after_batch.fs],
-              id(dl.dataset),
-        id(dl)) for dl in dls.loaders], dls.train.rng.getstate())
+              id(dl.dataset), id(dl)) for dl in dls.loaders], dls.train.rng.getstate())
 
 @pytest.mark.parametrize('break_it', [
-    lambda r, dls, net: r['paper_student'].learner(dls, net), lambda r, dls,
-    net: r['fast_at'].learner(dls, net, teacher=net),
-    lambda r, dls, net: r['fast_at'].learner(dls, net, synthetic='no.npz'), lambda r, dls,
-    net: r['rebuffi_at_plus'].learner(dls, net, synthetic='no.npz'),
-    lambda r, dls, net: r['paper_student'].replace(settings=dict(alpha=2.)).learner(dls, net, teacher=net), lambda r,
-    dls,
-    net: r['wang_trades'].replace(settings=dict(beta=-1.)).learner(dls, net),
-    lambda r, dls, net: r['rebuffi_at_plus'].replace(ema=1.).learner(dls, net), lambda r, dls,
-    net: r['paper_student'].learner(dls, net, teacher=net[:5]), # 128 classes
-    lambda r, dls, net: r['fast_at'].replace(method='kd').learner(dls, net), lambda r, dls,
-    net: r['fast_at'].replace(attack=None).learner(dls, net),
-    lambda r, dls, net: r['rebuffi_at_plus'].replace(synthetic=1.)
-    .learner(dls, net, synthetic=(np.zeros((4,8,8), np.uint8), np.zeros(4, int)))])
+    lambda r, dls, net: r['paper_student'].learner(dls, net),
+    lambda r, dls, net: r['fast_at'].learner(dls, net, teacher=net),
+    lambda r, dls, net: r['fast_at'].learner(dls, net, synthetic='no.npz'),
+    lambda r, dls, net: r['rebuffi_at_plus'].learner(dls, net, synthetic='no.npz'),
+    lambda r, dls, net: r['paper_student'].replace(settings=dict(alpha=2.)).learner(dls, net, teacher=net),
+    lambda r, dls, net: r['wang_trades'].replace(settings=dict(beta=-1.)).learner(dls, net),
+    lambda r, dls, net: r['rebuffi_at_plus'].replace(ema=1.).learner(dls, net),
+    lambda r, dls, net: r['paper_student'].learner(dls, net, teacher=net[:5]), # 128 classes
+    lambda r, dls, net: r['fast_at'].replace(method='kd').learner(dls, net),
+    lambda r, dls, net: r['fast_at'].replace(attack=None).learner(dls, net),
+    lambda r, dls, net: r['rebuffi_at_plus'].replace(synthetic=1.).learner(
+        dls, net, synthetic=(np.zeros((4,8,8), np.uint8), np.zeros(4, int)))])
 def test_raises_and_leaves_all_as_it_was(break_it, make_dls, tiny_net, snapshot):
     dls, net = make_dls(stats=([.3], [.25])), tiny_net()
     dls.train.one_batch()
@@ -479,17 +473,17 @@ def test_an_architecture_in_place_of_a_network(make_dls, tiny_net):
         net = paper_teacher.learner(dls, arch).model
         assert isinstance(net, nn.Module) and net(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     rng = torch.get_rng_state()
-    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got resnet18, which makes one: call it '
-                                                    'for 4 classes, or leave `net` out'), (
-        nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
+    for arch,says in ((torchvision.models.resnet18, '`net` must be .*got resnet18, which makes one: '
+                                                    'call it for 4 classes, or leave `net` out'),
+                      (nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
         with pytest.raises(TypeError, match=says): paper_teacher.learner(dls, arch)
     assert torch.equal(rng, torch.get_rng_state())
 
 @pytest.mark.parametrize('says, make', [
     ("`teacher` is missing.*'akd'", lambda dls, net: paper_student.learner(dls, net)),
     ("`teacher` is missing.*'rslad'", lambda dls, net: rslad_official.learner(dls, net)),
-    ("`teacher` must be left out.*'at' takes none.*'paper_student', 'rslad_official', 'ard_official'", lambda dls,
-     net: fast_at.learner(dls, net, teacher=net)),
+    ("`teacher` must be left out.*'at' takes none.*'paper_student', 'rslad_official', 'ard_official'",
+     lambda dls, net: fast_at.learner(dls, net, teacher=net)),
     ("no synthetic images", lambda dls, net: paper_teacher.learner(dls, net, synthetic='1m.npz')),
     ("no file of synthetic images", lambda dls, net: wang_trades.learner(dls, net, synthetic='1m.npz')),
     ("knows 10 classes, but `dls` have 4", lambda dls, net: ard_official.learner(dls, net, teacher=net))])
@@ -504,17 +498,17 @@ def test_every_recipe_trains_on_normalised_images(name, make_dls, tiny_net, snap
     class Mine(Callback): pass
     recipe, dls = every[name], make_dls(n=64, n_valid=16, channels=3, stats=([.4]*3, [.3]*3))
     before, mine = dls_state(dls), Mine()
-    learn = quiet(recipe.learner(dls, tiny_net(n_in=3), teacher=tiny_net(n_in=3, seed=7) if recipe.needs_teacher
-                                 else None, cbs=mine,
-        metrics=accuracy, wd_bn_bias=True))
+    learn = quiet(recipe.learner(dls, tiny_net(n_in=3),
+                                 teacher=tiny_net(n_in=3, seed=7) if recipe.needs_teacher else None,
+                                 cbs=mine, metrics=accuracy, wd_bn_bias=True))
     assert learn.mine is mine and learn.metrics[0].name == 'accuracy' and learn.wd_bn_bias
     tfms = [type(f) for f in learn.dls.train.after_batch.fs]
     assert dls_state(dls)[0] == before[0] and tfms.count(Cutout) == bool(recipe.cutout)
     assert tfms.count(Normalize) == 1 and tfms[-1] is Normalize
     recipe.replace(epochs=1).fit(learn)
     assert math.isfinite(learn.recorder.values[-1][0]) and all(p.isfinite().all() for p in learn.model.parameters())
-    assert dls_state(dls)[0] == before[0] and isinstance(learn.dls.valid.after_batch.fs[-1],
-        Normalize) and Cutout not in [type(f) for f in learn.dls.valid.after_batch.fs]
+    assert (dls_state(dls)[0] == before[0] and isinstance(learn.dls.valid.after_batch.fs[-1], Normalize)
+            and Cutout not in [type(f) for f in learn.dls.valid.after_batch.fs])
 
 @pytest.mark.parametrize('stats', [None, ([.3], [.25])], ids=['pixels', 'normalised'])
 def test_cutout_is_sized_to_the_images_and_last(stats, make_dls, tiny_net):

@@ -260,8 +260,8 @@ def test_numbers_that_are_none(bad, learn, tmp_path):
     "Said before anything is read, by the same words everywhere"
     for f in (lambda: learn.robustness('clean', n=bad), lambda: RobustAccuracy(n=bad),
               lambda: Teacher(learn).check(learn.dls, n=bad), lambda: learn.check_robustness(n=bad),
-              lambda: learn.robustness_curve((0,), n=bad), lambda: AdversarialInterpretation.from_learner(
-                  learn, n=bad), lambda: CatastrophicOverfitting(n=bad),
+              lambda: learn.robustness_curve((0,), n=bad),
+              lambda: AdversarialInterpretation.from_learner(learn, n=bad), lambda: CatastrophicOverfitting(n=bad),
               lambda: RecordTrajectory(tmp_path, n=bad), lambda: with_subset(learn.dls, n, n_valid=bad)):
         with pytest.raises((ValueError, TypeError), match='`n(_valid)?` must be'): f()
 
@@ -343,8 +343,8 @@ def test_val_is_valid(tmp_path):
     dls = make_dls(folders(tmp_path, train='ab', val='ab'), bs=4, size=8)
     assert len(dls.loaders) == 2 and {f.parts[-3] for f in dls.valid_ds.items} == {'val'}
 
-@pytest.mark.parametrize('splits, says', [(dict(train='ab', test='abc'), "class 'c', which the training images lack"),
-                                          (dict(test='ab'), 'no `train`'),
+@pytest.mark.parametrize('splits, says', [
+    (dict(train='ab', test='abc'), "class 'c', which the training images lack"), (dict(test='ab'), 'no `train`'),
     (dict(train='ab', valid='ab', val='ab'), 'both'), (dict(train='a'), 'one class')])
 def test_folders_that_mean_nothing(splits, says, tmp_path):
     with pytest.raises(ValueError, match=says): make_dls(folders(tmp_path, **splits), bs=4, size=8)

@@ -31,9 +31,9 @@ class TwiceUsed(nn.Module):
     "One convolution before two BatchNorms, and one whose output is used beside its BatchNorm"
     def __init__(self):
         super().__init__()
-        self.conv,self.bn1,self.bn2,self.conv2,self.bn3,self.head = nn.Conv2d(3,16,3), nn.BatchNorm2d(
-            16), nn.BatchNorm2d(16), nn.Conv2d(
-            16,8,3), nn.BatchNorm2d(8), nn.Linear(8,10)
+        self.conv,self.bn1,self.bn2,self.conv2,self.bn3,self.head = (
+            nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Conv2d(16,8,3), nn.BatchNorm2d(8),
+            nn.Linear(8,10))
     def forward(self, x):
         h = F.relu(self.bn1(self.conv(x))) + F.relu(self.bn2(self.conv(x.flip(3)).flip(3)))
         z = self.conv2(h)
@@ -165,8 +165,8 @@ def test_wrong_fold_is_found_out_once_statistics_differ(monkeypatch):
     from rkd_fastai.speed import _FastLayer
     right = _FastLayer._weights
     monkeypatch.setattr(_FastLayer, '_weights', lambda self: right(_FastLayer(self.layer))) # as without BatchNorm
-    model, x = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(),
-                             nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8)
+    model, x = (nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(),
+                              nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8))
     assert _fast_layers(model.eval(), x)
     model.train()(x); assert _fast_layers(model.eval(), x) == []
 
@@ -219,8 +219,8 @@ def test_a_network_that_chooses_its_batchnorm():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.adv,self.conv,self.clean_bn,self.adv_bn,self.head = False, nn.Conv2d(1,16,3), nn.BatchNorm2d(
-                16), nn.BatchNorm2d(16), nn.Linear(16*36,10)
+            self.adv,self.conv,self.clean_bn,self.adv_bn,self.head = (
+                False, nn.Conv2d(1,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Linear(16*36,10))
         def forward(self, x):
             return self.head(F.relu((self.adv_bn if self.adv else self.clean_bn)(self.conv(x))).flatten(1))
     torch.manual_seed(0)

@@ -211,8 +211,8 @@ def test_two_networks_in_one_checkpoint(net, tiny_net, tmp_path):
     with pytest.raises(ValueError, match=r'does not fit `model` \(unexpected: 1 \(mean\)\)'):
         load_teacher(tmp_path/'b.pth', tiny_net())
     torch.save(madrylab_checkpoint(net, mean=(125.3,), std=(63.,)), tmp_path/'c.pth')
-    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which does not fit images in \[0, 1\]: pass `mean` and '
-                                         r'`std`'):
+    with pytest.raises(ValueError, match=r'mean of \[125.3.*\], which does not fit images in \[0, 1\]: '
+                                         r'pass `mean` and `std`'):
         load_teacher(tmp_path/'c.pth', tiny_net())
 
 def test_legacy_format(net, tiny_net, x, tmp_path):
@@ -348,8 +348,8 @@ def natively(net, mean=None, std=None):
 def student(dls, tiny_net, make_learner):
     "Whose normalisation is not the teacher's; plain SGD"
     dls.add_tfms([Normalize.from_stats([.2, .3, .4], [.3, .25, .35], cuda=False)], 'after_batch')
-    return make_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(8), tiny_net(n_in=3)), opt_func=SGD), ([.2, .3, .4],
-                                                                                                       [.3, .25, .35])
+    return (make_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(8), tiny_net(n_in=3)), opt_func=SGD),
+            ([.2, .3, .4], [.3, .25, .35]))
 
 @pytest.mark.few(8)
 @pytest.mark.parametrize('suffix,method', [('', 'akd'), ('', 'rslad'), ('.pth', 'akd'), ('.safetensors', 'akd')])

@@ -49,8 +49,8 @@ def navigation(base=root):
             ('Tutorials', [n for n in notebooks(base) if n.startswith('tutorials/')]),
             ('How-to', how_to),
             ('Reference', list(groups(base))),
-            ('Paper and results', ['paper_to_code', *there(['results/fashion_mnist/README', 'bench/README',
-                                                            'bench/NOTES'])]),
+            ('Paper and results', ['paper_to_code',
+                                   *there(['results/fashion_mnist/README', 'bench/README', 'bench/NOTES'])]),
             ('Project', there(['docs/architecture', 'CONTRIBUTING', 'tests/README', 'SECURITY', 'CHANGELOG']))]
 
 def sources(base=root):
@@ -87,8 +87,8 @@ class Links:
         "The file that relative `target` means: from its own folder, from nbs/ by name of the page, or from the root"
         f = self.pages[page].parent/target
         name = re.sub(r'\.html$', '', target)
-        by_name = self.pages.get(name, self.pages.get(f'reference/{name}'.replace('/', '.')
-                                                      .replace('reference.', 'reference/', 1), f))
+        by_name = self.pages.get(name, self.pages.get(
+            f'reference/{name}'.replace('/', '.').replace('reference.', 'reference/', 1), f))
         return next((o.resolve() for o in (f, by_name, self.base/target) if o.exists()), None)
 
     def to(self, page, other):
@@ -147,8 +147,8 @@ def definitions(cell):
     return found
 
 def default_exp(cells):
-    return next((m.group(1) for c in cells if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']),
-                                                              re.M))), None)
+    return next((m.group(1) for c in cells
+                 if (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']), re.M))), None)
 
 longest_default = 40 # characters; a sentence would take the room of what an argument means
 
@@ -179,8 +179,8 @@ def type_name(t):
 def arguments(obj, node):
     "`(name, type, default, comment)` of every argument"
     from fastcore.docments import docments
-    written, kinds, rows = written_defaults(node), {inspect.Parameter.VAR_POSITIONAL: '*',
-                                                    inspect.Parameter.VAR_KEYWORD: '**'}, []
+    written, kinds, rows = (written_defaults(node),
+                            {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}, [])
     try: docs = docments(obj, full=True)
     except (ValueError, TypeError): return []
     for name,o in docs.items():
@@ -348,9 +348,9 @@ def build(pages=root/'_proc', site=root/'_docs'):
     make_pages(pages)
     if site.exists(): shutil.rmtree(site)
     with tempfile.TemporaryDirectory() as tmp: # Sphinx and MyST leave things beside the site
-        subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-c', root/'docs', '-d',
-                        f'{tmp}/doctrees',
-                        '-D', f'html_static_path={pages}/_static', pages, f'{tmp}/site'], check=True)
+        subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-c', root/'docs',
+                        '-d', f'{tmp}/doctrees', '-D', f'html_static_path={pages}/_static', pages, f'{tmp}/site'],
+                       check=True)
         shutil.move(f'{tmp}/site', site)
     return site
 

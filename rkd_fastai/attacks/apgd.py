@@ -16,8 +16,8 @@ def _ce(logits, y, target): return F.cross_entropy(logits, y, reduction='none')
 def _sorted(logits, least):
     "Return each image's logits in ascending order; raise `ValueError` if there are fewer than `least`"
     if logits.shape[1] < least:
-        raise ValueError(f"this DLR loss needs at least {least} classes, but `model` has {logits.shape[1]}: use "
-                         "`loss='ce'` without `targets`")
+        raise ValueError(f"this DLR loss needs at least {least} classes, but `model` has {logits.shape[1]}: "
+                         "use `loss='ce'` without `targets`")
     return logits.sort(1).values
 
 def _dlr(logits, y, target):
@@ -39,9 +39,8 @@ class _APGD:
         now = (x + eps*noise/per_image(noise.abs().flatten(1).amax(1))).clamp(0, 1)
         zero = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now,
-                         step=per_image(zero + 2*eps),
-                         value=zero, rises=zero, best_value=zero - torch.inf, best=now, best_grad=now,
-                         halved=zero == 0, checked=zero)
+                         step=per_image(zero + 2*eps), value=zero, rises=zero, best_value=zero - torch.inf,
+                         best=now, best_grad=now, halved=zero == 0, checked=zero)
         self.look()
         # the counters start from zero
         self.rows |= dict(value=self.rows['value']*0, rises=self.rows['rises']*0, checked=self.rows['best_value'])

@@ -26,8 +26,8 @@ def _autoattack_parts(version, n_out):
     if version in _names:
         least = _least.get(version, 2)
         if n_out < least:
-            raise ValueError(f"`version={version!r}` needs at least {least} classes, but `model` has {n_out}: use "
-                             "`version='apgd-ce'`")
+            raise ValueError(f"`version={version!r}` needs at least {least} classes, but `model` has {n_out}: "
+                             "use `version='apgd-ce'`")
         return [version]
     parts = dict(standard=['apgd-ce','apgd-t','fab-t','square'],
                  plus=['apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'],
@@ -55,8 +55,8 @@ class _Part(Attack):
     ):
         "Return the package's object for this attack"
         aa = self.whole.published(model, device)
-        o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted, 'square': aa.square}.get(self.name,
-                                                                                                           aa.fab)
+        o = {'apgd-ce': aa.apgd, 'apgd-dlr': aa.apgd, 'apgd-t': aa.apgd_targeted,
+             'square': aa.square}.get(self.name, aa.fab)
         if o is aa.apgd: o.loss = self.name[5:]
         if o is aa.fab: o.targeted,o.n_restarts = self.name == 'fab-t', 1 if self.name == 'fab-t' else o.n_restarts
         if self.name.endswith('-t'): o.n_target_classes = min(9, self.n_out-1)
@@ -210,8 +210,8 @@ class AutoAttack(Attack):
         with torch.no_grad(): logits = check_logits(model(x))
         parts = self.parts(model, logits.shape[1])
         if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]:
-            raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but the logits have "
-                             f"{logits.shape[1]} classes")
+            raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, "
+                             f"but the logits have {logits.shape[1]} classes")
         x_adv,is_robust = x.clone(), logits.argmax(1) == targ
         for part in parts:
             if not is_robust.any(): break

@@ -69,8 +69,8 @@ class Attack:
         targ, # class indices `(bs,)` or soft labels `(bs, n_out)`
     ):
         "Return x′ `(bs, c, h, w)` in the ε-ball and in [0, 1]; subclasses define this; gradients are enabled"
-        raise NotImplementedError(f"{type(self).__name__} does not define its attack: write a method "
-                                  "`perturb(self, model, x, targ)`")
+        raise NotImplementedError(f"{type(self).__name__} does not define its attack: "
+                                  "write a method `perturb(self, model, x, targ)`")
 
     @property
     def settings(self):
@@ -154,8 +154,8 @@ class PGD(Attack):
         # the logit margin of Carlini and Wagner, whose gradient does not vanish when the softmax saturates
         objective:str='ce',
     ):
-        self.eps,self.steps,self.norm,self.objective = as_number('eps', eps),whole_number('steps', steps,
-                                                                                          0),norm,objective
+        self.eps,self.steps = as_number('eps', eps),whole_number('steps', steps, 0)
+        self.norm,self.objective = norm,objective
         self.step_size = self.own_step*self.eps if step_size is None else as_number('step_size', step_size)
         self.random_start = random_start if isinstance(random_start, bool) else as_number('random_start', random_start)
         self.restarts = whole_number('restarts', restarts, 1)
@@ -167,14 +167,14 @@ class PGD(Attack):
             raise ValueError(f"`objective` must be 'ce', 'kl' or 'cw', got {self.objective!r}")
         check_eps(self.eps, self.norm)
         if not 0 <= self.step_size <= 2.5*self.eps + 1e-12:
-            raise ValueError(f"`step_size` must lie in [0, 2.5*eps], got {self.step_size} with `eps` "
-                             f"{format_eps(self.eps)}")
+            raise ValueError("`step_size` must lie in [0, 2.5*eps], "
+                             f"got {self.step_size} with `eps` {format_eps(self.eps)}")
         if not 0 <= self.random_start < float('inf'):
-            raise ValueError("`random_start` must be True, False or the standard deviation of the noise that is added "
-                             f"to `x` at the start, got {self.random_start}")
+            raise ValueError("`random_start` must be True, False or the standard deviation of the noise "
+                             f"that is added to `x` at the start, got {self.random_start}")
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"`restarts={self.restarts}` needs `random_start`: all restarts would be the same without "
-                             "a random start")
+            raise ValueError(f"`restarts={self.restarts}` needs `random_start`: "
+                             "all restarts would be the same without a random start")
 
     @property
     def cost(self): return self.restarts*max(3*self.steps, 1)
@@ -199,9 +199,8 @@ class PGD(Attack):
     def perturb(self, model, x, targ):
         model = counting_model(model)
         if self.restarts == 1: return self._ascend(model, x, targ)
-        worst, score = x.to(torch.promote_types(x.dtype, torch.float32)), torch.full((len(x),), -torch.inf,
-                                                                                     dtype=torch.float32,
-                                                                                     device=x.device)
+        worst = x.to(torch.promote_types(x.dtype, torch.float32))
+        score = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         for _ in range(self.restarts):
             x_adv = self._ascend(model, x, targ)
             s = self._score(model, _settle(x_adv, x), targ)
@@ -239,8 +238,8 @@ def check_eps(
     eps = as_number('eps', eps)
     if not 0 <= eps < float('inf'): raise ValueError(f"`eps` must be >= 0 and finite, got {eps}")
     if norm == 'Linf' and eps > 1:
-        raise ValueError(f"`eps` must be in [0, 1], the range of the pixels, got {format_eps(eps)}: if it is meant on "
-                         f"the 0–255 scale, write {eps:g}/255")
+        raise ValueError(f"`eps` must be in [0, 1], the range of the pixels, got {format_eps(eps)}: "
+                         f"if it is meant on the 0–255 scale, write {eps:g}/255")
     return eps
 
 # %% ../../nbs/attacks/01_pgd.ipynb #f7974e34

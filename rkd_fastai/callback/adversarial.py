@@ -31,8 +31,8 @@ def check_known(
     names, # names of arguments that `cls` does not take
 ):
     "Raise a `TypeError` with advice for the first of `names`; do nothing if `names` is empty"
-    allowed_settings = [k for k,p in signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD
-                        and k != 'teacher']
+    allowed_settings = [k for k,p in signature(cls).parameters.items()
+                        if p.kind is not p.VAR_KEYWORD and k != 'teacher']
     for k in names:
         if 'attack' in allowed_settings and k in signature(PGD).parameters:
             raise TypeError(f"`{k}` is a setting of the attack: give `attack=PGD({k}=…)`")
@@ -106,9 +106,9 @@ class RobustCallback(FitCallback):
                              "cross-entropy. Give the Learner `CrossEntropyLossFlat`, or train with "
                              "`AdversarialTraining`, which keeps the Learner's loss")
         if isinstance(getattr(loss_func, 'func', loss_func), FocalLoss):
-            raise ValueError(f"{self.name} has its own loss with soft targets, for which there is no focal loss: give "
-                             "the Learner `CrossEntropyLossFlat` (class weights and label smoothing are used), or "
-                             "train with `AdversarialTraining`, which keeps the Learner's loss")
+            raise ValueError(f"{self.name} has its own loss with soft targets, for which there is no focal loss: "
+                             "give the Learner `CrossEntropyLossFlat` (class weights and label smoothing are used), "
+                             "or train with `AdversarialTraining`, which keeps the Learner's loss")
 
     def _check_mixing(self, loss_func):
         "Raise a `ValueError` if MixUp or CutMix would fail in the first batch or mix images that are to be ignored"
@@ -119,15 +119,15 @@ class RobustCallback(FitCallback):
                 raise ValueError(f"{kind} cannot mix the labels of the Learner's loss function, which has no `y_int`: "
                                  "give the Learner a loss function of fastai, such as `CrossEntropyLossFlat`")
             if type(self).method_loss is not RobustCallback.method_loss and ignored_index(loss_func) is not None:
-                raise ValueError(f"`ignore_index` of the Learner's loss function cannot be combined with {kind}, which "
-                                 "gives an image two classes: leave one of them out")
+                raise ValueError(f"`ignore_index` of the Learner's loss function cannot be combined with {kind}, "
+                                 "which gives an image two classes: leave one of them out")
 
     def _check_alone(self):
         mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # a method may occur twice
         if len(mine) > 1:
             raise ValueError(f"{' and '.join(mine)} would both change each batch: use only one of them. "
-                             "`learn.to_adversarial`, `learn.to_rkd` and `learn.to_natural` replace the method that "
-                             "the Learner has")
+                             "`learn.to_adversarial`, `learn.to_rkd` and `learn.to_natural` "
+                             "replace the method that the Learner has")
 
     def _check_metrics(self):
         funcs = [getattr(m, 'func', None) for m in self.learn.metrics]

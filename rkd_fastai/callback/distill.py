@@ -33,8 +33,8 @@ class CleanCache:
         "Return a list of 64-bit hashes, one per image; an image's hash does not depend on the rest of the batch"
         bits = x.float().flatten(1).contiguous().view(torch.int32).long()
         if self.weights is None or len(self.weights) != bits.shape[1]:
-            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0),
-                                         device='cpu').to(x.device)
+            self.weights = torch.randint(-2**62, 2**62, bits.shape[1:],
+                                         generator=torch.Generator().manual_seed(0), device='cpu').to(x.device)
         return (bits*self.weights).sum(1).tolist()
 
     def __call__(self,
@@ -47,8 +47,8 @@ class CleanCache:
             self.rows.update(zip(keys, self.probs(x)))
             if len(self.rows) > self.n:
                 raise ValueError("`cache=True` needs images that are the same in every epoch, but these change "
-                                 f"(more than the {self.n} images of the data set were seen): leave out augmentation "
-                                 "and MixUp, or remove `cache=True`")
+                                 f"(more than the {self.n} images of the data set were seen): "
+                                 "leave out augmentation and MixUp, or remove `cache=True`")
         return torch.stack([self.rows[k] for k in keys])
 
 # %% ../../nbs/callback/03_distill.ipynb #53d7ea75
@@ -76,8 +76,8 @@ class DistillationCallback(AdversarialTraining):
     def check(self, dls):
         super().check(dls)
         if self.teacher is None:
-            raise ValueError("the `teacher` is not part of an exported or copied Learner: give it one again with "
-                             "`learn.to_rkd(teacher)`")
+            raise ValueError("the `teacher` is not part of an exported or copied Learner: "
+                             "give it one again with `learn.to_rkd(teacher)`")
         check_teacher(self.teacher, dls)
 
     def before_fit(self):
@@ -136,8 +136,9 @@ class AKDCallback(DistillationCallback):
         alpha = check_fraction(alpha=alpha)
         super().__init__(teacher, attack, T, **kwargs)
         if self.cache and not self.attack_uses_soft_targets:
-            raise ValueError("`cache=True` stores the teacher's probabilities on clean images, but AKD⁺ needs them on "
-                             "adversarial images, which differ in every epoch: remove `cache=True`")
+            raise ValueError("`cache=True` stores the teacher's probabilities on clean images, "
+                             "but AKD⁺ needs them on adversarial images, which differ in every epoch: "
+                             "remove `cache=True`")
         self.alpha = alpha
 
     def model_images(self):
@@ -163,8 +164,8 @@ class _CleanAndAdversarial(DistillationCallback):
         return super().model_images()
 
     def method_loss(self, pred):
-        return type(self).loss(self.second_forward(self.clean_xb), pred, self.t_probs, self.targ, self.alpha, self.lam,
-                               self.T, 'none')
+        return type(self).loss(self.second_forward(self.clean_xb), pred, self.t_probs, self.targ,
+                               self.alpha, self.lam, self.T, 'none')
 
 class RSLADCallback(_CleanAndAdversarial):
     "Robust soft label adversarial distillation, RSLAD⁺ (Zi et al., 2021; Eq. 6)"
@@ -207,8 +208,8 @@ class CKDCallback(DistillationCallback):
     ):
         lam = check_fraction(lam=lam)
         if 'attack' in kwargs:
-            raise TypeError("`attack` is not an argument of CKDCallback, because clean distillation has no attack: "
-                            "remove it, or use another method")
+            raise TypeError("`attack` is not an argument of CKDCallback, "
+                            "because clean distillation has no attack: remove it, or use another method")
         super().__init__(teacher, T=T, cache=cache, **kwargs)
         self.lam,self.attack = lam,None # other callbacks look for the training attack here
 
@@ -235,16 +236,17 @@ class AdaADCallback(DistillationCallback):
         check_known(type(self), [k for k in kwargs if k in ('T','cache')])
         super().__init__(teacher, attack, **kwargs)
         if self.attack_uses_soft_targets and not self.attack.takes_function:
-            raise ValueError("the attack of AdaAD asks the teacher at every step, so it cannot have restarts: use "
-                             "`restarts=1`")
+            raise ValueError("the attack of AdaAD asks the teacher at every step, so it cannot have restarts: "
+                             "use `restarts=1`")
         self.alpha,self.lam = alpha,lam
 
     def check(self, dls):
         super().check(dls)
         x = sample_images(dls).to(model_device(self.teacher)).requires_grad_()
         if self.attack_uses_soft_targets and not self.teacher(x).requires_grad:
-            raise ValueError("AdaAD attacks the teacher as well, but `teacher` has no gradient for its images: remove "
-                             "`torch.no_grad()` from its `forward`, or attack the labels with `objective='ce'`")
+            raise ValueError("AdaAD attacks the teacher as well, but `teacher` has no gradient for its images: "
+                             "remove `torch.no_grad()` from its `forward`, "
+                             "or attack the labels with `objective='ce'`")
 
     def attack_targ(self):
         "Return the labels, or for an attack with `objective='kl'` the teacher as a function of x′"

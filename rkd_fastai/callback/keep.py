@@ -93,19 +93,20 @@ class KeepEpochs(EachEpoch):
         delete them with `overwrite=True`"""
         kept = _Epochs(self._place())
         if any(isinstance(cb, KeepEpochs) and cb is not self and cb._place() == self._place() for cb in self.learn.cbs):
-            raise ValueError(f"two `KeepEpochs` would both write `{kept.file(self.every, '.pth')}`: give each its own "
-                             "`fname`")
+            raise ValueError(f"two `KeepEpochs` would both write `{kept.file(self.every, '.pth')}`: "
+                             "give each its own `fname`")
         others = [] if rank_distrib() else self._others(kept, goes_on)
         if self.overwrite:
             for n in others:
                 for suffix in ('.json','.pth'): kept.file(n, suffix).unlink(missing_ok=True)
         elif from_first_process(len(others), model_device(self.model)):
             if not goes_on: vars(self.learn).pop('_training', None) # the training has not begun
-            which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1) if others
-                     else 'epochs')
-            raise ValueError(f"`{kept.folder}` contains {which} of another training, which `KeepEpochs` does not "
-                             "overwrite: delete them, give `KeepEpochs` another `fname` or the Learner another `path` "
-                             "or `model_dir`, or let `KeepEpochs(overwrite=True)` delete them")
+            which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1)
+                     if others else 'epochs')
+            raise ValueError(f"`{kept.folder}` contains {which} of another training, "
+                             "which `KeepEpochs` does not overwrite: delete them, "
+                             "give `KeepEpochs` another `fname` or the Learner another `path` or `model_dir`, "
+                             "or let `KeepEpochs(overwrite=True)` delete them")
         self._kept,resume = kept,self._pending_resume_path()
         if resume and not rank_distrib():
             write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
@@ -123,8 +124,8 @@ class KeepEpochs(EachEpoch):
         if self.epochs_done % self.every or rank_distrib(): return
         path = self._kept.file(self.epochs_done, '.pth')
         if self._kept.training_of(self.epochs_done) not in (None, self.training_id):
-            raise ValueError(f"`{path}` was written by another training after this one had begun: give trainings that "
-                             "run at the same time a different `fname` each")
+            raise ValueError(f"`{path}` was written by another training after this one had begun: "
+                             "give trainings that run at the same time a different `fname` each")
         with atomic_path(path) as tmp:
             torch.save(unwrap(self.model).state_dict(), tmp)
             path.with_suffix('.json').unlink(missing_ok=True) # this training's card of the replaced weights
@@ -137,9 +138,8 @@ class KeepEpochs(EachEpoch):
         net,dls,(mean,std) = unwrap(self.model),self.dls,pixel_stats(self.dls)
         normalised = {} if mean is None else dict(mean=mean.tolist(), std=std.tolist()) # `load_teacher` reads them
         method = next((cb for cb in self.learn.cbs if isinstance(cb, RobustCallback)), None)
-        return self.card | normalised | self.logged() | dict(epoch=self.epochs_done, arch=type(net).__name__,
-                                                             parameters=sum(p.numel() for p in net.parameters()),
-            vocab=[str(o) for o in getattr(dls, 'vocab', [])], method='natural' if method is None
-                                                             or type(method) is RobustCallback else method.name,
-                                                             attack=repr(getattr(method, 'attack', None)),
-            versions=versions(), training=self.training_id)
+        return self.card | normalised | self.logged() | dict(
+            epoch=self.epochs_done, arch=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()),
+            vocab=[str(o) for o in getattr(dls, 'vocab', [])],
+            method='natural' if method is None or type(method) is RobustCallback else method.name,
+            attack=repr(getattr(method, 'attack', None)), versions=versions(), training=self.training_id)

@@ -160,11 +160,11 @@ class CatastrophicOverfitting(EachEpoch):
 
     def _attack(self):
         if self.attack is not None: return self.attack
-        attack = next((cb.attack for cb in self.learn.cbs if isinstance(getattr(cb, 'attack', None), PGD)
-                       and cb is not self), None)
+        attack = next((cb.attack for cb in self.learn.cbs
+                       if isinstance(getattr(cb, 'attack', None), PGD) and cb is not self), None)
         if attack is None:
-            raise ValueError("`CatastrophicOverfitting` takes `eps` from the training attack, but finds none: give it "
-                             "an `attack`, e.g. `PGD(8/255, steps=5)`")
+            raise ValueError("`CatastrophicOverfitting` takes `eps` from the training attack, but finds none: "
+                             "give it an `attack`, e.g. `PGD(8/255, steps=5)`")
         return PGD(attack.eps, steps=5, norm=attack.norm)
 
     def each_epoch(self):
@@ -218,8 +218,8 @@ class RobustOverfitting(EachEpoch):
     def before_train(self):
         super().before_train()
         if self.trained and self.by not in self.recorder.metric_names:
-            raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: add it, e.g. "
-                             "by `metrics=[accuracy, RobustAccuracy()]`")
+            raise ValueError(f"`RobustOverfitting` watches {self.by!r}, which is not among the metrics: "
+                             "add it, e.g. by `metrics=[accuracy, RobustAccuracy()]`")
         if self.trained and (self.epoch == 0 or self.last is None):
             self.best = self.best_epoch = self.last = self.kept = None
 

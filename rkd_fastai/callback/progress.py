@@ -43,8 +43,8 @@ class Line:
         if now - self.last < self.every: return
         self.last,spent = now,now-self.start
         if left is None: left = f'{clock(spent*(1-share)/share)} left' if share else ''
-        self._print(', '.join(filter(None, [clock(spent), left])) + f'  {comment}', end='' if self.live else '\n',
-                    share=share)
+        self._print(', '.join(filter(None, [clock(spent), left])) + f'  {comment}',
+                    end='' if self.live else '\n', share=share)
 
     def progress(self,
         share, # share of the task that is done, in [0, 1]
@@ -96,8 +96,8 @@ class LineProgress(Callback):
 
     def after_batch(self):
         if self.training:
-            self.line.update(self.pct_train, f'epoch {self.epoch+1}/{self.n_epoch}, loss '
-                                             f'{self.smooth_loss.item():.3f}{self.note}')
+            self.line.update(self.pct_train, f'epoch {self.epoch+1}/{self.n_epoch}, '
+                                             f'loss {self.smooth_loss.item():.3f}{self.note}')
 
     def after_epoch(self):
         names,values = self.recorder.metric_names[1:],self.recorder.log[1:]

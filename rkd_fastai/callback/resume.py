@@ -77,20 +77,20 @@ def describe_training(
     learn, # a Learner at the start of a fit
 ):
     "Return a dict of plain values that must be equal for a training to continue from a file"
-    dls,net,loss,scheduled = learn.dls,unwrap(learn.model),learn.loss_func,{k for cb in learn.cbs
-                                                                            if isinstance(cb, ParamScheduler)
-                                                                            for k in cb.scheds}
+    dls,net,loss = learn.dls,unwrap(learn.model),learn.loss_func
+    scheduled = {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
-    return dict(n_epoch=learn.n_epoch, batches=len(dls.train), bs=getattr(dls.train, 'bs', None),
-                vocab=[str(o) for o in getattr(dls, 'vocab', [])],
+    return dict(
+        n_epoch=learn.n_epoch, batches=len(dls.train), bs=getattr(dls.train, 'bs', None),
+        vocab=[str(o) for o in getattr(dls, 'vocab', [])],
         images=_items_digest(dls), synthetic=getattr(dls.train, 'frac', None), transforms=_transforms(dls.train),
         network={k: 'extra state' if is_extra(k) else list(v.shape) for k,v in net.state_dict().items()},
         frozen=[k for k,p in net.named_parameters() if not p.requires_grad],
         loss=dict(zip(('function','smoothing','weights'), map(_described, (loss, *label_settings(loss))))),
-                metrics=list(learn.recorder.metric_names),
+        metrics=list(learn.recorder.metric_names),
         optimiser=[{k: _described(v) for k,v in h.items() if k not in scheduled} for h in learn.opt.hypers],
-        callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items() if not isinstance(cb, only_show)
-                   and not getattr(type(cb), 'only_shows', False)})
+        callbacks={k: _settings(cb) for k,cb in _by_name(learn.cbs).items()
+                   if not isinstance(cb, only_show) and not getattr(type(cb), 'only_shows', False)})
 
 def _difference(there, here, name=''):
     "Return the first difference between two such dicts in words, or None"
@@ -163,8 +163,8 @@ def _set_memory(cb, memory):
 
 def _random_states(dls):
     "Return the random states of Python, NumPy, PyTorch and the DataLoaders as a dict"
-    own = (lambda dl: dl.rng.getstate() if hasattr(dl, 'rng') else dl.generator.get_state()
-           if getattr(dl, 'generator', None) is not None else None)
+    own = (lambda dl: dl.rng.getstate() if hasattr(dl, 'rng')
+           else dl.generator.get_state() if getattr(dl, 'generator', None) is not None else None)
     return dict(python=random.getstate(), numpy=_plain(np.random.get_state()), torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 loaders=[own(dl) for dl in dls.loaders])
@@ -249,8 +249,8 @@ class Resume(FitCallback):
         if num_distrib() > 1:
             raise ValueError("`Resume` works in one process only: several processes have different random numbers")
         if self.every and not self.can_go_on_in_epoch:
-            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: without "
-                             "these, the random state cannot be restored in the middle of an epoch")
+            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: "
+                             "without these, the random state cannot be restored in the middle of an epoch")
         plain_state(unwrap(self.model))
         with writing(self.path): # fail now and not after an epoch if the file cannot be written
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,8 +283,8 @@ class Resume(FitCallback):
         n,(done,begun) = len(s['ended']),self._fits
         if done == n+1: return done,self._append(s)
         if done > n:
-            raise ValueError(f"`{self.path}` does not contain this Learner's earlier `fit` calls: choose another file, "
-                             "or delete it")
+            raise ValueError(f"`{self.path}` does not contain this Learner's earlier `fit` calls: "
+                             "choose another file, or delete it")
         # after an interruption, a Learner runs either the same fit again or all fits from the first one
         wrong = {}
         for fit in ([done, 0] if begun else [done]):
@@ -396,21 +396,22 @@ class Resume(FitCallback):
         "Return the complete state of the training as a dict"
         learn,scaler,done = self.learn,vars(self.learn).get('scaler'),self.done
         csv = next((cb for cb in learn.cbs if isinstance(cb, CSVLogger)), None)
-        return dict(what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train,
-                    train_iter=learn.train_iter,
-            model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
-                    scaler=None if scaler is None else scaler.state_dict(),
+        return dict(
+            what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train,
+            train_iter=learn.train_iter, model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
+            scaler=None if scaler is None else scaler.state_dict(),
             grads=[None if p.grad is None else p.grad.detach() if p.grad.any() else 0
-                   for p in learn.model.parameters()], recorder=_recorded(learn.recorder),
+                   for p in learn.model.parameters()],
+            recorder=_recorded(learn.recorder),
             memory={k: _memory(cb) for k,cb in _by_name(learn.cbs).items()
                     if not isinstance(cb, (Recorder, Resume, _FromEpoch))},
             metrics=[_memory(m, tensors=True) for m in learn.metrics] if done and learn.recorder.train_metrics else [],
             csv='' if csv is None else (learn.path/csv.fname).read_text(),
-                    epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
+            epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
 
 _what = 'a training, kept by rkd_fastai'
-_kept = set('what training epoch done pct_train train_iter model opt scaler grads recorder memory metrics csv '
-            'epoch_random random'.split())
+_kept = set('what training epoch done pct_train train_iter model opt scaler grads '
+            'recorder memory metrics csv epoch_random random'.split())
 # value of `stopped` for a fit that was stopped before its first save: the same fit starts anew, and a further fit
 # continues from where it stopped
 _here = 'here'

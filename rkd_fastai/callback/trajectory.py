@@ -89,8 +89,8 @@ class RecordTrajectory(EachEpoch):
     def _card(self, y, sample):
         # remove addresses of functions, which differ between processes
         attack = self._attack and re.sub(' at 0x[0-9a-f]+', '', repr(self._attack))
-        return dict(n=len(y), sample=sample.to_dict(), labels=digest([y]), attack=attack, seed=self.seed,
-                    versions=versions())
+        return dict(n=len(y), sample=sample.to_dict(), labels=digest([y]),
+                    attack=attack, seed=self.seed, versions=versions())
 
     def _file(self, k): return self.path/f'epoch_{k:04d}.npz'
     def _saved(self): return saved_epochs(self.path, suffix='.npz')
@@ -99,8 +99,8 @@ class RecordTrajectory(EachEpoch):
         "Raise a `ValueError` unless `path` has the `done` epochs of this training and no other training"
         there = self._saved()
         if len(there) > done+1 and not self.epochs:
-            raise ValueError(f"`path` {self.path} contains {len(there)} epochs of another training: choose another "
-                             "folder, or delete it")
+            raise ValueError(f"`path` {self.path} contains {len(there)} epochs of another training: "
+                             "choose another folder, or delete it")
         lost = sorted({*range(1, done+1)} - {*there})
         if lost:
             raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: "
@@ -110,12 +110,12 @@ class RecordTrajectory(EachEpoch):
         if not done: return
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e:
-            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): choose another folder, "
-                             "or delete it") from e
+            raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): "
+                             "choose another folder, or delete it") from e
         for k in ('n','attack','seed','labels','sample'):
             if old.get(k) != card[k]:
-                raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: choose "
-                                 "another folder, or delete it")
+                raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: "
+                                 "choose another folder, or delete it")
 
     def each_epoch(self):
         if self.data is not None:

@@ -65,8 +65,8 @@ def student_recipe(
     if args.method and args.method != recipe.method:
         knows = signature(method_class(args.method)).parameters
         recipe = recipe.replace(method=args.method, mean_over_classes=False,
-                            settings={k: v for k,v in recipe.settings.items() if k in knows},
-                            **({} if args.method != 'ckd' else dict(attack=None)))
+                                settings={k: v for k,v in recipe.settings.items() if k in knows},
+                                **({} if args.method != 'ckd' else dict(attack=None)))
     return with_args(recipe, args)
 
 # %% ../../nbs/cli/01_commands.ipynb #65dab952
@@ -76,8 +76,8 @@ def _new_folder(out, resume):
     if (out/'model.pth').exists():
         raise ValueError(f"`--out` {out} already contains a finished run: choose another folder")
     if (out/'resume.pth').exists() and not resume:
-        raise ValueError(f"`--out` {out} contains an interrupted run: add `--resume` to continue it, or choose "
-                         "another folder")
+        raise ValueError(f"`--out` {out} contains an interrupted run: "
+                         "add `--resume` to continue it, or choose another folder")
     return out
 
 def _loaders(args, recipe):
@@ -89,10 +89,11 @@ def _loaders(args, recipe):
 def _card(args, recipe, dls):
     "Return the run's card, with the options and defaults of the recipe"
     settings = {k: v for k,v in vars(args).items() if k not in ('command','out','resume')}
-    return describe_run(recipe, dls, settings | dict(lr=recipe.lr_for(dls) if args.lr is None else args.lr,
-                                                 epochs=recipe.epochs if args.epochs is None else args.epochs,
-                                                   eps=_eps if args.eps is None else args.eps,
-                                                 frac=recipe.synthetic if args.synthetic else None))
+    return describe_run(recipe, dls, settings | dict(
+        lr=recipe.lr_for(dls) if args.lr is None else args.lr,
+        epochs=recipe.epochs if args.epochs is None else args.epochs,
+        eps=_eps if args.eps is None else args.eps,
+        frac=recipe.synthetic if args.synthetic else None))
 
 _eps = 8/255 # default radius: of the attack after each epoch, and for runs whose card has no radius
 
@@ -108,9 +109,9 @@ def _check_same(args, out, card):
         # `--keep` does not change the training
         if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue
         if k in _paths and card[k] not in data_names: continue
-        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, but {_value(was.get(k))} in the interrupted "
-                         f"run in {out}: `--resume` needs the same options. For other options, choose "
-                         "another `--out`")
+        raise ValueError(f"`{_option(k)}` is {_value(card[k])} here, "
+                         f"but {_value(was.get(k))} in the interrupted run in {out}: "
+                         "`--resume` needs the same options. For other options, choose another `--out`")
 
 _parts = dict(images='the training images are', synthetic='the synthetic images are', vocab='the classes are',
               network='the network is') # by `Resume`'s name for the part
@@ -122,10 +123,10 @@ def _same_training(out):
     except OtherTraining as e:
         name = e.difference.split()[0]
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
-        raise ValueError(f"{what} not the same as in the interrupted run in {out}: restore what the run had, or "
-                         "choose another `--out`" if what else
-                         f"the interrupted run in {out} was another training ({e.difference}): choose another "
-                         "`--out`") from e
+        raise ValueError(f"{what} not the same as in the interrupted run in {out}: "
+                         "restore what the run had, or choose another `--out`" if what else
+                         f"the interrupted run in {out} was another training ({e.difference}): "
+                         "choose another `--out`") from e
 
 def _check_older(out, epochs):
     "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this training would not replace"
@@ -151,8 +152,8 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
             raise ValueError("`--frac` needs synthetic images: pass their file with `--synthetic`")
         recipe = recipe.replace(synthetic=args.frac)
     if args.synthetic is not None and recipe.synthetic is None:
-        raise ValueError("`--synthetic` needs `--frac` here, the fraction of each batch that is synthetic, such as "
-                         "`--frac 0.7`: give it, or leave `--synthetic` out")
+        raise ValueError("`--synthetic` needs `--frac` here, the fraction of each batch that is synthetic, "
+                         "such as `--frac 0.7`: give it, or leave `--synthetic` out")
     out = _new_folder(args.out, args.resume)
     if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # other seed than the teacher's
@@ -163,8 +164,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     else: _check_older(out, card['epochs'])
     with _same_training(out):
         fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(advice=_advice(out, args.keep)), *cbs],
-                keep=args.keep,
-                synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
+                keep=args.keep, synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)
     print(f'The run is saved in {out}. `rkd evaluate {out}` measures it under strong attacks.')
 
 # %% ../../nbs/cli/01_commands.ipynb #3f194b3e
@@ -186,8 +186,8 @@ def train(
 ):
     "Run `rkd train`"
     recipe = teacher_recipe(args)
-    _run(args, f'training, {args.how}', recipe, cbs=[CatastrophicOverfitting(advice='`--how at` trains on PGD')]
-         if isinstance(recipe.attack, FFGSM) else ())
+    _run(args, f'training, {args.how}', recipe,
+         cbs=[CatastrophicOverfitting(advice='`--how at` trains on PGD')] if isinstance(recipe.attack, FFGSM) else ())
 
 def _teachers_size(args, cards):
     """Return the side of the images on which the teachers were trained, or None. Count teachers of the same named data
@@ -221,12 +221,12 @@ def _check_held_out(args, card, dls):
     # nothing to check: the images are not from a folder, from a test split, or given with `--data`
     if now is None or len(dls.loaders) > 2 or args.data is not None: return
     if 'held_out' not in card:
-        warnings.warn("the run's card does not say which images were held out of its training, so that some of those "
-                      "measured now may have been trained on")
+        warnings.warn("the run's card does not say which images were held out of its training, "
+                      "so that some of those measured now may have been trained on")
     elif card['held_out'] != now:
         raise ValueError("the images that are held out now are not those that were held out of the run's training: "
-                         "files have been added, removed or renamed since. "
-                         "Restore the folder, or pass a folder of images that the run has not seen with `--data`")
+                         "files have been added, removed or renamed since. Restore the folder, "
+                         "or pass a folder of images that the run has not seen with `--data`")
 
 def evaluate(
     args, # options
@@ -242,8 +242,8 @@ def evaluate(
     if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
         raise ValueError("the run's card does not tell which data it was trained on: pass them with `--data`")
     if args.data is None and data not in data_names and not Path(data).is_dir():
-        raise ValueError(f"the run was trained on the images in {data}, which is not here: pass their folder with "
-                         "`--data`")
+        raise ValueError(f"the run was trained on the images in {data}, which is not here: "
+                         "pass their folder with `--data`")
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
     check_n(args.n)

@@ -33,12 +33,10 @@ import rkd_fastai.learner # noqa: F401 (patches `to_adversarial` and the fits on
 # %% ../../nbs/cli/00_demo.ipynb #8e86ff19
 Setup = namedtuple('Setup', 'data dls width eps teacher teacher_epoch student n_auto n_curve')
 _setups = dict(
-    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255, teacher=30, teacher_epoch=15,
-                  student=30,
-                  n_auto=100, n_curve=200),
-    quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255, teacher=8, teacher_epoch=6, student=8,
-                  n_auto=20,
-                  n_curve=100))
+    full  = Setup('Fashion-MNIST sample, 14×14', fashion_sample_dls, 1/8, 8/255,
+                  teacher=30, teacher_epoch=15, student=30, n_auto=100, n_curve=200),
+    quick = Setup("scikit-learn's digits, 8×8", digits_dls, 1/8, 25/255,
+                  teacher=8, teacher_epoch=6, student=8, n_auto=20, n_curve=100))
 
 def _learner(s, out, seed, cbs=()):
     "Return an untrained Learner of the demo, which is determined by `seed`"
@@ -121,12 +119,12 @@ def verdict(
     "Return sentences that compare student and baseline, with 95 % intervals of the differences"
     both = df.loc[['student','baseline']]
     gain,chance = both.iloc[0] - both.iloc[1], lambda attack, n: 1.96*((both[attack]*(1-both[attack])).sum()/n)**.5
-    won = ('not shown to differ from' if abs(gain.pgd20) <= chance('pgd20', n) else 'better than' if gain.pgd20 > 0
-           else 'worse than')
+    won = ('not shown to differ from' if abs(gain.pgd20) <= chance('pgd20', n)
+           else 'better than' if gain.pgd20 > 0 else 'worse than')
     def difference(attack, n): return f'{100*gain[attack]:+.1f} ± {100*chance(attack, n):.1f}'
     return (f"Against PGD-20 the AKD+ student is {won} the baseline, which had no less compute: "
-            f"{difference('pgd20', n)} "
-            f"points, clean {difference('clean', n)}, AutoAttack {difference('autoattack', n_auto)}. "
+            f"{difference('pgd20', n)} points, clean {difference('clean', n)}, "
+            f"AutoAttack {difference('autoattack', n_auto)}. "
             f"± is half the width of the 95 % interval that {n} and {n_auto} test images give.")
 
 # %% ../../nbs/cli/00_demo.ipynb #8253836c
@@ -139,10 +137,10 @@ def plot_curves(
     for name,learn in learners.items():
         for ax,col in zip(axs, ('accuracy','robust_accuracy')):
             i = learn.recorder.metric_names.index(col) - 1 # `values` has no epoch column
-            ax.plot(range(1, len(learn.recorder.values)+1), [100*v[i] for v in learn.recorder.values], label=name,
-                    lw=1.5)
-    for ax,title in zip(axs, ('clean accuracy, %', f"accuracy under PGD-7, %, {learners['student'].metrics[1].n} test "
-                                                   "images")):
+            ax.plot(range(1, len(learn.recorder.values)+1), [100*v[i] for v in learn.recorder.values],
+                    label=name, lw=1.5)
+    for ax,title in zip(axs, ('clean accuracy, %',
+                              f"accuracy under PGD-7, %, {learners['student'].metrics[1].n} test images")):
         ax.set(title=title, xlabel='epoch'); ax.title.set_size(10); ax.grid(alpha=.3)
     axs[0].legend(frameon=False)
     fig.savefig(path, dpi=110); plt.close(fig)
@@ -203,22 +201,21 @@ def demo(
     "Train, distil and attack the networks of the demo, write the results to `out` and return the table of results"
     s,out,start = _setups['quick' if quick else 'full'], Path(out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    say(f'This trains a robust teacher, its AKD+ student and a baseline of no less compute on {s.data}. The device is '
-        f'{default_device()}.\n')
+    say(f'This trains a robust teacher, its AKD+ student and a baseline of no less compute on {s.data}. '
+        f'The device is {default_device()}.\n')
     with _one_thread():
         learners = train_models(s, out, seed)
         df,cards = measure_models(learners, s, seed)
     n = cards['student'][0]['n']
     table = as_markdown(df, s, seed, n)
     seconds = round(time.time() - start)
-    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\nIt took {clock(seconds)} on '
-                                   f'{default_device()}.\n')
-    write_atomic(out/'results.json', json.dumps(dict(data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher,
-                                                     teacher_epoch=s.teacher_epoch, student_epochs=s.student,
-                                                     seconds=seconds, device=str(default_device()), models=cards),
-                                                indent=2))
+    write_atomic(out/'results.md', f'{table}\n\n{verdict(df, n, s.n_auto)}\n\n'
+                                   f'It took {clock(seconds)} on {default_device()}.\n')
+    write_atomic(out/'results.json', json.dumps(dict(
+        data=s.data, seed=seed, eps=s.eps, teacher_epochs=s.teacher, teacher_epoch=s.teacher_epoch,
+        student_epochs=s.student, seconds=seconds, device=str(default_device()), models=cards), indent=2))
     plot_curves(learners, out/'curves.png')
     plot_adversarial(learners, df, s, seed, out/'adversarial.png')
-    show(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n\nThe demo took {clock(seconds)}. Table, figures and checkpoints '
-        f'are in {out}/.')
+    show(f'\n{table}\n\n{verdict(df, n, s.n_auto)}\n\n'
+         f'The demo took {clock(seconds)}. Table, figures and checkpoints are in {out}/.')
     return df

@@ -44,71 +44,73 @@ def _one_of(names):
         raise typer.BadParameter(f'{text!r} is unknown: {did_you_mean(text, names)}')
     return check
 
-_folder = ("a folder of images. The folder contains the folders train, valid (or val) and test, and each of these "
-           "contains one folder per class. If the folder valid is missing, a fifth of the training images is held "
-           "out to choose epochs on.")
+_folder = ("a folder of images. The folder contains the folders train, valid (or val) and test, "
+           "and each of these contains one folder per class. "
+           "If the folder valid is missing, a fifth of the training images is held out to choose epochs on.")
 Data = Annotated[str, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or {_folder}")]
-DataOfRun = Annotated[str | None, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or "
-    f"{_folder} If the folder test exists, it is used for the measurement. Default: the data of the run.")]
-DataPath = Annotated[str | None, _data(metavar='FOLDER', help="Folder of a published data set. Default: it is found or "
-    "downloaded.")]
-_side = ("Side of the images in pixels. Images of a folder are cropped to it. fashion_mnist and fashion_sample are "
-         "available in 14 and 28.")
+DataOfRun = Annotated[str | None, _data(metavar='DATA',
+    help=f"Name of a data set ({', '.join(data_names)}) or {_folder} "
+         "If the folder test exists, it is used for the measurement. Default: the data of the run.")]
+DataPath = Annotated[str | None, _data(metavar='FOLDER',
+    help="Folder of a published data set. Default: it is found or downloaded.")]
+_side = ("Side of the images in pixels. Images of a folder are cropped to it. "
+         "fashion_mnist and fashion_sample are available in 14 and 28.")
 _side_of_data = "14 for fashion_sample, 28 for fashion_mnist and 64 for a folder"
 Size = Annotated[int | None, _n(_data, help=f"{_side} Default: {_side_of_data}.")]
 SizeOfTeacher = Annotated[int | None, _n(_data, help=f"{_side} Default: that of the teacher, else {_side_of_data}.")]
 SizeOfRun = Annotated[int | None, _n(_data, help=f"{_side} Default: that of the run.")]
-BatchSize = Annotated[int | None, _n(_data, help="Batch size. Default: that of the recipe, or a smaller one if there "
-    "are too few images for eight batches.")]
+BatchSize = Annotated[int | None, _n(_data,
+    help="Batch size. Default: that of the recipe, or a smaller one if there are too few images for eight batches.")]
 BatchSizeOfAttack = Annotated[int, _n(_data, help="Batch size.")]
 N = Annotated[int | None, _n(_data, help="Number of training images. Default: all.")]
-Sample = Annotated[int | None, _n(_data, help="Number of images. They are a sample that is stratified by class and "
-    "drawn by --seed. Default: all.")]
-Synthetic = Annotated[str | None, _data(metavar='FILE', help="An .npz file with synthetic images (arrays image and "
-    "label), which are mixed into every batch.")]
-Frac = Annotated[float | None, _number(_data, help="Fraction of each batch that is synthetic. Default: that of the "
-    "recipe.")]
+Sample = Annotated[int | None, _n(_data,
+    help="Number of images. They are a sample that is stratified by class and drawn by --seed. Default: all.")]
+Synthetic = Annotated[str | None, _data(metavar='FILE',
+    help="An .npz file with synthetic images (arrays image and label), which are mixed into every batch.")]
+Frac = Annotated[float | None, _number(_data,
+    help="Fraction of each batch that is synthetic. Default: that of the recipe.")]
 
-Arch = Annotated[str, _network(metavar='NAME', help="Architecture: cifar_resnet18, wrn-DEPTH-WIDEN or the name of a "
-    "timm network.")]
+Arch = Annotated[str, _network(metavar='NAME',
+    help="Architecture: cifar_resnet18, wrn-DEPTH-WIDEN or the name of a timm network.")]
 Width = Annotated[float, _number(_network, help="Factor on the number of channels of cifar_resnet18.")]
 
-How = Annotated[str, _name(_training, [*teacher_kinds, *teacher_recipes], help="Kind of training "
-    f"({', '.join(f'{k}: {v}' for k,v in teacher_kinds.items())}) or name of a recipe ({', '.join(teacher_recipes)}).")]
+How = Annotated[str, _name(_training, [*teacher_kinds, *teacher_recipes],
+    help=f"Kind of training ({', '.join(f'{k}: {v}' for k,v in teacher_kinds.items())}) "
+         f"or name of a recipe ({', '.join(teacher_recipes)}).")]
 Epochs = Annotated[int | None, _n(_training, help="Number of epochs. Default: that of the recipe.")]
 Lr = Annotated[float | None, _number(_training, help="Highest learning rate. Default: that of the recipe.")]
-Eps = Annotated[float | None, _number(_training, help="Radius of the attack in pixel units, such as 8/255. "
-    "Default: that of the recipe.")]
-Steps = Annotated[int | None, _n(_training, help="Number of steps of the training attack. Default: that of the "
-    "recipe.")]
+Eps = Annotated[float | None, _number(_training,
+    help="Radius of the attack in pixel units, such as 8/255. Default: that of the recipe.")]
+Steps = Annotated[int | None, _n(_training,
+    help="Number of steps of the training attack. Default: that of the recipe.")]
 
-EpsOfRun = Annotated[float | None, _number(_attack, help="Radius of the attacks in pixel units, such as 8/255. "
-    "Default: that of the training.")]
-Attacks = Annotated[str, _attack(metavar='NAMES', help="Names of attacks with commas between them: clean, fgsm, pgdN, "
-    "pgdNxRESTARTS, cw, apgd, square, autoattack.")]
+EpsOfRun = Annotated[float | None, _number(_attack,
+    help="Radius of the attacks in pixel units, such as 8/255. Default: that of the training.")]
+Attacks = Annotated[str, _attack(metavar='NAMES',
+    help="Names of attacks with commas between them: clean, fgsm, pgdN, pgdNxRESTARTS, cw, apgd, square, autoattack.")]
 Norm = Annotated[str, _name(_attack, ['Linf','L2'], help="Norm of the attacks: Linf or L2.")]
-Fast = Annotated[bool, _attack('--fast', help="Run AutoAttack on a faster copy of the network. What it finds is "
-    "confirmed on the network itself.")]
+Fast = Annotated[bool, _attack('--fast',
+    help="Run AutoAttack on a faster copy of the network. What it finds is confirmed on the network itself.")]
 Check = Annotated[bool, _attack('--check', help="Also look for masked gradients.")]
 
-TeacherPaths = Annotated[list[str], typer.Option('--teacher', metavar='PATH', help="Run folder or checkpoint of the "
-    "teacher. Repeat the option for an ensemble.")]
-Betas = Annotated[list[float] | None, _number(_distilling, help="Weights of the teachers of an ensemble, such as "
-    "--betas .5 .5. Default: equal weights.")]
-StudentRecipe = Annotated[str, _name(_distilling, student_recipes, help="Recipe that gives the settings: "
-    f"{', '.join(student_recipes)}.")]
-Method = Annotated[str | None, _name(_distilling, methods, help=f"Distillation method: {', '.join(methods)}. Default: "
-    "that of the recipe.")]
-Alpha = Annotated[float | None, _number(_distilling, help="Weight of the teacher in the soft target. Default: that of "
-    "the recipe.")]
-Lam = Annotated[float | None, _number(_distilling, help="Weight of the adversarial term (rslad, ard) or of the "
-    "distilled term (ckd). Default: that of the recipe.")]
-Temperature = Annotated[float | None, _number(partial(_distilling, '--T'), help="Temperature. Default: that of the "
-    "recipe.")]
+TeacherPaths = Annotated[list[str], typer.Option('--teacher', metavar='PATH',
+    help="Run folder or checkpoint of the teacher. Repeat the option for an ensemble.")]
+Betas = Annotated[list[float] | None, _number(_distilling,
+    help="Weights of the teachers of an ensemble, such as --betas .5 .5. Default: equal weights.")]
+StudentRecipe = Annotated[str, _name(_distilling, student_recipes,
+    help=f"Recipe that gives the settings: {', '.join(student_recipes)}.")]
+Method = Annotated[str | None, _name(_distilling, methods,
+    help=f"Distillation method: {', '.join(methods)}. Default: that of the recipe.")]
+Alpha = Annotated[float | None, _number(_distilling,
+    help="Weight of the teacher in the soft target. Default: that of the recipe.")]
+Lam = Annotated[float | None, _number(_distilling,
+    help="Weight of the adversarial term (rslad, ard) or of the distilled term (ckd). Default: that of the recipe.")]
+Temperature = Annotated[float | None, _number(partial(_distilling, '--T'),
+    help="Temperature. Default: that of the recipe.")]
 
 Out = Annotated[str, typer.Option(metavar='FOLDER', help="Folder to write the run to.")]
-Resume = Annotated[bool, _run('--resume', help="Continue the interrupted run in --out. The result is that of an "
-    "uninterrupted run.")]
+Resume = Annotated[bool, _run('--resume',
+    help="Continue the interrupted run in --out. The result is that of an uninterrupted run.")]
 Keep = Annotated[int, _n(_run, help="Keep the checkpoint of every N-th epoch.")]
 Compile = Annotated[bool, _run('--compile', help="Run attack, teacher and training step through torch.compile.")]
 Bf16 = Annotated[bool, _run('--bf16', help="Run attack and teacher in bfloat16.")]
@@ -118,21 +120,22 @@ SeedOfSample = Annotated[int, _n(_run, help="Seed of the sample of images and of
 Quick = Annotated[bool, _run('--quick', help="Use small images of digits, which takes a minute or two.")]
 DemoOut = Annotated[str, _run(metavar='FOLDER', help="Folder to write the results to.")]
 
-Run = Annotated[str, typer.Argument(metavar='RUN', help="Run folder or checkpoint. It is measured on the test images "
-    "if there are any, else on the validation images.")]
+Run = Annotated[str, typer.Argument(metavar='RUN',
+    help="Run folder or checkpoint. "
+         "It is measured on the test images if there are any, else on the validation images.")]
 Json = Annotated[str | None, _run(metavar='FILE', help="File to write the results to.")]
-State = Annotated[str | None, _run(metavar='FILE', help="File that keeps the progress, so that the same command can "
-    "continue an interrupted measurement.")]
+State = Annotated[str | None, _run(metavar='FILE',
+    help="File that keeps the progress, so that the same command can continue an interrupted measurement.")]
 
-Study = Annotated[list[str], typer.Argument(metavar='FILE', help="TOML file of a study. Or the word report and the "
-    "folder of a study, to write its tables and figures.")]
-StudyOut = Annotated[str | None, _run(metavar='FOLDER', help="Folder to write the study to. Default: studies/ and the "
-    "name of the file.")]
+Study = Annotated[list[str], typer.Argument(metavar='FILE',
+    help="TOML file of a study. Or the word report and the folder of a study, to write its tables and figures.")]
+StudyOut = Annotated[str | None, _run(metavar='FOLDER',
+    help="Folder to write the study to. Default: studies/ and the name of the file.")]
 Cell = Annotated[str | None, _run(metavar='I/N', help="Train part I of N of the networks, for job arrays.")]
-Processes = Annotated[int, _n(_run, help="Number of processes, which share the CPU cores. The output of the K-th is in "
-    "process_K.log in the folder.")]
-DryRun = Annotated[bool, _run('--dry-run', help="Print the networks and the estimated time on this machine, and train "
-    "nothing.")]
+Processes = Annotated[int, _n(_run,
+    help="Number of processes, which share the CPU cores. The output of the K-th is in process_K.log in the folder.")]
+DryRun = Annotated[bool, _run('--dry-run',
+    help="Print the networks and the estimated time on this machine, and train nothing.")]
 
 # %% ../../nbs/cli/02_main.ipynb #b297722b
 app = typer.Typer(add_completion=False, context_settings=dict(help_option_names=['--help','-h'], max_content_width=120))
@@ -142,8 +145,8 @@ def _print_version(wanted):
     if wanted:
         typer.echo(f'rkd_fastai {rkd_fastai.__version__}')
         raise typer.Exit
-Version = Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help="Show the version and "
-    "exit.")]
+Version = Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True,
+    help="Show the version and exit.")]
 
 @app.callback(invoke_without_command=True)
 def rkd(ctx: typer.Context, version: Version = False):

@@ -25,8 +25,8 @@ class ResidentDL(TfmdDL):
         try:
             with no_random(seed): return self.do_batch([self.do_item(i) for i in range(n)])
         except RuntimeError as e:
-            raise ValueError("the items cannot be stacked into one batch: resize the images to one size, e.g. with "
-                             f"`item_tfms=Resize(64, 'squish')` ({e})") from e
+            raise ValueError("the items cannot be stacked into one batch: resize the images to one size, "
+                             f"e.g. with `item_tfms=Resize(64, 'squish')` ({e})") from e
 
     def items(self):
         "Return all items after the item transforms, as one batch on the loader's device"
@@ -35,8 +35,9 @@ class ResidentDL(TfmdDL):
             n = getattr(self.dataset, 'n_items', self.n) # a dataset may hold more items than one epoch
             few,again = (self._make(min(n, 8), seed) for seed in (0,1))
             if not all(map(torch.equal, few, again)):
-                raise ValueError("an item transform is random, but each item is created only once: use random "
-                                 "transforms in `batch_tfms`, and `Resize(64, 'squish')`, which does not crop")
+                raise ValueError("an item transform is random, but each item is created only once: "
+                                 "use random transforms in `batch_tfms`, "
+                                 "and `Resize(64, 'squish')`, which does not crop")
             self._items = self._make(n, 0)
         if self.device is not None: self._items = to_device(self._items, self.device)
         return self._items

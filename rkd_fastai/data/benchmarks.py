@@ -56,9 +56,8 @@ def fashion_sample_dls(
     "Return `DataLoaders` for the Fashion-MNIST sample in this package, without a download"
     with files('rkd_fastai').joinpath('samples/fashion_sample.npz').open('rb') as f:
         a = dict(np.load(f, allow_pickle=False))
-    return arrays_dls(*[(_of_size(a[f'x_{o}'], size), a[f'y_{o}']) for o in ('train','test')], vocab=fashion_vocab,
-                      bs=bs,
-                      batch_tfms=[PadCropFlip(), *L(batch_tfms)], **kwargs)
+    return arrays_dls(*[(_of_size(a[f'x_{o}'], size), a[f'y_{o}']) for o in ('train','test')],
+                      vocab=fashion_vocab, bs=bs, batch_tfms=[PadCropFlip(), *L(batch_tfms)], **kwargs)
 
 # %% ../../nbs/data/02_benchmarks.ipynb #7d3ac407
 def _find(path, sub, name):
@@ -66,8 +65,8 @@ def _find(path, sub, name):
     for d in (Path(path), Path(path)/sub):
         for f in (d/name, d/f'{name}.gz'):
             if f.exists(): return f
-    raise FileNotFoundError(f"{name} not found in {path} or {Path(path)/sub}: set `path` to the folder of the "
-                            "published files, or leave `path` out to download them")
+    raise FileNotFoundError(f"{name} not found in {path} or {Path(path)/sub}: "
+                            "set `path` to the folder of the published files, or leave `path` out to download them")
 
 def _downloaded(name, get):
     "Return `get()`, which downloads the dataset `name`; raise `OSError` if the download fails"

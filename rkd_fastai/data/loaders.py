@@ -32,8 +32,7 @@ def _as_configured(k, dl, new, changed):
     return a is b or bool(np.array_equal(a, b)) if isinstance(a, (np.ndarray, torch.Tensor)) else bool(a is b or a == b)
 
 _fastais = {*DataLoader._methods, 'dataset', 'bs', 'shuffle', 'drop_last', 'indexed', 'n', 'pin_memory', 'timeout',
-            'device',
-            'rng', 'num_workers', 'offs', 'fake_l', 'it'} # attributes that every loader has
+            'device', 'rng', 'num_workers', 'offs', 'fake_l', 'it'} # attributes that every loader has
 
 _plain_loaders = [DataLoader, TfmdDL, ResidentDL] # loaders whose `new` keeps all arguments
 
@@ -42,16 +41,16 @@ def _own_arguments(dl):
     plain = {k for cls in (TfmdDL, DataLoader) for k in signature(cls).parameters}
     classes = [cls for cls in type(dl).__mro__ if cls not in TfmdDL.__mro__]
     params = [p for cls in classes for p in signature(cls).parameters.values()]
-    names = dict.fromkeys(p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-                          and p.name not in plain)
+    names = dict.fromkeys(p.name for p in params
+                          if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in plain)
     return [*names], any('new' in vars(cls) for cls in classes if cls is not ResidentDL)
 
 def _check_loaders(dls):
     "Raise `TypeError` if no other loaders can be made from `dls`"
     for dl in dls.loaders:
         if not isinstance(dl, DataLoader):
-            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, from which no other loader "
-                            "can be made: use fastai's `DataLoader`")
+            raise TypeError(f"`dls` have a {type(dl).__name__} of {type(dl).__module__}, "
+                            "from which no other loader can be made: use fastai's `DataLoader`")
         if 'world_size' in vars(dl):
             raise TypeError("`dls` are already split among processes: change them before `learn.distrib_ctx`")
 
@@ -67,14 +66,14 @@ def _new(dl, dataset=None, idxs=None, **kwargs):
     own = {} if hands_on else {k: vars(dl).get(k, _own_arguments) for k in names}
     for k,v in own.items():
         if v is _own_arguments:
-            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: store it as `self.{k}`, or "
-                            f"{hint}")
+            raise TypeError(f"`dls` have a {kind}, whose argument `{k}` would be lost: "
+                            f"store it as `self.{k}`, or {hint}")
     if idxs is not None:
         own |= {k: _of_items(k, v, dl, idxs) for k,v in vars(dl).items() if _is_own(k) and _is_per_item(v, dl)}
     try: new = dl.new(dataset, **own | kwargs)
     except TypeError as e:
-        raise TypeError(f"`dls` have a {kind}, and another one cannot be made from it ({e}): define a method `new` of "
-                        "the class that can") from e
+        raise TypeError(f"`dls` have a {kind}, and another one cannot be made from it ({e}): "
+                        "define a method `new` of the class that can") from e
     lost = [k for k in vars(dl) if _is_own(k) and k not in kwargs and not _as_configured(k, dl, new, idxs is not None)]
     if lost: raise TypeError(f"`dls` have a {kind}, whose `{lost[0]}` would be lost: {hint}")
     return new
@@ -90,12 +89,12 @@ def _is_per_item(v, dl):
 def _of_items(k, v, dl, idxs):
     "Return the weights `v` of the items `idxs`; raise `TypeError` for other attributes than weights"
     if not (isinstance(dl, WeightedDL) and k == 'wgts'):
-        raise TypeError(f"`dls` have a {type(dl).__name__} whose `{k}` has one entry per image and cannot be "
-                        "subset: choose the images first, and then make this loader from them")
+        raise TypeError(f"`dls` have a {type(dl).__name__} whose `{k}` has one entry per image and cannot be subset: "
+                        "choose the images first, and then make this loader from them")
     w = v[list(idxs)]
     if not w.sum():
-        raise ValueError(f"all {len(w)} images of the subset have the weight 0: take more images (`n`), or other ones "
-                         "(`seed`)")
+        raise ValueError(f"all {len(w)} images of the subset have the weight 0: "
+                         "take more images (`n`), or other ones (`seed`)")
     return w
 
 def _with_train(dls, train):
@@ -136,8 +135,8 @@ def with_subset(
 def _n_items(dl):
     "Return the number of items; raise `TypeError` for a loader of items without an index"
     if getattr(dl, 'n', None) is None or not dl.indexed:
-        raise TypeError(f"`dls` have a {type(dl).__name__} whose items have no index, such as a stream: a subset needs "
-                        "a dataset with `__len__` and `__getitem__`")
+        raise TypeError(f"`dls` have a {type(dl).__name__} whose items have no index, such as a stream: "
+                        "a subset needs a dataset with `__len__` and `__getitem__`")
     return dl.n
 
 def with_bs(
@@ -188,8 +187,8 @@ def with_batch_tfms(
     "Return `dls` with further transforms for the training batches; raise `ValueError` for `Normalize`"
     _check_loaders(dls)
     if any(isinstance(t, Normalize) for t in tfms):
-        raise ValueError("`tfms` must not contain `Normalize`, which would apply to the training batches only: give it "
-                         "to the data block, in `batch_tfms`")
+        raise ValueError("`tfms` must not contain `Normalize`, which would apply to the training batches only: "
+                         "give it to the data block, in `batch_tfms`")
     return _with_train(dls, _new(dls.train, after_batch=Pipeline([*dls.train.after_batch.fs, *tfms])))
 
 class _StillResize(Resize):
@@ -204,8 +203,8 @@ def _still(p):
     for t in p.fs:
         if type(t) in (Resize, _StillResize): t = copy(t); t.__class__ = _StillResize
         elif isinstance(t, _sizes):
-            raise ValueError(f"`dls` resize images by {type(t).__name__}, which is random: use `Resize` for that, and "
-                             "random transforms in `batch_tfms`")
+            raise ValueError(f"`dls` resize images by {type(t).__name__}, which is random: "
+                             "use `Resize` for that, and random transforms in `batch_tfms`")
         if isinstance(t, _StillResize) or not isinstance(t, RandTransform): found.append(t)
     return found
 
@@ -234,8 +233,8 @@ def _npz_arrays(path, **want):
                                      f"a file of synthetic images has the arrays {list(want)}")
                 with z.open(f'{name}.npy') as f: (shape,_,dtype),start = _header(f),f.tell()
                 if len(shape) not in ndims or dtype.kind not in kinds or (kinds == 'u' and dtype != np.uint8):
-                    raise ValueError(f"`{path}`: `{name}` is {dtype} {shape}: images must be uint8 `(n, h, w, c)` or "
-                                     "`(n, h, w)`, labels integers `(n,)`")
+                    raise ValueError(f"`{path}`: `{name}` is {dtype} {shape}: "
+                                     "images must be uint8 `(n, h, w, c)` or `(n, h, w)`, labels integers `(n,)`")
                 size = z.getinfo(f'{name}.npy').file_size
                 # upper bound of the unpacked size, because the sizes in the file may be wrong
                 most = 1100*path.stat().st_size
@@ -257,8 +256,8 @@ def read_synthetic(
     "Return the synthetic images and labels in `path` without executing code; raise `ValueError` if it is invalid"
     x,y = _npz_arrays(Path(path), image=((3,4), 'u'), label=((1,), 'iu'))
     if len(x) != len(y) or not len(x):
-        raise ValueError(f"`{path}` has {counted(len(x), 'image')} and {counted(len(y), 'label')}: one label per "
-                         "image is needed")
+        raise ValueError(f"`{path}` has {counted(len(x), 'image')} and {counted(len(y), 'label')}: "
+                         "one label per image is needed")
     return _squeezed(x), y
 
 def _squeezed(x): return x[...,0] if x.ndim == 4 and x.shape[3] == 1 else x
@@ -319,16 +318,16 @@ def _check_share(frac, bs):
 def _check_synthetic(x, y, dls):
     check_single_label(dls)
     if y.min() < 0 or y.max() >= len(dls.vocab):
-        raise ValueError(f"`npz` has labels {y.min()} to {y.max()}, but `dls` have {len(dls.vocab)} classes: labels "
-                         f"must be from 0 to {len(dls.vocab)-1}")
+        raise ValueError(f"`npz` has labels {y.min()} to {y.max()}, but `dls` have {len(dls.vocab)} classes: "
+                         f"labels must be from 0 to {len(dls.vocab)-1}")
     img = dls.train_ds[0][0]
     if isinstance(img, TensorImageBase) and img.dtype != torch.uint8:
         raise TypeError(f"`dls` must hold uint8 images, as synthetic ones are, got {img.dtype}")
     if isinstance(img, TensorImageBase): want,got = tuple(img.shape),tuple(image2tensor(x[0]).shape)
     elif isinstance(img, PILBase): want,got = len(img.getbands()),1 if x.ndim == 3 else x.shape[3]
     else:
-        raise TypeError("`dls` must hold images, so that synthetic ones can be added, but they hold items of type "
-                        f"{type(img).__name__}")
+        raise TypeError("`dls` must hold images, so that synthetic ones can be added, "
+                        f"but they hold items of type {type(img).__name__}")
     if want != got:
         unit = 'shape' if isinstance(want, tuple) else 'number of channels'
         raise ValueError(f"the images in `npz` must have the {unit} of those in `dls`, {want}, got {got}")
@@ -341,12 +340,12 @@ def with_synthetic(
     """Return `dls` with synthetic images in every training batch, and epochs of the same length (Rebuffi et al., 2021;
     Wang et al., 2023)"""
     if type(dls.train) not in (TfmdDL, ResidentDL):
-        raise TypeError(f"the training loader of `dls` must be a plain `TfmdDL`, got a {type(dls.train).__name__}: add "
-                        "synthetic images before other changes")
+        raise TypeError(f"the training loader of `dls` must be a plain `TfmdDL`, got a {type(dls.train).__name__}: "
+                        "add synthetic images before other changes")
     frac = as_number('frac', frac)
     if dls.train.n != len(dls.train_ds):
-        raise ValueError(f"`dls` use only the first {dls.train.n} of {len(dls.train_ds)} images: call `with_subset` "
-                         "before `with_synthetic`")
+        raise ValueError(f"`dls` use only the first {dls.train.n} of {len(dls.train_ds)} images: "
+                         "call `with_subset` before `with_synthetic`")
     _check_share(frac, dls.train.bs)
     x,y = npz if isinstance(npz, tuple) else read_synthetic(npz)
     x,y = check_xy((_squeezed(np.asarray(x)), y), '`npz`' if isinstance(npz, tuple) else f'`{npz}`')

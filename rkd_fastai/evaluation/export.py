@@ -24,8 +24,7 @@ from ..text import did_you_mean, format_eps
 
 # %% ../../nbs/evaluation/03_export.ipynb #22cae7e9
 _card_keys = dict(link=str, name=str, authors=str, additional_data=bool, number_forward_passes=int, dataset=str,
-                  venue=str,
-             architecture=str, reported=str, footnote=str)
+                  venue=str, architecture=str, reported=str, footnote=str)
 _fields = ('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture',
            'eps', 'clean_acc', 'reported', 'autoattack_acc', 'footnote')
 _test_images = dict(cifar10=10_000, cifar100=10_000, imagenet=5_000) # number of images in RobustBench's evaluation
@@ -43,8 +42,8 @@ def _check_robustness(robustness, norm):
     if not isinstance(robustness, Robustness):
         raise ValueError(f"`robustness` must be what `learn.robustness()` returned, got {robustness!r}")
     if robustness.norm != norm:
-        raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: pass "
-                         f"`norm={robustness.norm!r}`, or measure it in {norm}")
+        raise ValueError(f"`robustness` was measured in {robustness.norm}, but `norm` is {norm!r}: "
+                         f"pass `norm={robustness.norm!r}`, or measure it in {norm}")
 
 def _model_info(card, robustness, n_test):
     "Return RobustBench's card as a dict, with None for unknown entries"
@@ -99,8 +98,9 @@ def _traced(model, shape):
                                           dynamic_shapes=({0: torch.export.Dim('batch')},))
     except Exception as e:
         why = (str(e).strip().splitlines() or [''])[0]
-        raise ValueError("`model` cannot be exported: its forward pass must consist of PyTorch operations that are the "
-                         f"same for all images and any number of them ({type(e).__name__}: {why})") from e
+        raise ValueError("`model` cannot be exported: its forward pass must consist of PyTorch operations "
+                         "that are the same for all images and any number of them "
+                         f"({type(e).__name__}: {why})") from e
     program.example_inputs = None # remove them, since they would be pickled
     for m in program.graph_module.modules():
         # remove the stack traces, which contain paths of this machine
@@ -181,9 +181,9 @@ def _check_same(loaded, model, x):
         got,want = _answers(loaded, xb),_answers(model, xb)
         for what in want:
             if not (got[what] - want[what]).abs().max() <= 1e-4*want[what].abs().max():
-                raise ValueError(f"`model` cannot be exported: its {what} were different after loading. It must not be "
-                                 "random in eval mode, change with each call, be changed by hooks, or define its own "
-                                 "gradients")
+                raise ValueError(f"`model` cannot be exported: its {what} were different after loading. "
+                                 "It must not be random in eval mode, change with each call, "
+                                 "be changed by hooks, or define its own gradients")
 
 # %% ../../nbs/evaluation/03_export.ipynb #ae0581ed
 def _check_folder(folder):
@@ -235,13 +235,14 @@ def export_robustbench(
     """Export `model` to `folder` for RobustBench and AutoAttack and return the folder; PyTorch is enough to load it.
     Raise a `ValueError` if `model` cannot be exported or an argument is invalid"""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: for a "
-                        "Learner, call `learn.to_robustbench`")
+        raise TypeError(f"`model` must be an nn.Module from pixel space to logits, got {type(model).__name__}: "
+                        "for a Learner, call `learn.to_robustbench`")
     folder = Path(folder).resolve()
     _check_folder(folder); _check_card(card); _check_robustness(robustness, norm); check_images(x)
     if not len(x): raise ValueError("`x` contains no images")
     card = dict(number_forward_passes=_passes(model)) | card
-    cards = dict(model_info=_model_info(card, robustness, n_test), robustness=robustness and robustness.to_dict(),
+    cards = dict(model_info=_model_info(card, robustness, n_test),
+                 robustness=robustness and robustness.to_dict(),
                  classes=[str(o) for o in getattr(model, 'vocab', [])])
     x = x.detach().cpu().float()
     with seeded(0):

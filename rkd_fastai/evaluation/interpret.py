@@ -27,8 +27,8 @@ _radii = dict(Linf=[k/255 for k in (0,2,4,8,12,16)], L2=[0.,.25,.5,1.,1.5,2.])
 def _check_radii(eps, attack, norm, seed, bs):
     "Return the radii in increasing order; raise a `ValueError` if `attack` cannot have one of them"
     if not isinstance(attack, str):
-        raise ValueError("`attack` must be a name such as 'pgd20', from which an attack is made for each radius, got "
-                         f"{attack!r}")
+        raise ValueError("`attack` must be a name such as 'pgd20', from which an attack is made for each radius, "
+                         f"got {attack!r}")
     if norm not in _radii: raise ValueError(f"`norm` must be one of {list(_radii)}, got {norm!r}")
     eps = np.unique(np.asarray(_radii[norm] if eps is None else eps, float)).tolist()
     if not eps: raise ValueError("`eps` is empty: give at least one radius, or remove it")
@@ -143,8 +143,8 @@ def _made(attack, eps, norm, seed, bs=250):
     if attack is None or isinstance(attack, str):
         return make_attack(attack or 'pgd20', 8/255 if eps is None else eps, norm or 'Linf', seed, bs)
     if eps is not None or norm is not None:
-        raise ValueError("`eps` and `norm` are only for an attack that is given by its name, but `attack` is "
-                         f"{attack!r}: set them in this attack")
+        raise ValueError("`eps` and `norm` are only for an attack that is given by its name, "
+                         f"but `attack` is {attack!r}: set them in this attack")
     return check_attack(attack)
 
 def _attacked(model, x, y, attack, seed, bs):
@@ -155,7 +155,7 @@ def _attacked(model, x, y, attack, seed, bs):
     def take(idx): return x[idx].to(device),y[idx].to(device)
     with seeded(seed, device):
         is_robust = torch.cat([robust_flags(model, *take(idx), lambda model, x, targ: x).cpu()
-                            for idx in torch.arange(len(x), device=x.device).split(bs)])
+                               for idx in torch.arange(len(x), device=x.device).split(bs)])
     parts = attack.parts(model, _logits(model, x[:1]).shape[1]) if isinstance(attack, Attack) else [attack]
     for part in parts: # same order of parts and batches as in `measure_robustness`
         for idx in is_robust.nonzero()[:,0].split(bs):

@@ -45,23 +45,24 @@ def _accuracy(model, x, y, attack):
 
 def _slack(n): return 2/n + .005 # difference that chance may cause between two measurements on the same n images
 
-@symptom('more steps', 'The attack gets weaker with more steps, so its gradients are misleading. Look for randomness '
-                       'and non-differentiable layers, and attack through a smooth approximation of them (BPDA).',
+@symptom('more steps', 'The attack gets weaker with more steps, so its gradients are misleading. '
+                       'Look for randomness and non-differentiable layers, '
+                       'and attack through a smooth approximation of them (BPDA).',
          3*(5+20+50))
 def _more_steps(model, x, y, eps):
     steps = (5, 20, 50)
     accs = [_accuracy(model, x, y, PGD(eps, k, step_size=2.5*eps/k)) for k in steps]
-    return ', '.join(f'{k}: {format_percent(a)}' for k,a in zip(steps, accs)), any(b > a + _slack(len(x))
-                                                                       for a,b in zip(accs, accs[1:]))
+    return (', '.join(f'{k}: {format_percent(a)}' for k,a in zip(steps, accs)),
+            any(b > a + _slack(len(x)) for a,b in zip(accs, accs[1:])))
 
-@symptom('larger radius', 'With a radius of one half, every image can be changed to grey. An attack that fails there '
-                          'does not work on this network.', 3*50)
+@symptom('larger radius', 'With a radius of one half, every image can be changed to grey. '
+                          'An attack that fails there does not work on this network.', 3*50)
 def _larger_radius(model, x, y, eps):
     acc = _accuracy(model, x, y, PGD(.5, 50, step_size=.05))
     return f'{format_percent(acc)} at eps 0.5', acc > .05
 
-@symptom('one step', 'One step is stronger than twenty, so the loss is jagged around the images. Use attacks with '
-                     'restarts and without gradients, such as AutoAttack.', 3*(1+20))
+@symptom('one step', 'One step is stronger than twenty, so the loss is jagged around the images. '
+                     'Use attacks with restarts and without gradients, such as AutoAttack.', 3*(1+20))
 def _one_step(model, x, y, eps):
     one,many = _accuracy(model, x, y, FGSM(eps)),_accuracy(model, x, y, PGD(eps, 20))
     return f'FGSM {format_percent(one)}, PGD-20 {format_percent(many)}', one < many - _slack(len(x))
@@ -77,8 +78,8 @@ def _noise(model, x, y, eps):
     return (f'noise {format_percent(survives.float().mean())}, PGD-20 {format_percent(is_robust.float().mean())}; '
             f'{format_percent(lost)} fooled by noise but not by PGD-20', lost > _slack(len(x)))
 
-@symptom('no gradient needed', 'An attack without gradients succeeds where gradient attacks fail. Do not report the '
-                               'accuracy under a gradient attack for this network.', 3*(50+50) + 500)
+@symptom('no gradient needed', 'An attack without gradients succeeds where gradient attacks fail. '
+                               'Do not report the accuracy under a gradient attack for this network.', 3*(50+50) + 500)
 def _no_gradient_needed(model, x, y, eps):
     with seeded(0, x.device):
         is_robust = _flags(model, x, y, PGD(eps, 50, step_size=eps/8))
@@ -97,18 +98,18 @@ def _gradients(model, x, y):
     with torch.inference_mode(False), torch.enable_grad(), frozen(model): return _in_batches(grad, x.clone(), y.clone())
 
 @symptom('zero gradients', 'The loss has no gradient at these images, because of saturated logits or a step function. '
-                           'Attack the margin of the logits (`cw`, AutoAttack), or leave the step function out of the '
-                           'attacked network.', 3)
+                           'Attack the margin of the logits (`cw`, AutoAttack), '
+                           'or leave the step function out of the attacked network.', 3)
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{format_percent(share)} of the images', share > .05
 
-@symptom('along the gradient', 'A step along the gradient increases the loss no more than a random step, so the '
-                               'gradient is only noise, and attacks with it mean nothing.', 9)
+@symptom('along the gradient', 'A step along the gradient increases the loss no more than a random step, '
+                               'so the gradient is only noise, and attacks with it mean nothing.', 9)
 def _along_the_gradient(model, x, y, eps):
     with torch.no_grad(), frozen(model), seeded(0, x.device):
-        loss = lambda x: _in_batches(lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y,
-                                                                  reduction='none'), x, y)
+        loss = lambda x: _in_batches(
+            lambda x, y: F.cross_entropy(check_logits(model(x.clamp(0, 1))), y, reduction='none'), x, y)
         up = loss(x + eps*_gradients(model, x, y).sign())
         rand = torch.stack([loss(x + eps*torch.randn_like(x).sign()) for _ in range(5)]).amax(0)
     share = (up > rand).float().mean().item()
@@ -161,8 +162,8 @@ def check_masking(
     with torch.no_grad(), frozen(model):
         right = torch.cat([check_logits(model(xb)).argmax(1) for xb in x.split(bs)]) == y
     if right.sum() < 10:
-        raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} correctly, but the checks "
-                         "need at least 10: take more images (`n`), or train it further")
+        raise ValueError(f"`model` classifies {right.sum()} of {counted(len(x), 'image')} correctly, "
+                         "but the checks need at least 10: take more images (`n`), or train it further")
     x,y = x[right],y[right]
     token = _bs.set(bs)
     try:

@@ -129,9 +129,9 @@ class Robustness:
     def to_dict(self):
         "Return the results with their intervals, the settings and the package versions as a dict"
         return dict(n=self.n, sample=self.sample.to_dict(), eps=self.eps, norm=self.norm, seed=self.seed,
-            results={k: dict(accuracy=v, interval95=wilson_interval(v, self.n), attack=self.attacks[k],
-                             seconds=round(self.seconds[k], 2))
-                     for k,v in self.results.items()}, versions=versions('pyautoattack'))
+                    results={k: dict(accuracy=v, interval95=wilson_interval(v, self.n), attack=self.attacks[k],
+                                     seconds=round(self.seconds[k], 2)) for k,v in self.results.items()},
+                    versions=versions('pyautoattack'))
 
     def to_json(self,
         path=None, # path of a file to write; None writes no file
@@ -166,9 +166,10 @@ class Robustness:
         return f"{self.sample}; {self.norm} eps {format_eps(self.eps)}, attack seed {self.seed}{''.join(unusual)}"
     def _shown(self):
         df = self.to_df()
-        return pd.DataFrame({'accuracy': df.accuracy.map(format_percent), 'seconds': df.seconds.map('{:.1f}'.format),
-                             '95 % interval': [f'{low} to {high}' for low,high in zip(*(df[c].map(format_percent)
-                                                                                       for c in ('low','high')))]})
+        return pd.DataFrame({
+            'accuracy': df.accuracy.map(format_percent), 'seconds': df.seconds.map('{:.1f}'.format),
+            '95 % interval': [f'{low} to {high}'
+                              for low,high in zip(*(df[c].map(format_percent) for c in ('low','high')))]})
     def __repr__(self): return f'{self._shown().to_string()}\n{self._caption}'
     def __rich__(self):
         table = rich.table.Table('', box=rich.box.SIMPLE, caption=self._caption, caption_justify='left')
@@ -190,8 +191,8 @@ def make_attack(
 ):
     "Return the `Attack` called `name`; raise a `ValueError` for an unknown name"
     if not isinstance(name, str):
-        raise ValueError(f"`attacks` takes names such as 'pgd20', got {name!r}: pass an attack object to "
-                         "`RobustAccuracy` or `robust_accuracy`")
+        raise ValueError(f"`attacks` takes names such as 'pgd20', got {name!r}: "
+                         "pass an attack object to `RobustAccuracy` or `robust_accuracy`")
     eps = check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
@@ -215,8 +216,8 @@ def _identity(model):
     saved = model.state_dict()
     buffers = [b for k,b in model.named_buffers() if k not in saved]
     extra = [re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in saved.items() if not isinstance(v, torch.Tensor)]
-    betas = [torch.tensor(m.betas, dtype=torch.float32) for m in model.modules() if isinstance(m, Teacher)
-             and len(m.members) > 1]
+    betas = [torch.tensor(m.betas, dtype=torch.float32) for m in model.modules()
+             if isinstance(m, Teacher) and len(m.members) > 1]
     return digest([*tensors_in(saved), *buffers, *(torch.tensor(list(s.encode())) for s in extra), *betas])
 
 @contextmanager
@@ -256,21 +257,20 @@ class _Run:
             run,found = dict(saved['run']),dict(saved['attacks'])
             if run == self.id and not all(self._is_progress(v) for v in found.values()): raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: choose another "
-                             "file") from e
+            raise ValueError(f"`state_path` {self.path} is not a state file of a measurement: "
+                             "choose another file") from e
         other = {k: (run.get(k), self.id.get(k)) for k in {**run, **self.id} if run.get(k) != self.id.get(k)}
         if other:
             diff = ', '.join(f'{k} is {a!r} in the file and {b!r} here' for k,(a,b) in other.items())
-            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): choose another file, "
-                             "or delete it")
+            raise ValueError(f"`state_path` {self.path} belongs to another run ({diff}): "
+                             "choose another file, or delete it")
         self.at = {k: dict(v, is_robust=[int(c) for c in v['is_robust']]) for k,v in found.items()}
 
     def _is_progress(self, v):
         "True if `v` is a valid progress of an attack on these images"
         whole = all(type(v[k]) is int for k in ('part','next','bs')) and type(v['seconds']) is float
         return (whole and set(v) == set(self.new) and v['part'] >= 0 and 0 <= v['next'] <= len(self.x) and v['bs'] > 0
-                and v['seconds'] >= 0
-                and len(v['is_robust']) == len(self.x) and set(v['is_robust']) <= set('01'))
+                and v['seconds'] >= 0 and len(v['is_robust']) == len(self.x) and set(v['is_robust']) <= set('01'))
 
     def _save(self):
         if self.path is None: return
@@ -282,8 +282,8 @@ class _Run:
 
     def run(self, name):
         "Run all parts of the attack `name` and return its progress"
-        at = self.at.setdefault(name, dict(self.new, is_robust=list(self.at['clean']['is_robust'] if 'clean' in self.at
-                                                                 else self.new['is_robust'])))
+        at = self.at.setdefault(name, dict(
+            self.new, is_robust=list(self.at['clean']['is_robust'] if 'clean' in self.at else self.new['is_robust'])))
         while at['part'] < len(self.parts[name]):
             todo = [i for i in range(at['next'], len(self.x)) if at['is_robust'][i]][:at['bs']]
             if todo: self._batch(name, at, self.parts[name][at['part']], todo)
@@ -298,8 +298,8 @@ class _Run:
         start,too_many,done = time.time(), False, self.progress and self.progress.done
         try:
             with seeded(self.seed + todo[0], self.device), counting(self.progress):
-                flags = robust_flags(self.model, self.x[todo].to(self.device), self.y[todo].to(self.device),
-                                     part).tolist()
+                flags = robust_flags(
+                    self.model, self.x[todo].to(self.device), self.y[todo].to(self.device), part).tolist()
         except (RuntimeError, MemoryError) as e:
             if not _out_of_memory(e) or len(todo) == 1: raise
             too_many = True # leave this block first, since the traceback keeps the tensors in memory
@@ -531,11 +531,12 @@ def warn_if_chance(
     says = f"`teacher` classifies {_percent(rights[0], n)} validation images correctly"
     if at_chance: says += f", which is no better than guessing ({guessed:.0%})"
     if better:
-        says += (f"; on images normalised by the DataLoaders it would be {_percent(rights[1], n)}. `learn.model` does "
-                 "not include the Normalize of its Learner: give the Learner itself, or "
-                 "`Teacher(net, mean=…, std=…)`")
+        says += (f"; on images normalised by the DataLoaders it would be {_percent(rights[1], n)}. "
+                 "`learn.model` does not include the Normalize of its Learner: "
+                 "give the Learner itself, or `Teacher(net, mean=…, std=…)`")
     else:
-        says += (". Check its weights, the order of its classes and its normalisation: `learn.model` does not include "
-                 "the Normalize of its Learner, so give the Learner itself, or `mean` and `std`")
+        says += (". Check its weights, the order of its classes and its normalisation: "
+                 "`learn.model` does not include the Normalize of its Learner, "
+                 "so give the Learner itself, or `mean` and `std`")
     warnings.warn(says)
 

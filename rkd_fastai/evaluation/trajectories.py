@@ -71,8 +71,8 @@ class Trajectory:
         "Return the `clean` or the `adv` probabilities, `(K, n)`; raise a `ValueError` if they were not recorded"
         if kind not in _kinds: raise ValueError(f"`kind` must be one of {list(_kinds)}, got {kind!r}")
         if getattr(self, kind) is None:
-            raise ValueError("`kind` is 'adv', but the trajectory was recorded without an attack: give "
-                             "`RecordTrajectory` an `attack`")
+            raise ValueError("`kind` is 'adv', but the trajectory was recorded without an attack: "
+                             "give `RecordTrajectory` an `attack`")
         return getattr(self, kind)
 
     def until(self,
@@ -104,13 +104,13 @@ def _read_epoch(path, n, names):
     try:
         with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as f: found = {k: f[k] for k in names}
     except Exception as e:
-        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): continue from an epoch before it, or record "
-                         "again") from e
+        raise ValueError(f"`{path}` is damaged ({type(e).__name__}: {e}): "
+                         "continue from an epoch before it, or record again") from e
     for k,v in found.items():
         want = () if k.startswith('entropy') else (n,)
         if v.shape != want or v.dtype.kind != 'f':
-            raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` says {counted(n, 'image')}: the "
-                             "file is from another training")
+            raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` says {counted(n, 'image')}: "
+                             "the file is from another training")
     return found
 
 def load_trajectory(
@@ -122,8 +122,8 @@ def load_trajectory(
     names = ['log_clean','entropy'] + (['log_adv','entropy_adv'] if card['attack'] is not None else [])
     epochs = sorted(int(p.stem[6:]) for p in folder.glob('epoch_*.npz') if p.stem[6:].isdigit())
     if not epochs:
-        raise ValueError(f"`folder` {folder} contains no epoch: the training was stopped in its first epoch, or has "
-                         "not finished it yet")
+        raise ValueError(f"`folder` {folder} contains no epoch: "
+                         "the training was stopped in its first epoch, or has not finished it yet")
     lost = sorted({*range(1, epochs[-1]+1)} - {*epochs})
     if lost: raise ValueError(f"`folder` {folder} lacks epoch {lost[0]} of {epochs[-1]}")
     rows = [_read_epoch(folder/f'epoch_{k:04d}.npz', card['n'], names) for k in epochs]
@@ -148,8 +148,8 @@ def cosine(
     all probabilities of one trajectory are 0"""
     p_t,p_s = _probs('p_t', p_t).astype(np.float64),_probs('p_s', p_s).astype(np.float64)
     if p_t.shape[1] != p_s.shape[1]:
-        raise ValueError(f"`p_t` has {counted(p_t.shape[1], 'image')}, but `p_s` has {p_s.shape[1]}: record both on "
-                         "the same images")
+        raise ValueError(f"`p_t` has {counted(p_t.shape[1], 'image')}, but `p_s` has {p_s.shape[1]}: "
+                         "record both on the same images")
     K = min(len(p_t), len(p_s))
     p_t,p_s = (p/np.maximum(np.linalg.norm(p[:K], axis=0), np.finfo(float).tiny) for p in (p_t, p_s))
     return np.minimum((p_t[:K]*p_s[:K]).sum(0), 1)
@@ -176,12 +176,12 @@ def _check_same(teacher, students):
     "Raise a `ValueError` unless all trajectories were recorded on the same images"
     for name,s in students.items():
         if s.n != teacher.n:
-            raise ValueError(f"`{name}` has {counted(s.n, 'image')}, but `teacher` has {teacher.n}: record both on the "
-                             "same images")
+            raise ValueError(f"`{name}` has {counted(s.n, 'image')}, but `teacher` has {teacher.n}: "
+                             "record both on the same images")
         a,b = teacher.card.get('labels'),s.card.get('labels')
         if None not in (a, b) and a != b:
-            raise ValueError(f"`{name}` and `teacher` were recorded on images of different classes, or in a different "
-                             "order: record both on the same images")
+            raise ValueError(f"`{name}` and `teacher` were recorded on images of different classes, "
+                             "or in a different order: record both on the same images")
 
 def _order(score, teacher):
     "Return the indices `(n,)` of the images from the easiest to the hardest"
@@ -311,8 +311,8 @@ def easiest_hardest(
     "Return the indices `(n,)` of the `n` easiest images, the easiest first, and of the `n` hardest, the hardest first"
     y,score = np.asarray(y),_array('score', score, 1, np.float64)
     if not len(x) == len(y) == len(score):
-        raise ValueError(f"`x`, `y` and `score` must belong to the same images, but have {len(x)}, {len(y)} and "
-                         f"{len(score)} entries")
+        raise ValueError("`x`, `y` and `score` must belong to the same images, "
+                         f"but have {len(x)}, {len(y)} and {len(score)} entries")
     idx = np.arange(len(y)) if cls is None else np.flatnonzero(y == cls)
     if not 1 <= n <= len(idx)//2:
         raise ValueError(f"`n` must be from 1 to {len(idx)//2}, half of the {len(idx)} "

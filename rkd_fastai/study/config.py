@@ -85,8 +85,10 @@ class Cell:
     @property
     def id(self):
         "Name of the cell's folder: its main settings and a hash of the settings that `settings_of` returns"
-        parts = [self.method, *([f'{self.teacher}@{self.teacher_epoch}'] if self.teacher else []),
-                *([f'a{self.alpha:g}'] if self.alpha is not None else []), f's{self.seed}']
+        parts = [self.method,
+                 *([f'{self.teacher}@{self.teacher_epoch}'] if self.teacher else []),
+                 *([f'a{self.alpha:g}'] if self.alpha is not None else []),
+                 f's{self.seed}']
         words = re.sub('[^a-z0-9.@+_-]', '', '_'.join(parts).replace(', ', '+'))
         return f'{words}_{short_hash(json.dumps(settings_of(self), sort_keys=True))}'
 
@@ -101,10 +103,9 @@ def short_hash(
 # value describes the behaviour before the setting existed.
 _frozen_defaults = dict(
     data='fashion_sample', size=None, n=None, noise=0., augment=None, seed=0, arch='cifar_resnet18', width=1/8,
-    eps=8/255, epochs=40,
-    lr=None, bs=None, schedule=None, attack=None, teacher=None, teacher_epochs=None, teacher_epoch=None,
-    teacher_arch=None,
-    teacher_width=None, beta=None, alpha=None, lam=None, T=None, compile=False, bf16=False, member=0)
+    eps=8/255, epochs=40, lr=None, bs=None, schedule=None, attack=None,
+    teacher=None, teacher_epochs=None, teacher_epoch=None, teacher_arch=None, teacher_width=None,
+    beta=None, alpha=None, lam=None, T=None, compile=False, bf16=False, member=0)
 
 def settings_of(
     c, # `Cell`
@@ -203,8 +204,8 @@ def betas(
     kinds = members(teacher)
     last = [k == kinds[-1] for k in kinds]
     if all(last):
-        raise ValueError(f"`beta` needs at least two kinds of teacher, such as '2 st, 2 at', but `teacher` is "
-                         f"{teacher!r}: add a kind, or leave `beta` out")
+        raise ValueError(f"`beta` needs at least two kinds of teacher, such as '2 st, 2 at', "
+                         f"but `teacher` is {teacher!r}: add a kind, or leave `beta` out")
     return [beta/sum(last) if l else (1-beta)/(len(last)-sum(last)) for l in last]
 
 # %% ../../nbs/study/00_config.ipynb #4d6bcb3e
@@ -215,8 +216,9 @@ def _check(c):
     if c.attack is not None: training_attack(c.attack, c.eps)
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
     if c.teacher_epoch is not None and c.teacher_epoch > c.teacher_epochs:
-        raise ValueError(f"`teacher_epoch` {c.teacher_epoch} is beyond the teacher's training of "
-                         f"{counted(c.teacher_epochs, 'epoch')}: raise `teacher_epochs` or lower `teacher_epoch`")
+        raise ValueError(f"`teacher_epoch` {c.teacher_epoch} is beyond "
+                         f"the teacher's training of {counted(c.teacher_epochs, 'epoch')}: "
+                         "raise `teacher_epochs` or lower `teacher_epoch`")
 
 def training_attack(
     name, # 'ffgsm', 'fgsm', 'pgd10', …

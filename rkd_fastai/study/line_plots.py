@@ -8,8 +8,7 @@ __all__ = ['axis_table', 'plot_axis', 'beta_table', 'plot_beta', 'capacity_table
 # %% ../../nbs/study/06_line_plots.ipynb #7aec1f82
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .plots import (accuracy_label, baseline_name, base_near, error_bars, legend_below, figure_style,
-                                    panels,
-                                    red, star_legend, stars)
+                                    panels, red, star_legend, stars)
 from ..registry import methods
 from .results import (NotEnough, accuracy, cells_of, column_title, kind_name, make_table, one_task,
                                       normalize_rows, format_value, settings, task)
@@ -34,8 +33,8 @@ def axis_lines(
     cells,robust = cells_of(one_task(normalize_rows(df), free=[x]), robust)
     fixed = [c for c in settings if c not in (x, *_with.get(x, []))]
     lines = []
-    for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(['method','teacher','checkpoint'],
-                                                                                dropna=False, sort=False):
+    for _,g in cells[(cells['method'] != 'teacher') & cells[x].notna()].groupby(
+            ['method','teacher','checkpoint'], dropna=False, sort=False):
         alike = [o.sort_values([x, robust]).drop_duplicates(x, keep='last')
                  for _,o in g.groupby(fixed, dropna=False, sort=False)]
         most = max(alike, key=lambda o: (len(o), o[robust].mean()))
@@ -45,9 +44,8 @@ def axis_lines(
     return lines, cells, robust
 
 _axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epoch the teacher was stopped after',
-                   lam='weight λ', T='temperature T',
-                   beta='weight β of the last kind of teacher', n='number of training images',
-                   noise='share of wrong labels')
+                   lam='weight λ', T='temperature T', beta='weight β of the last kind of teacher',
+                   n='number of training images', noise='share of wrong labels')
 
 def axis_text(x):
     "Return the name of a setting in words"
@@ -67,12 +65,13 @@ def axis_table(
 ):
     "Return a table of accuracies over the setting `x`, of students and baseline"
     lines,_,robust = axis_lines(df, x, robust)
-    shown = [{'Network': line_name(o), column_title(x): format_value(x, r[x]), 'Clean': accuracy(r, 'clean'),
-              column_title(robust): accuracy(r, robust)} |
-             {'Chosen': format_hyperparameters(r, o[:1]) if r['method'] in methods else '–',
-              'Epochs in all': format_value('compute', r['compute'])} for o in lines for _,r in o.iterrows()]
-    what = (f"Networks that differ only in the {axis_text(x)}. Of several settings the one with the most values is "
-            "shown, and of those the most robust one.")
+    shown = [{'Network': line_name(o), column_title(x): format_value(x, r[x]),
+              'Clean': accuracy(r, 'clean'), column_title(robust): accuracy(r, robust)}
+             | {'Chosen': format_hyperparameters(r, o[:1]) if r['method'] in methods else '–',
+                'Epochs in all': format_value('compute', r['compute'])}
+             for o in lines for _,r in o.iterrows()]
+    what = (f"Networks that differ only in the {axis_text(x)}. "
+            "Of several settings the one with the most values is shown, and of those the most robust one.")
     if normalize_rows(df)[x].isna().any():
         what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
     return make_table(shown, one_task(normalize_rows(df), free=[x]), what, robust)
@@ -81,8 +80,8 @@ def axis_table(
 def _draw_line(ax, o, x, c, at, **style):
     "Draw the accuracy `c` of the rows `o` over `x`, with error bars"
     std = 100*o[f'{c}_std']
-    ax.errorbar([at[v] for v in o[x]], 100*o[c], None if std.isna().all() else std, elinewidth=.9, ms=4.5, lw=1.4,
-                **style)
+    ax.errorbar([at[v] for v in o[x]], 100*o[c], None if std.isna().all() else std,
+                elinewidth=.9, ms=4.5, lw=1.4, **style)
 
 def _line_styles(lines):
     "Return the style of each line: baselines are red and dashed or dotted, students have different colours"
@@ -181,8 +180,8 @@ def _draw_path(ax, lines, base, robust):
         ax.plot(100*o['clean'], 100*o[robust], lw=1.2, ms=4.5, **style)
         error_bars(ax, o, robust, ls='', ecolor=style['color'], elinewidth=.7, alpha=.5)
         for _,r in o.iterrows():
-            ax.annotate(f"{r['beta']:g}", (100*r['clean'], 100*r[robust]), xytext=(4, 3), textcoords='offset points',
-                        fontsize=7.5)
+            ax.annotate(f"{r['beta']:g}", (100*r['clean'], 100*r[robust]), xytext=(4, 3),
+                        textcoords='offset points', fontsize=7.5)
     for i in range(len(base)): error_bars(ax, base[i:i+1], robust, **stars(i))
     ax.set(xlabel='clean accuracy, %', ylabel=f'{column_title(robust)} accuracy, %', title='numbers: β')
 
@@ -218,8 +217,8 @@ def capacity_table(
     gain_of = lambda r, n: format_points(r[f'{n}_gain'], r[f'{n}_gain_std'],
                                   '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
     left = unpaired(own_students(df), robust, baseline)
-    lines = [{'Layer size': format_value('width', r['width']), 'RKD-Acc.: clean gain': gain_of(r, 'clean'),
-              'RKD-Acc. by': r['clean_by'],
+    lines = [{'Layer size': format_value('width', r['width']),
+              'RKD-Acc.: clean gain': gain_of(r, 'clean'), 'RKD-Acc. by': r['clean_by'],
               f'RKD-Rob.: {column_title(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
     return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '

@@ -19,8 +19,8 @@ from ..style import colours, markers
 from ..text import counted, format_points
 
 # %% ../../nbs/study/05_plots.ipynb #52562050
-_look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-         'grid.alpha': .25, 'axes.axisbelow': True,
+_look = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
+         'axes.grid': True, 'grid.alpha': .25, 'axes.axisbelow': True,
          'legend.frameon': False, 'errorbar.capsize': 0, 'figure.constrained_layout.use': True}
 red = '#E8542F' # colour of baselines
 
@@ -69,11 +69,12 @@ def front_table(
     lines = [{column_title(c): format_value(c, r[c]) for c in shown}
              | {column_title(c): accuracy(r, c) for c in ('clean', robust)}
              | {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
-    what = (f"The table holds those of {counted(len(s), 'student')} that no other "
-            f"student{f' with the same {column_title(by).lower()}' if by else ''} beats in one accuracy "
-            "without a loss in the other. A line in a figure joins such networks of that panel, the baseline included. "
-            "Dotted lines run through the star of the baseline that students are compared with. ES: epoch the "
-            "teacher was stopped after.")
+    what = (f"The table holds those of {counted(len(s), 'student')} "
+            f"that no other student{f' with the same {column_title(by).lower()}' if by else ''} "
+            "beats in one accuracy without a loss in the other. "
+            "A line in a figure joins such networks of that panel, the baseline included. "
+            "Dotted lines run through the star of the baseline that students are compared with. "
+            "ES: epoch the teacher was stopped after.")
     return make_table(lines, df, what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #2221d2e4
@@ -203,8 +204,8 @@ def _pareto_words(s, base, robust, color, n):
     by = dict(teacher_epoch='the epoch the teacher was stopped after', alpha='α').get(color, color)
     words = (f"{column_title(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, "
              f"coloured by {by}. ")
-    words += (f"The most accurate reaches {top('clean')} clean, the most robust {top(robust)} under "
-              f"{column_title(robust)}")
+    words += (f"The most accurate reaches {top('clean')} clean, "
+              f"the most robust {top(robust)} under {column_title(robust)}")
     return words + (f"; the baseline {format_points(base['clean'].iloc[0])} % and "
                     f"{format_points(base[robust].iloc[0])} %."
                     if len(base) else '.')
@@ -245,8 +246,9 @@ def map_table(
              | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
     meaning = 'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'
-    what = (f"{column_title(c)} accuracy for each mixing weight α (down) and epoch that the teacher was stopped after "
-            f"(across). In a figure {meaning}; the best cell of each panel is framed.")
+    what = (f"{column_title(c)} accuracy for each mixing weight α (down) "
+            "and epoch that the teacher was stopped after (across). "
+            f"In a figure {meaning}; the best cell of each panel is framed.")
     return make_table(lines, one_task(normalize_rows(df)), what, robust)
 
 # %% ../../nbs/study/05_plots.ipynb #c81c47e5
@@ -265,8 +267,8 @@ def _draw_map(ax, g, c, alphas, stops, cmap, norm):
         if np.isnan(v): continue
         light = np.dot(im.cmap(im.norm(100*v))[:3], [.299,.587,.114]) > .55
         best = v == np.nanmax(grid)
-        ax.text(j, i, format_points(v), ha='center', va='center', color='black' if light else 'white', fontsize=8,
-                weight='bold' if best else None)
+        ax.text(j, i, format_points(v), ha='center', va='center', color='black' if light else 'white',
+                fontsize=8, weight='bold' if best else None)
         if best:
             ax.add_patch(plt.Rectangle((j-.47, i-.45), .94, .9, fill=False, lw=1.6, ec='black' if light else 'white'))
     ax.set(xticks=range(len(stops)), yticks=range(len(alphas)), xticklabels=[f'{v:g}' for v in stops],
@@ -282,8 +284,8 @@ def plot_map(
     "Plot one accuracy over α and the teacher's stopping epoch in panels by method and teacher; return the figure"
     grids,cells,robust,c = maps(df, value)
     s = pd.concat(grids.values())
-    base,alphas,stops = base_near(cells, s, robust, baseline),sorted(s['alpha'].unique()),sorted(s['teacher_epoch']
-                                                                                                 .unique())
+    base = base_near(cells, s, robust, baseline)
+    alphas,stops = sorted(s['alpha'].unique()),sorted(s['teacher_epoch'].unique())
     down,across = list(dict.fromkeys(t for _,t in grids)),[m for m in methods if any(m == k for k,_ in grids)]
     fig,axs = panels(len(down), len(across), .5*len(stops)+.6, .33*len(alphas)+.5, sharex=True, sharey=True)
     cmap,norm = _map_colours(s[c], base, c)

@@ -88,8 +88,8 @@ def views(
 
 # %% ../../nbs/study/07_report.ipynb #7fc2a4c4
 _dark = {'figure.facecolor': '#14181f', 'axes.facecolor': '#14181f', 'savefig.facecolor': '#14181f',
-         'text.color': '#e6e9ef', 'axes.labelcolor': '#e6e9ef',
-         'axes.edgecolor': '#8b94a3', 'xtick.color': '#c9cfd9', 'ytick.color': '#c9cfd9', 'grid.color': '#8b94a3'}
+         'text.color': '#e6e9ef', 'axes.labelcolor': '#e6e9ef', 'axes.edgecolor': '#8b94a3',
+         'xtick.color': '#c9cfd9', 'ytick.color': '#c9cfd9', 'grid.color': '#8b94a3'}
 
 _css = '''
 :root{color-scheme:light dark;--bg:#fff;--text:#1b1f26;--soft:#5a6372;--line:#d5dae2;--band:#f4f6f9;--mark:#0b62a4}

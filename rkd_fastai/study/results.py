@@ -49,16 +49,16 @@ def _check_rows(df):
         raise ValueError(f"`df` must be a DataFrame with a row per measured model, got {type(df).__name__}")
     for c in ('method','clean'):
         if c not in df:
-            raise ValueError(f"`df` has no column {c!r}, it has {list(df.columns)}: there must be a row per measured "
-                             "model")
+            raise ValueError(f"`df` has no column {c!r}, it has {list(df.columns)}: "
+                             "there must be a row per measured model")
     for c in measures(df):
         v = _numbers(df[c], c).dropna()
         if not v.between(0, 1).all():
-            raise ValueError(f"`df`: {c!r} must hold fractions in [0, 1], got {v[~v.between(0, 1)].iloc[0]:g}: divide "
-                             "percentages by 100")
+            raise ValueError(f"`df`: {c!r} must hold fractions in [0, 1], got {v[~v.between(0, 1)].iloc[0]:g}: "
+                             "divide percentages by 100")
     if df['method'].isna().any():
-        raise ValueError(f"`df`: 'method' is empty in {counted(df['method'].isna().sum(), 'row')}: say how each model "
-                         "was trained")
+        raise ValueError(f"`df`: 'method' is empty in {counted(df['method'].isna().sum(), 'row')}: "
+                         "say how each model was trained")
 
 def normalize_rows(
     df, # one row per measured network, from `read_rows`, or your own with `method`, `clean` and an attack
@@ -96,8 +96,8 @@ def measures(
     df, # one row per measured network, see `normalize_rows`
 ):
     "Return the columns of `df` with accuracies: 'clean', then the attacks, the strongest first"
-    return ['clean', *sorted([c for c in df.columns if isinstance(c, str) and _attack.fullmatch(c)
-                              and df[c].notna().any()], key=_strength)]
+    return ['clean', *sorted([c for c in df.columns
+                              if isinstance(c, str) and _attack.fullmatch(c) and df[c].notna().any()], key=_strength)]
 
 def strongest(
     df, # one row per measured network, see `normalize_rows`
@@ -128,13 +128,13 @@ def over_seeds(
     df = with_accuracy(df)
     twice = df[df['seed'].notna() & df.duplicated([*settings, 'seed'])]
     if len(twice):
-        raise ValueError(f"`df` has seed {twice.iloc[0]['seed']:g} twice for {_said_settings(twice.iloc[0])}: keep "
-                         "one row of each")
+        raise ValueError(f"`df` has seed {twice.iloc[0]['seed']:g} twice for {_said_settings(twice.iloc[0])}: "
+                         "keep one row of each")
     names = measures(df)
     made = {k: v for c in names for k,v in {c: (c,'mean'), f'{c}_std': (c,'std'), f'{c}_seeds': (c,'count')}.items()}
     made |= {f'n_{c}': (f'n_{c}','min') for c in names if f'n_{c}' in df}
-    return df.groupby(settings, dropna=False, sort=False).agg(seeds=('clean','count'), compute=('compute','mean'),
-                                                              **made).reset_index()
+    return df.groupby(settings, dropna=False, sort=False).agg(
+        seeds=('clean','count'), compute=('compute','mean'), **made).reset_index()
 
 def _said_settings(row): return ', '.join(f'{c}={row[c]}' for c in settings if pd.notna(row[c]))
 
@@ -170,15 +170,13 @@ def pareto(
 
 # %% ../../nbs/study/03_results.ipynb #49a2abe9
 _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES', **{'at+': 'AT⁺'})
-_heads = dict(data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels',
-              eps='ε', arch='Network', width='Layer size',
-              method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ', beta='β', epochs='Epochs',
-              compute='Epochs in all', members='Models',
-              schedule='Schedule', attack='Attack', lr='Learning rate', bs='Batch size', compile='Compiled',
-              bf16='bfloat16',
-              teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
-              checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW',
-              fgsm='FGSM')
+_heads = dict(
+    data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε',
+    arch='Network', width='Layer size', method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ',
+    beta='β', epochs='Epochs', compute='Epochs in all', members='Models', schedule='Schedule', attack='Attack',
+    lr='Learning rate', bs='Batch size', compile='Compiled', bf16='bfloat16',
+    teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
+    checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
 
 def kind_name(teacher):
     "Return `teacher` as text for tables, e.g. '2 × ST + 2 × AT'"
@@ -237,10 +235,10 @@ def _seeds(df, spread):
 def _left_out(df, robust):
     "Return a list with one sentence per reason for which rows are left out"
     ran,has = df['diverged'].isna(), df['clean'].notna()
-    reasons = (~ran, 'diverged training is', 'diverged trainings are'), (ran & ~has, 'row without accuracies is',
-                                                                         'rows without accuracies are'), \
-              (ran & has & df[robust].isna(), f'row without {column_title(robust)} is',
-               f'rows without {column_title(robust)} are')
+    reasons = ((~ran, 'diverged training is', 'diverged trainings are'),
+               (ran & ~has, 'row without accuracies is', 'rows without accuracies are'),
+               (ran & has & df[robust].isna(),
+                f'row without {column_title(robust)} is', f'rows without {column_title(robust)} are'))
     return [f'{counted(k, one, many)} left out.' for out,one,many in reasons if (k := out.sum())]
 
 def caption(
@@ -254,9 +252,9 @@ def caption(
     kept = with_accuracy(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := format_range(kept, c)) else ''
     facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'),
-             fact('n', '{} training images'),
-             fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '', fact('eps', 'ε = {}'),
-             fact('width', 'layer size {}'), _images(kept, ['clean', robust]), _seeds(kept, spread)]
+             fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '',
+             fact('eps', 'ε = {}'), fact('width', 'layer size {}'),
+             _images(kept, ['clean', robust]), _seeds(kept, spread)]
     facts = '; '.join(f for f in facts if f)
     return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.',
                      *_left_out(df, robust)])
@@ -302,8 +300,8 @@ def teacher_width_ratio(df):
 def _usual(s, columns):
     """Return the most frequent key of `s`; among equally frequent ones that of the widest network, the most images and
     the fewest wrong labels"""
-    order = s.assign(n=s['n'].fillna(np.inf)).sort_values(['width','n','noise'], ascending=[False,False,True],
-                                                          kind='stable').index # no `n` means all images
+    order = s.assign(n=s['n'].fillna(np.inf)).sort_values( # no `n` means all images
+        ['width','n','noise'], ascending=[False,False,True], kind='stable').index
     key = group_key(s.loc[order], columns)
     return key.groupby(key, sort=False).size().idxmax()
 
@@ -328,6 +326,6 @@ def one_task(cells, free=()):
     columns = [c for c in task if c not in free]
     s = students_of(cells)
     for c in varying(s, columns):
-        raise ValueError(f"`df` has students with different `{c}`: {format_range(s, c)}. Filter `df` to one value, or "
-                         "use `main_task(df)`")
+        raise ValueError(f"`df` has students with different `{c}`: {format_range(s, c)}. "
+                         "Filter `df` to one value, or use `main_task(df)`")
     return cells[(group_key(cells, columns) == group_key(s, columns).iloc[0]) | (cells['method'] == 'teacher')]

@@ -50,15 +50,15 @@ def _split_folders(folder):
     if not (folder/'train').is_dir():
         odd = [d.name for d in (*both, folder/'test') if d.is_dir() and has_classes(d)]
         if odd:
-            raise ValueError(f"`data`: {folder} has a folder `{odd[0]}` of classes, but no `train`: put the training "
-                             "images there")
+            raise ValueError(f"`data`: {folder} has a folder `{odd[0]}` of classes, but no `train`: "
+                             "put the training images there")
         return dict(train=folder)
     if len(both) > 1: raise ValueError(f"`data`: {folder} has both `valid` and `val`: keep the one to validate on")
     found = (dict(train=folder/'train') | {'valid': d for d in both}
              | ({'test': folder/'test'} if (folder/'test').is_dir() else {}))
     if 'test' in found and not has_classes(found['test']):
-        warnings.warn(f"{found.pop('test')} has no sub-folder for each class: its images have no labels, and nothing "
-                      "is measured on them")
+        warnings.warn(f"{found.pop('test')} has no sub-folder for each class: "
+                      "its images have no labels, and nothing is measured on them")
     return found
 
 def _labelled_files(folder, classes=None):
@@ -68,12 +68,12 @@ def _labelled_files(folder, classes=None):
         raise ValueError(f"`data`: no images in {folder}, which should have a sub-folder of them for each class")
     odd = next((f for f in files if f.parent == folder), None)
     if odd:
-        raise ValueError(f"`data`: {odd} lies in no sub-folder, so that its class is not known: move it into that of "
-                         "its class")
+        raise ValueError(f"`data`: {odd} lies in no sub-folder, so that its class is not known: "
+                         "move it into that of its class")
     labels = [parent_label(f) for f in files]
     if classes is not None and (new := sorted({*labels} - {*classes})):
-        raise ValueError(f"`data`: {folder} has the class {new[0]!r}, which the training images lack: they have "
-                         f"{classes}")
+        raise ValueError(f"`data`: {folder} has the class {new[0]!r}, which the training images lack: "
+                         f"they have {classes}")
     return files,labels
 
 def folder_dls(
@@ -91,8 +91,8 @@ def folder_dls(
     files,labels = parts['train']
     classes = sorted({*labels})
     if len(classes) < 2:
-        raise ValueError(f"`data`: {folder} has only one class, {classes[0]!r}, but at least two are needed: it "
-                         "should contain a sub-folder of images for each class")
+        raise ValueError(f"`data`: {folder} has only one class, {classes[0]!r}, but at least two are needed: "
+                         "it should contain a sub-folder of images for each class")
     if 'valid' not in parts:
         held = {*sample_positions(labels, max(round(.2*len(files)), 1), seed=42).tolist()}
         parts['train'],parts['valid'] = ([[f for i,f in enumerate(files) if (i in held) == is_held]]
@@ -131,8 +131,8 @@ def make_net(
         return wide_resnet(int(wrn[1]), int(wrn[2]), n_out, n_in=n_in)
     try: import timm
     except ImportError:
-        raise ValueError(f"`arch` {arch!r} is not cifar_resnet18 or wrn-DEPTH-WIDEN; other names need timm: `pip "
-                         "install timm`")
+        raise ValueError(f"`arch` {arch!r} is not cifar_resnet18 or wrn-DEPTH-WIDEN; "
+                         "other names need timm: `pip install timm`")
     if not timm.is_model(arch):
         raise ValueError(f"`arch` {arch!r} is not cifar_resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
@@ -189,13 +189,13 @@ def _found(path):
     if not path.exists(): raise MissingFile(f"no run and no checkpoint at `{path}`")
     if path.is_dir():
         if saved := [] if (path/'model.pth').exists() else [*saved_epochs(path).values()]:
-            raise MissingFile(f"`{path}` contains an interrupted run: add `--resume` to its command to go on with "
-                              f"it, or pass a checkpoint in it, such as `{saved[-1]}`")
+            raise MissingFile(f"`{path}` contains an interrupted run: add `--resume` to its command to go on with it, "
+                              f"or pass a checkpoint in it, such as `{saved[-1]}`")
         path = path/'model.pth'
     card_path = path.parent/'card.json'
     if not card_path.is_file():
-        raise MissingFile(f"no card.json beside `{path}`: pass a folder that `rkd train` or `rkd distill` made, or a "
-                          "checkpoint in it")
+        raise MissingFile(f"no card.json beside `{path}`: "
+                          "pass a folder that `rkd train` or `rkd distill` made, or a checkpoint in it")
     return path, *_described(card_path, path)
 
 def load_run(
@@ -222,8 +222,8 @@ def check_vocab(
     "Raise a `ValueError` unless a run's classes are those of `dls` in the same order"
     vocab = [str(o) for o in dls.vocab]
     if card.get('vocab', vocab) != vocab:
-        raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, the data have "
-                         f"{vocab}")
+        raise ValueError(f"{name} does not fit: the run was trained on the classes {card['vocab']}, "
+                         f"the data have {vocab}")
 
 def held_out_digest(
     dls, # DataLoaders
@@ -240,11 +240,11 @@ def describe_run(
     settings, # dict of further entries; `load_run` needs `arch` and `width`
 )->dict:
     "Return a run's card: `settings`, and the properties of the data and of the recipe"
-    return settings | dict(n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab],
-                       bs=dls.train.bs,
-                       images={k: len(dl.dataset) for k,dl in zip(('train','valid','test'), dls.loaders)},
-                       held_out=held_out_digest(dls),
-                       source=recipe.source, method=recipe.method, **recipe.settings, attack=repr(recipe.attack))
+    return settings | dict(
+        n_in=sample_images(dls).shape[1], n_out=get_c(dls), vocab=[str(o) for o in dls.vocab], bs=dls.train.bs,
+        images={k: len(dl.dataset) for k,dl in zip(('train','valid','test'), dls.loaders)},
+        held_out=held_out_digest(dls),
+        source=recipe.source, method=recipe.method, **recipe.settings, attack=repr(recipe.attack))
 
 n_monitor_images = 200 # number of validation images that are attacked after each epoch, sampled stratified by class
 
@@ -262,12 +262,13 @@ def fit_run(
 ):
     "Train with `recipe`, save the run in `out` and return the Learner"
     for half in out.glob('.*.tmp'): half.unlink() # temporary files of a killed run
-    epochs = [] if keep is None else [KeepEpochs(keep, card={k: card[k]
-                                                             for k in ('source','data','n','width','eps','seed')},
-                                                 overwrite=overwrite)]
-    learn = recipe.learner(dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
-        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'), NonFinite('lower the learning rate (`lr`)'),
-             *cbs], metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
+    epochs = [] if keep is None else [KeepEpochs(
+        keep, card={k: card[k] for k in ('source','data','n','width','eps','seed')}, overwrite=overwrite)]
+    learn = recipe.learner(
+        dls, make_net(*(card[k] for k in ('arch','width','n_in','n_out'))), path=out, model_dir='.',
+        cbs=[history := CSVLogger(), *epochs, Resume(out/'resume.pth'),
+             NonFinite('lower the learning rate (`lr`)'), *cbs],
+        metrics=[accuracy, RobustAccuracy(PGD(card['eps']), n=watch)], **kwargs)
     # write the card now, since the checkpoints of an interrupted run need it too
     if not (out/'resume.pth').exists(): write_atomic(out/'card.json', json.dumps(card, indent=2))
     with one_line(learn, label):

@@ -63,8 +63,8 @@ def _check_version(folder):
     "Raise a `ValueError` if another version of this package made the study in `folder`"
     made_by = _read_json(Path(folder)/'study.json').get('rkd_fastai', rkd_fastai.__version__)
     if made_by != rkd_fastai.__version__:
-        raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: go on with "
-                         "that version, or choose another folder")
+        raise ValueError(f"{folder} was made by rkd_fastai {made_by}, this is {rkd_fastai.__version__}: "
+                         "go on with that version, or choose another folder")
 
 # %% ../../nbs/study/08_study.ipynb #073c488c
 class Study:
@@ -110,8 +110,8 @@ class Study:
         folder = (base/Path(c.data).expanduser()).resolve()
         if not folder.is_dir():
             settings = 'the study' if isinstance(self.spec, dict) else self.spec
-            raise ValueError(f"`data` of {settings} is {c.data!r}, but there is no folder {folder}: pass a folder of "
-                             f"images, from the study's own, or one of {data_names}")
+            raise ValueError(f"`data` of {settings} is {c.data!r}, but there is no folder {folder}: "
+                             f"pass a folder of images, from the study's own, or one of {data_names}")
         return replace(c, data=str(folder))
 
     def results(self,
@@ -175,15 +175,15 @@ class Study:
     def to_df(self):
         "Return the rows of this study's cells in the order of the cells, see `read_rows`"
         rows,order = read_rows(self.out),{c.id: i for i,c in enumerate(self.cells)}
-        return rows[rows.id.isin(order)].sort_values('id', key=lambda ids: ids.map(order),
-                                                     kind='stable').reset_index(drop=True) if len(rows) else rows
+        return rows[rows.id.isin(order)].sort_values(
+            'id', key=lambda ids: ids.map(order), kind='stable').reset_index(drop=True) if len(rows) else rows
 
     def varied(self):
         "Return the settings in which the cells differ, except those in every name: method, teacher and teacher epoch"
         many = [f.name for f in fields(Cell) if f.name not in ('method','teacher','teacher_epoch')
                 and len({getattr(c, f.name) for c in self.cells} - {None}) > 1]
-        return [k for k in many if k != 'teacher_width' or any(c.teacher_width not in (None, c.width)
-                                                               for c in self.cells)]
+        return [k for k in many
+                if k != 'teacher_width' or any(c.teacher_width not in (None, c.width) for c in self.cells)]
 
     def plan(self)->pd.DataFrame:
         "Return a DataFrame with one row per cell: its state and the estimated seconds of one process on this machine"
@@ -279,8 +279,8 @@ class Runner:
         dls,settings = cell_dls(found, self.study.path),{k: getattr(found, k)
                                                for k in ('data','size','n','arch','width','eps','seed','epochs')}
         card = describe_run(recipe, dls, settings | dict(lr=c.lr or recipe.lr_for(dls), cell=settings_of(c)))
-        keep = (math.gcd(c.epochs, *self.study.teachers[c]) if c in self.study.teachers else 1
-                if self.study.measure['best'] and not c.distils else None)
+        keep = (math.gcd(c.epochs, *self.study.teachers[c]) if c in self.study.teachers
+                else 1 if self.study.measure['best'] and not c.distils else None)
         kwargs = dict(teacher=self.teacher(c)) if c.distils else {}
         # the folder belongs to this cell only
         fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs)
@@ -295,16 +295,16 @@ class Runner:
             state = folder/f"state_{short_hash(json.dumps([checkpoint, n, attacks, self.study.measure]))}.json"
             line = Line(label)
             x,y,sample = eval_images(found, self.study.path, n, seed)
-            r = measure_robustness(self.model(c, checkpoint).to(default_device()), x, y, attacks, c.eps, seed=seed,
-                                   state_path=state,
+            r = measure_robustness(self.model(c, checkpoint).to(default_device()), x, y, attacks, c.eps,
+                                   seed=seed, state_path=state,
                                    bs=self.study.measure['bs'], fast=self.study.measure['fast'],
                                    progress=line.progress, sample=sample)
             line.finish(', '.join(f'{k} {format_percent(v)}' for k,v in r.results.items())
                         + ('' if checkpoint == 'last' else f', epoch {best_epoch(folder)}'))
             res = self.study.results(c)
-            res.setdefault(checkpoint, {}).update({k: v | dict(asked=[n, seed], fast=self.study.searches_fast(k), n=r.n,
-                                                          sample=sample.to_dict())
-                                              for k,v in r.to_dict()['results'].items()})
+            res.setdefault(checkpoint, {}).update({
+                k: v | dict(asked=[n, seed], fast=self.study.searches_fast(k), n=r.n, sample=sample.to_dict())
+                for k,v in r.to_dict()['results'].items()})
             if checkpoint == 'best': res['best_epoch'] = best_epoch(folder)
             self.write(c, res)
             state.unlink(missing_ok=True)
@@ -391,17 +391,17 @@ def plan_text(
     width,late = cells.str.len().max(),times.str.len().max()
     left = int(plan['seconds'].sum())
     return '\n'.join([f'{c:<{width}}  {t:>{late}}{f"  {s}" if s else ""}'
-                      for c,t,s in zip(cells, times, plan['state'])] +
-                     [counted(len(plan), 'cell') + (f', about {clock(left)} for one process here, teachers included'
-                                                    if left else ', nothing left to do')])
+                      for c,t,s in zip(cells, times, plan['state'])]
+                     + [counted(len(plan), 'cell') + (f', about {clock(left)} for one process here, teachers included'
+                                                      if left else ', nothing left to do')])
 
 def _part(cells, part):
     "Return every n-th cell from the i-th, for `part` 'i/n'"
     if part is None: return cells
     m = re.fullmatch(r'(\d+)/(\d+)', part)
     if not m or not 1 <= int(m[1]) <= int(m[2]):
-        raise ValueError(f"`cell` must be 'i/n' with 1 <= i <= n, such as '1/8' for the first of eight parts, got "
-                         f"{part!r}")
+        raise ValueError(f"`cell` must be 'i/n' with 1 <= i <= n, such as '1/8' for the first of eight parts, "
+                         f"got {part!r}")
     return cells[int(m[1])-1::int(m[2])]
 
 # %% ../../nbs/study/08_study.ipynb #4a1bffab
@@ -412,8 +412,8 @@ def _other_processes(study, n, cell):
     threads,before = max((os.cpu_count() or 1)//n, 1),torch.get_num_threads()
     code = ('import json,sys; from rkd_fastai.study import Study; spec,out,path,cell = json.loads(sys.argv[1]); '
             'Study(spec, out, path).run(cell)')
-    settings,env = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell]),os.environ | dict(
-        OMP_NUM_THREADS=str(threads))
+    settings = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell])
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads))
     logs = [open(study.out/f'process_{k}.log', 'w') for k in range(2, n+1)]
     others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, settings], stdout=f, stderr=f, env=env)
               for f in logs]
@@ -473,8 +473,8 @@ def hours(
     train = sum(train_seconds(f.parent) for f in folder.glob('*/*/history.csv'))
     found = [v for f in folder.glob('cells/*/results.json') for checkpoint in ('last','best')
              for v in _read_results(f).get(checkpoint, {}).values()]
-    return (f"Training took {train/3600:.2f} hours, attacking {sum(v.get('seconds', 0) for v in found)/3600:.2f}, the "
-            "times of all processes added up.")
+    return (f"Training took {train/3600:.2f} hours, attacking {sum(v.get('seconds', 0) for v in found)/3600:.2f}, "
+            "the times of all processes added up.")
 
 def _no_students(df):
     "Return a sentence that says why no student can be compared, or an empty text"
@@ -494,8 +494,9 @@ def study_report(
                 + (f'; trainings that diverged: {len(df)}' if len(df) else ''))
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
-        notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, so the best epoch was chosen on "
-                  f"{n_monitor_images} of the images that it is measured on. This makes the result optimistic.")
+        notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, "
+                  f"so the best epoch was chosen on {n_monitor_images} of the images that it is measured on. "
+                  "This makes the result optimistic.")
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: the study {e.reason}'
     first = next((found[k].table for k in ('selected','baselines','measured') if k in found), None)

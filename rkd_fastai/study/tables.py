@@ -20,8 +20,8 @@ def baseline_of(cells, baseline=None):
     own = cells[~cells['method'].isin([*methods, 'teacher'])]
     names = own['method'].unique().tolist()
     if not names:
-        raise NotEnough("has no baseline: rows of a network trained without a teacher, `method` 'at' or 'trades', for "
-                        "the same data, ε and width")
+        raise NotEnough("has no baseline: rows of a network trained without a teacher, `method` 'at' or 'trades', "
+                        "for the same data, ε and width")
     if baseline is None and 'at' not in names and len(names) > 1:
         raise NotEnough(f"has no network trained by 'at' to compare with, but some by {names}",
                         f'. `baseline`: which of {names}?')
@@ -106,16 +106,18 @@ def _teacher_line(b, names, more, used):
     "Return the line of a baseline; `more` are the settings in which the baselines differ"
     how = ', '.join([format_value('method', b['method']),
                      *(f'{column_title(c).lower()} {format_value(c, b[c])}' for c in more), *used*['compared with']])
-    return ({'Method': f"Only teacher, {b['checkpoint']} epoch"} | {column_title(c): accuracy(b, c) for c in names} |
-            {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': format_value('compute', b['compute'])})
+    return ({'Method': f"Only teacher, {b['checkpoint']} epoch"}
+            | {column_title(c): accuracy(b, c) for c in names}
+            | {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': format_value('compute', b['compute'])})
 
 def _student_line(label, row, base, names, among, none):
     "Return the line of a student, or a line with the text `none` if `row` is None"
     if row is None:
         return {'Method': label} | {column_title(c): '–' for c in names} | {'Best loss': '–', 'Hyperparameters': none}
-    return ({'Method': label} | {column_title(c): accuracy(row, c) for c in names} |
-            {'Best loss': format_value('method', row['method']), 'Hyperparameters': format_hyperparameters(row, among),
-             'Epochs in all': compute_text(row, base)})
+    return ({'Method': label}
+            | {column_title(c): accuracy(row, c) for c in names}
+            | {'Best loss': format_value('method', row['method']),
+               'Hyperparameters': format_hyperparameters(row, among), 'Epochs in all': compute_text(row, base)})
 
 # %% ../../nbs/study/04_tables.ipynb #e2bfee86
 def select(
@@ -138,9 +140,9 @@ def select(
         lines += [{column_title(c): format_value(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
     among = (f"; chosen by {column_title(robust)} and these very numbers among {counted(len(everyone), 'setting')}, "
              "which flatters them a little" if len(everyone) > 1 else '')
-    what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust than the "
-            "baseline, RKD-Rob. the most robust one that is "
-            f"at most {100*within:g} points less accurate{among}. "
+    what = ("RKD-Acc. is the most accurate student "
+            f"that is at most {100*within:g} points less robust than the baseline, "
+            f"RKD-Rob. the most robust one that is at most {100*within:g} points less accurate{among}. "
             f"ES: epoch the teacher was stopped after. {_marks}{unpaired(df, robust, baseline)}")
     return make_table(lines, _task_rows(df, everyone, picks[0][1]['method'].unique()), what, robust)
 
@@ -150,8 +152,8 @@ def own_students(
 ):
     "`df` with no students of several teachers or of a teacher with another architecture or width"
     df = normalize_rows(df)
-    own = (df['members'].fillna(1) == 1) & (teacher_width_ratio(df) == 1) & (df['teacher_arch'].isna()
-                                                               | (df['teacher_arch'] == df['arch']))
+    own = ((df['members'].fillna(1) == 1) & (teacher_width_ratio(df) == 1)
+           & (df['teacher_arch'].isna() | (df['teacher_arch'] == df['arch'])))
     return df[own | ~df['method'].isin(methods)]
 
 def table2(
@@ -224,10 +226,10 @@ def _verdict(g, within):
                                  ('clean accuracy','accurate','clean','robust')):
         seen = [_outcome(s, name, other, within, _name(s, g)) for _,s in g.groupby(group_key(g, task), sort=False)]
         won,lost = [[t for ok,t in seen if ok == wanted] for wanted in (True, False)]
-        if won: found.append(f"Distillation wins in {what}: a student is more {word} than the baseline "
-                             f"{'; '.join(won)}.")
-        if lost: found.append(f"Distillation does not win in {what}: no student is shown to be more {word} than the "
-                              f"baseline ({'; '.join(lost)}).")
+        if won: found.append(f"Distillation wins in {what}: "
+                             f"a student is more {word} than the baseline {'; '.join(won)}.")
+        if lost: found.append(f"Distillation does not win in {what}: "
+                              f"no student is shown to be more {word} than the baseline ({'; '.join(lost)}).")
     return '\n'.join(found)
 
 def gain(
@@ -246,13 +248,12 @@ def gain(
                            for name,label in (('clean','Clean'),('robust',column_title(robust)))}
     lines = [{column_title(c): format_value(c, r[c]) for c in shown} | gain_text(r)
              | {'Epochs in all': r['mark'], 'Baseline’s': format_value('compute', r['baseline_compute']),
-             'Result': _result(c, rob, r['exceeds_compute'])} for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'),
-                                                                          _won(g, 'robust'))]
+                'Result': _result(c, rob, r['exceeds_compute'])}
+             for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'), _won(g, 'robust'))]
     what = ("A gain is the accuracy of a student minus that of the baseline with the most similar number of epochs. "
-            "Of the baseline's last and best epoch the more robust one is taken. ± is the root of the sum of both "
-            "variances; with a single seed it is chance among the test images. A gain that is smaller than its ± does "
-            "not count. "
-            f"{_marks}{unpaired(df, robust, baseline)}")
+            "Of the baseline's last and best epoch the more robust one is taken. "
+            "± is the root of the sum of both variances; with a single seed it is chance among the test images. "
+            f"A gain that is smaller than its ± does not count. {_marks}{unpaired(df, robust, baseline)}")
     return make_table(lines, _task_rows(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True,
                       verdict=_verdict(g, within))
 
@@ -265,9 +266,9 @@ def _min_robust_accuracy(cells, robust, within, baseline):
         return -np.inf, ('There is no baseline to compare with here, so the most accurate student '
                          'may not be robust.')
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
-    return (b[robust] - within, f"For comparison, {format_value('method', b['method'])} without a teacher "
-                                f"({b['checkpoint']} "
-                                f"epoch): {accuracy(b, 'clean')} clean, {accuracy(b, robust)} {column_title(robust)}.")
+    return (b[robust] - within,
+            f"For comparison, {format_value('method', b['method'])} without a teacher ({b['checkpoint']} epoch): "
+            f"{accuracy(b, 'clean')} clean, {accuracy(b, robust)} {column_title(robust)}.")
 
 def _for_kind(s, kind, robust, floor):
     """Return the student to show for one kind of teacher, and a mark if no student is robust enough to be chosen by
@@ -283,9 +284,9 @@ def _compared(df, within, robust, baseline):
     df = one_task(normalize_rows(df))
     cells,robust = cells_of(df, robust)
     floor,comparison = _min_robust_accuracy(cells, robust, within, baseline)
-    rule = ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy that "
-            f"costs at most {100*within:g} points of the baseline’s robust one (§: none does, the most robust is "
-            "shown).")
+    rule = ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy "
+            f"that costs at most {100*within:g} points of the baseline’s robust one "
+            "(§: none does, the most robust is shown).")
     return df, students_of(cells), robust, floor, f'{rule} {comparison}'
 
 def _teacher_eps(s, kind):
@@ -305,12 +306,12 @@ def table3(
     df,s,robust,floor,rule = _compared(df, within, robust, baseline)
     s = s[(s['members'].fillna(1) == 1) & s['method'].isin(methods) & s['teacher'].notna()]
     if s['teacher'].nunique() < 2:
-        raise NotEnough(f"has students by {', '.join(methods)} of fewer than two kinds of single teachers: nothing to "
-                        "compare")
+        raise NotEnough(f"has students by {', '.join(methods)} of fewer than two kinds of single teachers: "
+                        "nothing to compare")
     lines = []
     for kind,of_kind in sorted(s.groupby('teacher', sort=False), key=lambda o: _teacher_eps(o[1], o[0])):
-        line = {'Teacher training': kind_name(kind), 'ε of the teacher': format_value('eps', _teacher_eps(of_kind,
-                                                                                                          kind))}
+        line = {'Teacher training': kind_name(kind),
+                'ε of the teacher': format_value('eps', _teacher_eps(of_kind, kind))}
         for m in methods:
             if (s['method'] == m).any():
                 line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, format_value('method', m), s)
@@ -349,8 +350,8 @@ def table5(
         lines.append(start | _chosen(one, kind, robust, floor, '1 model', s)
                      | _chosen(many, kind, robust, floor, f'{k:g} models', s))
     if not lines: raise NotEnough("has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
-    return make_table(lines, df, 'One teacher against an ensemble. Both are chosen from the same values of α and '
-                                 f'ES if both were tried with them. {rule}', robust)
+    return make_table(lines, df, 'One teacher against an ensemble. Both are chosen from the same values of α and ES '
+                                 f'if both were tried with them. {rule}', robust)
 
 def _as_they_are(df, shown, what, robust):
     """Return a table with one line per network in `df`: the settings that the function `shown` names, and the accuracy

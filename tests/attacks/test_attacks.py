@@ -175,8 +175,8 @@ def test_soft_targ(robust_net, test_images):
     "One-hot labels are the classes; the KL objective climbs away from the soft labels themselves"
     x, y = (o[:64] for o in test_images)
     attack = PGD(eps, random_start=False)
-    torch.testing.assert_close(attack(robust_net, x, F.one_hot(y, 10).float()), attack(robust_net, x, y), rtol=0,
-                               atol=1e-6)
+    torch.testing.assert_close(attack(robust_net, x, F.one_hot(y, 10).float()), attack(robust_net, x, y),
+                               rtol=0, atol=1e-6)
     soft = robust_net(x).softmax(1).detach()
     kl = lambda x: F.kl_div(robust_net(x).log_softmax(1), soft, reduction='batchmean').item()
     with torch.no_grad(): assert kl(PGD(eps, objective='kl')(robust_net, x, soft)) > kl(x) + .1
@@ -391,8 +391,7 @@ def test_model_that_returns_no_logits(tiny_net):
 
 def test_settings_are_attributes_and_repr_makes_the_attack_again():
     for attack in (PGD(), PGD(.5, steps=3, step_size=.1, norm='L2', random_start=False, objective='kl'),
-                   PGD(restarts=2), FGSM(4/255),
-                   FFGSM(), AutoAttack(), AutoAttack(.5, 'L2', 'rand', 3, 7)):
+                   PGD(restarts=2), FGSM(4/255), FFGSM(), AutoAttack(), AutoAttack(.5, 'L2', 'rand', 3, 7)):
         again = eval(repr(attack))
         assert type(again) is type(attack)
         for k,v in attack.settings.items():

@@ -117,13 +117,13 @@ def test_composition_is_what_the_package_runs(version, norm, robust_net):
     assert AutoAttack(norm=norm, version=version).composition(robust_net, 10) == used(version, norm)
 
 def test_composition_in_words(robust_net):
-    assert AutoAttack().composition(robust_net, 10) == ['apgd-ce: 100 steps, 1 restart(s)',
-                                                        'apgd-t: 100 steps, 9 targets', 'fab-t: 100 steps, 9 targets',
-                                                        'square: 5000 queries']
+    assert AutoAttack().composition(robust_net, 10) == [
+        'apgd-ce: 100 steps, 1 restart(s)', 'apgd-t: 100 steps, 9 targets', 'fab-t: 100 steps, 9 targets',
+        'square: 5000 queries']
     assert AutoAttack(queries=70, fast=True).composition(robust_net, 10) == [
         'apgd-ce: 100 steps, 1 restart(s), fast search', 'apgd-t: 100 steps, 9 targets, fast search',
-        'fab-t: 100 steps, 9 targets, fast search',
-        'square: 70 queries, fast search', 'apgd-ce: 100 steps, 1 restart(s)']
+        'fab-t: 100 steps, 9 targets, fast search', 'square: 70 queries, fast search',
+        'apgd-ce: 100 steps, 1 restart(s)']
 
 names = lambda parts: [p.name for p in parts]
 
@@ -140,9 +140,8 @@ def test_few_classes(n_out, version, want, without, tiny_net):
     parts, described = aa.parts(net, n_out), aa.composition(net, n_out)
     assert ' '.join(names(parts)) == want
     assert [s.split(':')[0] for s in described if not s.startswith('without')] == want.split()
-    assert [s for s in described if s.startswith('without')] == [f'without {p}: its loss needs '
-                                                            f'{dict([("apgd-dlr", 3), ("apgd-t", 4)])[p]} classes'
-                                                            for p in without.split()]
+    assert [s for s in described if s.startswith('without')] == [
+        f'without {p}: its loss needs {dict([("apgd-dlr", 3), ("apgd-t", 4)])[p]} classes' for p in without.split()]
     for p in parts:
         if p.name.endswith('-t'): assert f'{min(9, n_out-1)} targets' in repr(p)
 
@@ -225,9 +224,9 @@ def wrong_model(monkeypatch, forward):
     monkeypatch.setattr(pgd, 'folded', fake)
     return asked
 
-@pytest.mark.parametrize('forward', [lambda net, x: -net(x), lambda net, x: net(x.flip(3)), lambda net,
-                                     x: net(x) + torch.randn(10)*9, lambda net, x: net(x)*float('nan')],
-                         ids=['other signs', 'other image', 'other bias', 'NaN'])
+@pytest.mark.parametrize('forward', [
+    lambda net, x: -net(x), lambda net, x: net(x.flip(3)), lambda net, x: net(x) + torch.randn(10)*9,
+    lambda net, x: net(x)*float('nan')], ids=['other signs', 'other image', 'other bias', 'NaN'])
 def test_errors_of_the_fast_model_alone_are_searched_again(forward, robust_net, test_images, monkeypatch, short):
     "The verdict is that of the plain model, however wrong the faster one is"
     x, y = right_ones(robust_net, test_images, 30)
@@ -296,8 +295,8 @@ def test_who_gets_a_transfer_part(robust_net, plain_net):
         assert isinstance(fast[-2], attacks._Transfer) and repr(fast[-1]) == 'apgd-ce: 100 steps, 1 restart(s)'
         assert names(AutoAttack(version='apgd-ce').parts(model, 10)) == ['apgd-ce']
     for model in (robust_net, single, PixelModel(single), Teacher(single), lambda x: x):
-        assert not attacks._members(model) and names(AutoAttack().parts(model, 10)) == ['apgd-ce', 'apgd-t', 'fab-t',
-                                                                                        'square']
+        assert (not attacks._members(model)
+                and names(AutoAttack().parts(model, 10)) == ['apgd-ce', 'apgd-t', 'fab-t', 'square'])
 
 def test_members_take_what_the_ensemble_takes(robust_net, plain_net):
     x = torch.rand(3, 1, 8, 8)

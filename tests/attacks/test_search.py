@@ -120,8 +120,8 @@ def test_fab_takes_the_steps_of_the_package(net_name, request, test_images, doub
     net = copy.deepcopy(request.getfixturevalue(net_name)).double()
     x, y = surest(net, tuple(o.double() if o.is_floating_point() else o for o in test_images), 16)
     mine, their, steps, targets = Recorder(net), Recorder(net), 6, 4
-    got, want = fab(mine, x, y, .02, targets=targets, steps=steps), package_fab(their, x, y, .02, targets=targets,
-                                                                                steps=steps)
+    got, want = (fab(mine, x, y, .02, targets=targets, steps=steps),
+                 package_fab(their, x, y, .02, targets=targets, steps=steps))
     assert torch.equal(got, x) and torch.equal(want, x)
     assert len(mine.seen) == targets*(1 + 2*steps) and len(their.seen) == 1 + targets*(3 + 2*steps)
     for t in range(targets):
@@ -156,8 +156,8 @@ def replay(calls, logits, y):
         best, lowest = torch.where(better.view(-1,1,1,1), new, best), torch.where(better, m, lowest)
     return asked, same
 
-@pytest.mark.parametrize('net_name,seed,plateaus', [('robust_net', 0, False), ('plain_net', 3, False),
-                                                 ('robust_net', 1, True)])
+@pytest.mark.parametrize('net_name,seed,plateaus', [
+    ('robust_net', 0, False), ('plain_net', 3, False), ('robust_net', 1, True)])
 def test_square_takes_the_steps_of_the_package(net_name, seed, plateaus, request, test_images):
     """On images that stand, all that is left out are questions about images that did not change; what is no better
     is not taken, on `plateaus` of a rounded margin either"""
@@ -166,8 +166,8 @@ def test_square_takes_the_steps_of_the_package(net_name, seed, plateaus, request
     net = lambda x: net64(x.double()).round() if plateaus else net64(x.double())
     x, y = surest(net, test_images, 8)
     mine, their, queries = Recorder(net), Recorder(net), 700
-    got, want = square(mine, x, y, .05, queries=queries, seed=seed), package_square(their, x, y, .05, queries=queries,
-                                                                                    seed=seed)
+    got, want = (square(mine, x, y, .05, queries=queries, seed=seed),
+                 package_square(their, x, y, .05, queries=queries, seed=seed))
     assert torch.equal(got, x) and torch.equal(want, x), 'all stand'
     assert len(their.seen) == 1 + (1 + queries) + 1
     asked, same = replay(their.seen[1:-1], their.out[1:-1], y)
@@ -211,11 +211,12 @@ def test_sides_of_the_squares():
 # --- the same images fall ---
 
 searches = dict(
-    ce=(apgd, package_apgd, dict(loss='ce', steps=40)), restarts=(apgd, package_apgd,
-                                                                  dict(loss='ce', steps=20, restarts=3, seed=4)),
-    dlr=(apgd, package_apgd, dict(loss='dlr', steps=40)), targets=(apgd, package_apgd,
-                                                                   dict(targets=9, steps=15, seed=1)),
-    fab=(fab, package_fab, dict(targets=9, steps=15)), square=(square, package_square, dict(queries=300, seed=2)))
+    ce=(apgd, package_apgd, dict(loss='ce', steps=40)),
+    restarts=(apgd, package_apgd, dict(loss='ce', steps=20, restarts=3, seed=4)),
+    dlr=(apgd, package_apgd, dict(loss='dlr', steps=40)),
+    targets=(apgd, package_apgd, dict(targets=9, steps=15, seed=1)),
+    fab=(fab, package_fab, dict(targets=9, steps=15)),
+    square=(square, package_square, dict(queries=300, seed=2)))
 every_search = pytest.mark.parametrize('name', searches)
 
 @pytest.mark.few(8)

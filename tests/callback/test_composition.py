@@ -6,10 +6,9 @@ from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import (SGD, AdaptiveAvgPool, BnFreeze, Callback, ClassificationInterpretation, CSVLogger,
-                               EarlyStoppingCallback,
-                               GradientAccumulation, GradientClip, ImageDataLoaders, L, PILImageBW, ProgressCallback,
-                               SaveModelCallback, ShowGraphCallback,
-                               ValueMetric, accuracy, params, resnet18, set_seed, vision_learner)
+                               EarlyStoppingCallback, GradientAccumulation, GradientClip, ImageDataLoaders, L,
+                               PILImageBW, ProgressCallback, SaveModelCallback, ShowGraphCallback, ValueMetric,
+                               accuracy, params, resnet18, set_seed, vision_learner)
 from fastprogress.fastprogress import ConsoleMasterBar
 from safetensors.torch import save_file
 
@@ -96,8 +95,8 @@ def test_discriminative_learning_rates(method, how, step, factor, sgd_learner, m
                             cbs=[method(tiny_net(seed=7), still), seen])
         getattr(learn, how)(2, lr, **kwargs)
         return seen
-    seen, start = fit(how, slice(.01, .1), **(dict(decay=.5) if how == 'fit_exp' else {})), list(tiny_net()
-                                                                                                 .parameters())
+    seen, start = (fit(how, slice(.01, .1), **(dict(decay=.5) if how == 'fit_exp' else {})),
+                   list(tiny_net().parameters()))
     assert seen.rates[step] == pytest.approx([.01*factor, .1*factor])
     close(seen.grads[0], fit('fit', .1).grads[0])
     rates = [seen.rates[step][i] for i in (0, 0, 0, 0, 1, 1)] # convolution and BatchNorm, then the linear layer
@@ -114,8 +113,7 @@ def test_freeze(method, train_bn, sgd_learner, make_dls, tiny_net):
         # as `freeze` has it; `BnFreeze` then keeps its statistics, and does nothing elsewhere
         net[0][1].requires_grad_(train_bn)
         return sgd_learner(make_dls(n=32, shuffle=False), net, splitter=lambda m: [params(m[0]), params(m[1])],
-                           train_bn=train_bn,
-                           cbs=[method(tiny_net(seed=7), still), BnFreeze(), seen]), seen
+                           train_bn=train_bn, cbs=[method(tiny_net(seed=7), still), BnFreeze(), seen]), seen
     (free, at_free), (learn, seen) = learner(), learner()
     free.fit(1, .1)
     learn.freeze()
@@ -154,8 +152,7 @@ def test_channels_last(method, sgd_learner, make_dls, tiny_net):
     def fit(channels_last):
         seen = Seen()
         learn = sgd_learner(make_dls(n=64, channels=3, shuffle=False, stats=([.3,.4,.5], [.25,.3,.2])),
-                            tiny_net(n_in=3),
-                            cbs=[method(tiny_net(n_in=3, seed=7), still), seen])
+                            tiny_net(n_in=3), cbs=[method(tiny_net(n_in=3, seed=7), still), seen])
         if channels_last: learn.to_channelslast(use_amp=False)
         learn.fit(2, .1)
         assert learn.model[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -230,8 +227,8 @@ def test_csv_logger(method, make_learner, make_dls, tiny_net):
     learn = make_learner(dls, cbs=[method(tiny_net(seed=7), still), seen], metrics=[accuracy, RobustAccuracy(attack)])
     learn.fit(2, .01, cbs=CSVLogger())
     log = pd.read_csv(learn.path/'history.csv')
-    assert list(log) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_accuracy',
-                         'time'] == list(learn.recorder.metric_names)
+    assert (list(log) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_accuracy', 'time']
+            == list(learn.recorder.metric_names))
     np.testing.assert_allclose(log.iloc[:, 1:-1], learn.recorder.values, rtol=1e-6)
     assert log.train_loss[0] == pytest.approx(seen.losses[0], rel=1e-5) # one batch an epoch
     robust = robust_accuracy(learn.model, *pixel_data(learn), attack)
@@ -242,15 +239,15 @@ def test_csv_logger(method, make_learner, make_dls, tiny_net):
 def test_show_graph(method, make_learner, make_dls, tiny_net, monkeypatch):
     "The curves are the method's losses and the clean validation losses"
     drawn, seen = [], Seen()
-    monkeypatch.setattr(ConsoleMasterBar, 'update_graph', lambda self, graphs,
-                        *bounds: drawn.append(copy.deepcopy((graphs, bounds))))
+    monkeypatch.setattr(ConsoleMasterBar, 'update_graph',
+                        lambda self, graphs, *bounds: drawn.append(copy.deepcopy((graphs, bounds))))
     learn = make_learner(make_dls(n=64, bs=32), cbs=[method(tiny_net(seed=7), still), seen])
     learn.fit(2, .01, cbs=[ProgressCallback(), ShowGraphCallback()])
     ((iters, train), (ends, valid)), (x_bounds, y_bounds) = drawn[-1]
     assert len(drawn) == 2 and list(iters) == [0, 1, 2, 3] and ends == [2, 4] and x_bounds == (0, 4)
     assert train[-1].item() == pytest.approx(smooth(seen.losses), rel=1e-5)
-    assert valid[-1] == learn.recorder.values[-1][1] == pytest.approx(make_learner(learn.dls, learn.model)
-                                                                      .validate()[0])
+    assert (valid[-1] == learn.recorder.values[-1][1]
+            == pytest.approx(make_learner(learn.dls, learn.model).validate()[0]))
     assert y_bounds[1] == pytest.approx(max(*valid, *(t.item() for t in train)))
 
 @pytest.fixture
@@ -371,8 +368,8 @@ def test_export_to_another_process(make_learner, make_dls, digits, tmp_path):
     code = ("import numpy as np, sys; from fastai.vision.all import PILImageBW, load_learner; "
             "item = PILImageBW.create(np.load('item.npy')); "
             "print({name: load_learner(name).predict(item)[2].tolist() for name in sys.argv[1:]})")
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *probs], cwd=tmp_path, capture_output=True,
-                       text=True)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *probs],
+                       cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     assert literal_eval(r.stdout.splitlines()[-1]) == {name: pytest.approx(p, abs=1e-6) for name,p in probs.items()}
 
@@ -382,9 +379,8 @@ def test_export_for_plain_fastai(make_images, tmp_path):
     """After `to_natural` a process that cannot import this package predicts the same, as the works-with page says;
     without, it cannot read the file"""
     dls = ImageDataLoaders.from_folder(make_images(), valid_pct=.3, seed=0, bs=2, num_workers=0)
-    learn = vision_learner(dls, resnet18, pretrained=False,
-                           path=tmp_path).to_rkd(nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)),
-                                                 attack=PGD(.1, steps=1))
+    learn = vision_learner(dls, resnet18, pretrained=False, path=tmp_path).to_rkd(
+        nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), attack=PGD(.1, steps=1))
     learn.export('with.pkl')
     learn.to_natural().export('without.pkl')
     code = ("import sys; sys.modules['rkd_fastai'] = None; from fastai.vision.all import load_learner; "
@@ -418,8 +414,7 @@ def test_reproducible(method, cudnn, make_learner, make_dls, tiny_net):
     assert same(a, b) and losses == other_losses and not same(a, c)
 
 random_attacks = dict(pgd=noisy, kl=PGD(.1, steps=2, objective='kl'), l2=PGD(.5, steps=2, norm='L2'),
-                      restarts=PGD(.1, steps=2, restarts=2),
-                      ffgsm=FFGSM(.1))
+                      restarts=PGD(.1, steps=2, restarts=2), ffgsm=FFGSM(.1))
 
 @pytest.mark.parametrize('attack', random_attacks.values(), ids=random_attacks)
 def test_noise_is_torchs(attack, digits, tiny_net):
@@ -466,10 +461,11 @@ def test_two_averages_are_refused(make_learner):
         with pytest.raises(ValueError, match='two `WeightAveraging`'): learn.fit(1, cbs=second)
         assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
 
-@pytest.mark.parametrize('cbs', [lambda net: AKDCallback(net, attack=still),
-                                 lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
+@pytest.mark.parametrize('cbs', [
+    lambda net: AKDCallback(net, attack=still),
+    lambda net: [AdversarialTraining(still), WeightAveraging(.5)],
     lambda net: [RSLADCallback(net, cache=True, attack=still), CatastrophicOverfitting(stop=True)]],
-                         ids=['akd','averaged','cached and watched'])
+    ids=['akd','averaged','cached and watched'])
 @pytest.mark.parametrize('measure', [lambda l: l.validate(), lambda l: (l.tta(n=1), l.summary())],
                          ids=['validate','tta and summary'])
 def test_validate_in_the_middle_of_a_fit(cbs, measure, make_learner, make_dls, tiny_net):
@@ -488,9 +484,11 @@ def test_validate_in_the_middle_of_a_fit(cbs, measure, make_learner, make_dls, t
     assert same(*ends)
 
 ours = {k: lambda net, d, m=methods[k]: m(net, still) for k in ('at','trades','akd','ckd')} | dict(
-    averaging=lambda net, d: WeightAveraging(.5), keep=lambda net, d: KeepEpochs(), catastrophic=lambda net,
-    d: CatastrophicOverfitting(still, n=16),
-    overfitting=lambda net, d: RobustOverfitting(restore=True), resume=lambda net, d: Resume(d/'resume.pth'),
+    averaging=lambda net, d: WeightAveraging(.5),
+    keep=lambda net, d: KeepEpochs(),
+    catastrophic=lambda net, d: CatastrophicOverfitting(still, n=16),
+    overfitting=lambda net, d: RobustOverfitting(restore=True),
+    resume=lambda net, d: Resume(d/'resume.pth'),
     finite=lambda net, d: NonFinite(),
     trajectory=lambda net, d: RecordTrajectory(d/'trajectory', n=16, attack=still))
 
@@ -528,7 +526,8 @@ class Counting(nn.Module):
         self.steps = state['steps']
         assert state['at'][0] == self.steps and state['mark'] == b'\x00'
 
-@pytest.mark.parametrize('cbs', [lambda: [KeepEpochs(overwrite=True), WeightAveraging(.9)],
+@pytest.mark.parametrize('cbs', [
+    lambda: [KeepEpochs(overwrite=True), WeightAveraging(.9)],
     lambda: [AdversarialTraining(still), CatastrophicOverfitting(stop=True, drop=0.)],
     lambda: [RobustOverfitting('accuracy', gap=0., restore=True)]], ids=['kept and averaged','collapse','overfitting'])
 def test_extra_state(cbs, make_learner, make_dls, tiny_net):

@@ -9,8 +9,7 @@ from collections import Counter
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.distributed import DistributedDL
 from fastai.vision.all import (SGD, BnFreeze, Callback, CrossEntropyLossFlat, Learner, Normalize, ProgressCallback,
-                               num_distrib, rank_distrib,
-                               set_seed)
+                               num_distrib, rank_distrib, set_seed)
 from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -61,8 +60,7 @@ class Spy(Callback):
 def learner(name=None, norm='none', grey=False, attack=STILL, path='.', cbs=(), **kwargs):
     "A Learner with plain SGD, so that a step is the gradient, without our callback where `name` is None"
     learn = Learner(digits(grey), net(norm), loss_func=CrossEntropyLossFlat(), opt_func=SGD, wd=0., moms=(0.,0.,0.),
-                    path=path,
-                    cbs=[Spy(), BnFreeze(), *cbs], **kwargs)
+                    path=path, cbs=[Spy(), BnFreeze(), *cbs], **kwargs)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     return learn.to_rkd(net(seed=7), name, attack=attack) if name else learn
@@ -85,8 +83,7 @@ def trained(name, norm):
     learn = fit(learner(name, norm, metrics=metrics))
     teacher = next(cb for cb in learn.cbs if isinstance(cb, RobustCallback)).teacher
     return dict(state=state(learn.model), robust=[v[2:] for v in learn.recorder.values], model=type(learn.model),
-                wrapped=learn.spy.wrapped,
-                forwards=learn.spy.forwards, teacher=state(teacher),
+                wrapped=learn.spy.wrapped, forwards=learn.spy.forwards, teacher=state(teacher),
                 teacher_modules={type(m) for m in teacher.modules()})
 
 def noise(seed):

@@ -63,16 +63,17 @@ class BadTeacher(nn.Module):
 def methods(teacher=None, attack=pgd):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) if teacher is None else teacher
     return dict(at=AdversarialTraining(attack), trades=TRADES(attack), akd=AKDCallback(teacher, attack=attack),
-                rslad=RSLADCallback(teacher, attack=attack),
-                ard=ARDCallback(teacher, attack=attack), ckd=CKDCallback(teacher))
+                rslad=RSLADCallback(teacher, attack=attack), ard=ARDCallback(teacher, attack=attack),
+                ckd=CKDCallback(teacher))
 attacking = [k for k in methods() if k != 'ckd']
 
 @pytest.mark.parametrize('value', [nan, inf, -inf])
 @pytest.mark.parametrize('method', attacking)
 def test_attack(make_learner, method, value):
     learn = make_learner(cbs=[methods(attack=BadAttack(4, value))[method], NonFinite()])
-    stops(learn, 'epoch 2, batch 2: ', 'given images that contain NaN or inf' if method == 'akd'
-          else 'the adversarial images contain NaN', 'check the attack')
+    stops(learn, 'epoch 2, batch 2: ',
+          'given images that contain NaN or inf' if method == 'akd' else 'the adversarial images contain NaN',
+          'check the attack')
     is_well(learn)
 
 @pytest.mark.parametrize('method', ['akd','rslad','ard','ckd'])
@@ -103,8 +104,8 @@ def test_logits(make_learner, tiny_net, method, value):
     learn = make_learner(model=BadNet(tiny_net(), 4 if method not in ('trades','rslad','ard') else 8, value),
                          cbs=[NonFinite(), *([methods()[method]] if method else [])])
     with torch.no_grad(): learn.model.net[-1].weight.mul_(20)
-    message = stops(learn, 'epoch 2, batch 2: ', "the student's logits contain NaN or infinite values: lower the "
-                                              "learning rate")
+    message = stops(learn, 'epoch 2, batch 2: ',
+                    "the student's logits contain NaN or infinite values: lower the learning rate")
     assert 'The weights are still those before this batch' in message
 
 @pytest.mark.parametrize('method', ['at','akd','rslad','trades'])
@@ -151,8 +152,8 @@ def test_last_step_overflows(make_learner):
     learn = make_learner(opt_func=SGD, cbs=NonFinite())
     learn.add_cb(Callback(after_step=lambda self: self.model[0].weight.data.fill_(inf)
                           if (self.epoch, self.iter) == (1, 2) else None))
-    with pytest.raises(FloatingPointError, match="epoch 2, batch 3: the student's weights are not finite: lower the "
-                                                 "learning rate"):
+    with pytest.raises(FloatingPointError, match="epoch 2, batch 3: the student's weights are not finite: "
+                                                 "lower the learning rate"):
         learn.fit(2)
 
 @pytest.mark.parametrize('method', [None, *methods()])
@@ -160,8 +161,8 @@ def test_weights_are_the_cause(make_learner, method):
     "However they show"
     learn = make_learner(cbs=[NonFinite(), *([methods()[method]] if method else [])])
     learn.add_cb(Callback(after_step=lambda self: self.model[0].weight.data.fill_(nan) if self.iter == 1 else None))
-    with pytest.raises(FloatingPointError, match="epoch 1, batch 3: the student's weights are not finite: lower the "
-                                                 "learning rate"):
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 3: the student's weights are not finite: "
+                                                 "lower the learning rate"):
         learn.fit(1)
 
 class Two(nn.Module):
@@ -181,8 +182,8 @@ def test_changes_no_bit(make_learner, make_dls, tiny_net, method):
     for watch in ([], [NonFinite()]):
         torch.manual_seed(0)
         cbs = [methods()[method]] if method else []
-        learn = make_learner(model=tiny_net(dropout=.3), cbs=[*watch, *cbs, MixUp(.4), GradientAccumulation(64),
-                                                              GradientClip(1.)])
+        learn = make_learner(model=tiny_net(dropout=.3),
+                             cbs=[*watch, *cbs, MixUp(.4), GradientAccumulation(64), GradientClip(1.)])
         torch.manual_seed(0)
         learn.dls.rng.seed(0)
         learn.fit_one_cycle(2, 1e-2)

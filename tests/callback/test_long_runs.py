@@ -6,8 +6,7 @@ import numpy as np, pytest, torch, torch.nn as nn
 from torch._subclasses import FakeTensor
 from fastai.callback.core import event
 from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
-                               CancelFitException, CancelStepException,
-                               CancelTrainException, CancelValidException)
+                               CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.robustness import measure_robustness
@@ -39,8 +38,8 @@ def alive():
     the ones without memory that torch.compile keeps"""
     gc.collect()
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
-             if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor) and t.layout == torch.strided
-             and t.numel() > 1}
+             if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor)
+             and t.layout == torch.strided and t.numel() > 1}
     return sum(found.values())
 
 class Watch(Callback):
@@ -190,21 +189,22 @@ def cut(mp, owner, name, n):
         return f(*args, **kwargs)
     mp.setattr(owner, name, g)
 def ctrl_c_after(n):
-    return lambda *_, calls=[]: calls.append(1) or (_ for _ in ()).throw(KeyboardInterrupt()) if len(
-        calls) == n-1 else calls.append(1)
+    return (lambda *_, calls=[]: calls.append(1) or (_ for _ in ()).throw(KeyboardInterrupt())
+            if len(calls) == n-1 else calls.append(1))
 
 places = dict( # how to lay it: (Learner, the how manieth call, monkeypatch), what to take off afterwards
-    attack=lambda l, n, mp: cut(mp, PGD, '_ascend', n), step_of_the_attack=lambda l, n, mp: cut(mp, PGD, 'loss', n),
-              forward=lambda l, n, mp: cut(mp, nn.Linear, 'forward', n),
-    teacher=lambda l, n, mp: cut(mp, Teacher, 'probs', n), backward=lambda l, n,
-              mp: l.model[0].weight.register_hook(ctrl_c_after(n)),
-    hook=lambda l, n, mp: l.model[2].register_forward_pre_hook(ctrl_c_after(n)), step=lambda l, n,
-              mp: (l.create_opt(), cut(mp, l.opt, 'step', n))[0],
-    loss=lambda l, n, mp: cut(mp, torch.nn.functional, 'log_softmax', n), data=lambda l, n,
-              mp: cut(mp, l.dls.train, 'create_item', 33*n), metric=lambda l, n,
-              mp: cut(mp, RobustAccuracy, 'accumulate', n),
-    statistics=lambda l, n, mp: cut(mp, nn.BatchNorm2d, 'forward', n), average=lambda l, n,
-              mp: cut(mp, WeightAveraging, '_load', n))
+    attack=lambda l, n, mp: cut(mp, PGD, '_ascend', n),
+    step_of_the_attack=lambda l, n, mp: cut(mp, PGD, 'loss', n),
+    forward=lambda l, n, mp: cut(mp, nn.Linear, 'forward', n),
+    teacher=lambda l, n, mp: cut(mp, Teacher, 'probs', n),
+    backward=lambda l, n, mp: l.model[0].weight.register_hook(ctrl_c_after(n)),
+    hook=lambda l, n, mp: l.model[2].register_forward_pre_hook(ctrl_c_after(n)),
+    step=lambda l, n, mp: (l.create_opt(), cut(mp, l.opt, 'step', n))[0],
+    loss=lambda l, n, mp: cut(mp, torch.nn.functional, 'log_softmax', n),
+    data=lambda l, n, mp: cut(mp, l.dls.train, 'create_item', 33*n),
+    metric=lambda l, n, mp: cut(mp, RobustAccuracy, 'accumulate', n),
+    statistics=lambda l, n, mp: cut(mp, nn.BatchNorm2d, 'forward', n),
+    average=lambda l, n, mp: cut(mp, WeightAveraging, '_load', n))
 
 @pytest.mark.few(20)
 @pytest.mark.parametrize('n', [1, 2, 4])

@@ -89,11 +89,10 @@ def test_each_epoch_that_is_cut_short(make_learner, make_dls):
 
 # --- what `RobustOverfitting` says ---
 
-@pytest.mark.parametrize('values,expected', [([.3, .5, .4], ('50.0% after epoch 2', '40.0% now')),
-                                         ([.5, .4, .45], ('50.0% after epoch 1', '45.0% now')),
-                                         ([.5, .5, .3], ('after epoch 1', '30.0%')),
-                                         ([.3, .4, .5], None), ([.5, .4, .49], None), ([.5, .5, .5], None),
-                                         ([.1], None), ([0., 0., 0.], None)])
+@pytest.mark.parametrize('values,expected', [
+    ([.3, .5, .4], ('50.0% after epoch 2', '40.0% now')), ([.5, .4, .45], ('50.0% after epoch 1', '45.0% now')),
+    ([.5, .5, .3], ('after epoch 1', '30.0%')), ([.3, .4, .5], None), ([.5, .4, .49], None), ([.5, .5, .5], None),
+    ([.1], None), ([0., 0., 0.], None)])
 @pytest.mark.parametrize('restore', [False, True], ids=['', 'restore'])
 def test_message_of_the_loss_in_accuracy(values, expected, restore, scripted, capsys):
     learn, cb, keep = scripted(values, restore=restore)
@@ -116,8 +115,7 @@ def test_gap(gap, says, scripted, capsys):
         with pytest.raises(ValueError, match='`gap`'): RobustOverfitting(gap=bad)
 
 @pytest.mark.parametrize('n,succeeded,says', [(200, .06, False), (200, .12, True), (5000, .04, True),
-                                              (5000, .015, False),
-                                         (1, .3, False), (None, .06, True)])
+                                              (5000, .015, False), (1, .3, False), (None, .06, True)])
 def test_a_fall_within_chance(n, succeeded, says, scripted, capsys):
     """More than two standard errors of the difference, and than the gap: (.5*.5 + .44*.56)/200 is .05 squared; the
     number of images is told"""
@@ -212,9 +210,9 @@ def test_interrupted_fit(restore, event, at, scripted, capsys):
 @pytest.mark.parametrize('error,event', [(e, w) for e,ws in {
     CancelEpochException: ('before_train', 'after_batch', 'after_train', 'before_validate'),
     CancelTrainException: ('before_train', 'after_batch'),
-    CancelValidException: ('before_validate',), CancelFitException: ('before_train', 'after_batch', 'after_train',
-                                                                     'before_validate', 'after_epoch')}.items()
-                                         for w in ws])
+    CancelValidException: ('before_validate',),
+    CancelFitException: ('before_train', 'after_batch', 'after_train', 'before_validate', 'after_epoch'),
+}.items() for w in ws])
 @pytest.mark.parametrize('at', [0, 1, 2])
 def test_fastais_own_ways_to_stop(error, event, at, scripted, capsys):
     "An epoch that was not validated is none; of the others the last one counts"
@@ -258,12 +256,11 @@ def test_epochs_of_an_older_training(every, there, make_learner, make_dls, tmp_p
     if there.endswith('alone'):
         for p in folder.glob('epoch_[13]*'): p.unlink()
         (folder/('epoch_2.pth' if there == 'card alone' else 'epoch_2.json')).unlink()
-    before, learn = kept(folder), make_learner(make_dls(n=64),
-                                               cbs=teacher.cbs[-1] if there == 'by the same callback'
-                                               else KeepEpochs(every))
+    before, learn = kept(folder), make_learner(
+        make_dls(n=64), cbs=teacher.cbs[-1] if there == 'by the same callback' else KeepEpochs(every))
     was = weights(learn.model)
-    with pytest.raises(ValueError, match='epoch_(1 to epoch_3|2) of another training.*delete them.*another '
-                                         '`fname`.*overwrite=True'):
+    with pytest.raises(ValueError, match='epoch_(1 to epoch_3|2) of another training.*'
+                                         'delete them.*another `fname`.*overwrite=True'):
         learn.fit(2)
     assert kept(folder) == before and same(weights(learn.model), was) and len(learn.recorder.losses) == 0
 
@@ -328,8 +325,8 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
     other one does"""
     from rkd_fastai.callback import keep
     def start(path='run.pth', cbs=()):
-        make_learner(make_dls(n=64), cbs=[KeepEpochs(every), *cbs, *([Resume(tmp_path/path)] if path else [])]).fit(
-            every if how == 'finished' else 4)
+        make_learner(make_dls(n=64), cbs=[KeepEpochs(every), *cbs, *([Resume(tmp_path/path)] if path else [])]
+                     ).fit(every if how == 'finished' else 4)
     class Die(Callback):
         order, only_shows = 900, True
         def after_epoch(self):
@@ -341,8 +338,8 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
             write = keep.write_atomic
             if how == 'after the weights':
-                m.setattr(keep, 'write_atomic', lambda path,
-                          text: interrupt() if path.name == f'epoch_{every}.json' else write(path, text))
+                m.setattr(keep, 'write_atomic', lambda path, text: (
+                    interrupt() if path.name == f'epoch_{every}.json' else write(path, text)))
             start(cbs=[Die()])
     assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')
     if how in ('other file', 'no file', 'finished'):
@@ -534,8 +531,8 @@ def test_several_robust_accuracies_in_tables_cards_and_monitors(make_learner, ma
     learn.fit(1, 0., cbs=BestSoFar())
     values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     x, y = pixel_data(learn)
-    want = {k: robust_accuracy(plain_net, x, y, a) for k,a in (('robust_accuracy', weak),
-                                                               ('robust_accuracy_eps0.3_steps5', strong))}
+    want = {k: robust_accuracy(plain_net, x, y, a)
+            for k,a in (('robust_accuracy', weak), ('robust_accuracy_eps0.3_steps5', strong))}
     assert want['robust_accuracy'] > .8 and want['robust_accuracy_eps0.3_steps5'] < .2
     card = json.loads((learn.path/'models/epoch_1.json').read_text())
     for k,v in want.items(): assert values[k] == card[k] == pytest.approx(v, abs=.05)

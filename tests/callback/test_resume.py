@@ -4,11 +4,10 @@ import errno, functools, gc, os, pickle, random, signal, subprocess, sys, time, 
 
 import numpy as np, pytest, torch, torch.nn as nn
 from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, DataLoaders,
-                               EarlyStoppingCallback, GradientAccumulation,
-                               GradientClip, L, LabelSmoothingCrossEntropyFlat, MixUp, OptimWrapper, PartialDL,
-                               ProgressCallback, ReduceLROnPlateau,
-                               SaveModelCallback, TensorImage, Transform, accuracy, aug_transforms, load_learner,
-                               params, set_seed)
+                               EarlyStoppingCallback, GradientAccumulation, GradientClip, L,
+                               LabelSmoothingCrossEntropyFlat, MixUp, OptimWrapper, PartialDL, ProgressCallback,
+                               ReduceLROnPlateau, SaveModelCallback, TensorImage, Transform, accuracy,
+                               aug_transforms, load_learner, params, set_seed)
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.core import EachEpoch
@@ -59,14 +58,14 @@ def weights(learn): return bits(learn.model.state_dict())
 def end(learn):
     "All that a training leaves behind"
     rec, rng = learn.recorder, getattr(learn.dls.train, 'rng', None)
-    return dict(weights=weights(learn), opt=bits(learn.opt.state_dict()), lrs=[float(v) for v in rec.lrs],
-                losses=[v.item() for v in rec.losses],
-        values=[list(v) for v in rec.values], iters=list(rec.iters),
-                smooth=(rec.smooth_loss.count, rec.smooth_loss.val.item()),
+    return dict(
+        weights=weights(learn), opt=bits(learn.opt.state_dict()), lrs=[float(v) for v in rec.lrs],
+        losses=[v.item() for v in rec.losses], values=[list(v) for v in rec.values], iters=list(rec.iters),
+        smooth=(rec.smooth_loss.count, rec.smooth_loss.val.item()),
         hps={k: np.array(v).tolist() for k,v in getattr(rec, 'hps', {}).items()}, names=list(rec.metric_names),
-                train_iter=learn.train_iter, n_epoch=learn.n_epoch,
+        train_iter=learn.train_iter, n_epoch=learn.n_epoch,
         python=random.getstate(), numpy=[bits(torch.tensor(v)) for v in np.random.get_state()[1:]],
-                torch=bits(torch.get_rng_state()), order=rng and rng.getstate())
+        torch=bits(torch.get_rng_state()), order=rng and rng.getstate())
 def differ(a, b): return [k for k in a if a[k] != b[k]]
 def run(make, fit, cbs=(), seed=0, dies=False, **kwargs):
     "A Learner made and trained from `seed`, and killed in it where `dies`"
@@ -140,11 +139,14 @@ def test_every_training(kind, base, tmp_path):
     made = lambda: {k: v if k == 'teacher' else v() for k,v in trainings[kind].items()}
     check(lambda **kw: base(**kw, **made()), tmp_path, kills=[(None, 6), (3, 8)])
 
-fits = dict(fit=lambda l, cbs: l.fit(3, .01, cbs=cbs), one_cycle=one_cycle, flat_cos=lambda l,
-            cbs: l.fit_flat_cos(3, .01, cbs=cbs), exp=lambda l, cbs: l.fit_exp(3, .01, cbs=cbs),
-            rkd=lambda l, cbs: l.fit_rkd(3, .01, cbs=cbs), sliced=lambda l,
-            cbs: l.fit_one_cycle(3, slice(.001, .01), cbs=cbs), later=lambda l,
-            cbs: l.fit_one_cycle(3, .01, start_epoch=1, cbs=cbs))
+fits = dict(
+    fit=lambda l, cbs: l.fit(3, .01, cbs=cbs),
+    one_cycle=one_cycle,
+    flat_cos=lambda l, cbs: l.fit_flat_cos(3, .01, cbs=cbs),
+    exp=lambda l, cbs: l.fit_exp(3, .01, cbs=cbs),
+    rkd=lambda l, cbs: l.fit_rkd(3, .01, cbs=cbs),
+    sliced=lambda l, cbs: l.fit_one_cycle(3, slice(.001, .01), cbs=cbs),
+    later=lambda l, cbs: l.fit_one_cycle(3, .01, start_epoch=1, cbs=cbs))
 @pytest.mark.parametrize('how', fits)
 def test_every_schedule(how, base, tmp_path):
     "`start_epoch` skips the first epoch, of which there is no batch to remember"
@@ -287,8 +289,8 @@ def test_killed_again_and_again(base, make_dls, tmp_path):
                              cbs=[WeightAveraging(), GradientAccumulation(96)])
     whole, path = end(run(make, one_cycle)), tmp_path/'run.pth'
     for i,(step,every) in enumerate([(3, 1), (5, 2), (6, 1), (6, 3), (8, None), (11, 3)]):
-        run(make, one_cycle, [Resume(path, every), Die(step, 'before_batch' if i % 2 else 'after_batch')], seed=i,
-            net=i, dies=True)
+        run(make, one_cycle, [Resume(path, every), Die(step, 'before_batch' if i % 2 else 'after_batch')],
+            seed=i, net=i, dies=True)
     assert differ(end(run(make, one_cycle, [Resume(path)], seed=9, net=9)), whole) == []
 
 @pytest.mark.parametrize('event', ['after_batch', 'after_backward', 'before_train', 'after_train'])
@@ -376,7 +378,7 @@ def test_trackers(every, step, base, tmp_path, capsys):
     def make(**kw):
         return base(**kw, cbs=[SaveModelCallback(fname='by_loss'),
                                SaveModelCallback('accuracy', fname='by_acc', at_end=True),
-                                           ReduceLROnPlateau(patience=2, min_delta=.3),
+                               ReduceLROnPlateau(patience=2, min_delta=.3),
                                EarlyStoppingCallback(patience=4, min_delta=.3)])
     fit = lambda l, cbs: l.fit(8, .03, cbs=cbs)
     def seen(learn):
@@ -397,8 +399,8 @@ class Watches(EachEpoch):
     remembers = ('sums',)
     def before_fit(self):
         from collections import Counter, defaultdict
-        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = 0, L(), [], Counter(), defaultdict( # noqa: E501
-            list), {}, signal.SIGTERM # which is an `int`
+        self.n, self.names, self.sums, self.counts, self.by_epoch, self.pairs, self.kind = (
+            0, L(), [], Counter(), defaultdict(list), {}, signal.SIGTERM) # which is an `int`
     def each_epoch(self):
         self.n += 1
         self.names.append(f'{self.epoch}')
@@ -563,8 +565,9 @@ def test_killed_in_any_fit(how, every, base, make_dls, tmp_path):
                              [(0, 8 if how == 'twice' else 4, 'after_fit'), (1, 0, 'before_train')]]
                             + [[(1, 8, 'after_fit'), (2, 1), (2, 4, 'after_fit')]]*(how == 'thrice')):
         (tmp_path/f'{i}').mkdir()
-        assert differ(end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, learner_wide=i % 2, every=every)),
-                      want) == [], cuts
+        assert differ(
+            end(until_killed(make, sequences[how], tmp_path/f'{i}', cuts, learner_wide=i % 2, every=every)), want
+        ) == [], cuts
 
 def test_killed_in_the_first_of_two_fits(base, tmp_path):
     make = groups(base)
@@ -662,10 +665,10 @@ def test_epochs_and_best_ones_of_resumed_fits(base, tmp_path, capsys):
     def made(folder):
         def make(**kw):
             for log in logs: log.file.close() # which fastai forgets in an interrupted fit
-            learn = base(**kw, path=tmp_path/folder, cbs=[KeepEpochs(), RobustOverfitting(restore=True),
-                                                          CSVLogger(append=True)])
-            learn.metrics = [accuracy, ValueMetric(lambda: scores[learn.keep_epochs.epochs_done + 1],
-                                                   'robust_accuracy')]
+            learn = base(**kw, path=tmp_path/folder,
+                         cbs=[KeepEpochs(), RobustOverfitting(restore=True), CSVLogger(append=True)])
+            learn.metrics = [accuracy,
+                             ValueMetric(lambda: scores[learn.keep_epochs.epochs_done + 1], 'robust_accuracy')]
             logs.append(learn.csv_logger)
             return learn
         return make
@@ -824,13 +827,12 @@ others = dict(
                        dict(splitter=lambda: lambda m: [params(m[:3]), params(m[3:])])),
     pct_start = ('lr', lambda l, cbs: l.fit_one_cycle(3, .01, pct_start=.26, cbs=cbs), {}),
     bs = ('bs|batches', one_cycle, dict(dls=lambda make: make(n=128, bs=31, batch_tfms=[PadCropFlip(1)]))),
-    data = ('images', one_cycle, dict(dls=lambda make: with_subset(make(n=160, batch_tfms=[PadCropFlip(1)]), 128,
-                                                                   seed=1))),
-    channels = ('images|network', one_cycle, dict(dls=lambda make: make(n=128, channels=3,
-                                                                        batch_tfms=[PadCropFlip(1)]),
-                                                  model=lambda net: net(n_in=3))),
-    synthetic = ('', one_cycle, dict(dls=lambda make: with_synthetic(make(n=128, batch_tfms=[PadCropFlip(1)]),
-                                                                     (Mixed.x, Mixed.y), .5))),
+    data = ('images', one_cycle, dict(
+        dls=lambda make: with_subset(make(n=160, batch_tfms=[PadCropFlip(1)]), 128, seed=1))),
+    channels = ('images|network', one_cycle, dict(
+        dls=lambda make: make(n=128, channels=3, batch_tfms=[PadCropFlip(1)]), model=lambda net: net(n_in=3))),
+    synthetic = ('', one_cycle, dict(
+        dls=lambda make: with_synthetic(make(n=128, batch_tfms=[PadCropFlip(1)]), (Mixed.x, Mixed.y), .5))),
     network = ('network', one_cycle, dict(model=lambda net: net(bn=False))),
     frozen = ('', one_cycle, dict(freeze=True)),
     eps = ('akd.*eps=', one_cycle, dict(teacher=lambda: teacher_akd(eps=.11))),
@@ -845,11 +847,11 @@ others = dict(
     one_less = ('gradient_clip', one_cycle, dict(cbs=lambda: [MixUp(.4)])),
     setting = ('gradient_clip.max_norm', one_cycle, dict(cbs=lambda: [MixUp(.4), GradientClip(.2)])),
     mixup = ('mix_up', one_cycle, dict(cbs=lambda: [MixUp(.8), GradientClip(.1)])),
-    augmentation = ('transforms', one_cycle, dict(dls=lambda make: make(
-        n=128, batch_tfms=[PadCropFlip(1), Cutout(2)]))),
+    augmentation = ('transforms', one_cycle, dict(
+        dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1), Cutout(2)]))),
     how_much = ('transforms', one_cycle, dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(2)]))),
-    normalisation = ('transforms', one_cycle, dict(dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1)],
-                                                                         stats=([.3], [.25])))))
+    normalisation = ('transforms', one_cycle, dict(
+        dls=lambda make: make(n=128, batch_tfms=[PadCropFlip(1)], stats=([.3], [.25])))))
 
 @pytest.fixture
 def refused(base, make_dls, tiny_net):
@@ -1090,8 +1092,8 @@ def test_where_pytorchs_optimiser_keeps_its_state(base, tmp_path, monkeypatch):
     adam = functools.partial(OptimWrapper, opt=torch.optim.Adam)
     run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth'), Die(6)], dies=True)
     given = []
-    monkeypatch.setattr(OptimWrapper, 'load_state_dict', lambda self,
-                        s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
+    monkeypatch.setattr(OptimWrapper, 'load_state_dict',
+                        lambda self, s: (given.append(s), self.opt.load_state_dict(s))[1], raising=False)
     monkeypatch.setattr('rkd_fastai.callback.resume.model_device', lambda model: torch.device('meta'))
     run(lambda **k: base(**k, opt_func=adam), one_cycle, [Resume(tmp_path/'r.pth')])
     assert {s['step'].device.type for s in given[0]['state'].values()} == {'cpu'}

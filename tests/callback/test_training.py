@@ -7,10 +7,10 @@ import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.callback.fp16 import AMPMode
 from fastai.optimizer import Adam, Lamb, Lookahead, OptimWrapper, RMSProp, SGD, ranger
 from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException,
-                               CancelStepException, CancelTrainException,
-                               CrossEntropyLossFlat, CutMix, DataLoaders, FocalLossFlat, GradientAccumulation, L,
-                               LabelSmoothingCrossEntropyFlat, Learner,
-                               LRFinder, MixedPrecision, MixUp, accuracy, imagenet_stats, load_learner)
+                               CancelStepException, CancelTrainException, CrossEntropyLossFlat, CutMix,
+                               DataLoaders, FocalLossFlat, GradientAccumulation, L,
+                               LabelSmoothingCrossEntropyFlat, Learner, LRFinder, MixedPrecision, MixUp, accuracy,
+                               imagenet_stats, load_learner)
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.adversarial import RobustCallback
@@ -63,10 +63,13 @@ def sgd_learner(make_learner, dls, model, **kw):
 
 # --- every method through every way to fit ---
 
-schedules = dict(one_cycle=lambda l: l.fit_one_cycle(1, .01), flat_cos=lambda l: l.fit_flat_cos(1, .01),
-                 lr_find=lambda l: l.lr_find(show_plot=False, num_it=5),
-                 fine_tune=lambda l: l.fine_tune(1, .01), exp=lambda l: l.fit_exp(1, .01),
-                 rkd=lambda l: l.fit_rkd(1, .01))
+schedules = dict(
+    one_cycle=lambda l: l.fit_one_cycle(1, .01),
+    flat_cos=lambda l: l.fit_flat_cos(1, .01),
+    lr_find=lambda l: l.lr_find(show_plot=False, num_it=5),
+    fine_tune=lambda l: l.fine_tune(1, .01),
+    exp=lambda l: l.fit_exp(1, .01),
+    rkd=lambda l: l.fit_rkd(1, .01))
 
 @each
 @pytest.mark.parametrize('how', schedules)
@@ -115,10 +118,10 @@ def test_fit_exp_and_fit_rkd_schedules(make_learner):
 
 def torch_opt(cls, **kw): return partial(OptimWrapper, opt=cls, **kw)
 
-@pytest.mark.parametrize('opt_func, name', [(Adam, 'Adam'), (RMSProp, 'RMSProp'), (ranger, 'RAdam'), (Lamb, 'Lamb'),
-                                            (torch_opt(torch.optim.AdamW), 'AdamW'),
+@pytest.mark.parametrize('opt_func, name', [
+    (Adam, 'Adam'), (RMSProp, 'RMSProp'), (ranger, 'RAdam'), (Lamb, 'Lamb'), (torch_opt(torch.optim.AdamW), 'AdamW'),
     (SGD, None), (partial(SGD, mom=0.), None), (lambda params, lr, **kw: Lookahead(SGD(params, lr)), None),
-                                            (sgd_nesterov, None), (torch_opt(torch.optim.SGD), None)])
+    (sgd_nesterov, None), (torch_opt(torch.optim.SGD), None)])
 def test_default_rates_are_for_sgd(opt_func, name, make_learner):
     """With another optimiser a fit that is given no rate says so before its first batch; a rate of one's own is
     taken in silence"""
@@ -129,8 +132,9 @@ def test_default_rates_are_for_sgd(opt_func, name, make_learner):
         getattr(learn, fit)(1, lr_max=rate) # a warning is an error here
         if name is None: getattr(learn, fit)(1)
         else:
-            with pytest.warns(UserWarning, match=rf"default `lr_max` {rate} is for SGD, but this Learner trains with "
-                                                 rf"{name}:.*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov") as messages: # noqa: E501
+            with pytest.warns(UserWarning, match=(
+                    rf"default `lr_max` {rate} is for SGD, but this Learner trains with {name}:"
+                    rf".*{'lr_find' if name == 'Lamb' else '1e-2'}.*sgd_nesterov")) as messages:
                 getattr(learn, fit)(1)
             assert messages[0].filename == __file__ # points at the line that fits
     learn.opt_func = sgd_nesterov
@@ -258,8 +262,8 @@ def test_epsilon_is_a_pixel_distance_in_every_channel(name, make_learner, make_d
 def test_clean_distillation_leaves_the_images(make_learner, make_dls, tiny_net):
     clean, spy = Clean(), Spy()
     make_learner(make_dls(stats=PLAIN_STATS), cbs=[CKDCallback(tiny_net(seed=7)), clean, spy]).fit(1)
-    close([x.as_subclass(torch.Tensor) for x in spy.xb], [x.as_subclass(torch.Tensor) for x in clean.xb], rtol=0,
-          atol=1e-6)
+    close([x.as_subclass(torch.Tensor) for x in spy.xb], [x.as_subclass(torch.Tensor) for x in clean.xb],
+          rtol=0, atol=1e-6)
 
 def test_teacher_sees_its_own_space(make_learner, make_dls, tiny_net):
     "A Learner's normalisation is the teacher's, the student's DataLoaders have another"
@@ -322,9 +326,8 @@ def test_robust_accuracy_beside_train_metrics(make_learner, make_dls, tiny_net):
 # --- what the Learner's loss says about labels ---
 
 @distilled
-@pytest.mark.parametrize('loss_func', [F.cross_entropy, lambda pred,
-                                       y: F.cross_entropy(pred, y.as_subclass(torch.Tensor))**2],
-                         ids=['function', 'own'])
+@pytest.mark.parametrize('loss_func', [
+    F.cross_entropy, lambda pred, y: F.cross_entropy(pred, y.as_subclass(torch.Tensor))**2], ids=['function', 'own'])
 def test_own_loss_function_does_not_matter(name, loss_func, make_learner, make_dls, tiny_net):
     "The method's loss is trained on; the Learner's is left for validation"
     def train(loss_func):
@@ -348,8 +351,8 @@ labelled = dict(smoothing=(LabelSmoothingCrossEntropyFlat(eps=.3), .3, None),
                 function=(partial(F.cross_entropy, weight=CLASS_WEIGHTS, label_smoothing=.1), .1, CLASS_WEIGHTS))
 
 @each
-@pytest.mark.parametrize('kind,mix', [(k, m) for k in labelled for m in (None, MixUp) if not m
-                                      or hasattr(labelled[k][0], 'y_int')]) # what MixUp asks a loss for
+@pytest.mark.parametrize('kind,mix', [(k, m) for k in labelled for m in (None, MixUp)
+                                      if not m or hasattr(labelled[k][0], 'y_int')]) # what MixUp asks a loss for
 def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, tiny_net):
     """They reach the attack's target, the hard part of the soft target and the mean over the batch; the oracle
     writes them out"""
@@ -394,8 +397,8 @@ def test_akd_with_alpha_0_trains_by_the_learners_loss(loss_func, make_learner, m
         learn.fit(1, .1)
         return weights(learn.model)
     attack = PGD(.1, steps=2)
-    close(train(AKDCallback(tiny_net(seed=7), alpha=0., attack=attack)), train(AdversarialTraining(attack)), rtol=1e-4,
-          atol=1e-5)
+    close(train(AKDCallback(tiny_net(seed=7), alpha=0., attack=attack)), train(AdversarialTraining(attack)),
+          rtol=1e-4, atol=1e-5)
 
 # PyTorch's own answer for each: the loss of `alpha=0` AKD⁺ is the cross-entropy of the images as they are attacked, and
 # so is that of TRADES without its robust term
@@ -405,9 +408,9 @@ own_settings = dict(ignored=dict(ignore_index=3), ignored_and_weighted=dict(igno
 made_by = dict(flat=CrossEntropyLossFlat, torch=nn.CrossEntropyLoss,
                function=lambda **kw: partial(F.cross_entropy, **kw))
 
-@pytest.mark.parametrize('method', [lambda net, attack: AKDCallback(net, alpha=0., attack=attack), lambda net,
-                                    attack: TRADES(attack, beta=0.), lambda net, attack: CKDCallback(net, lam=0.)],
-                         ids=['akd','trades','ckd'])
+@pytest.mark.parametrize('method', [
+    lambda net, attack: AKDCallback(net, alpha=0., attack=attack), lambda net, attack: TRADES(attack, beta=0.),
+    lambda net, attack: CKDCallback(net, lam=0.)], ids=['akd','trades','ckd'])
 @pytest.mark.parametrize('kind', own_settings)
 @pytest.mark.parametrize('make', made_by)
 def test_settings_of_the_loss_are_honoured(make, kind, method, make_learner, make_dls, tiny_net):
@@ -461,8 +464,8 @@ def test_settings_of_the_loss_that_would_be_lost(kind, name, make_learner, make_
     make, says = lost[kind]
     learn = make_learner(make_dls(), tiny_net(), loss_func=make(), cbs=make_cb(name, tiny_net(seed=7)))
     before = weights(learn.model)
-    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function is ignored '
-                                         'by.*AdversarialTraining'):
+    with pytest.raises(ValueError, match=f'(?s){re.escape(says)} of the Learner.s loss function '
+                                         'is ignored by.*AdversarialTraining'):
         learn.fit(1, .01)
     assert same(weights(learn.model), before)
 
@@ -543,9 +546,8 @@ def test_mixup_and_cutmix(name, mix, make_learner, make_dls, tiny_net):
     with torch.no_grad():
         s, s_adv, t, t_adv = model(x), model(x_adv), teacher(x).softmax(1), teacher(x_adv).softmax(1)
         want = dict(at=lambda: F.cross_entropy(s_adv, y), trades=lambda: trades_loss(s, s_adv, y),
-                    akd=lambda: akd_loss(s_adv, t_adv, y, .8),
-                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8), ard=lambda: ard_loss(s, s_adv, t, y, .8),
-                    ckd=lambda: ckd_loss(s, t, y))[name]()
+                    akd=lambda: akd_loss(s_adv, t_adv, y, .8), rslad=lambda: rslad_loss(s, s_adv, t, y, .8),
+                    ard=lambda: ard_loss(s, s_adv, t, y, .8), ckd=lambda: ckd_loss(s, t, y))[name]()
     assert spy.losses[0] == pytest.approx(want.item(), rel=1e-4)
     # the attack went for the mixed labels: it raised their cross-entropy
     if name in ('at', 'akd', 'ard'): assert F.cross_entropy(s_adv, y) > F.cross_entropy(s, y)
@@ -574,9 +576,9 @@ class MixedPrecisionOnCPU(MixedPrecision):
     "fastai's callback, event by event, with the CPU's autocast and gradient scaler"
     def before_fit(self):
         half = torch.bfloat16 if self.amp_mode == AMPMode.BF16 else torch.float16
-        self.autocast,self.learn.scaler,self.scales = (torch.autocast('cpu', half),
-                                                       torch.amp.GradScaler('cpu', enabled=half is torch.float16,
-                                                                            **self.kwargs), L())
+        self.autocast,self.learn.scaler,self.scales = (
+            torch.autocast('cpu', half),
+            torch.amp.GradScaler('cpu', enabled=half is torch.float16, **self.kwargs), L())
 
 @each
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
@@ -592,8 +594,8 @@ def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
         sgd_learner(make_learner, make_dls(n=64, bs=64, shuffle=False), tiny_net(bn=False),
                     cbs=[cb, g, spy, *cbs]).fit(1)
         return g.grads[0], spy
-    (got, spy), (want, exact) = grads([MixedPrecisionOnCPU(amp, **dict(init_scale=2.**10) if amp == 'fp16'
-                                                           else {})]), grads([])
+    (got, spy), (want, exact) = (
+        grads([MixedPrecisionOnCPU(amp, **dict(init_scale=2.**10) if amp == 'fp16' else {})]), grads([]))
     assert torch.equal(spy.xb[0], exact.xb[0])
     assert spy.pred[0].dtype == torch.float32 and spy.losses[0] == pytest.approx(exact.losses[0], rel=.02)
     for g,w in zip(got, want):
@@ -676,8 +678,8 @@ def test_weight_averaging_with_gradient_accumulation_counts_steps(make_learner, 
         run_valid = False
         def after_step(self): steps.append([p.detach().clone() for p in model.parameters()])
     start = [p.detach().clone() for p in model.parameters()]
-    make_learner(make_dls(n=128), model, cbs=[WeightAveraging(.5, ramp=False), GradientAccumulation(64),
-                                              Step()]).fit(1, .01)
+    make_learner(make_dls(n=128), model,
+                 cbs=[WeightAveraging(.5, ramp=False), GradientAccumulation(64), Step()]).fit(1, .01)
     assert len(steps) == 2
     for p,a,b,c in zip(model.parameters(), start, *steps):
         torch.testing.assert_close(p.detach(), (a/2 + b/2)/2 + c/2, rtol=1e-5, atol=1e-7)
@@ -719,15 +721,15 @@ def test_an_early_teacher_normalises_as_its_learner_did(make_learner, make_dls, 
     learn = make_learner(make_dls(), tiny_net(), cbs=KeepEpochs(fname='plain'))
     learn.fit(1, .01)
     assert 'mean' not in json.loads((path.parent/'plain_1.json').read_text())
-    close(Teacher.at_epoch(path.parent, 1, tiny_net(), fname='plain').probs(x), Teacher(learn).probs(x), rtol=1e-6,
-          atol=1e-7)
+    close(Teacher.at_epoch(path.parent, 1, tiny_net(), fname='plain').probs(x), Teacher(learn).probs(x),
+          rtol=1e-6, atol=1e-7)
 
 def test_two_methods_at_once_are_refused(make_learner, tiny_net):
     "They would attack what is attacked already: twice the radius"
     learn = make_learner(model=tiny_net()).to_adversarial(PGD(.1, steps=1))
     before = weights(learn.model)
-    with pytest.raises(ValueError, match='AdversarialTraining and AKDCallback would both|AKDCallback and '
-                                         'AdversarialTraining would both'):
+    with pytest.raises(ValueError, match='AdversarialTraining and AKDCallback would both|'
+                                         'AKDCallback and AdversarialTraining would both'):
         learn.fit(1, cbs=make_cb('akd', tiny_net(seed=7)))
     assert (same(before, weights(learn.model))
             and [type(cb) for cb in learn.cbs if isinstance(cb, RobustCallback)] == [AdversarialTraining])
@@ -979,8 +981,7 @@ def test_student_learns_from_the_teacher(make_learner, make_dls, digits, robust_
     def student():
         torch.manual_seed(1)
         return nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1),
-                             nn.BatchNorm2d(32), nn.ReLU(),
-                             nn.Flatten(), nn.Linear(512, 10))
+                             nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
     dls = make_dls(n=1200, n_valid=50, bs=50)
     plain = make_learner(dls, student()); plain.fit_one_cycle(4, 3e-3)
     akd = make_learner(dls, student()).to_rkd(robust_net, attack=PGD(.1, steps=3)); akd.fit_one_cycle(4, 3e-3)
@@ -1016,8 +1017,8 @@ def test_cache(name, make_learner, make_dls, tiny_net):
     "The same training, for one look of the teacher at each image; a second fit asks anew"
     found = []
     for cache in (False, True):
-        cb = dict(rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)[name](Counted(tiny_net(seed=7)), T=2.,
-                                                                               cache=cache)
+        cb = dict(rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)[name](
+            Counted(tiny_net(seed=7)), T=2., cache=cache)
         if name != 'ckd': cb.attack = PGD(.1, steps=2)
         learn = make_learner(make_dls(n=96, bs=32), tiny_net(), cbs=cb)
         torch.manual_seed(5); random.seed(5); learn.dls.train.rng = random.Random(5)

@@ -23,10 +23,10 @@ def rkd(*args): main([str(a) for a in args])
 def test_folder_and_timm(images, tmp_path, capsys):
     common = ('--data', images, '--size', 32, '--bs', 4, '--epochs', 1, '--steps', 1)
     rkd('train', *common, '--arch', 'test_resnet', '--out', tmp_path/'teacher')
-    rkd('distill', *common, '--width', '1/16', '--method', 'rslad', '--teacher', tmp_path/'teacher', '--out',
-        tmp_path/'student')
-    rkd('evaluate', tmp_path/'student', '--attacks', 'clean,fgsm', '--json', tmp_path/'card.json', '--state',
-        tmp_path/'state.json')
+    rkd('distill', *common, '--width', '1/16', '--method', 'rslad', '--teacher', tmp_path/'teacher',
+        '--out', tmp_path/'student')
+    rkd('evaluate', tmp_path/'student', '--attacks', 'clean,fgsm', '--json', tmp_path/'card.json',
+        '--state', tmp_path/'state.json')
     card = json.loads((tmp_path/'card.json').read_text())
     assert card['n'] == 8 and 0 <= card['results']['fgsm']['accuracy'] <= card['results']['clean']['accuracy']
     student = json.loads((tmp_path/'student/card.json').read_text())
@@ -49,8 +49,8 @@ def test_a_student_sees_images_of_its_teachers_size(images, tmp_path):
     assert not (tmp_path/'two').exists()
 
 def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
-    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--eps', '25/255', '--out',
-        tmp_path/'run')
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--eps', '25/255',
+        '--out', tmp_path/'run')
     def radius(*args):
         rkd('evaluate', tmp_path/'run', '--attacks', 'clean,fgsm', '--n', 20, '--json', tmp_path/'card.json', *args)
         return json.loads((tmp_path/'card.json').read_text())['eps']
@@ -104,8 +104,8 @@ def test_commands_that_are_refused(tmp_path):
 
 def test_a_check_that_finds_too_few_images(tmp_path, capsys):
     "Is a line below what was measured"
-    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0, '--out',
-        tmp_path/'run')
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--lr', 0,
+        '--out', tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'clean', '--n', 20, '--check')
     printed = capsys.readouterr().out
     assert ('Masked gradients were not looked for: ' in printed and 'of 20 images correctly' in printed
@@ -152,8 +152,8 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
     common = ('--data', 'digits', '--width', '1/16', '--steps', 1)
     with pytest.raises(SystemExit, match='130'): rkd('train', *common, '--epochs', 3, '--out', tmp_path/'teacher')
     assert not (tmp_path/'teacher/model.pth').exists()
-    for command in (('evaluate', tmp_path/'teacher'), ('distill', *common, '--teacher', tmp_path/'teacher', '--out',
-                                                       tmp_path/'no')):
+    for command in (('evaluate', tmp_path/'teacher'),
+                    ('distill', *common, '--teacher', tmp_path/'teacher', '--out', tmp_path/'no')):
         with pytest.raises(SystemExit, match='contains an interrupted run: add `--resume`.*epoch_1.pth'): rkd(*command)
     rkd('distill', *common, '--epochs', 1, '--teacher', tmp_path/'teacher/epoch_1.pth', '--out', tmp_path/'student')
     assert (tmp_path/'student/model.pth').exists()
@@ -162,8 +162,8 @@ def test_a_teacher_cut_off_is_usable(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=f'`{k}` is .* here, but {was} in the interrupted run.*another `--out`'):
             rkd('train', *common, '--epochs', 3, k, v, '--out', tmp_path/'teacher', '--resume')
     with pytest.raises(SystemExit, match='`--data` is fashion_sample'):
-        rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, '--out', tmp_path/'teacher',
-            '--resume') # of several always the same
+        rkd('train', *common, '--data', 'fashion_sample', '--lr', .5, '--epochs', 4, # of several always the same
+            '--out', tmp_path/'teacher', '--resume')
     monkeypatch.setattr(KeepEpochs, 'each_epoch', keep)
     rkd('train', *common, '--epochs', 3, '--keep', 2, '--out', tmp_path/'teacher', '--resume')
     assert (tmp_path/'teacher/model.pth').exists()
@@ -179,8 +179,8 @@ def test_held_out_folder_is_the_validation_set(images, name):
 def test_evaluate_fast_and_check(tmp_path, capsys):
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 3, '--out', tmp_path/'run')
     rkd('evaluate', tmp_path/'run', '--attacks', 'apgd', '--n', 30, '--fast', '--check', '--json', tmp_path/'card.json')
-    assert json.loads((tmp_path/'card.json').read_text())['results']['apgd']['attack'] == ['apgd-ce: 100 steps, 1 '
-                                                                                           'restart(s), fast search']
+    assert (json.loads((tmp_path/'card.json').read_text())['results']['apgd']['attack']
+            == ['apgd-ce: 100 steps, 1 restart(s), fast search'])
     printed = capsys.readouterr().out
     assert '30 of 360 validation images' in printed
     assert 'larger radius' in printed and ('no sign of masked gradients' in printed or 'not to be trusted' in printed)
@@ -207,13 +207,13 @@ def test_robust_overfitting_names_a_command(keep, says, tmp_path, monkeypatch, c
 def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypatch, capsys):
     import sys, warnings
     accs = iter([.9, .1])
-    monkeypatch.setattr(warnings, 'showwarning', lambda m, c, f, l,
-                        *_: print(warnings.formatwarning(m, c, f, l), end='', file=sys.stderr)) # as outside of pytest
+    monkeypatch.setattr(warnings, 'showwarning', lambda m, c, f, l, *_: print( # as outside of pytest
+        warnings.formatwarning(m, c, f, l), end='', file=sys.stderr))
     monkeypatch.setattr('rkd_fastai.callback.monitor.robust_accuracy', lambda *_: next(accs))
     with warnings.catch_warnings():
         warnings.simplefilter('always', UserWarning) # elsewhere in the tests they are errors
-        rkd('train', '--data', 'digits', '--width', '1/16', '--n', 200, '--how', 'ffgsm', '--epochs', 2, '--out',
-            tmp_path/'run')
+        rkd('train', '--data', 'digits', '--width', '1/16', '--n', 200, '--how', 'ffgsm', '--epochs', 2,
+            '--out', tmp_path/'run')
     line, = [l for l in capsys.readouterr().err.splitlines() if 'overfitting' in l]
     assert line.startswith('rkd: warning: catastrophic overfitting') and line.endswith('`--how at` trains on PGD')
 
@@ -237,8 +237,8 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
                 rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer training, up to epoch_3.pth: '
-                                         'delete them'):
+    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer training, '
+                                         'up to epoch_3.pth: delete them'):
         rkd(*student, tmp_path/'teacher1', '--epochs', 2)
 
 def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
@@ -262,9 +262,10 @@ narrow = pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
 @pytest.mark.slow
 def test_a_study_on_a_narrow_console(console, tmp_path):
     "Trains, prints its rows and its report, α and all, and then the help"
-    (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\nepochs = '
-                                   '1\nteacher_epochs = 1\n[measure]\nattacks = ["clean", "fgsm"]\nn = '
-                                   '20\n[[grid]]\nmethod = "akd"\nalpha = [0.5, 1.0]\n', encoding='utf8')
+    (tmp_path/'s.toml').write_text('data = "digits"\nn = 64\nbs = 32\nwidth = "1/16"\neps = "25/255"\n'
+                                   'epochs = 1\nteacher_epochs = 1\n'
+                                   '[measure]\nattacks = ["clean", "fgsm"]\nn = 20\n'
+                                   '[[grid]]\nmethod = "akd"\nalpha = [0.5, 1.0]\n', encoding='utf8')
     printed = console('cp1252')
     rkd('study', tmp_path/'s.toml', '--out', tmp_path/'s')
     assert '2/2' in printed() and 'alpha' in printed() and 'α' not in printed()

@@ -56,30 +56,28 @@ def teacher(tmp_path_factory):
     return out
 
 common_keys = {'seed', 'data', 'data_path', 'size', 'bs', 'n', 'synthetic', 'frac', 'arch', 'width', 'epochs', 'lr',
-               'eps', 'steps', 'keep',
-    'compile', 'bf16',
-               'n_in', 'n_out', 'vocab', 'images', 'held_out', 'source', 'method', 'attack', 'last_epoch', 'versions'}
+               'eps', 'steps', 'keep', 'compile', 'bf16', 'n_in', 'n_out', 'vocab', 'images', 'held_out', 'source',
+               'method', 'attack', 'last_epoch', 'versions'}
 settings = dict(trades=dict(beta=6.), wang_trades=dict(beta=5.), trades_official=dict(beta=6.))
 
 @pytest.mark.few(4)
-@pytest.mark.parametrize('how, lr', list(zip(hows, [.1]*5 + [.4*64/1024, .1, .4*64/1024, .2*64/512, .2*64/512, .1,
-                                                             .2]))) # 64 images: one batch
+@pytest.mark.parametrize('how, lr', list(zip(hows, [ # 64 images: one batch
+    .1]*5 + [.4*64/1024, .1, .4*64/1024, .2*64/512, .2*64/512, .1, .2])))
 def test_every_way_to_train(how, lr, tmp_path, fits, capsys):
     "One epoch, a student of it, and what it is measured by"
     rkd('train', *small, '--how', how, '--out', tmp_path/'teacher')
     card, (recipe, learn) = card_of(tmp_path/'teacher'), fits[0]
     assert set(card) == common_keys | {'how'} | set(settings.get(how, {}))
-    assert card['lr'] == pytest.approx(lr) and (card['bs'], card['n'], card['n_out'], card['n_in'], card['how'],
-                                                card['epochs']) == (64, 64, 10, 1,
-        how, 1)
+    assert (card['lr'] == pytest.approx(lr)
+            and (card['bs'], card['n'], card['n_out'], card['n_in'], card['how'], card['epochs'])
+            == (64, 64, 10, 1, how, 1))
     assert len(learn.dls.train_ds) == 64 and learn.dls.train.bs == 64 and card['frac'] is None
-    assert (card['source'], card['method'], card['attack']) == (recipe.source, recipe.method,
-        repr(recipe.attack)) and {k: card[k] for k in settings.get(how, {})} == settings.get(how, {})
-    assert set(card['last_epoch']) == {'train_loss', 'valid_loss', 'accuracy',
-        'robust_accuracy'} and all(np.isfinite(v) for v in card['last_epoch'].values())
-    assert learn.recorder.lrs[0] == pytest.approx(lr*recipe.schedule(0., 1)) and ('catastrophic_overfitting' in dir(
-        learn)) == (how in ('ffgsm',
-        'fast_at'))
+    assert ((card['source'], card['method'], card['attack']) == (recipe.source, recipe.method, repr(recipe.attack))
+            and {k: card[k] for k in settings.get(how, {})} == settings.get(how, {}))
+    assert (set(card['last_epoch']) == {'train_loss', 'valid_loss', 'accuracy', 'robust_accuracy'}
+            and all(np.isfinite(v) for v in card['last_epoch'].values()))
+    assert (learn.recorder.lrs[0] == pytest.approx(lr*recipe.schedule(0., 1))
+            and ('catastrophic_overfitting' in dir(learn)) == (how in ('ffgsm', 'fast_at')))
     rkd('distill', *small, '--steps', 1, '--teacher', tmp_path/'teacher', '--out', tmp_path/'student')
     student = card_of(tmp_path/'student')
     assert (set(student) == common_keys | {'teacher', 'betas', 'recipe', 'alpha', 'lam', 'T'}
@@ -109,11 +107,10 @@ def test_names_are_covered():
 
 @pytest.mark.parametrize('args, bs, lr, epochs', [ # 1,437 images
     (('--how', 'at'), 128, .1, 100), (('--how', 'at+'), 125, .4*125/1024, 400),
-                                                  (('--how', 'at+', '--bs', 100), 100, .4*100/1024, 400),
-    (('--how', 'wang_trades', '--bs', 256), 256, .1, 400),
+    (('--how', 'at+', '--bs', 100), 100, .4*100/1024, 400), (('--how', 'wang_trades', '--bs', 256), 256, .1, 400),
     (('--how', 'at+', '--lr', .3), 125, .3, 400), (('--how', 'at+', '--lr', 0), 125, 0., 400),
-                                                  (('--how', 'fast_at'), 128, .2, 15),
-    (('--how', 'trades_official', '--n', 30), 7, .1, 76), (('--how', 'at', '--bs', 1437), 1437, .1, 100)])
+    (('--how', 'fast_at'), 128, .2, 15), (('--how', 'trades_official', '--n', 30), 7, .1, 76),
+    (('--how', 'at', '--bs', 1437), 1437, .1, 100)])
 def test_numbers_are_in_the_text(args, bs, lr, epochs, planned):
     "The recipe's batch size where eight of them fill an epoch, a rate in proportion where it says so, and its epochs"
     card, learn = planned('train', '--data', 'digits', '--width', '1/16', *args)
@@ -172,8 +169,7 @@ def test_settings_reach_the_method(args, method, settings, attack, teacher, plan
     (('--bs', 65), '`--bs` must be from 1 to 64'), (('--bs', 0), '`--bs` must be from 1'), (('--frac', .5), '`--frac`'),
     (('--synthetic', 'no.npz'), 'synthetic'), (('--synthetic', 'no.npz', '--frac', .5), 'no.npz'),
     (('--steps', -1), '`--steps`'), (('--eps', -1), '`--eps`'), (('--epochs', 0), '`--epochs`'),
-    (('--keep', 0), '`--keep`'),
-    (('--betas', .5, .5), '`--betas`'), (('--arch', 'wrn-11-1'), '`depth`')])
+    (('--keep', 0), '`--keep`'), (('--betas', .5, .5), '`--betas`'), (('--arch', 'wrn-11-1'), '`depth`')])
 def test_mistakes_in_distilling(args, line, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert line in says('distill', *small, '--teacher', teacher, '--out', tmp_path/'out', *args)
@@ -191,8 +187,7 @@ def test_mistakes_in_training(args, line, tmp_path):
 
 @pytest.mark.parametrize('args', [
     ('train', '--how', 'madry'), ('train', '--how', 'rslad_official'), ('train', '--how', 'paper_student'),
-    ('train', '--alpha', .5),
-    ('train', '--frac', 'half'), ('train', '--eps', '8/0'), ('train', '--n', 2.5),
+    ('train', '--alpha', .5), ('train', '--frac', 'half'), ('train', '--eps', '8/0'), ('train', '--n', 2.5),
     ('distill', '--teacher', 't', '--recipe', 'fast_at'), ('distill', '--teacher', 't', '--recipe', 'rslad'),
     ('distill', '--teacher', 't', '--method', 'st'), ('distill',), ('distil',)])
 def test_wrong_names_are_usage_errors(args, tmp_path, capsys):
@@ -207,9 +202,9 @@ def npz(tmp_path):
     np.savez(tmp_path/'syn.npz', image=np.full((30,8,8), 255, np.uint8), label=np.arange(30) % 10)
     return tmp_path/'syn.npz'
 
-@pytest.mark.parametrize('args, frac, share', [(('--how', 'at+'), .7, 14), (('--how', 'at+', '--frac', '1/2'), .5, 10),
-    (('--how', 'at', '--frac', .25), .25, 5), (('--how', 'st', '--frac', .25), .25, 5),
-                                               (('--how', 'wang_trades'), .7, 14)])
+@pytest.mark.parametrize('args, frac, share', [
+    (('--how', 'at+'), .7, 14), (('--how', 'at+', '--frac', '1/2'), .5, 10), (('--how', 'at', '--frac', .25), .25, 5),
+    (('--how', 'st', '--frac', .25), .25, 5), (('--how', 'wang_trades'), .7, 14)])
 def test_synthetic(args, frac, share, npz, tmp_path, fits):
     "White images among digits, so many in each batch of 20; of 60 real ones an epoch has 3 batches"
     rkd('train', '--data', 'digits', '--width', '1/16', '--n', 60, '--bs', 20, '--epochs', 1, '--synthetic', npz,
@@ -231,8 +226,8 @@ def test_students_learn_from_synthetic_images_too(npz, teacher, tmp_path, fits):
 def test_unfit_synthetic_images(arrays, line, tmp_path):
     np.savez(tmp_path/'bad.npz', **arrays)
     assert line in says('train', *small, '--how', 'at+', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
-    assert '`--frac 0.7`: give it, or leave `--synthetic` out' in says('train', *small, '--how', 'at', '--synthetic',
-                                                             tmp_path/'bad.npz', '--out', tmp_path/'out')
+    assert '`--frac 0.7`: give it, or leave `--synthetic` out' in says(
+        'train', *small, '--how', 'at', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
 
 def test_n_is_the_seeds(tmp_path, planned):
     "The same images for the same seed"
@@ -262,16 +257,16 @@ def test_fashion_mnist_files(fashion, tmp_path, planned):
     common = ('--data', 'fashion_mnist', '--data-path', fashion, '--width', '1/16')
     rkd('train', *common, '--n', 32, '--epochs', 1, '--steps', 1, '--out', tmp_path/'out')
     card = card_of(tmp_path/'out')
-    assert (card['n_in'], card['n_out'], card['bs'], card['data_path'], card['vocab'][1]) == (1, 10, 8, str(fashion),
-                                                                                              'Trouser')
+    assert ((card['n_in'], card['n_out'], card['bs'], card['data_path'], card['vocab'][1])
+            == (1, 10, 8, str(fashion), 'Trouser'))
     whole, learn = planned('train', *common)
     assert whole['bs'] == 22 and len(learn.dls.train_ds) == 90 and len(learn.dls.valid_ds) == 10
 
 @pytest.mark.parametrize('name', [f'{s}-{k}-ubyte' for s in ('train', 't10k') for k in ('images-idx3', 'labels-idx1')])
 def test_missing_file_is_named(name, fashion, tmp_path):
     (fashion/f'{name}.gz').unlink()
-    assert name in says('train', '--data', 'fashion_mnist', '--data-path', fashion, '--epochs', 1, '--out',
-                        tmp_path/'out')
+    assert name in says('train', '--data', 'fashion_mnist', '--data-path', fashion, '--epochs', 1,
+                        '--out', tmp_path/'out')
 
 
 # --- killed ---
@@ -281,9 +276,8 @@ def test_missing_file_is_named(name, fashion, tmp_path):
 def test_killed_at_any_moment(how, moment, tmp_path):
     "SIGKILL, at a moment of nobody's choice, takes the running epoch and nothing else"
     out, rng = tmp_path/'out', random.Random()
-    cmd = [sys.executable, '-W', 'ignore', '-c', 'import sys; from rkd_fastai.cli.main import main; '
-                                                 'main(sys.argv[1:])', 'train', '--data', 'digits',
-        '--width', '1/16', '--n', '200', '--bs', '50', '--steps', '1',
+    cmd = [sys.executable, '-W', 'ignore', '-c', 'import sys; from rkd_fastai.cli.main import main; main(sys.argv[1:])',
+           'train', '--data', 'digits', '--width', '1/16', '--n', '200', '--bs', '50', '--steps', '1',
            '--epochs', '500', '--how', how, '--out', str(out)]
     with subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
         end = time.time() + 120

@@ -30,8 +30,8 @@ def teacher(photos):
     return out
 
 def history(run):
-    return [{k: v for k,v in r.items() if k != 'time'} for r in csv.DictReader((run/'history.csv').read_text()
-                                                                               .splitlines())]
+    return [{k: v for k,v in r.items() if k != 'time'}
+            for r in csv.DictReader((run/'history.csv').read_text().splitlines())]
 
 def test_train(teacher, photos):
     "Each epoch has its checkpoint, and the card says what was trained on"

@@ -5,8 +5,7 @@ from importlib.resources import files
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (Image, ImageDataLoaders, Learner, Path, PILImage, PILImageBW, Resize, TensorCategory,
-                               TensorImage, TensorImageBW,
-                               accuracy, load_learner, nn, set_seed)
+                               TensorImage, TensorImageBW, accuracy, load_learner, nn, set_seed)
 
 from rkd_fastai.data import benchmarks as data
 from rkd_fastai.data.transforms import *
@@ -53,8 +52,8 @@ class Python2Pickler(pickle._Pickler):
 def write_pickle(path, o, py2=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'wb') as f: (Python2Pickler if py2 else pickle.Pickler)(f, protocol=2).dump(o)
-    path.write_bytes(path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray') if py2
-                     else path.read_bytes())
+    path.write_bytes(path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+                     if py2 else path.read_bytes())
 
 def write_cifar(root, c, py2=True, meta=True):
     "CIFAR-10 or -100 in `root`; its test images as rows, and labels"
@@ -487,8 +486,8 @@ def test_a_damaged_image_is_named(suffix, kind, make_images):
     bad.write_bytes(damage[kind](bad.read_bytes()))
     dls = ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=1, bs=2, num_workers=0, img_cls=FileImage,
                                        item_tfms=Resize(16, 'squish'))
-    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): delete it, or replace it by an '
-                                      r'intact copy'):
+    with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read \(.*\): '
+                                      r'delete it, or replace it by an intact copy'):
         [len(b) for dl in dls.loaders for b in dl]
     with pytest.raises(OSError, match=r'image `.*dark.2.*` cannot be read'): OpenImage(PILImage)(bad)
 

@@ -7,9 +7,9 @@ import numpy as np, pytest, torch
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.distributed import DistributedDL
 from fastai.vision.all import (CategoryBlock, CutMix, DataBlock, DataLoaders, Image, ImageBlock, ImageDataLoaders,
-                               MultiCategoryBlock, Normalize, PILImage, PILImageBW,
-                               RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW,
-                               TfmdDL, Transform, load_learner, set_seed)
+                               MultiCategoryBlock, Normalize, PILImage, PILImageBW, RandomResizedCrop,
+                               RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdDL,
+                               Transform, load_learner, set_seed)
 
 from rkd_fastai.all import *
 from rkd_fastai.data.arrays import ResidentDL
@@ -209,8 +209,8 @@ def test_pil_images(pil):
 def test_dls_given_stay(resident):
     dls = make(device_resident=resident)
     def look():
-        return [type(dl) for dl in dls.loaders], [dl.bs for dl in dls.loaders], [[type(f) for f in dl.after_batch.fs]
-                                                                                 for dl in dls.loaders], [len(dl.dataset) for dl in dls.loaders] # noqa: E501
+        return ([type(dl) for dl in dls.loaders], [dl.bs for dl in dls.loaders],
+                [[type(f) for f in dl.after_batch.fs] for dl in dls.loaders], [len(dl.dataset) for dl in dls.loaders])
     before = look()
     made = [with_synthetic(dls, SYN), with_subset(dls, 40), with_bs(dls, 5), with_batch_tfms(dls, Mark(0)),
             with_batch_tfms(with_synthetic(with_subset(dls, 40), SYN), Mark(0))]
@@ -299,9 +299,8 @@ def test_bad_numbers():
 def test_batch_tfms_in_their_place():
     "After what is there already where `order` is the same: a square is cut out of the crop, not cropped"
     dls = make(batch_tfms=PadCropFlip(2))
-    assert [type(f).__name__ for f in with_batch_tfms(dls, Cutout(3)).train.after_batch.fs] == ['PadCropFlip',
-                                                                                                'Cutout',
-                                                                                                'IntToFloatTensor']
+    assert ([type(f).__name__ for f in with_batch_tfms(dls, Cutout(3)).train.after_batch.fs]
+            == ['PadCropFlip', 'Cutout', 'IntToFloatTensor'])
 
 
 # --- in a Learner ---
@@ -431,22 +430,24 @@ def test_object_arrays_are_not_unpickled(where, tmp_path):
     assert marker.exists()
 
 X, Y = coded(20, 1)
-bad_arrays = {'float image': (dict(image=X/255, label=Y), 'images must be uint8'),
-              'int64 image': (dict(image=X.astype('i8'), label=Y), 'images must be uint8'),
+bad_arrays = {
+    'float image': (dict(image=X/255, label=Y), 'images must be uint8'),
+    'int64 image': (dict(image=X.astype('i8'), label=Y), 'images must be uint8'),
     'uint16 image': (dict(image=X.astype('u2'), label=Y), 'images must be uint8'),
-              'int8 image': (dict(image=X.astype('i1'), label=Y), 'images must be uint8'),
-              'float label': (dict(image=X, label=Y/1), 'labels integers'),
+    'int8 image': (dict(image=X.astype('i1'), label=Y), 'images must be uint8'),
+    'float label': (dict(image=X, label=Y/1), 'labels integers'),
     'text label': (dict(image=X, label=Y.astype(str)), 'labels integers'),
-              'bool label': (dict(image=X, label=Y > 3), 'labels integers'),
+    'bool label': (dict(image=X, label=Y > 3), 'labels integers'),
     'column label': (dict(image=X, label=Y[:,None]), 'labels integers'),
-              'one label': (dict(image=X, label=np.int64(3)), 'labels integers'),
-              'flat image': (dict(image=X[0], label=Y), 'images must be uint8'),
+    'one label': (dict(image=X, label=np.int64(3)), 'labels integers'),
+    'flat image': (dict(image=X[0], label=Y), 'images must be uint8'),
     'video': (dict(image=X[None,...,None], label=Y), 'images must be uint8'),
-              'fewer labels': (dict(image=X, label=Y[1:]), '20 images and 19 labels'),
+    'fewer labels': (dict(image=X, label=Y[1:]), '20 images and 19 labels'),
     'more labels': (dict(image=X[1:], label=Y), '19 images and 20 labels'),
-              'none': (dict(image=X[:0], label=Y[:0]), '0 images'),
-    'no label': (dict(image=X), 'no array `label`'), 'no image': (dict(images=X, label=Y), 'no array `image`'),
-              'structured': (dict(image=np.zeros((20, 8, 8), [('é', 'u1')]), label=Y), '')}
+    'none': (dict(image=X[:0], label=Y[:0]), '0 images'),
+    'no label': (dict(image=X), 'no array `label`'),
+    'no image': (dict(images=X, label=Y), 'no array `image`'),
+    'structured': (dict(image=np.zeros((20, 8, 8), [('é', 'u1')]), label=Y), '')}
 
 @pytest.mark.filterwarnings('ignore:Stored array in format 3.0')
 @pytest.mark.parametrize('name', bad_arrays)
@@ -492,9 +493,8 @@ def entry(shape, fortran=False, descr='|u1', data=b'', version=1):
 
 @pytest.mark.parametrize('shape', ['(1000000000000, 8, 8)', '(-20, 8, 8)', '(-4, -5, 64)', '(20, 8, 8.)',
                                    '(99999999999999999999999, 8, 8)', '(20, 8, 8', '((((', '[20, 8, 8]', '("a", 8, 8)',
-                                   '(True, 8, 8)',
-                                   '(4294967296, 4294967296, 1)', '(2**99, 8, 8)', '("""', '(' + '-'*5000 + '1,8,8)',
-                                   '('*9000])
+                                   '(True, 8, 8)', '(4294967296, 4294967296, 1)', '(2**99, 8, 8)', '("""',
+                                   '(' + '-'*5000 + '1,8,8)', '('*9000])
 def test_absurd_headers(shape, tmp_path):
     "Refused before memory is taken"
     for version in (1, 2, 3, 9):

@@ -54,8 +54,8 @@ def test_soft_targ(robust_net, test_images):
         soft = torch.nn.functional.one_hot(y, 10)*.7 + .03
         assert robust_accuracy(robust_net, x, soft, deterministic) == pytest.approx(
             robust_accuracy(robust_net, x, y, deterministic), abs=.11)
-        assert robust_accuracy(robust_net, x, soft, PGD(0., steps=0)) == robust_accuracy(robust_net, x, y,
-                                                                                         PGD(0., steps=0))
+        assert (robust_accuracy(robust_net, x, soft, PGD(0., steps=0))
+                == robust_accuracy(robust_net, x, y, PGD(0., steps=0)))
 
 def test_model_is_evaluated_in_eval_mode_and_left_alone(tiny_net, digits, snapshot):
     model = tiny_net(dropout=.5).train(); before = snapshot.take(model)
@@ -297,12 +297,11 @@ def test_probabilities_are_not_logits(make_learner, make_dls, robust_net):
     logps = make_learner(make_dls(n_valid=60), nn.Sequential(robust_net, nn.LogSoftmax(1))) # are logits, too
     assert logps.robustness('pgd7', eps=.1).pgd7 == want['pgd7']
 
-@pytest.mark.parametrize('wrong, says', [(dict(attack='pgd20'), '`attack` must be an attack'),
-                                         (dict(attack=PGD), '`attack` must be an attack'),
-                                         (dict(bs=0), '`bs` must be'), (dict(bs=2.5), '`bs` must be'),
-    (dict(targ=[1, 2]), '`targ` must be a tensor'), (dict(targ=torch.zeros(4, 1, dtype=torch.long)),
-                                                     '`targ` must hold'), (dict(x=[1]), '`x` must be a tensor')],
-                         ids=str)
+@pytest.mark.parametrize('wrong, says', [
+    (dict(attack='pgd20'), '`attack` must be an attack'), (dict(attack=PGD), '`attack` must be an attack'),
+    (dict(bs=0), '`bs` must be'), (dict(bs=2.5), '`bs` must be'), (dict(targ=[1, 2]), '`targ` must be a tensor'),
+    (dict(targ=torch.zeros(4, 1, dtype=torch.long)), '`targ` must hold'), (dict(x=[1]), '`x` must be a tensor')],
+    ids=str)
 def test_arguments_of_robust_accuracy(wrong, says, tiny_net):
     arguments = dict(x=torch.rand(4, 1, 8, 8), targ=torch.zeros(4, dtype=torch.long)) | wrong
     with pytest.raises((TypeError, ValueError), match=says): robust_accuracy(tiny_net(), **arguments)
@@ -347,8 +346,8 @@ def batchwise(dim):
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Flatten(),
         nn.Linear(128, 10))
-without = (r'BatchNorm `{}` of `{}` keeps no running statistics \(`track_running_stats=False`\).*build the network '
-           r'with `track_running_stats=True`')
+without = (r'BatchNorm `{}` of `{}` keeps no running statistics \(`track_running_stats=False`\)'
+           r'.*build the network with `track_running_stats=True`')
 
 def test_batch_statistics_are_named(make_learner, digits):
     """Where one image has no statistics, an error; where its answer depends on others, a warning; by the layer, on
@@ -364,8 +363,8 @@ def test_batch_statistics_are_named(make_learner, digits):
                  lambda: make_learner(model=many).robustness('clean'),
                  lambda: make_learner(model=many, metrics=RobustAccuracy(PGD(steps=1))).validate()):
         with pytest.warns(UserWarning, match=without.format(1, 'model')): call()
-    for call in (lambda: make_learner().to_rkd(many), lambda: Teacher([many, Teacher(one)])
-                 .check(make_learner().dls, 'clean')):
+    for call in (lambda: make_learner().to_rkd(many),
+                 lambda: Teacher([many, Teacher(one)]).check(make_learner().dls, 'clean')):
         with warnings.catch_warnings(record=True) as shown:
             warnings.simplefilter('always')
             try: call()

@@ -103,11 +103,12 @@ def with_exp(x):
     return x + e
 nets = dict( # name: (makes a network, shape of its images)
     cifar_resnet18=(lambda: cifar_resnet18(10, width=1/16), (3, 8, 8)),
-            resnet18_grey=(lambda: cifar_resnet18(10, width=1/16, n_in=1), (1, 12, 8)),
+    resnet18_grey=(lambda: cifar_resnet18(10, width=1/16, n_in=1), (1, 12, 8)),
     wide_resnet=(lambda: wide_resnet(10, 1, mean=[.4, .5, .6], std=.25), (3, 8, 8)),
-    dropout_inplace=(small, (3, 8, 8)), inplace_on_images=(lambda: nn.Sequential(nn.ReLU(inplace=True), small()),
-                                                           (3, 8, 8)),
-    weight_norm=(weight_normed, (3, 8, 8)), made_on_device=(lambda: MadeOnDevice(small()), (3, 8, 8)),
+    dropout_inplace=(small, (3, 8, 8)),
+    inplace_on_images=(lambda: nn.Sequential(nn.ReLU(inplace=True), small()), (3, 8, 8)),
+    weight_norm=(weight_normed, (3, 8, 8)),
+    made_on_device=(lambda: MadeOnDevice(small()), (3, 8, 8)),
     partly_without_gradient=(lambda: Behind(small(), before=with_exp), (3, 8, 8)),
     normalised=(lambda: PixelModel(small(), [.4, .5, .6], [.2, .3, .4]), (3, 8, 8)),
     teacher=(lambda: Teacher(small(), mean=.5, std=.25), (3, 8, 8)),
@@ -299,8 +300,8 @@ def test_only_what_was_measured_is_on_the_card(dataset, n_test, n, results, clea
     r = card_of(n, results)
     folder = export_robustbench(small(1), images(4), tmp_path/'net', r, n_test=n_test, dataset=dataset)
     card = info(folder)
-    assert (card['clean_acc'], card['autoattack_acc'], card['dataset'], card['eps']) == (clean, autoattack, dataset,
-                                                                                         '8/255')
+    assert ((card['clean_acc'], card['autoattack_acc'], card['dataset'], card['eps'])
+            == (clean, autoattack, dataset, '8/255'))
     assert json.loads((folder/'robustness.json').read_text()) == json.loads(json.dumps(r.to_dict()))
 
 robustbench_fields = ('''link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported autoattack_acc footnote'''.split()) # noqa: E501
@@ -312,8 +313,8 @@ def test_card_as_robustbench_writes_it(tmp_path):
             and {k: v for k,v in info(bare).items() if v is not None} == dict(number_forward_passes=1))
     assert sorted(p.name for p in bare.iterdir()) == ['load_model.py', 'model.pt2', 'model_info.json']
     fields = dict(link='https://example.org', name='A "title"', authors='Zoë, Łukasz', additional_data=False,
-                number_forward_passes=3, dataset='cifar10', venue='ICML 2020',
-                architecture='ResNet-18', reported='58', footnote='α')
+                  number_forward_passes=3, dataset='cifar10', venue='ICML 2020', architecture='ResNet-18',
+                  reported='58', footnote='α')
     full = export_robustbench(small(1), images(4), tmp_path/'full', card_of(10_000, eps=.5, norm='L2'), 'L2', **fields)
     assert (info(full) == fields | dict(eps='0.5', clean_acc='91.24', autoattack_acc='50.00')
             and list(info(full)) == robustbench_fields)
@@ -414,8 +415,8 @@ def test_networks_that_are_refused(name, tmp_path, snapshot):
     (dict(x=torch.rand(1, 8, 8)), ValueError, '`x` must be a batch'),
     (dict(norm='L1'), ValueError, "`norm` must be 'Linf' or 'L2'"),
     (dict(robustness=.5), ValueError, '`robustness` must be what'),
-    (dict(robustness=card_of(10, norm='L2')), ValueError, "`robustness` was measured in L2, but `norm` is 'Linf': pass "
-                                                          "`norm='L2'`"),
+    (dict(robustness=card_of(10, norm='L2')), ValueError,
+     "`robustness` was measured in L2, but `norm` is 'Linf': pass `norm='L2'`"),
     (dict(robustness=card_of(10), norm='L2'), ValueError, "`robustness` was measured in Linf, but `norm` is 'L2'"),
     (dict(title='x'), ValueError, '`title` is not an entry'),
     (dict(autoattack_acc='99'), ValueError, '`autoattack_acc` is not an entry'),

@@ -60,8 +60,8 @@ stats = ([.5], [.25])
 
 # --- accuracy against the radius ---
 
-@pytest.mark.parametrize('attack, norm, eps', [('pgd5', 'Linf', (0,.05,.1,.2)), ('fgsm', 'Linf', (.1,.3)),
-                                               ('pgd5', 'L2', (0.,.5,1.)), ('cw', 'Linf', (.1,)),
+@pytest.mark.parametrize('attack, norm, eps', [
+    ('pgd5', 'Linf', (0,.05,.1,.2)), ('fgsm', 'Linf', (.1,.3)), ('pgd5', 'L2', (0.,.5,1.)), ('cw', 'Linf', (.1,)),
     ('apgd', 'Linf', (0,.1)), ('clean', 'Linf', (0,.1))])
 @pytest.mark.parametrize('seed, bs', [(0, 250), (3, 7)])
 def test_each_point_is_the_number_of_robustness(attack, norm, eps, seed, bs, learner):
@@ -115,8 +115,8 @@ def test_of_probabilities(learner, robust_net):
     learn = learner()
     learn.model = nn.Sequential(robust_net, nn.Softmax(1))
     with pytest.raises(ValueError, match='probabilities'): learn.robustness_curve((.1,), 'pgd5')
-    assert learn.robustness_curve((.1,), 'pgd5', logits=False).accuracy[.1] == learn.robustness('pgd5', .1,
-                                                                                                logits=False).pgd5
+    assert (learn.robustness_curve((.1,), 'pgd5', logits=False).accuracy[.1]
+            == learn.robustness('pgd5', .1, logits=False).pgd5)
 
 class Sawtooth(nn.Module):
     "Its gradients are those of a saw"
@@ -170,11 +170,10 @@ def test_a_table_is_drawn_without_a_network(learner):
     line, = plot_robustness_curve(curve, label='from a file').lines
     assert line.get_xdata().tolist() == [0,25.5] and line.get_label() == 'from a file'
 
-@pytest.mark.parametrize('kwargs, says', [(dict(eps=8), '8/255'), (dict(eps=(0,-.1)), '`eps`'),
-                                          (dict(eps=float('nan')), '`eps`'), (dict(eps=()), '`eps` is empty'),
-    (dict(norm='L1'), '`norm`'), (dict(attack='pgd'), 'unknown attack'),
-                                          (dict(attack=PGD()), '`attack` must be a name'),
-                                          (dict(attack=None), '`attack` must be a name'),
+@pytest.mark.parametrize('kwargs, says', [
+    (dict(eps=8), '8/255'), (dict(eps=(0,-.1)), '`eps`'), (dict(eps=float('nan')), '`eps`'),
+    (dict(eps=()), '`eps` is empty'), (dict(norm='L1'), '`norm`'), (dict(attack='pgd'), 'unknown attack'),
+    (dict(attack=PGD()), '`attack` must be a name'), (dict(attack=None), '`attack` must be a name'),
     (dict(n=0), '`n`'), (dict(bs=0), '`bs`')])
 def test_mistakes_with_curves(kwargs, says, learner):
     plt.close('all') # an earlier test's
@@ -253,10 +252,10 @@ def test_contrast(learner):
         np.testing.assert_allclose(noise, .5 + scale*(adv-clean), atol=1e-6)
         assert title == f'perturbation ×{scale}'
 
-@pytest.mark.parametrize('kwargs, shape, n', [(dict(), (5,3), 5), (dict(max_n=2), (2,3), 2),
-                                              (dict(max_n=4, ncols=2), (2,6), 4), (dict(max_n=3, nrows=1), (1,9), 3),
-    (dict(max_n=3, ncols=2), (2,6), 3), (dict(max_n=3, nrows=2, ncols=2), (2,6), 3), (dict(max_n=99), (8,3), 8),
-                                              (dict(max_n=1, figsize=(4,2)), (1,3), 1)])
+@pytest.mark.parametrize('kwargs, shape, n', [
+    (dict(), (5,3), 5), (dict(max_n=2), (2,3), 2), (dict(max_n=4, ncols=2), (2,6), 4),
+    (dict(max_n=3, nrows=1), (1,9), 3), (dict(max_n=3, ncols=2), (2,6), 3),
+    (dict(max_n=3, nrows=2, ncols=2), (2,6), 3), (dict(max_n=99), (8,3), 8), (dict(max_n=1, figsize=(4,2)), (1,3), 1)])
 def test_grid(kwargs, shape, n, learner):
     learner(n_valid=8).show_adversarial(deterministic, **kwargs)
     fig = plt.gcf()
@@ -280,9 +279,10 @@ def test_images_are_a_sample(learner, make_dls, make_learner, robust_net):
             same_image(img, ds[i][0].as_subclass(torch.Tensor).float()/255)
         plt.close('all')
 
-@pytest.mark.parametrize('kwargs, says', [(dict(max_n=0), '`max_n`'), (dict(attack='pgd'), 'unknown attack'),
-                                          (dict(attack=PGD(), eps=.1), 'set them in this attack'),
-    (dict(attack=PGD(), norm='L2'), 'set them in this attack'), (dict(eps=8), '8/255')])
+@pytest.mark.parametrize('kwargs, says', [
+    (dict(max_n=0), '`max_n`'), (dict(attack='pgd'), 'unknown attack'),
+    (dict(attack=PGD(), eps=.1), 'set them in this attack'), (dict(attack=PGD(), norm='L2'), 'set them in this attack'),
+    (dict(eps=8), '8/255')])
 def test_mistakes_with_pictures(kwargs, says, learner):
     with pytest.raises(ValueError, match=says): learner().show_adversarial(**kwargs)
     with pytest.raises(TypeError, match='must be an attack'): learner().show_adversarial(PGD)
@@ -383,8 +383,8 @@ def test_which_images_are_interpreted(make_dls, make_learner, robust_net):
 
 def callbacks(net):
     return dict(adversarial=lambda l: l.to_adversarial(), akd=lambda l: l.to_rkd(net),
-                trades=lambda l: l.add_cb(TRADES()),
-                mixup=lambda l: l.add_cb(MixUp()), averaging=lambda l: l.add_cb(WeightAveraging()),
+                trades=lambda l: l.add_cb(TRADES()), mixup=lambda l: l.add_cb(MixUp()),
+                averaging=lambda l: l.add_cb(WeightAveraging()),
                 bf16=lambda l: l.to_bf16())
 
 @pytest.mark.parametrize('name', ['adversarial','akd','trades','mixup','averaging','bf16'])

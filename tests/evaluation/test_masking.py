@@ -14,8 +14,8 @@ class Behind(nn.Module):
 
 blind = {'larger radius','along the gradient'} # what every mask of the gradient shows
 shows = dict(quantised=blind | {'zero gradients','no gradient needed'}, saturated=blind | {'zero gradients'},
-             sawtooth=blind | {'no gradient needed'},
-    detached=blind | {'zero gradients','no gradient needed'}, misled=blind | {'no gradient needed'})
+             sawtooth=blind | {'no gradient needed'}, detached=blind | {'zero gradients','no gradient needed'},
+             misled=blind | {'no gradient needed'})
 masks = dict(
     quantised = dict(before=lambda x: (x*10).round()/10),
     saturated = dict(after=lambda o: o*1e3),
@@ -32,9 +32,9 @@ def test_masks_are_seen(name, robust_net, test_images):
     assert not report.ok and {s.name for s in report.symptoms if s.suspicious} == shows[name]
     assert repr(report).count('SUSPICIOUS') == len(shows[name]) == report.to_df().suspicious.sum()
 
-@pytest.mark.parametrize('check, accs, suspicious', [('_more_steps', [.6, .5, .5], False),
-                                                     ('_more_steps', [.5, .5, .6], True),
-    ('_more_steps', [.5, .51, .5], False), ('_one_step', [.6, .5], False), ('_one_step', [.5, .6], True)])
+@pytest.mark.parametrize('check, accs, suspicious', [
+    ('_more_steps', [.6, .5, .5], False), ('_more_steps', [.5, .5, .6], True), ('_more_steps', [.5, .51, .5], False),
+    ('_one_step', [.6, .5], False), ('_one_step', [.5, .6], True)])
 def test_accuracies_in_the_wrong_order(check, accs, suspicious, monkeypatch):
     "More steps, or many in place of one, must not help the defender by more than chance"
     from rkd_fastai.evaluation import masking

@@ -295,11 +295,11 @@ def test_another_training_is_refused(make, tmp_path):
             record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
     assert files(tmp_path/'t') == before
 
-@pytest.mark.parametrize('how,message', [(dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
-                                      (dict(attack=None), 'with attack PGD.*not None'),
-    (dict(attack=PGD(.2, steps=1)), 'with attack PGD'), (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'),
-                                      (dict(lost='card.json'), 'no readable `card.json`'),
-                                      (dict(dl=True), 'with labels')])
+@pytest.mark.parametrize('how,message', [
+    (dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
+    (dict(attack=None), 'with attack PGD.*not None'), (dict(attack=PGD(.2, steps=1)), 'with attack PGD'),
+    (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'), (dict(lost='card.json'), 'no readable `card.json`'),
+    (dict(dl=True), 'with labels')])
 def test_resumed_with_other_settings(how, message, make, tmp_path):
     with pytest.raises(KeyboardInterrupt): record(make, tmp_path/'t', Die('before_train', 2), run=tmp_path/'r.pth')
     how = dict(how)
@@ -539,8 +539,8 @@ def test_easiest_and_hardest(digits):
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_sheets_of_images(channels, digits):
-    x,y,score = digits.x[:100].expand(-1, channels, -1, -1)*torch.linspace(.5, 1, channels).view(1, -1, 1,
-                                                                                                 1),digits.y[:100],np.arange(100.) # noqa: E501
+    x,y,score = (digits.x[:100].expand(-1, channels, -1, -1)*torch.linspace(.5, 1, channels).view(1, -1, 1, 1),
+                 digits.y[:100], np.arange(100.))
     axs = plot_easiest_hardest(x, y, score, n=6, ncols=4)
     for ax,idx in zip(axs, easiest_hardest(x, y, score, 6)):
         sheet = np.atleast_3d(np.asarray(ax.images[0].get_array()))
