@@ -19,13 +19,15 @@ from rkd_fastai.pixel import pixel_data
 PLAIN_STATS = ([.3], [.25])
 def make_cb(name, teacher, attack=None, **kw):
     attack = attack or PGD(.1, steps=2)
+    against_teacher = PGD(**{k: v for k,v in attack.settings.items() if k != 'objective'}, objective='kl')
     return dict(at=lambda: AdversarialTraining(attack), trades=lambda: TRADES(PGD(.1, steps=2, objective='kl')),
                 akd=lambda: AKDCallback(teacher, attack=attack, **kw),
                 rslad=lambda: RSLADCallback(teacher, attack=attack, **kw),
-                ard=lambda: ARDCallback(teacher, attack=attack, **kw), ckd=lambda: CKDCallback(teacher, **kw))[name]()
-methods = ['at', 'trades', 'akd', 'rslad', 'ard', 'ckd']
+                ard=lambda: ARDCallback(teacher, attack=attack, **kw), ckd=lambda: CKDCallback(teacher, **kw),
+                adaad=lambda: AdaADCallback(teacher, .8, .6, against_teacher, **kw))[name]()
+methods = ['at', 'trades', 'akd', 'rslad', 'ard', 'ckd', 'adaad']
 each = pytest.mark.parametrize('name', methods)
-distilled = pytest.mark.parametrize('name', ['akd', 'rslad', 'ard', 'ckd'])
+distilled = pytest.mark.parametrize('name', ['akd', 'rslad', 'ard', 'ckd', 'adaad'])
 
 class Spy(Callback):
     """What each training batch looks like to the model, before robust callbacks (order 4) and when the loss is known
@@ -377,9 +379,10 @@ def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, ti
         each_loss = dict(at=lambda: F.cross_entropy(s_adv, y, reduction='none'),
                          trades=lambda: trades_loss(s, s_adv, y, reduction='none'),
                          akd=lambda: akd_loss(s_adv, t_adv, y, .8, reduction='none'),
-                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'),
+                         rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'),
                          ard=lambda: ard_loss(s, s_adv, t, y, .8, reduction='none'),
-                         ckd=lambda: ckd_loss(s, t, y, reduction='none'))[name]()
+                         ckd=lambda: ckd_loss(s, t, y, reduction='none'),
+                         adaad=lambda: adaad_loss(s, s_adv, t, t_adv, y, .8, .6, 'none'))[name]()
     if name != 'at': # adversarial training keeps the Learner's own
         w = torch.ones(10) if w is None else w
         assert spy.losses[0] == pytest.approx(((y@w)*each_loss).sum().item()/(y@w).sum().item(), rel=1e-4)
@@ -547,7 +550,8 @@ def test_mixup_and_cutmix(name, mix, make_learner, make_dls, tiny_net):
         s, s_adv, t, t_adv = model(x), model(x_adv), teacher(x).softmax(1), teacher(x_adv).softmax(1)
         want = dict(at=lambda: F.cross_entropy(s_adv, y), trades=lambda: trades_loss(s, s_adv, y),
                     akd=lambda: akd_loss(s_adv, t_adv, y, .8), rslad=lambda: rslad_loss(s, s_adv, t, y, .8),
-                    ard=lambda: ard_loss(s, s_adv, t, y, .8), ckd=lambda: ckd_loss(s, t, y))[name]()
+                    ard=lambda: ard_loss(s, s_adv, t, y, .8), ckd=lambda: ckd_loss(s, t, y),
+                    adaad=lambda: adaad_loss(s, s_adv, t, t_adv, y, .8, .6))[name]()
     assert spy.losses[0] == pytest.approx(want.item(), rel=1e-4)
     # the attack went for the mixed labels: it raised their cross-entropy
     if name in ('at', 'akd', 'ard'): assert F.cross_entropy(s_adv, y) > F.cross_entropy(s, y)
