@@ -290,8 +290,8 @@ def test_killed_at_any_moment(how, moment, tmp_path):
     net, kept = cifar_resnet18(10, 1/16, 1), sorted(int(p.stem.split('_')[1]) for p in out.glob('epoch_*.pth'))
     assert kept == list(range(1, len(kept)+1)) and len(kept) >= 1 + 2*moment
     rows = (out/'history.csv').read_text().splitlines()[1:]
-    # all epochs that were told are there, and at most one that was not
-    assert len(kept) - len([r for r in rows if r.count(',') == 5]) in (0, 1)
+    # the Recorder logs an epoch just before `KeepEpochs` saves it, so the last row may have no checkpoint
+    assert len([r for r in rows if r.count(',') == 5]) - len(kept) in (0, 1)
     for n in kept:
         net.load_state_dict(torch.load(out/f'epoch_{n}.pth', weights_only=True))
         if n == kept[-1] and not (out/f'epoch_{n}.json').exists(): continue # killed between the weights and their card
