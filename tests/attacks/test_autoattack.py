@@ -167,8 +167,8 @@ def test_single_parts(name, tiny_net, robust_net, test_images, short):
     with pytest.raises(ValueError, match='two classes'): AutoAttack(version=name).parts(robust_net, 1)
     x, y = right_ones(robust_net, test_images, 20)
     for fast in (False, True):
-        flags = measure_robustness(robust_net, x, y, {'square': 'square', 'apgd-ce': 'apgd'}.get(name, 'autoattack'),
-                                   .2, fast=fast).flags
+        flags = measure_robustness(
+            robust_net, x, y, {'square': 'square', 'apgd-ce': 'apgd'}.get(name, 'autoattack'), .2, fast=fast).flags
         assert sum(f.sum() for f in flags.values()) < 20
 
 
@@ -684,8 +684,8 @@ def test_sigkill(robust_net, test_images, tmp_path):
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     def start(how, name, *args):
         subprocess.run([sys.executable, str(tmp_path/'script.py'), how, str(tmp_path/'data.pt'),
-                        str(tmp_path/f'{name}.json'), str(tmp_path/f'{name}.pt'), *args], env=env, check=True,
-                       timeout=280)
+                        str(tmp_path/f'{name}.json'), str(tmp_path/f'{name}.pt'), *args],
+                       env=env, check=True, timeout=280)
     start('kills', 'killed', str(random.randrange(1000)))
     before = json.loads((tmp_path/'killed.json').read_text())
     start('measure', 'killed'); start('measure', 'whole')

@@ -377,7 +377,7 @@ def test_smoothing_and_class_weights(name, kind, mix, make_learner, make_dls, ti
         each_loss = dict(at=lambda: F.cross_entropy(s_adv, y, reduction='none'),
                          trades=lambda: trades_loss(s, s_adv, y, reduction='none'),
                          akd=lambda: akd_loss(s_adv, t_adv, y, .8, reduction='none'),
-                    rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'),
+                         rslad=lambda: rslad_loss(s, s_adv, t, y, .8, reduction='none'),
                          ard=lambda: ard_loss(s, s_adv, t, y, .8, reduction='none'),
                          ckd=lambda: ckd_loss(s, t, y, reduction='none'))[name]()
     if name != 'at': # adversarial training keeps the Learner's own
@@ -690,8 +690,8 @@ def test_keep_epochs(make_learner, make_dls, tiny_net):
                          cbs=[make_cb('at', None), KeepEpochs(2, 'teacher', dict(seed=3)), WeightAveraging(.5)])
     learn.fit(5, .01)
     folder, values = learn.path/learn.model_dir, learn.recorder.values
-    assert sorted(p.name for p in folder.iterdir()) == ['teacher_2.json', 'teacher_2.pth', 'teacher_4.json',
-                                                        'teacher_4.pth']
+    assert sorted(p.name for p in folder.iterdir()) == [
+        'teacher_2.json', 'teacher_2.pth', 'teacher_4.json', 'teacher_4.pth']
     learn.validate(); learn.get_preds()
     assert len(list(folder.iterdir())) == 4
     early = load_teacher(folder/'teacher_4.pth', tiny_net())

@@ -136,8 +136,8 @@ def test_digits():
     oracle = np.rint(o.images.astype(np.float64)*255/16).astype(np.uint8)
     assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in oracle)
     x, y = dls.train.one_batch()
-    assert (type(x) is TensorImageBW and x.shape == (128, 1, 8, 8) and x.dtype == torch.float32 and 0 <= x.min()
-            and x.max() == 1)
+    assert (type(x) is TensorImageBW and x.shape == (128, 1, 8, 8) and x.dtype == torch.float32
+            and 0 <= x.min() and x.max() == 1)
     assert type(y) is TensorCategory and y.dtype == torch.int64 and list(dls.vocab) == list(range(10))
     share = Counter(o[1].item() for o in dls.valid_ds)
     assert all(abs(share[i] - .2*(o.target == i).sum()) <= 1 for i in range(10))
@@ -381,7 +381,7 @@ def test_idx_damage(tmp_path):
     assert (read_idx(f, (4, 4)) == x).all()
     for msg, raw in {'not an IDX file': [b'', b'\0\0\x0b\3' + good[4:], b'\0\0\x08\1' + good[4:], b'<html>'],
                      'does not contain': [good[:-1], good + b'\0', good[:10],
-                                       good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
+                                          good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
         for o in raw:
             f.write_bytes(o)
             with pytest.raises(ValueError, match=f'{f} (is )?{msg}'): read_idx(f, (4, 4))
