@@ -78,8 +78,8 @@ def tiny(tmp_path):
         # some are grey, as published
         for i in range(10): save(root/f'train/{c}/images/{c}_{i}.JPEG', 'L' if i == 3 else 'RGB')
     for i in range(4): save(root/f'val/images/val_{i}.JPEG')
-    (root/'val/val_annotations.txt').write_text(''.join(f'val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n'
-                                                        for i in range(4)))
+    (root/'val/val_annotations.txt').write_text(''.join(
+        f'val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n' for i in range(4)))
     return tmp_path
 
 
@@ -339,8 +339,8 @@ def test_learner_fits_exports_and_predicts(kind, resident, tmp_path, request):
             assert name == dls.vocab[want.argmax().item()] and idx == want.argmax()
 
 def test_predict_an_item_and_refuse_floats(tmp_path):
-    learn = small_learner(arrays_dls((images(40, 8, 8), labels(40, 4)), (images(8, 8, 8), labels(8, 4)), bs=8),
-                          tmp_path)
+    learn = small_learner(
+        arrays_dls((images(40, 8, 8), labels(40, 4)), (images(8, 8, 8), labels(8, 4)), bs=8), tmp_path)
     img = learn.dls.valid_ds.items[0][0]
     with learn.no_bar():
         assert torch.equal(learn.predict(learn.dls.valid_ds[0][0])[2], learn.predict(img)[2])
