@@ -60,8 +60,8 @@ def table(times, ours, bs):
     print(f"{'':<26}{'images/s':>9}{'ms':>8}" + ''.join(f"{'÷ '+o:>24}" for o in ours))
     for k,ts in times.items():
         med = statistics.median(ts)
-        print(f'{k:<26}{bs/med:>9.0f}{med*1e3:>8.1f}' + ''.join(f"{'' if k == o else ratio(ts, times[o]):>24}"
-                                                                for o in ours))
+        print(f'{k:<26}{bs/med:>9.0f}{med*1e3:>8.1f}'
+              + ''.join(f"{'' if k == o else ratio(ts, times[o]):>24}" for o in ours))
 
 def forward_flops(model, x):
     "Floating-point operations of one forward pass"

@@ -76,8 +76,8 @@ class _WideBlock(nn.Module):
 class _WideGroup(nn.Module):
     def __init__(self, n, n_in, n_out, stride, act):
         super().__init__()
-        self.block = nn.Sequential(*[_WideBlock(n_in if i==0 else n_out, n_out, stride if i==0 else 1, act)
-                                     for i in range(n)])
+        self.block = nn.Sequential(*[
+            _WideBlock(n_in if i==0 else n_out, n_out, stride if i==0 else 1, act) for i in range(n)])
     def forward(self, x): return self.block(x)
 
 class _WideResNet(nn.Module):

@@ -38,8 +38,8 @@ def has_bf16(
     device = torch.device(device)
     if device.type == 'cuda':
         with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and any(v for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items()
-                                        if 'bf16' in k)
+    return device.type == 'cpu' and any(
+        v for k,v in getattr(torch.cpu, 'get_capabilities', dict)().items() if 'bf16' in k)
 
 # %% ../nbs/06_speed.ipynb #a1b17062
 class _InputConv(torch.autograd.Function):
@@ -126,8 +126,8 @@ class _FastLayer:
         if isinstance(self.layer, nn.Linear): return F.linear(x, self.weight, self.bias)
         if self.turned is None or torch.is_autocast_enabled(x.device.type):
             return self.layer._conv_forward(x, self.weight, self.bias)
-        return _InputConv.apply(x, self.weight, self.bias, self.turned, self.layer.stride, self.layer.padding,
-                                self.back_padding)
+        return _InputConv.apply(x, self.weight, self.bias, self.turned,
+                                self.layer.stride, self.layer.padding, self.back_padding)
 
 def _same(x): return x
 

@@ -45,14 +45,14 @@ def robustbench(monkeypatch, tiny_net):
 def test_robustbench_is_asked_rightly(robustbench):
     asked, net = robustbench
     t = Teacher.from_robustbench('Engstrom2019Robustness', threat_model='L2', model_dir='/somewhere')
-    assert asked == [dict(model_name='Engstrom2019Robustness', model_dir='/somewhere', dataset='cifar10',
-                          threat_model='L2')]
+    assert asked == [dict(model_name='Engstrom2019Robustness', model_dir='/somewhere',
+                          dataset='cifar10', threat_model='L2')]
     x = torch.rand(5, 3, 8, 8)
     # it normalises inside: pixel space as it is
     close(t.probs(x), probs(copy.deepcopy(net).eval(), x), rtol=1e-5, atol=1e-6)
     assert t.vocab == CIFAR10 and Teacher.from_robustbench('Engstrom2019Robustness', 'cifar100').vocab == []
-    assert asked[-1] == dict(model_name='Engstrom2019Robustness', model_dir='./models', dataset='cifar100',
-                             threat_model='Linf')
+    assert asked[-1] == dict(model_name='Engstrom2019Robustness', model_dir='./models',
+                             dataset='cifar100', threat_model='Linf')
     assert net.training and all(p.requires_grad for p in net.parameters()) # ours is a copy
 
 @pytest.mark.parametrize('args', [('Engstrom',), ('Engstrom2019Robustness', 'mnist'),

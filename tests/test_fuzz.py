@@ -160,8 +160,8 @@ def test_alpha_0_and_1(name, data):
                                             # the layout decides on the order of sums
                                             y=data.draw(labels_of(bs, c)).contiguous())
     y = y.contiguous()
-    same = lambda alpha, a, b: torch.equal(*(loss(*zs, t, y, **kw | dict(alpha=alpha), reduction='none')
-                                             for t,y in (a, b)))
+    same = lambda alpha, a, b: torch.equal(*(
+        loss(*zs, t, y, **kw | dict(alpha=alpha), reduction='none') for t,y in (a, b)))
     assert same(0., (ts[0], y), (others['t'], y))
     if name != 'ard': assert same(1., (ts[0], y), (ts[0], others['y']))
     else:

@@ -355,8 +355,8 @@ def test_a_training_that_sets_what_it_did_not_keep(changes, make_learner, tmp_pa
     with pytest.raises(ValueError, match='is not a value that `Resume` saves'): training(make_learner, path, False)
     assert sorted(p for p in tmp_path.rglob('*')) == before
 
-@pytest.mark.parametrize('changes', [dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3),
-                                  dict(done=10**9)], ids=str)
+@pytest.mark.parametrize('changes', [
+    dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3), dict(done=10**9)], ids=str)
 def test_a_training_of_absurd_numbers(changes, make_learner, tmp_path):
     path = tmp_path/'run.pth'
     training(make_learner, path)

@@ -127,8 +127,7 @@ class Outcome(Callback):
     def before_batch(self): self.record.steps[-1].seen = plain(self.x)
     def after_batch(self):
         vars(self.record.steps[-1]).update(after=copy.deepcopy(self.model.state_dict()),
-                                           rng_after=torch.get_rng_state(),
-        lr=self.opt.hypers[0]['lr'])
+                                           rng_after=torch.get_rng_state(), lr=self.opt.hypers[0]['lr'])
 
 def climb(model, x, loss, start, eps=8/255, steps=10, step=2/255):
     "As the scripts have it: eval mode, sign of the gradient, back into the ball and into [0, 1]"
@@ -426,8 +425,7 @@ def test_unknown_method(bad, make_dls, tiny_net):
     "Not a wish for a teacher, which would not help"
     for teacher in (None, tiny_net(seed=7)):
         with pytest.raises(ValueError, match='unknown `method`.*st.*trades.*rslad'):
-            paper_teacher.replace(method=bad).learner(make_dls(), tiny_net(),
-            teacher=teacher)
+            paper_teacher.replace(method=bad).learner(make_dls(), tiny_net(), teacher=teacher)
 
 def test_training_on_attacks_needs_one(make_dls, tiny_net):
     "An attack that was taken out does not come back as the default one"

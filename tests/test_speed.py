@@ -54,8 +54,8 @@ models = {
     'used twice': (TwiceUsed, 0), 'linear': (Plain1d, 2),
     'torchvision cifar_resnet18': (lambda: torchvision.models.resnet18(num_classes=10), 20),
     'torchvision mobilenet': (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 34),
-    'torchvision vit, no BatchNorm': (lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64,
-                                                                                   num_classes=10), 0),
+    'torchvision vit, no BatchNorm': (lambda: torchvision.models.VisionTransformer(
+        32, 8, 2, 2, 32, 64, num_classes=10), 0),
     'timm cifar_resnet18': (lambda: timm.create_model('resnet18', num_classes=10), 20),
     'timm vgg with BatchNorm': (lambda: timm.create_model('vgg11_bn', num_classes=10), 8),
     'timm efficientnet': (lambda: timm.create_model('efficientnet_b0', num_classes=10), 0),

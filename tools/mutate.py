@@ -30,8 +30,8 @@ harmless = {
      'torch.sign(x_float - x_adv).to(torch.int16) / too_far'): 'a quotient by zero is 0 as an int16',
     ('attacks/fab.py', 'gap >= 0', 'gap > 0'): 'a gap of 0 is no way to go, in either direction',
     ('attacks/fab.py', 'w > 0', 'w >= 0'): 'a component of weight 0 does not move',
-    ('attacks/fab.py', 'room > by[:, None]', 'room >= by[:, None]'): 'a component that has just arrived makes one step '
-                                                                'shorter, of thirty',
+    ('attacks/fab.py', 'room > by[:, None]', 'room >= by[:, None]'):
+        'a component that has just arrived makes one step shorter, of thirty',
     **{('attacks/fab.py', *swap): 'how often it looks whether it is done' for swap in
        (('i % 4 == 3', 'i % 4 != 3'), ('i % 4', 'i * 4'), ('more <= 1e-06 * by', 'more < 1e-06 * by'))},
     ('attacks/square.py', '2 * eps * colour', '2 * eps / colour'): 'colours are 1 and -1',
@@ -42,8 +42,8 @@ harmless = {
 swaps = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.Pow: [ast.Mult],
          ast.FloorDiv: [ast.Mult], ast.Mod: [ast.Mult],
          ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt],
-         ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
-         ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd], ast.And: [ast.Or], ast.Or: [ast.And]}
+         ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd],
+         ast.And: [ast.Or], ast.Or: [ast.And]}
 
 def defined(tree, names):
     "The functions and classes called `names` in `tree`, `Class.method` for methods; all of them where `names` is None"

@@ -111,5 +111,5 @@ def apgd(
         f = _dlr_targeted if targets else dict(ce=_ce, dlr=_dlr)[loss]
         i,found = _APGD(model, x[idx], y[idx], target, eps, f, rng).run(steps)
         return idx[i],found
-    return run_on_remaining(x, [lambda idx, rank=rank: run(idx, rank) for rank in range(2, targets+2)] if targets
-                            else [run]*restarts)
+    return run_on_remaining(x, [lambda idx, rank=rank: run(idx, rank) for rank in range(2, targets+2)]
+                            if targets else [run]*restarts)

@@ -41,8 +41,8 @@ class _Epochs:
         "Return the identifier of the training that claimed this place with the `Resume` file `resume`, or None"
         try: claim = read_json(self.claim)
         except (OSError, ValueError): return None
-        return (claim.get('training') if isinstance(claim, dict) and claim.get('resume') == str(resume.absolute())
-                else None)
+        return (claim.get('training')
+                if isinstance(claim, dict) and claim.get('resume') == str(resume.absolute()) else None)
 
 
 

@@ -50,8 +50,8 @@ def learner_loss(
     learn, # any Learner
 ):
     "Return the Learner's own loss function, also while MixUp or CutMix has replaced it"
-    return next((cb.old_lf for cb in learn.cbs if isinstance(cb, MixHandler) and learn.loss_func == cb.lf),
-                learn.loss_func)
+    return next((cb.old_lf for cb in learn.cbs
+                 if isinstance(cb, MixHandler) and learn.loss_func == cb.lf), learn.loss_func)
 
 def _n_out(learn):
     "Return the number of classes, from the network's output if the DataLoaders do not have it"

@@ -198,8 +198,8 @@ def _names(dls, n_out):
 def _grid(n, nrows, ncols, figsize):
     "Return axes for `n` times three pictures, with the three of an image in one row"
     ncols = ncols or (-(-n//nrows) if nrows else 1)
-    return get_grid(3*n, nrows=nrows, ncols=3*ncols, figsize=figsize, title='Clean/Perturbation/Adversarial',
-                    layout='constrained')
+    return get_grid(3*n, nrows=nrows, ncols=3*ncols, figsize=figsize,
+                    title='Clean/Perturbation/Adversarial', layout='constrained')
 
 @patch
 def show_adversarial(self:Learner,

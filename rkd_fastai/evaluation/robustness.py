@@ -447,8 +447,8 @@ def robustness(self:Learner,
     for name in L(attacks): make_attack(name, eps, norm, seed, bs) # a wrong name fails before the images are read
     x,y,sample = measured_images(self, dl, n, seed, ds_idx)
     with showing(progress, self) as progress:
-        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs, logits, fast,
-                                  progress, sample)
+        return measure_robustness(pixel_model(self), x, y, attacks, eps, norm, seed, state_path, bs,
+                                  logits, fast, progress, sample)
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #04854358
 @patch

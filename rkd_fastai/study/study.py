@@ -415,8 +415,8 @@ def _other_processes(study, n, cell):
     settings = json.dumps([study.spec, str(study.out), study.path and str(study.path), cell])
     env = os.environ | dict(OMP_NUM_THREADS=str(threads))
     logs = [open(study.out/f'process_{k}.log', 'w') for k in range(2, n+1)]
-    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, settings], stdout=f, stderr=f, env=env)
-              for f in logs]
+    others = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, settings],
+                               stdout=f, stderr=f, env=env) for f in logs]
     if n > 1: torch.set_num_threads(threads)
     try: yield
     finally:

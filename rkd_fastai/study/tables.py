@@ -263,8 +263,8 @@ def _min_robust_accuracy(cells, robust, within, baseline):
     baseline, and a sentence about the baseline"""
     try: s,bases = pairs_of(cells, baseline)[0]
     except NotEnough:
-        return -np.inf, ('There is no baseline to compare with here, so the most accurate student '
-                         'may not be robust.')
+        return -np.inf, ('There is no baseline to compare with here, '
+                         'so the most accurate student may not be robust.')
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return (b[robust] - within,
             f"For comparison, {format_value('method', b['method'])} without a teacher ({b['checkpoint']} epoch): "

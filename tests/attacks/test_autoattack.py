@@ -167,8 +167,8 @@ def test_single_parts(name, tiny_net, robust_net, test_images, short):
     with pytest.raises(ValueError, match='two classes'): AutoAttack(version=name).parts(robust_net, 1)
     x, y = right_ones(robust_net, test_images, 20)
     for fast in (False, True):
-        flags = measure_robustness(robust_net, x, y, {'square': 'square', 'apgd-ce': 'apgd'}.get(name, 'autoattack'),
-                                   .2, fast=fast).flags
+        flags = measure_robustness(
+            robust_net, x, y, {'square': 'square', 'apgd-ce': 'apgd'}.get(name, 'autoattack'), .2, fast=fast).flags
         assert sum(f.sum() for f in flags.values()) < 20
 
 
@@ -236,8 +236,8 @@ def test_errors_of_the_fast_model_alone_are_searched_again(forward, robust_net, 
     is_robust = right(robust_net, fast, y)
     assert asked and 0 < want.sum() < 30
     assert (is_robust & ~want).sum() <= 3 and torch.equal(fast[is_robust], x[is_robust])
-    assert torch.equal(measure_robustness(robust_net, x, y, 'autoattack', .1, bs=12, fast=True).flags['autoattack'],
-                       is_robust)
+    assert torch.equal(
+        measure_robustness(robust_net, x, y, 'autoattack', .1, bs=12, fast=True).flags['autoattack'], is_robust)
 
 def test_all_that_falls_on_the_fast_model_is_searched_for_again(robust_net, test_images, monkeypatch, short):
     """Where the faster model is wrong about everything, every part is done on the plain one, if with other random
@@ -466,8 +466,8 @@ def test_full_disk(how, at, robust_net, test_images, tmp_path):
     "One error that names the file; what it held before is whole, and goes on when there is room"
     x, y = (o[:25] for o in test_images)
     path, saves = tmp_path/'state.json', []
-    run = lambda path: measure_robustness(robust_net, x, y, ('clean', 'autoattack'), .12, seed=4, bs=10,
-                                          state_path=path)
+    run = lambda path: measure_robustness(
+        robust_net, x, y, ('clean', 'autoattack'), .12, seed=4, bs=10, state_path=path)
     real = evaluation.write_atomic
     def full(path, text):
         saves.append(text)
@@ -684,8 +684,8 @@ def test_sigkill(robust_net, test_images, tmp_path):
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     def start(how, name, *args):
         subprocess.run([sys.executable, str(tmp_path/'script.py'), how, str(tmp_path/'data.pt'),
-                        str(tmp_path/f'{name}.json'), str(tmp_path/f'{name}.pt'), *args], env=env, check=True,
-                       timeout=280)
+                        str(tmp_path/f'{name}.json'), str(tmp_path/f'{name}.pt'), *args],
+                       env=env, check=True, timeout=280)
     start('kills', 'killed', str(random.randrange(1000)))
     before = json.loads((tmp_path/'killed.json').read_text())
     start('measure', 'killed'); start('measure', 'whole')

@@ -30,8 +30,8 @@ def package(cls, net, x, y, eps, **kwargs):
 
 def package_apgd(net, x, y, eps, loss='ce', targets=0, restarts=1, steps=100, seed=0):
     if targets:
-        return package(APGDAttack_targeted, net, x, y, eps, n_target_classes=targets, n_iter=steps, seed=seed,
-                       logger=quiet)
+        return package(APGDAttack_targeted, net, x, y, eps,
+                       n_target_classes=targets, n_iter=steps, seed=seed, logger=quiet)
     return package(APGDAttack, net, x, y, eps, loss=loss, n_restarts=restarts, n_iter=steps, seed=seed, logger=quiet)
 def package_fab(net, x, y, eps, targets=9, steps=100):
     return package(FABAttack_PT, net, x, y, eps, targeted=True, n_target_classes=targets, n_iter=steps)
@@ -221,8 +221,8 @@ every_search = pytest.mark.parametrize('name', searches)
 
 @pytest.mark.few(8)
 @every_search
-@pytest.mark.parametrize('net_name,eps', [('robust_net', .1), ('robust_net', .2), ('plain_net', .06),
-                                          ('plain_net', .15)])
+@pytest.mark.parametrize('net_name,eps', [
+    ('robust_net', .1), ('robust_net', .2), ('plain_net', .06), ('plain_net', .15)])
 def test_the_same_images_fall(name, net_name, eps, request, test_images):
     net = request.getfixturevalue(net_name)
     x, y = right_ones(net, test_images, 80)

@@ -232,8 +232,8 @@ def test_csv_logger(method, make_learner, make_dls, tiny_net):
     np.testing.assert_allclose(log.iloc[:, 1:-1], learn.recorder.values, rtol=1e-6)
     assert log.train_loss[0] == pytest.approx(seen.losses[0], rel=1e-5) # one batch an epoch
     robust = robust_accuracy(learn.model, *pixel_data(learn), attack)
-    assert list(log.iloc[-1, 2:-1]) == pytest.approx([*make_learner(dls, learn.model, metrics=accuracy).validate(),
-                                                      robust], rel=1e-5)
+    assert list(log.iloc[-1, 2:-1]) == pytest.approx(
+        [*make_learner(dls, learn.model, metrics=accuracy).validate(), robust], rel=1e-5)
 
 @each
 def test_show_graph(method, make_learner, make_dls, tiny_net, monkeypatch):

@@ -224,8 +224,8 @@ class At:
     no `try`"""
     def __init__(self, n): self.left, self.where = n, None
     def __call__(self, frame, what, arg):
-        return (self.line if '/rkd_fastai/' in frame.f_code.co_filename and '/tests/' not in frame.f_code.co_filename
-                else None)
+        return (self.line if '/rkd_fastai/' in frame.f_code.co_filename
+                and '/tests/' not in frame.f_code.co_filename else None)
     def line(self, frame, what, arg):
         if what != 'line' or linecache.getline(frame.f_code.co_filename,
                                                frame.f_lineno).strip() in ('try:', 'finally:', 'try: put_back()'):

@@ -164,7 +164,7 @@ class Counting(nn.Module):
 def test_extra_state(base, tiny_net, tmp_path):
     "What `get_extra_state` returns goes on, the average's too"
     make = lambda net=0, **kw: base(**kw, model=Counting(tiny_net(seed=net)),
-                                cbs=[WeightAveraging(.9), RobustOverfitting('accuracy', restore=True)])
+                                    cbs=[WeightAveraging(.9), RobustOverfitting('accuracy', restore=True)])
     assert check(make, tmp_path, kills=[(None, 6), (3, 8)]).model.steps == 12
 
 def partial_dls(make_dls):

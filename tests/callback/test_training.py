@@ -694,8 +694,8 @@ def test_keep_epochs(make_learner, make_dls, tiny_net):
                          cbs=[make_cb('at', None), KeepEpochs(2, 'teacher', dict(seed=3)), WeightAveraging(.5)])
     learn.fit(5, .01)
     folder, values = learn.path/learn.model_dir, learn.recorder.values
-    assert sorted(p.name for p in folder.iterdir()) == ['teacher_2.json', 'teacher_2.pth', 'teacher_4.json',
-                                                        'teacher_4.pth']
+    assert sorted(p.name for p in folder.iterdir()) == [
+        'teacher_2.json', 'teacher_2.pth', 'teacher_4.json', 'teacher_4.pth']
     learn.validate(); learn.get_preds()
     assert len(list(folder.iterdir())) == 4
     early = load_teacher(folder/'teacher_4.pth', tiny_net())

@@ -285,8 +285,8 @@ def test_callbacks_on_a_narrow_console(encoding, console, tmp_path):
     line.finish('→ 猫')
     for text in ('eps = 8/255', '##########..........', '<= 54 %', '-> ?'): assert text in printed()
     learn = Learner(digits_dls(bs=512), cifar_resnet18(10, 1/16, 1),
-                    metrics=ValueMetric(lambda: next(scores), 'accuracy_ε'), cbs=RobustOverfitting('accuracy_ε'),
-                    path=tmp_path)
+                    metrics=ValueMetric(lambda: next(scores), 'accuracy_ε'),
+                    cbs=RobustOverfitting('accuracy_ε'), path=tmp_path)
     with one_line(learn, 'µ'): learn.fit(2, 0.)
     assert 'robust overfitting: accuracy_eps was 90.0%' in printed()
 

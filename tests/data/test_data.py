@@ -78,8 +78,8 @@ def tiny(tmp_path):
         # some are grey, as published
         for i in range(10): save(root/f'train/{c}/images/{c}_{i}.JPEG', 'L' if i == 3 else 'RGB')
     for i in range(4): save(root/f'val/images/val_{i}.JPEG')
-    (root/'val/val_annotations.txt').write_text(''.join(f'val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n'
-                                                        for i in range(4)))
+    (root/'val/val_annotations.txt').write_text(''.join(
+        f'val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n' for i in range(4)))
     return tmp_path
 
 
@@ -136,8 +136,8 @@ def test_digits():
     oracle = np.rint(o.images.astype(np.float64)*255/16).astype(np.uint8)
     assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in oracle)
     x, y = dls.train.one_batch()
-    assert (type(x) is TensorImageBW and x.shape == (128, 1, 8, 8) and x.dtype == torch.float32 and 0 <= x.min()
-            and x.max() == 1)
+    assert (type(x) is TensorImageBW and x.shape == (128, 1, 8, 8) and x.dtype == torch.float32
+            and 0 <= x.min() and x.max() == 1)
     assert type(y) is TensorCategory and y.dtype == torch.int64 and list(dls.vocab) == list(range(10))
     share = Counter(o[1].item() for o in dls.valid_ds)
     assert all(abs(share[i] - .2*(o.target == i).sum()) <= 1 for i in range(10))
@@ -339,8 +339,8 @@ def test_learner_fits_exports_and_predicts(kind, resident, tmp_path, request):
             assert name == dls.vocab[want.argmax().item()] and idx == want.argmax()
 
 def test_predict_an_item_and_refuse_floats(tmp_path):
-    learn = small_learner(arrays_dls((images(40, 8, 8), labels(40, 4)), (images(8, 8, 8), labels(8, 4)), bs=8),
-                          tmp_path)
+    learn = small_learner(
+        arrays_dls((images(40, 8, 8), labels(40, 4)), (images(8, 8, 8), labels(8, 4)), bs=8), tmp_path)
     img = learn.dls.valid_ds.items[0][0]
     with learn.no_bar():
         assert torch.equal(learn.predict(learn.dls.valid_ds[0][0])[2], learn.predict(img)[2])
@@ -381,7 +381,7 @@ def test_idx_damage(tmp_path):
     assert (read_idx(f, (4, 4)) == x).all()
     for msg, raw in {'not an IDX file': [b'', b'\0\0\x0b\3' + good[4:], b'\0\0\x08\1' + good[4:], b'<html>'],
                      'does not contain': [good[:-1], good + b'\0', good[:10],
-                                       good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
+                                          good[:8] + struct.pack('>2i', 2, 8) + good[16:]]}.items():
         for o in raw:
             f.write_bytes(o)
             with pytest.raises(ValueError, match=f'{f} (is )?{msg}'): read_idx(f, (4, 4))

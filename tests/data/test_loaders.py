@@ -220,8 +220,8 @@ def test_dls_given_stay(resident):
         assert (len(o.loaders) == 3 and o.path == dls.path and list(o.vocab) == list(dls.vocab) and o.c == 10
                 and o.device == dls.device)
         assert o.valid.dataset is dls.valid.dataset and o[2].dataset is dls[2].dataset
-        assert all(torch.equal(p, q) for p,q in zip(*(torch.cat([x for x,_ in d.valid.new(drop_last=False)])
-                                                      for d in (o, dls))))
+        assert all(torch.equal(p, q) for p,q in zip(*(
+            torch.cat([x for x,_ in d.valid.new(drop_last=False)]) for d in (o, dls))))
 
 def test_one_normalisation_each():
     """As `vision_learner` adds it, which looks at the training loader and then adds it to all: two Learners on parts

@@ -195,8 +195,8 @@ def test_mistakes_are_found_before_images_are_read(learner):
 
 def pictures():
     "Every picture of the figure: its pixels, title, colour of the title"
-    return [(np.asarray(ax.images[0].get_array()), ax.get_title(), ax.title.get_color()) for ax in plt.gcf().axes
-            if ax.images]
+    return [(np.asarray(ax.images[0].get_array()), ax.get_title(), ax.title.get_color())
+            for ax in plt.gcf().axes if ax.images]
 
 def same_image(shown, x):
     np.testing.assert_allclose(shown if shown.ndim == 3 else shown[...,None], x.permute(1,2,0).numpy(), atol=2e-6)

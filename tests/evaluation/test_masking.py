@@ -79,8 +79,8 @@ def test_noise_in_the_network_is_seen(robust_net, test_images):
         def __init__(self): super().__init__(); self.net = robust_net
         def forward(self, x): return self.net(x + .3*torch.randn_like(x))
     x, y = (t[:80] for t in test_images)
-    assert {'noise','along the gradient'} <= {s.name for s in check_masking(Noisy().eval(), x, y, .1).symptoms
-                                              if s.suspicious}
+    assert {'noise','along the gradient'} <= {
+        s.name for s in check_masking(Noisy().eval(), x, y, .1).symptoms if s.suspicious}
 
 def test_a_check_of_ones_own(robust_net, test_images):
     from rkd_fastai.evaluation import masking

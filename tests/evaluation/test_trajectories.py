@@ -511,17 +511,17 @@ def test_nothing_is_drawn_of_what_does_not_fit(pair):
     t,s,other = pair
     no_adv,few = Trajectory(s.clean),Trajectory(s.clean[:,:59])
     for f,message in ((lambda: plot_similarity(t, few), '`student` has 59'),
-                   (lambda: plot_right_class(t, other), 'different classes, or in a different order'),
-                   (lambda: plot_improvement(dict(akd=other), t), '`akd` and `teacher`'),
-                   (lambda: plot_similarity(t, no_adv, kind='adv'), 'without an attack'),
-                   (lambda: plot_right_class(t, s, [1., 2.]), '`score` has 2'),
-                   (lambda: plot_right_class(t, s, width=4), '`width`'),
-                   (lambda: plot_similarity(t, s, width=4), '`width`'),
-                   (lambda: plot_improvement({}, t), '`students`'),
-                   (lambda: plot_improvement(dict(a=s), dict(b=t)), '`teacher` must have the labels'),
-                   (lambda: plot_entropy({}), '`trajectories` is empty'),
-                   (lambda: plot_entropy(dict(s=no_adv)), "'s' has no entropy"),
-                   (lambda: plot_similarity(t, s, kind='x'), '`kind`')):
+                      (lambda: plot_right_class(t, other), 'different classes, or in a different order'),
+                      (lambda: plot_improvement(dict(akd=other), t), '`akd` and `teacher`'),
+                      (lambda: plot_similarity(t, no_adv, kind='adv'), 'without an attack'),
+                      (lambda: plot_right_class(t, s, [1., 2.]), '`score` has 2'),
+                      (lambda: plot_right_class(t, s, width=4), '`width`'),
+                      (lambda: plot_similarity(t, s, width=4), '`width`'),
+                      (lambda: plot_improvement({}, t), '`students`'),
+                      (lambda: plot_improvement(dict(a=s), dict(b=t)), '`teacher` must have the labels'),
+                      (lambda: plot_entropy({}), '`trajectories` is empty'),
+                      (lambda: plot_entropy(dict(s=no_adv)), "'s' has no entropy"),
+                      (lambda: plot_similarity(t, s, kind='x'), '`kind`')):
         with pytest.raises(ValueError, match=message): f()
     assert plt.get_fignums() == []
 
@@ -553,11 +553,11 @@ def test_sheets_of_images(channels, digits):
 def test_bad_images(digits):
     x,y,score = digits.x[:20],digits.y[:20]*0,np.arange(20.)
     for f,message in ((lambda: easiest_hardest(x, y, score), '`n` must be from 1 to 10'),
-                   (lambda: easiest_hardest(x, y, score, 0), '`n`'),
-                   (lambda: easiest_hardest(x, y, score, 1, 3), 'class 3'),
-                   (lambda: easiest_hardest(x, y[1:], score, 2), '`x`, `y` and `score`'),
-                   (lambda: plot_easiest_hardest(x[:,0], y, score, 2), '`x` must be images'),
-                   (lambda: plot_easiest_hardest(x, y, score, 2, ncols=0), '`ncols`'),
-                   (lambda: easiest_hardest(x, y, score*np.nan, 2), '`score`')):
+                      (lambda: easiest_hardest(x, y, score, 0), '`n`'),
+                      (lambda: easiest_hardest(x, y, score, 1, 3), 'class 3'),
+                      (lambda: easiest_hardest(x, y[1:], score, 2), '`x`, `y` and `score`'),
+                      (lambda: plot_easiest_hardest(x[:,0], y, score, 2), '`x` must be images'),
+                      (lambda: plot_easiest_hardest(x, y, score, 2, ncols=0), '`ncols`'),
+                      (lambda: easiest_hardest(x, y, score*np.nan, 2), '`score`')):
         with pytest.raises(ValueError, match=message): f()
     assert plt.get_fignums() == []

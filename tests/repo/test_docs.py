@@ -298,8 +298,8 @@ def site(tmp_path_factory):
         pytest.importorskip(name, reason="the site needs the extra `docs`: pip install -e '.[docs]'")
     if site_check.find_chromium() is None: pytest.skip('the site is looked at in chromium, which is not installed')
     folder = tmp_path_factory.mktemp('site')
-    subprocess.run([sys.executable, '-W', 'ignore', root/'tools/docs.py', folder/'pages', folder/'site'], check=True,
-                   cwd=root)
+    subprocess.run([sys.executable, '-W', 'ignore', root/'tools/docs.py', folder/'pages', folder/'site'],
+                   check=True, cwd=root)
     return folder/'site'
 
 @pytest.mark.slow

@@ -54,8 +54,8 @@ public = { # module: name: argument: default
         WeightAveraging=dict(decay=.995), KeepEpochs=dict(every=1, fname='epoch'),
         RobustAccuracy=dict(attack=pgd, n=None)),
     'learner': dict(rkd_learner=dict(dls=no, arch=no, teacher=no, method='akd', alpha=.8, lam=5/6, attack=None, T=1.)),
-    'evaluation.export': dict(export_robustbench=dict(model=no, x=no, folder=no, robustness=None, norm='Linf',
-                                                      n_test=None)),
+    'evaluation.export': dict(
+        export_robustbench=dict(model=no, x=no, folder=no, robustness=None, norm='Linf', n_test=None)),
     'evaluation': dict(robust_accuracy=dict(model=no, x=no, targ=no, attack=None, bs=256)),
     'models': dict(cifar_resnet18=dict(n_out=10, width=1., n_in=3),
                    wide_resnet=dict(depth=28, widen=10, n_out=10, act=nn.SiLU, n_in=3)),

@@ -22,8 +22,7 @@ base = dict(data='toys', eps=8/255, n=1000, noise=0., width=1.)
 def at(clean, robust, checkpoint='last', epochs=80, **kwargs):
     "A baseline"
     return base | dict(method='at', checkpoint=checkpoint, epochs=epochs, clean=clean, pgd20=robust, n_clean=400,
-                       n_pgd20=400,
-                       seed=0) | kwargs
+                       n_pgd20=400, seed=0) | kwargs
 
 def student(clean, robust, method='akd', teacher='at', alpha=.5, teacher_epoch=40, **kwargs):
     "A student"
@@ -39,8 +38,8 @@ def study(seed=0, methods=('akd','rslad'), teachers=('st','at'), stops=(10,20,40
     for checkpoint,i in itertools.product(('last','best'), range(seeds)):
         found.append(at(*rng.uniform([.7,.4], [.75,.45]), checkpoint, seed=i, **kwargs))
     for m,t,s,a,i in itertools.product(methods, teachers, stops, alphas, range(seeds)):
-        found.append(student(*rng.uniform([.66,.36], [.78,.48]), m, t, a, s, seed=i, lam=5/6 if m == 'rslad' else None,
-                             **kwargs))
+        found.append(student(*rng.uniform([.66,.36], [.78,.48]), m, t, a, s, seed=i,
+                             lam=5/6 if m == 'rslad' else None, **kwargs))
     return frame(*found)
 
 def number(text): return float(text.split(' ')[0].replace('−', '-'))
@@ -117,9 +116,9 @@ def test_pareto_against_all_pairs(seed):
 
 def test_main_is_the_task_of_most_students():
     df = pd.concat([study(width=.25), frame(student(.7, .4, width=.25, T=4.)), study(), study(n=500, stops=(10,)),
-                    study(noise=.2, stops=(10,)), frame(student(.7, .4, T=4.),
-                                                        base | dict(method='teacher', teacher='at', n=500, clean=.5,
-                                                                    pgd20=.3))])
+                    study(noise=.2, stops=(10,)),
+                    frame(student(.7, .4, T=4.), base | dict(method='teacher', teacher='at', n=500, clean=.5,
+                                                             pgd20=.3))])
     got = main_task(df) # as many of width 1/4
     assert (len(got) == len(study()) + 1 and set(got[got.method != 'teacher'].width) == {1.}
             and not (got['T'] == 4).any())
@@ -174,8 +173,8 @@ def test_select_shows_a_stronger_attack_where_it_was_run():
             and '1 row without AutoAttack is left out.' in select(df, robust='autoattack').attrs['caption'])
 
 def test_table2_is_of_students_of_one_teacher_per_width():
-    df = pd.concat([study(0), study(1, width=.25), frame(student(.9, .9, teacher='4 at', members=4),
-                                                         student(.9, .9, teacher_width=4.))])
+    df = pd.concat([study(0), study(1, width=.25),
+                    frame(student(.9, .9, teacher='4 at', members=4), student(.9, .9, teacher_width=4.))])
     assert '90.0' in select(df).Clean.tolist()
     got = table2(df)
     assert '90.0' not in got.Clean.tolist() and got['Layer size'].tolist() == ['1']*4 + ['1/4']*4
@@ -213,8 +212,8 @@ def test_spread_of_a_gain():
     assert (one.robust_gain_std == pytest.approx((.4*.6/400 + .5*.5/400)**.5)
             and one.clean_gain_std == pytest.approx((.7*.3/400 + .8*.2/400)**.5))
 
-not_robust = ('Distillation does not win in robustness: no student is shown to be more robust than the baseline '
-              '({}).')
+not_robust = ('Distillation does not win in robustness: '
+              'no student is shown to be more robust than the baseline ({}).')
 
 @pytest.mark.parametrize('clean, robust, result, verdict', [
     (.8, .6, 'better in both',
@@ -233,8 +232,8 @@ def test_what_a_gain_means(clean, robust, result, verdict):
     assert got.Result[0] == result and got.attrs['verdict'].startswith(verdict)
 
 def test_verdict_names_where_distillation_does_not_win():
-    good,bad = [(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., 1/4)],(at(.5, .3, width=1/16),
-                                                                                     student(.6, .2, width=1/16))
+    good,bad = ([(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., 1/4)],
+                (at(.5, .3, width=1/16), student(.6, .2, width=1/16)))
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
     assert (verdict[0].startswith('Distillation wins in robustness: a student is more robust than the baseline by +20')
             and 'points at layer size 1/4' in verdict[0] and 'points at layer size 1.' in verdict[0]
@@ -261,10 +260,9 @@ def test_students_without_a_baseline_are_named(table):
         pd.concat([*pairs, two])).attrs['caption']
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize('name, values, where', [('augment', ('flip', 'none'), 'with no augmentation'),
-                                                 ('augment', ('flip', None), 'with usual augmentation'),
-                                                 ('size', (None, 14), 'at image size 14'),
-    ('arch', ('resnet18', 'wrn-28-10'), 'with wrn-28-10')])
+@pytest.mark.parametrize('name, values, where', [
+    ('augment', ('flip', 'none'), 'with no augmentation'), ('augment', ('flip', None), 'with usual augmentation'),
+    ('size', (None, 14), 'at image size 14'), ('arch', ('resnet18', 'wrn-28-10'), 'with wrn-28-10')])
 def test_every_setting_of_a_task_has_a_text(name, values, where):
     "Augmentation, image size and network once ended every report that they differed in"
     df = pd.concat([frame(at(.7, .4), student(.8, r)).assign(**{name: v}) for v,r in zip(values, (.6, .2))])
@@ -297,8 +295,9 @@ def test_students_that_were_trained_differently_are_distinguished():
             or sorted(by[:2]) == ['AT, schedule exp, compared with', 'AT, schedule onecycle'])
 
 def test_teacher_width_is_named_where_it_differs():
-    own = frame(*(r for w in (1., .25) for r in (at(.7, .4, width=w), student(.7, .5, width=w, teacher_width=w),
-                                                 student(.7, .5, width=w, teacher_width=w, alpha=.8))))
+    own = frame(*(r for w in (1., .25) for r in (
+        at(.7, .4, width=w), student(.7, .5, width=w, teacher_width=w),
+        student(.7, .5, width=w, teacher_width=w, alpha=.8))))
     assert len(main_task(own, free=['width'])) == len(own) and set(views(own)) >= {'selected','capacity'}
     assert 'Teacher' not in ' '.join(select(own).Hyperparameters) and 'Teacher’s layer size' not in gain(own)
     both = pd.concat([own, frame(student(.7, .5, width=.25, teacher_width=1.))])
@@ -314,8 +313,8 @@ def test_table2_leaves_out_students_of_another_architecture():
 def test_radius_of_the_teachers():
     df = frame(at(.7, .4, eps=24/255), *(student(.7, .4, teacher=t, eps=24/255) for t in ('st','lat','at')))
     assert table3(df)['ε of the teacher'].tolist() == ['0','6/255','24/255']
-    assert table3(df.assign(teacher_eps=df.teacher.map(dict(st=0., lat=2/255,
-                                                            at=24/255))))['ε of the teacher'].tolist() == ['0','2/255','24/255'] # noqa: E501
+    assert (table3(df.assign(teacher_eps=df.teacher.map(dict(st=0., lat=2/255, at=24/255))))['ε of the teacher']
+            .tolist() == ['0','2/255','24/255'])
 
 def test_what_is_chosen_for_each_kind_of_teacher():
     df = frame(at(.7, .4), *(student(*v, m, t, alpha=a) for m in ('akd','rslad') for t,a,v in [
@@ -336,9 +335,8 @@ def test_what_is_chosen_for_each_kind_of_teacher():
 
 def test_ensembles_are_compared_at_the_same_settings():
     df = frame(student(.7, .40, alpha=.5), student(.7, .50, alpha=.9), student(.71, .45, teacher='4 at', members=4),
-               student(.72, .46, teacher='2 at', members=2),
-               student(.7, .9, teacher='2 st, 2 at', beta=.5), student(.7, .3, teacher='ffgsm'),
-               student(.7, .31, teacher='4 ffgsm', alpha=.7))
+               student(.72, .46, teacher='2 at', members=2), student(.7, .9, teacher='2 st, 2 at', beta=.5),
+               student(.7, .3, teacher='ffgsm'), student(.7, .31, teacher='4 ffgsm', alpha=.7))
     got = table5(df).set_index('Teacher training')
     assert (got.loc['AT','1 model PGD-20'].tolist() == ['40.0','40.0']
             and sorted(got.loc['AT','4 models PGD-20']) == ['45.0','–']
@@ -347,10 +345,10 @@ def test_ensembles_are_compared_at_the_same_settings():
     with pytest.raises(ValueError, match='both alone and as an ensemble'): table5(study())
 
 def test_teachers_themselves():
-    own = lambda t, *v, **kw: base | dict(method='teacher', teacher=t, clean=v[0], pgd7=v[1], autoattack=v[2],
-                                          seed=0) | kw
-    got = table12(frame(own('at', .8, .5, .4), own('at', .82, .52, None, seed=1), own('4 at', .81, .51, .45),
-                        at(.1, .1)))
+    own = lambda t, *v, **kw: base | dict(
+        method='teacher', teacher=t, clean=v[0], pgd7=v[1], autoattack=v[2], seed=0) | kw
+    got = table12(frame(own('at', .8, .5, .4), own('at', .82, .52, None, seed=1),
+                        own('4 at', .81, .51, .45), at(.1, .1)))
     assert got.Teacher.tolist() == ['AT','4 × AT'] and got.Models.tolist() == ['1','4']
     assert (got.Clean.tolist() == ['81.0 ± 1.4','81.0'] and got['PGD-7'].tolist() == ['51.0 ± 1.4','51.0']
             and got.AutoAttack.tolist() == ['40.0 (1 of 2 seeds)','45.0'])
@@ -380,9 +378,9 @@ def test_beta_and_capacity_tables():
     got = beta_table(df)
     assert (got['β'].tolist() == ['0','0.5','1'] and got.Clean.tolist() == ['70.0','75.0','80.0']
             and set(got.Network) == {'AKD⁺, 2 × ST + 2 × AT'})
-    widths = frame(*(r for w in (1/16,1.) for r in (at(.6, .3, width=w), student(.6+w/10, .3-w/10, width=w, alpha=.1),
-                                                    student(.59, .35+w/10, width=w, alpha=.9),
-                                                    student(.9, .9, width=w, teacher='4 at'))))
+    widths = frame(*(r for w in (1/16,1.) for r in (
+        at(.6, .3, width=w), student(.6+w/10, .3-w/10, width=w, alpha=.1),
+        student(.59, .35+w/10, width=w, alpha=.9), student(.9, .9, width=w, teacher='4 at'))))
     got = capacity_table(widths)
     assert (got['Layer size'].tolist() == ['1/16','1']
             and [number(v) for v in got['RKD-Rob.: PGD-20 gain']] == [5.6,15.0])
@@ -405,9 +403,9 @@ def test_captions_say_how_it_was_measured():
         text = f(df, robust='pgd20').attrs['caption']
         assert ('± is the standard deviation' in text) == (f is not gain) # there it is that of a difference
         for part in ('toys; 1000 training images; ε = 8/255; layer size 1; test images: 400 (Clean), 300',
-                     '1 to 2 seeds', '1 diverged training is left out.',
-                     '1 row without accuracies is left out.',
-                     '1 row without PGD-20 is left out.'): assert part in text, (f, part, text)
+                     '1 to 2 seeds', '1 diverged training is left out.', '1 row without accuracies is left out.',
+                     '1 row without PGD-20 is left out.'):
+            assert part in text, (f, part, text)
     assert ('one seed, so there is no ±' in select(study(seeds=1)).attrs['caption']
             and 'left out' not in select(study()).attrs['caption'])
     assert ('20 % wrong labels' in select(study(noise=.2)).attrs['caption']
@@ -452,8 +450,8 @@ def test_every_student_is_where_it_belongs(color):
     assert sum('AT alone' in t for t in labels) == 2 and '36 students' in fig.get_label()
 
 def test_colours_and_sizes_grow():
-    df = frame(at(.7, .4), *(student(.7+a/100, .4-s/1000, alpha=a, teacher_epoch=s) for a in (.1,.5,.9)
-                             for s in (10,20)))
+    df = frame(at(.7, .4), *(student(.7+a/100, .4-s/1000, alpha=a, teacher_epoch=s)
+                             for a in (.1,.5,.9) for s in (10,20)))
     fig = plot_pareto(df)
     drawn, = [c for c in fig.axes[0].collections if hasattr(c, 'get_sizes') and len(c.get_offsets()) == 6]
     look = pd.DataFrame(dict(alpha=((drawn.get_offsets()[:,0]-70)).round(1),
@@ -462,8 +460,8 @@ def test_colours_and_sizes_grow():
     assert ((look.groupby('alpha')['size'].nunique() == 1).all()
             and look.groupby('alpha')['size'].first().is_monotonic_increasing and look['size'].nunique() == 3)
     assert ((look.groupby('teacher_epoch').green.nunique() == 1).all()
-            and look.groupby('teacher_epoch').green.first().tolist()[0] < look.groupby('teacher_epoch').green.first()
-            .tolist()[1])
+            and look.groupby('teacher_epoch').green.first().tolist()[0]
+                < look.groupby('teacher_epoch').green.first().tolist()[1])
 
 def test_what_is_far_below_is_counted():
     df = frame(at(.7, .4), student(.72, .41), student(.9, .05, alpha=1.), student(.5, .5, alpha=.9))
@@ -493,8 +491,8 @@ def test_map_shows_its_numbers(value, c):
         exact = g.pivot_table(index='alpha', columns='teacher_epoch', values=c).to_numpy()
         assert frames == [np.unravel_index(exact.argmax(), exact.shape)]
         shade = ax.images[0]
-        assert shade.norm.vcenter == pytest.approx(100*over_seeds(df).query("method == 'at'").sort_values('pgd20')[c]
-                                                   .iloc[-1])
+        assert shade.norm.vcenter == pytest.approx(
+            100*over_seeds(df).query("method == 'at'").sort_values('pgd20')[c].iloc[-1])
     assert plot_map(df[df.method != 'at'], value).axes[0].images[0].cmap.name == 'viridis' # nothing to compare with
 
 def test_lines_and_gains_are_where_they_belong():
@@ -624,9 +622,9 @@ def test_a_report_where_no_baseline_is_the_one(tmp_path):
     "Networks trained by two other methods than AT: a caller is asked which, the page leaves out what compares"
     df = pd.concat([frame(student(.7, .4)), frame(at(.7, .4, method='st'), at(.7, .4, method='trades'))])
     page = Page(write_report(df, tmp_path, 'A study').read_text(encoding='utf8'))
-    assert list(views(df)) == ['baselines'] and any(t.startswith("gain: the study has no network trained by 'at' to "
-                                                                 "compare with, but some by ['st', 'trades']")
-                                                    for t in page.texts)
+    assert list(views(df)) == ['baselines'] and any(
+        t.startswith("gain: the study has no network trained by 'at' to compare with, but some by ['st', 'trades']")
+        for t in page.texts)
 
 def test_nothing_is_written_where_a_figure_fails(tmp_path, monkeypatch):
     def fails(*args, **kwargs): raise RuntimeError('no room')
@@ -647,10 +645,9 @@ def test_neither_fastai_nor_a_display_is_needed():
 students,teachers = frame(student(.7, .4), student(.7, .4, alpha=.9)),frame(at(.7, .4))
 
 @pytest.mark.parametrize('call, says', [
-    (lambda: select([1]), '`df` must be a DataFrame'), (lambda: select(pd.DataFrame(dict(method=['akd']))),
-                                                        "no column 'clean'"),
-                                                        (lambda: over_seeds(pd.DataFrame(dict(clean=[.5]))),
-                                                         "no column 'method'"),
+    (lambda: select([1]), '`df` must be a DataFrame'),
+    (lambda: select(pd.DataFrame(dict(method=['akd']))), "no column 'clean'"),
+    (lambda: over_seeds(pd.DataFrame(dict(clean=[.5]))), "no column 'method'"),
     (lambda: select(students.assign(clean=70.)), "'clean' must hold fractions"),
     (lambda: select(students.assign(eps='8/255')), "'eps' must hold numbers"),
     (lambda: select(students.assign(method=None)), "'method' is empty"),
@@ -688,8 +685,8 @@ def test_text_plot_is_of_one_task():
     "Students of another radius are no rivals, and a teacher is no baseline"
     df = frame(at(.7, .4), student(.75, .45), student(.72, .5, alpha=.8))
     plot = pareto_text(df)
-    other = frame(student(.9, .9, eps=1/255), base | dict(method='teacher', teacher='st', checkpoint='last', clean=.95,
-                                                          pgd20=.01, seed=0))
+    other = frame(student(.9, .9, eps=1/255),
+                  base | dict(method='teacher', teacher='st', checkpoint='last', clean=.95, pgd20=.01, seed=0))
     assert pareto_text(pd.concat([df, other])) == plot and plot.count('●') == 3 and ' 50.0 ┤' in plot
 
 def test_figures_and_text_round_as_tables_do():
@@ -697,16 +694,16 @@ def test_figures_and_text_round_as_tables_do():
     df = frame(at(.7, .4025), student(.7525, .4525), student(.7225, .4425, alpha=.8),
                student(.7225, .4325, teacher_epoch=20))
     shown = {t.get_text() for ax in plot_map(df).axes for t in ax.texts}
-    assert shown == {'45.3','44.3','43.3'} and {v for v in map_table(df).iloc[:, 3:].to_numpy()
-                                                .ravel()} - {'–'} == shown
+    assert (shown == {'45.3','44.3','43.3'}
+            and {v for v in map_table(df).iloc[:, 3:].to_numpy().ravel()} - {'–'} == shown)
     assert (' 45.3 ┤' in pareto_text(df) and ' 40.3 ┤' in pareto_text(df)
             and pareto_text(df).splitlines()[-2].split() == ['70.0','clean,','%','75.3'])
     for words in (plot_map(df).get_label(), plot_pareto(df).get_label()): assert '45.3 %' in words and '40.3 %' in words
     assert '75.3 % clean' in plot_pareto(df).get_label()
 
 def test_all_stars_of_the_mixture_are_in_its_legend():
-    df = frame(at(.7, .4), at(.69, .42, checkpoint='best'), *[student(.7+b/50, .5-b/50, teacher='2 st, 2 at', beta=b)
-                                                         for b in (0., .5, 1.)])
+    df = frame(at(.7, .4), at(.69, .42, checkpoint='best'),
+               *[student(.7+b/50, .5-b/50, teacher='2 st, 2 at', beta=b) for b in (0., .5, 1.)])
     fig = plot_beta(df)
     texts = [t.get_text() for t in fig.legends[0].get_texts()]
     assert texts == ['AKD⁺, 2 × ST + 2 × AT', 'AT alone, best epoch', 'AT alone, last epoch']

@@ -25,8 +25,8 @@ def test_report_is_that_of_its_cards(folder):
     assert {f.stem for f in (folder/'report').glob('*.md')} == set(found) and 'gain' in found
     for name,v in found.items():
         assert (folder/f'report/{name}.md').read_text(encoding='utf8') == as_markdown(v.table), name
-    assert read_study(folder.with_suffix('.toml'))[2] == json.loads((folder/'study.json')
-                                                                    .read_text(encoding='utf8'))['title']
+    assert (read_study(folder.with_suffix('.toml'))[2]
+            == json.loads((folder/'study.json').read_text(encoding='utf8'))['title'])
 
 baseline = {'adversarial training, last epoch': dict(method='at', checkpoint='last'),
             'the same, best epoch': dict(method='at', checkpoint='best')}
@@ -42,24 +42,24 @@ shown = [('README.md', 'early', 'What it is worth', baseline
           baseline | {f'AKD⁺ student, α {a:g}': dict(method='akd', alpha=a) for a in (.8, 1.)}),
          ('results/fashion_mnist/README.md', 'grid', 'Early stopping and label mixing',
           baseline | {f'{m}⁺, α {a:g}, teacher of epoch {e}': dict(method=m.lower(), alpha=a, teacher_epoch=e)
-                      for m,a,e in
-             (('AKD', .5, 10), ('AKD', .8, 20), ('RSLAD', .8, 20), ('RSLAD', .8, 40), ('AKD', .8, 40), ('AKD', 1., 10),
-              ('ARD', .8, 40))}),
+                      for m,a,e in (('AKD', .5, 10), ('AKD', .8, 20), ('RSLAD', .8, 20), ('RSLAD', .8, 40),
+                                    ('AKD', .8, 40), ('AKD', 1., 10), ('ARD', .8, 40))}),
          ('results/fashion_mnist/README.md', 'teachers', 'Kinds of teacher and ensembles',
           baseline | {'four AT teachers themselves': dict(method='teacher', teacher='4 at'),
-             'RSLAD⁺, α 0.3, ST teacher': dict(method='rslad', teacher='st'),
+                      'RSLAD⁺, α 0.3, ST teacher': dict(method='rslad', teacher='st'),
                       'AKD⁺, α 0.8, LAT teacher (ε 2/255)': dict(method='akd', teacher='lat', alpha=.8),
-             'AKD⁺, α 0.8, four AT teachers': dict(method='akd', teacher='4 at')}
+                      'AKD⁺, α 0.8, four AT teachers': dict(method='akd', teacher='4 at')}
           | {f'AKD⁺, α 0.8, {t} teacher': dict(method='akd', teacher=t.lower(), alpha=.8)
-             for t in ('ST','FFGSM','AT')} |
-             {f'AKD⁺, α 0.8, two ST and two AT teachers, β {b:g}': dict(method='akd', teacher='2 st, 2 at', beta=b)
-              for b in (0., .5, 1.)}),
+             for t in ('ST','FFGSM','AT')}
+          | {f'AKD⁺, α 0.8, two ST and two AT teachers, β {b:g}': dict(method='akd', teacher='2 st, 2 at', beta=b)
+             for b in (0., .5, 1.)}),
          ('results/fashion_mnist/README.md', 'sizes', 'Number of images, and a smaller network',
-          {f'{n:,} images, width {w}: {k}': v | dict(n=n) for n,w in ((500, '1/8'), (2000, '1/8'), (1000, '1/16'))
-             for k,v in (baseline | {'AKD⁺ student': dict(method='akd')}).items()}),
+          {f'{n:,} images, width {w}: {k}': v | dict(n=n)
+           for n,w in ((500, '1/8'), (2000, '1/8'), (1000, '1/16'))
+           for k,v in (baseline | {'AKD⁺ student': dict(method='akd')}).items()}),
          ('results/fashion_mnist/README.md', 'augment', 'A wider network, and augmentation',
           {f'{w}: {k}': v | has for w,has in (('width 1/4, flips', dict(augment='flip', width=1/4)),
-             ('width 1/8, no augmentation', dict(augment='none')),
+                                              ('width 1/8, no augmentation', dict(augment='none')),
                                               ('width 1/8, crops and flips', dict(augment='usual')))
            for k,v in (baseline | {'AKD⁺ student': dict(method='akd')}).items()}),
          ('results/fashion_mnist/README.md', 'few', '500 images with three seeds',

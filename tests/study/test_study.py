@@ -34,8 +34,8 @@ def finished(tmp_path_factory):
     return s
 
 def test_cells_are_the_product_of_their_lists():
-    cells,_,_ = read_study(spec(dict(method='akd', alpha=[.5,1.], teacher_epoch=[1,2,3]), dict(method=['at','st']),
-                                seed=[1,2]))
+    cells,_,_ = read_study(spec(
+        dict(method='akd', alpha=[.5,1.], teacher_epoch=[1,2,3]), dict(method=['at','st']), seed=[1,2]))
     assert len(cells) == 2*(2*3 + 2) and len({c.id for c in cells}) == len(cells)
     assert [c.seed for c in cells] == sorted(c.seed for c in cells)
 
@@ -43,10 +43,10 @@ def test_the_same_cell_is_there_once():
     assert len(read_study(spec(dict(method='akd', alpha=[.8, .8]), dict(method='akd'),
                                dict(method='akd', teacher='at', T=1.)))[0]) == 1
 
-@pytest.mark.parametrize('one, other', [(dict(teacher='1 at'), dict(teacher='at')),
-                                        (dict(teacher='at, at'), dict(teacher='2  at')),
-                                        (dict(teacher='st,02 at'), dict(teacher='st, at, at')),
-    (dict(attack='pgd7'), dict()), (dict(arch='wrn-10-1', width=.5), dict(arch='wrn-10-1'))])
+@pytest.mark.parametrize('one, other', [
+    (dict(teacher='1 at'), dict(teacher='at')), (dict(teacher='at, at'), dict(teacher='2  at')),
+    (dict(teacher='st,02 at'), dict(teacher='st, at, at')), (dict(attack='pgd7'), dict()),
+    (dict(arch='wrn-10-1', width=.5), dict(arch='wrn-10-1'))])
 def test_the_same_cell_has_one_name(one, other):
     a,b = (make_cell(**settings | dict(method='akd') | o) for o in (one, other))
     assert a == b and a.id == b.id
@@ -73,8 +73,7 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
     (dict(method='at', schedule='cosine'), 'unknown `schedule`'),
     (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'has no setting `alpha`'),
     (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "'member'"),
-    (dict(alpha=.5), 'has no `method`'),
-    (dict(method='akd', epochs=0), '`epochs` must be at least 1'),
+    (dict(alpha=.5), 'has no `method`'), (dict(method='akd', epochs=0), '`epochs` must be at least 1'),
     (dict(method='akd', teacher_epoch=0), '`teacher_epoch` must be at least 1'),
     (dict(method='akd', teacher_epochs=0), '`teacher_epochs` must be at least 1'),
     (dict(method='akd', alpha=[]), '`alpha` is an empty list'),
@@ -85,22 +84,20 @@ def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
     assert says in str(e.value) and 'pydantic' not in str(e.value), e.value
     assert not (tmp_path/'s').exists()
 
-@pytest.mark.parametrize('wrong,says', [(dict(grid=dict(method='at')), '[[grid]], with two brackets'),
-                                        (dict(grid=[]), 'two brackets'), (dict(grid=[3]), 'two brackets'),
-                                        (dict(grid=3), 'two brackets'),
-    (dict(measure=3), '[measure] above'), (dict(title=3), '`title` is a text'),
-                                        (dict(eps=dict(a=1)), '`eps` must be a number')])
+@pytest.mark.parametrize('wrong,says', [
+    (dict(grid=dict(method='at')), '[[grid]], with two brackets'), (dict(grid=[]), 'two brackets'),
+    (dict(grid=[3]), 'two brackets'), (dict(grid=3), 'two brackets'), (dict(measure=3), '[measure] above'),
+    (dict(title=3), '`title` is a text'), (dict(eps=dict(a=1)), '`eps` must be a number')])
 def test_a_file_of_another_form(wrong, says, tmp_path):
     with pytest.raises(ValueError) as e: Study(dict(grid=[dict(method='at')]) | wrong, tmp_path/'s')
     assert says in str(e.value), e.value
 
-@pytest.mark.parametrize('measure, says', [(dict(attack=['pgd20']), "'attacks'"),
-                                           (dict(attacks=['pgd']), 'unknown attack'),
-                                           (dict(attacks=[]), 'a non-empty list'),
-                                           (dict(attacks='clean'), 'a list of names'),
+@pytest.mark.parametrize('measure, says', [
+    (dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack'),
+    (dict(attacks=[]), 'a non-empty list'), (dict(attacks='clean'), 'a list of names'),
     (dict(n=0), '`n` of .measure. must be at least 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'),
-                                           (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'),
-                                           (dict(fast=1), '`fast` of .measure. must be true or false')])
+    (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'),
+    (dict(fast=1), '`fast` of .measure. must be true or false')])
 def test_mistakes_in_what_is_measured(measure, says, tmp_path):
     with pytest.raises(ValueError, match=says): Study(spec(dict(method='at'), measure=measure), tmp_path/'s')
 
@@ -119,8 +116,8 @@ def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path
     was written"""
     from rkd_fastai.cli.main import main
     images = make_images()
-    (tmp_path/'my.toml').write_text('data = "images"\nsize = 32\nepochs = 1\nwidth = "1/16"\n[measure]\nattacks = '
-                                    '["clean", "pgd1"]\n[[grid]]\nmethod = "st"\n')
+    (tmp_path/'my.toml').write_text('data = "images"\nsize = 32\nepochs = 1\nwidth = "1/16"\n'
+                                    '[measure]\nattacks = ["clean", "pgd1"]\n[[grid]]\nmethod = "st"\n')
     (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
     for command in (['--dry-run'], ['--out', 'out']): main(['study', '../my.toml', *command])
     cell, = Path('out/cells').iterdir()
