@@ -140,10 +140,9 @@ def test_images_do_not_feel_each_other(name, data):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(data.draw(seeds)))
     torch.testing.assert_close(loss(*(t[order] for t in (*zs, *ts)), y[order], **kw, reduction='none'), each[order],
                                rtol=1e-6, atol=tolerance(zs, kw)/10)
-    i, j, which = (data.draw(st.integers(0, len(y)-1)), data.draw(st.integers(0, zs[0].shape[1]-1)),
-                   data.draw(st.integers(0, len(zs)-1)))
+    i, j, at = (data.draw(st.integers(0, n-1)) for n in (len(y), zs[0].shape[1], len(zs)))
     bad = [z.clone() for z in zs]
-    bad[which][i,j] = data.draw(st.sampled_from([nan, inf])) # -inf is a class that is ruled out
+    bad[at][i,j] = data.draw(st.sampled_from([nan, inf])) # -inf is a class that is ruled out
     got = loss(*bad, *ts, y, **kw, reduction='none')
     others = torch.arange(len(y)) != i
     assert not got[i].isfinite()

@@ -101,9 +101,9 @@ class KeepEpochs(EachEpoch):
                 for suffix in ('.json','.pth'): kept.file(n, suffix).unlink(missing_ok=True)
         elif from_first_process(len(others), model_device(self.model)):
             if not goes_on: vars(self.learn).pop('_training', None) # the training has not begun
-            which = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1)
+            found = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1)
                      if others else 'epochs')
-            raise ValueError(f"`{kept.folder}` contains {which} of another training, "
+            raise ValueError(f"`{kept.folder}` contains {found} of another training, "
                              "which `KeepEpochs` does not overwrite: delete them, "
                              "give `KeepEpochs` another `fname` or the Learner another `path` or `model_dir`, "
                              "or let `KeepEpochs(overwrite=True)` delete them")

@@ -331,12 +331,12 @@ class Resume(FitCallback):
         learn.n_epoch -= self.epochs # the number of epochs left, see `_FromEpoch`
 
     def _say(self, fit, ended):
-        which = f"fit {fit+1} of {len(self.ended)+1}"
-        if ended: say(f"`{self.path}`: {which} has ended and is not trained again")
+        place = f"fit {fit+1} of {len(self.ended)+1}"
+        if ended: say(f"`{self.path}`: {place} has ended and is not trained again")
         elif self.epochs == self.learn.n_epoch:
             say(f"`{self.path}` contains all {counted(self.epochs, 'epoch')}{f' of fit {fit+1}' if fit else ''}: "
                 "nothing is left to train. To train again, delete it or choose another file")
-        elif fit: say(f"`{self.path}`: {which} continues after {counted(self.epochs, 'epoch')}")
+        elif fit: say(f"`{self.path}`: {place} continues after {counted(self.epochs, 'epoch')}")
 
     def _set_grads(self, s):
         for p,g in zip(self.model.parameters(), s['grads']):

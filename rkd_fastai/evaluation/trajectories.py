@@ -350,8 +350,8 @@ def plot_easiest_hardest(
     if ncols < 1: raise ValueError(f"`ncols` must be >= 1, got {ncols}")
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(9, .6+4.3*-(-n//ncols)/ncols), layout=ConstrainedLayoutEngine(wspace=.05))[1]
-    for ax,idx,which in zip(axs, found, ('easiest','hardest')):
+    for ax,idx,group in zip(axs, found, ('easiest','hardest')):
         ax.imshow(_sheet(x[idx], min(ncols, n)).clip(0, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-        ax.set_title(f'{which} to learn, S {score[idx[0]]:.2g} to {score[idx[-1]]:.2g} nats')
+        ax.set_title(f'{group} to learn, S {score[idx[0]]:.2g} to {score[idx[-1]]:.2g} nats')
         ax.axis('off')
     return axs
