@@ -651,7 +651,7 @@ def test_logits_that_are_none_for_some_images(what, robust_net, test_images):
 
 script = '''
 import logging, os, random, signal, sys, time, torch
-from rkd_fastai.all import *
+from rkd_fastai.evaluation.robustness import measure_robustness
 torch.set_num_threads(1)
 logging.getLogger('auto-attack').setLevel(logging.ERROR)
 how, data, path, out = sys.argv[1:5]

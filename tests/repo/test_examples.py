@@ -18,7 +18,7 @@ def test_foreign_checkpoint(capsys):
     "A plainly trained network: right on all 20 images, and on none under attack"
     res = example('foreign_checkpoint').main()
     assert res.results == dict(clean=1., pgd20=0., autoattack=0.) and res.n == 20
-    assert '20 images, Linf eps 8/255' in capsys.readouterr().out
+    assert 'all 20 images; Linf eps 8/255' in capsys.readouterr().out
 
 @pytest.mark.parametrize('file', sorted((Path(__file__).parents[2]/'examples').glob('*.toml')), ids=lambda f: f.stem)
 def test_studies_can_be_read(file):
