@@ -15,10 +15,10 @@ from rkd_fastai.attacks import autoattack as attacks
 from rkd_fastai.attacks.autoattack import AutoAttack
 from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.data.benchmarks import fashion_mnist_dls, fashion_sample_dls
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 from rkd_fastai.schedules import sgd_nesterov
 from rkd_fastai.models import cifar_resnet18
-from rkd_fastai.pixel import pixel_model
+from rkd_fastai.normalization import pixel_model
 from .timing import compare, parse, ratio, setting
 
 EPS = 8/255

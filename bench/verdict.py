@@ -13,12 +13,12 @@ import torch
 from fastai.vision.all import Learner, set_seed
 from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.data.benchmarks import fashion_mnist_dls, fashion_sample_dls
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 from rkd_fastai.core import seeded
 from rkd_fastai.speed import faster
 from rkd_fastai.schedules import sgd_nesterov
 from rkd_fastai.models import cifar_resnet18
-from rkd_fastai.pixel import pixel_model
+from rkd_fastai.normalization import pixel_model
 from .timing import parse, setting
 
 def trained(a, bf16, seed):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PixelModel', 'is_uninitialized', 'check_initialized', 'copied', 'batch_statistics', 'warn_of_batch_statistics',
-           'naming_batchnorm', 'frozen', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'check_no_probs',
-           'LogProbs', 'is_extra', 'tensors_in', 'copy_value', 'copy_state', 'check_targ', 'class_indices', 'onehot',
-           'hard_labels', 'as_number', 'whole_number', 'check_number', 'check_fraction', 'check_T', 'check_weights',
-           'seeded', 'default_tensors', 'versions', 'digest']
+           'naming_batchnorm', 'frozen', 'unwrap', 'model_device', 'to_model_device', 'NotFinite', 'check_images',
+           'check_logits', 'are_probs', 'check_no_probs', 'LogProbs', 'is_extra', 'tensors_in', 'copy_value',
+           'copy_state', 'check_targ', 'class_indices', 'onehot', 'hard_labels', 'as_number', 'whole_number',
+           'check_number', 'check_fraction', 'check_T', 'check_weights', 'seeded', 'default_tensors', 'versions',
+           'digest']
 
 # %% ../nbs/01_core.ipynb #107e7aca
 import hashlib, warnings
@@ -151,6 +152,30 @@ def frozen(
     finally:
         try: put_back()
         except KeyboardInterrupt: put_back(); raise # Ctrl-C interrupted it
+
+# %% ../nbs/01_core.ipynb #c0a1e0d2
+def unwrap(
+    model, # any network
+):
+    "Return the network inside DistributedDataParallel or DataParallel, whose synchronisation an attack does not need"
+    return model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+
+def _device(model):
+    return (next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), None)
+            if isinstance(model, nn.Module) else None)
+
+def model_device(
+    model, # any callable
+):
+    "Return the device of the first parameter or buffer of `model`, or the CPU if there is none"
+    return _device(model) or torch.device('cpu')
+
+def to_model_device(
+    model, # any callable
+    *tensors, # tensors on any device
+):
+    "Return a list of `tensors` on the device of `model`, or unchanged if `model` has no parameters or buffers"
+    return [t.to(_device(model) or t.device) for t in tensors]
 
 # %% ../nbs/01_core.ipynb #5bbca109
 class NotFinite(FloatingPointError, ValueError): "Error for a number that is NaN or infinite but should be finite"

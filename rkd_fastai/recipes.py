@@ -26,7 +26,7 @@ from .data.loaders import with_batch_tfms, with_synthetic
 from .data.transforms import Cutout
 from .learner import distil_methods
 from .models import cifar_resnet18, wide_resnet
-from .pixel import sample_images
+from .normalization import sample_images
 from .registry import teacher_kinds
 from .schedules import ExpDecay, OneCycle, Steps, Triangle, WarmupCosine, batchnorm_splitter, sgd
 from .text import did_you_mean

@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torchvision.models import get_model, get_weight
 from .checkpoint import MissingFile, state_and_stats, card_stats, card_vocab, best_epoch, saved_epochs
-from .core import (NotFinite, PixelModel, are_probs, check_T, check_logits, check_no_probs,
-                             check_weights, copied, naming_batchnorm, warn_of_batch_statistics)
+from .core import (are_probs, check_logits, check_no_probs, check_T, check_weights, copied, model_device,
+                             naming_batchnorm, NotFinite, PixelModel, warn_of_batch_statistics)
 from .losses import ensemble_probs
-from .pixel import model_device, pixel_model, sample_images
+from .normalization import pixel_model, sample_images
 from .speed import folded
 
 # %% ../nbs/10_teachers.ipynb #75b373de

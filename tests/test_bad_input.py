@@ -8,9 +8,8 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, DataBlock, ImageBlock, MSE
 from rkd_fastai import models
 from rkd_fastai.all import *
 from rkd_fastai.callback.adversarial import RobustCallback
-from rkd_fastai.core import LogProbs
+from rkd_fastai.core import are_probs, LogProbs
 from rkd_fastai.evaluation.interpret import robustness_curve
-from rkd_fastai.core import are_probs
 
 methods = ['akd', 'rslad', 'ard', 'ckd']
 callbacks = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)

@@ -282,9 +282,9 @@ def test_bf16_verdict_on_real_images():
     "The bar: a trained student's robust accuracy differs by less than 0.3 points"
     from fastai.vision.all import Learner
     from rkd_fastai.data.benchmarks import fashion_sample_dls
-    from rkd_fastai.pixel import pixel_data
+    from rkd_fastai.data.images import pixel_data
     from rkd_fastai.schedules import sgd_nesterov
-    from rkd_fastai.pixel import pixel_model
+    from rkd_fastai.normalization import pixel_model
     learn = Learner(fashion_sample_dls(), cifar_resnet18(10, 1/8, 1),
                     opt_func=sgd_nesterov).to_adversarial(PGD(steps=3))
     with learn.no_bar(), learn.no_logging(): learn.fit_rkd(8)

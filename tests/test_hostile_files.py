@@ -10,10 +10,9 @@ from rkd_fastai.cli import main as cli
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.robustness import measure_robustness
 from rkd_fastai.study.run import load_run
-from rkd_fastai.checkpoint import atomic_path, write_atomic
+from rkd_fastai.checkpoint import atomic_path, best_epoch, load_plain, read_card, read_state, write_atomic
 from rkd_fastai.data.benchmarks import read_idx, read_pickle
 from rkd_fastai.data.loaders import read_synthetic
-from rkd_fastai.checkpoint import best_epoch, load_plain, read_card, read_state
 
 class Calls:
     "Unpickled, it is what `f(*args)` returns"

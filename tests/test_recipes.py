@@ -10,10 +10,10 @@ from fastai.vision.all import (Callback, CrossEntropyLossFlat, CutMix, IntToFloa
 
 from conftest import plain
 from rkd_fastai.all import *
-from rkd_fastai.recipes import (ard_official, fast_at, paper_student, paper_teacher, rebuffi_at_plus,
-                                rslad_official, kind_recipes, trades_official, wang_at_plus, wang_trades)
-from rkd_fastai.schedules import Triangle, WarmupCosine, sgd
 from rkd_fastai.recipes import *
+from rkd_fastai.recipes import (ard_official, fast_at, kind_recipes, paper_student, paper_teacher, rebuffi_at_plus,
+                                rslad_official, trades_official, wang_at_plus, wang_trades)
+from rkd_fastai.schedules import Triangle, WarmupCosine, sgd
 
 every = {**all_recipes, **{f'kind {k}': r for k,r in kind_recipes.items()}}
 distilling = ['paper_student', 'rslad_official', 'ard_official']

@@ -7,10 +7,9 @@ from PIL import Image
 from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, accuracy, get_image_files
 from rkd_fastai import callback
 from rkd_fastai.all import *
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import measured_images, measured_positions, pixel_data
 from rkd_fastai.cli.main import main
 from rkd_fastai.data.arrays import arrays_dls
-from rkd_fastai.pixel import measured_images, measured_positions
 from rkd_fastai.study.run import make_dls
 from rkd_fastai.sampling import class_labels, stratified_order
 from rkd_fastai.study.study import Runner, Study

@@ -13,7 +13,7 @@ how_to = ['command_line', 'choosing_a_teacher', 'works_with', 'faq']
 # The reference: what most people use, each folder of nbs/, and the modules that all of these share
 basics = ['learner', 'teachers', 'losses', 'models', 'schedules', 'recipes']
 packages = dict(attacks='Attacks', callback='Callbacks', data='Data', evaluation='Evaluation', study='Studies',
-                cli='Commands')
+                **{'study.report': 'Reports'}, cli='Commands')
 about_modules = dict(Basics='Learners that train robustly: their teachers, losses, networks, schedules and recipes.',
                      Helpers='What the other modules share. You need them for methods and attacks of your own.')
 
@@ -291,7 +291,7 @@ def about(f):
 def about_group(title, pages, base=root):
     "What the line under a group's title says: of a package, its docstring"
     if title in about_modules: return about_modules[title]
-    source = (base/'rkd_fastai'/package_of(pages[0])/'__init__.py').read_text(encoding='utf8')
+    source = (base/'rkd_fastai'/package_of(pages[0]).replace('.', '/')/'__init__.py').read_text(encoding='utf8')
     return ast.get_docstring(ast.parse(source))
 
 def write_group(page, links, out):

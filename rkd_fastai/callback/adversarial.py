@@ -19,10 +19,11 @@ from ..attacks.pgd import PGD, check_attack
 from .core import FitCallback, add_location
 from .labels import (changed_settings, honoured_settings, ignored_index, is_cross_entropy,
                                         batch_targ, label_settings, learner_loss, weighted_mean)
-from ..core import as_number, check_logits, check_no_probs, frozen, seeded
+from ..core import as_number, check_logits, check_no_probs, frozen, seeded, unwrap
 from ..evaluation.robustness import robust_accuracy
 from ..losses import trades_loss
-from ..pixel import check_single_label, pixel_model, to_pixels, unwrap
+from ..normalization import pixel_model, to_pixels
+from ..data.images import check_single_label
 from ..speed import compiled, faster
 
 # %% ../../nbs/callback/02_adversarial.ipynb #058e385a

@@ -12,10 +12,10 @@ from fastai.torch_core import rank_distrib
 from fastcore.meta import delegates
 from ..attacks.pgd import PGD
 from .adversarial import AdversarialTraining, RobustCallback, check_known
-from ..core import check_T, check_fraction
+from ..core import check_fraction, check_T, model_device
 from ..evaluation.robustness import warn_if_chance
 from ..losses import adaad_loss, akd_loss, ard_loss, ckd_loss, rslad_loss, soft_targets
-from ..pixel import model_device, sample_images
+from ..normalization import sample_images
 from ..speed import folded
 from ..teachers import Teacher, check_teacher
 

@@ -8,8 +8,8 @@ __all__ = ['WeightAveraging']
 # %% ../../nbs/callback/04_ema.ipynb #745d9010
 import torch
 from .core import FitCallback
-from ..core import as_number, copy_state, copy_value, is_extra
-from ..pixel import initialize_lazy, unwrap
+from ..core import as_number, copy_state, copy_value, is_extra, unwrap
+from ..normalization import initialize_lazy
 
 # %% ../../nbs/callback/04_ema.ipynb #42bcf9e3
 class WeightAveraging(FitCallback):

@@ -14,8 +14,8 @@ from fastai.torch_core import rank_distrib
 from .adversarial import RobustCallback
 from .core import EachEpoch, from_first_process
 from ..checkpoint import atomic_path, plain_state, read_json, saved_epochs, write_atomic
-from ..core import versions, whole_number
-from ..pixel import model_device, pixel_stats, unwrap
+from ..core import model_device, unwrap, versions, whole_number
+from ..normalization import pixel_stats
 
 # %% ../../nbs/callback/05_keep.ipynb #4934ee2f
 class _Epochs:

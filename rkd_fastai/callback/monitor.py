@@ -15,10 +15,11 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks.pgd import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch, FitCallback, from_first_process, add_location
-from ..core import NotFinite, check_fraction, copy_state, seeded, tensors_in, whole_number
+from ..core import (check_fraction, copy_state, model_device, NotFinite, seeded, tensors_in, to_model_device,
+                             unwrap, whole_number)
 from ..evaluation.robustness import robust_accuracy, robust_flags
-from ..pixel import (arriving_positions, to_model_device, initialize_lazy, measured_positions, model_device,
-                              pixel_data, pixel_model, to_pixels, undistributed, unwrap)
+from ..normalization import initialize_lazy, pixel_model, to_pixels, undistributed
+from ..data.images import arriving_positions, measured_positions, pixel_data
 from ..sampling import check_n
 from ..text import counted, format_eps, format_percent, say
 

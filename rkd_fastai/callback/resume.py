@@ -24,8 +24,8 @@ from fastcore.foundation import L
 from .core import FitCallback
 from .labels import label_settings
 from ..checkpoint import atomic_path, load_plain, plain_state, writing
-from ..core import digest, is_extra, seeded, whole_number
-from ..pixel import initialize_lazy, model_device, unwrap
+from ..core import digest, is_extra, model_device, seeded, unwrap, whole_number
+from ..normalization import initialize_lazy
 from ..teachers import Teacher
 from ..text import counted, say
 

@@ -15,9 +15,10 @@ from fastai.torch_core import distrib_barrier, no_random, rank_distrib
 from ..attacks.pgd import PGD, check_attack
 from .core import EachEpoch
 from ..checkpoint import atomic_path, saved_epochs, write_atomic
-from ..core import (check_logits, check_no_probs, digest, frozen, hard_labels, seeded, versions,
-                             whole_number)
-from ..pixel import model_device, pixel_model, sampled_images, undistributed
+from ..core import (check_logits, check_no_probs, digest, frozen, hard_labels, model_device, seeded,
+                             versions, whole_number)
+from ..normalization import pixel_model, undistributed
+from ..data.images import sampled_images
 from ..sampling import check_n
 
 # %% ../../nbs/callback/08_trajectory.ipynb #ab91a919

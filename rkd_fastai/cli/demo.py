@@ -20,10 +20,11 @@ from ..callback.keep import KeepEpochs
 from ..callback.monitor import RobustAccuracy
 from ..callback.progress import Line, one_line
 from ..checkpoint import write_atomic
-from ..core import frozen, seeded
+from ..core import frozen, model_device, seeded
 from ..data.benchmarks import digits_dls, fashion_sample_dls
 from ..models import cifar_resnet18
-from ..pixel import model_device, pixel_data, pixel_model
+from ..normalization import pixel_model
+from ..data.images import pixel_data
 from ..progress import clock
 from ..schedules import sgd_nesterov
 from ..teachers import Teacher

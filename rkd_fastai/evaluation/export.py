@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..core import (PixelModel, check_images, check_initialized, check_logits, check_no_probs, frozen,
                              seeded, warn_of_batch_statistics)
 from .robustness import Robustness
-from ..pixel import check_single_label, held_out, pixel_model, sample_images
+from ..normalization import pixel_model, sample_images
+from ..data.images import check_single_label, held_out
 from ..teachers import Teacher
 from ..text import did_you_mean, format_eps
 

@@ -13,9 +13,10 @@ from fastai.vision.all import (Categorize, CategoryMap, ClassificationInterpreta
 from matplotlib.cbook import normalize_kwargs
 from matplotlib.lines import Line2D
 from ..attacks.pgd import Attack, check_attack
-from ..core import PixelModel, copied, seeded
+from ..core import copied, model_device, PixelModel, seeded, unwrap
 from .robustness import make_attack, measure_robustness, robust_flags, showing, wilson_interval
-from ..pixel import measured_images, model_device, pixel_model, pixel_stats, unwrap
+from ..normalization import pixel_model, pixel_stats
+from ..data.images import measured_images
 from ..progress import check_progress
 from ..sampling import Sample
 from ..style import colours, markers

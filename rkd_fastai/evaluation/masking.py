@@ -13,9 +13,10 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from ..attacks.autoattack import AutoAttack
 from ..attacks.pgd import FGSM, PGD, check_eps
-from ..core import check_logits, check_targ, frozen, hard_labels, seeded, whole_number
+from ..core import check_logits, check_targ, frozen, hard_labels, seeded, to_model_device, whole_number
 from .robustness import in_float32, robust_flags, showing
-from ..pixel import to_model_device, measured_images, pixel_model
+from ..normalization import pixel_model
+from ..data.images import measured_images
 from ..progress import check_progress, counting
 from ..text import counted, format_eps, format_percent
 

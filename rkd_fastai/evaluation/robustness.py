@@ -20,11 +20,11 @@ from fastprogress.fastprogress import NBProgressBar, progress_bar
 from ..attacks.autoattack import AutoAttack
 from ..attacks.pgd import FGSM, PGD, check_attack, check_eps
 from ..checkpoint import read_json, write_atomic
-from ..core import (LogProbs, NotFinite, PixelModel, check_images, check_logits, check_no_probs,
-                             check_targ, copied, digest, frozen, hard_labels, seeded, tensors_in, versions,
-                             warn_of_batch_statistics, whole_number)
-from ..pixel import (to_model_device, check_single_label, measured_images, model_device, pixel_model,
-                              pixel_stats, sampled_images, undistributed)
+from ..core import (check_images, check_logits, check_no_probs, check_targ, copied, digest, frozen,
+                             hard_labels, LogProbs, model_device, NotFinite, PixelModel, seeded, tensors_in,
+                             to_model_device, versions, warn_of_batch_statistics, whole_number)
+from ..normalization import pixel_model, pixel_stats, undistributed
+from ..data.images import check_single_label, measured_images, sampled_images
 from ..progress import Progress, check_progress, clock, counting, counting_model
 from ..sampling import Sample, images_digest
 from ..teachers import Teacher, check_teacher

@@ -13,7 +13,7 @@ from fastai.torch_core import set_seed
 from ..attacks.pgd import PGD
 from ..data.loaders import with_augmentation, with_bs, with_label_noise, with_subset
 from ..evaluation.robustness import make_attack
-from ..pixel import sampled_images
+from ..data.images import sampled_images
 from ..sampling import Sample, images_digest, sample_positions
 from ..speed import faster
 from .config import Cell, recipe_of, teachers_of

@@ -27,12 +27,12 @@ from ..callback.progress import one_line
 from ..callback.resume import Resume
 from ..checkpoint import (MissingFile, atomic_path, fitting_state, plain_state, read_json, read_state,
                                    saved_epochs, write_atomic)
-from ..core import digest, tensors_in, versions
+from ..core import digest, tensors_in, unwrap, versions
 from ..data.benchmarks import (cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls,
                                         fashion_sample_dls, tiny_imagenet_dls)
 from ..data.transforms import FileImage
 from ..models import cifar_resnet18, wide_resnet
-from ..pixel import sample_images, unwrap
+from ..normalization import sample_images
 from ..registry import data_names, folder_size
 from ..sampling import sample_positions
 from ..teachers import load_teacher

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.robustness import measure_robustness
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 
 still, noisy = PGD(.1, steps=2, random_start=False), PGD(.1, steps=2)
 methods = dict(

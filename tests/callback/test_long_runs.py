@@ -9,8 +9,7 @@ from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchExc
                                CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
 from rkd_fastai.all import *
-from rkd_fastai.evaluation.robustness import measure_robustness
-from rkd_fastai.evaluation.robustness import robust_accuracy
+from rkd_fastai.evaluation.robustness import measure_robustness, robust_accuracy
 
 pgd = PGD(.1, steps=2)
 methods = dict(

@@ -8,11 +8,10 @@ from fastai.vision.all import (Callback, CancelEpochException, CancelFitExceptio
                                CancelValidException, Metric, SaveModelCallback, accuracy, load_learner)
 
 from rkd_fastai.all import *
-from rkd_fastai.checkpoint import read_card
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.checkpoint import read_card, saved_epochs
+from rkd_fastai.data.images import pixel_data
 from rkd_fastai.callback.core import EachEpoch
 from rkd_fastai.callback.monitor import RobustOverfitting
-from rkd_fastai.checkpoint import saved_epochs
 
 def weights(model): return {k: v.detach().clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())

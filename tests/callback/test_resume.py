@@ -11,8 +11,7 @@ from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, CSVLogger, C
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.core import EachEpoch
-from rkd_fastai.checkpoint import read_card
-from rkd_fastai.checkpoint import load_plain
+from rkd_fastai.checkpoint import load_plain, read_card
 
 loads = pytest.mark.filterwarnings('ignore:.*numpy.core is deprecated') # fastai's `learn.load`
 attack = PGD(.1, steps=2)

@@ -14,7 +14,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelEpochExcep
 
 from rkd_fastai.all import *
 from rkd_fastai.callback.adversarial import RobustCallback
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 
 PLAIN_STATS = ([.3], [.25])
 def make_cb(name, teacher, attack=None, **kw):

@@ -13,8 +13,8 @@ from fastai.vision.all import (CategoryBlock, CutMix, DataBlock, DataLoaders, Im
 
 from rkd_fastai.all import *
 from rkd_fastai.data.arrays import ResidentDL
-from rkd_fastai.data.loaders import MixedDL, ResidentMixedDL, with_batch_tfms
 from rkd_fastai.data.loaders import *
+from rkd_fastai.data.loaders import MixedDL, ResidentMixedDL, with_batch_tfms
 
 # --- images that say who they are: pixels (0,0) to (0,2) of the first channel are kind and number, the label follows
 # from them ---

@@ -9,7 +9,7 @@ from rkd_fastai.evaluation import masking, robustness as evaluation
 from rkd_fastai.all import *
 from rkd_fastai.core import NotFinite
 from rkd_fastai.evaluation.robustness import make_attack, measure_robustness, wilson_interval
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 from rkd_fastai.sampling import sample_positions
 
 def hand_loop(model, x, y, attack):

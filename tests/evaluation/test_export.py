@@ -5,11 +5,10 @@ import numpy as np, pytest, torch, torch.nn as nn, torch.nn.functional as F
 from fastai.vision.all import MixUp, create_vision_model
 from pyautoattack import AutoAttack as Published
 from rkd_fastai.all import *
-from rkd_fastai.core import frozen
+from rkd_fastai.core import frozen, unwrap
 from rkd_fastai.evaluation.robustness import measure_robustness
-from rkd_fastai.pixel import pixel_model, sample_images
+from rkd_fastai.normalization import pixel_model, sample_images
 from rkd_fastai.evaluation import export
-from rkd_fastai.pixel import unwrap
 
 def gradient(net, x):
     "Input gradient of the cross-entropy with the likeliest class but one"

@@ -7,7 +7,7 @@ from rkd_fastai.evaluation import interpret
 from rkd_fastai.all import *
 from rkd_fastai.evaluation.interpret import robustness_curve
 from rkd_fastai.evaluation.robustness import wilson_interval
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 from rkd_fastai.sampling import sample_positions
 
 deterministic = PGD(.1, steps=5, random_start=False)

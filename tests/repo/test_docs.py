@@ -62,7 +62,8 @@ def test_groups_of_the_reference():
     titles = [title for title,_ in found.values()]
     assert titles == ['Basics', *docs.packages.values(), 'Helpers']
     assert found['reference/basics'][1] == [f'reference/{m}' for m in docs.basics]
-    packages = {f.parent.name for f in (root/'rkd_fastai').glob('*/__init__.py')}
+    inits = (root/'rkd_fastai').rglob('*/__init__.py')
+    packages = {'.'.join(f.parent.relative_to(root/'rkd_fastai').parts) for f in inits}
     assert packages == {*docs.packages}
     for title,pages in found.values(): assert docs.about_group(title, pages).endswith('.')
 
@@ -156,7 +157,8 @@ def test_calls_are_wrapped_between_arguments():
 
 def test_docstrings_link_to_symbols():
     "Of their text and their tables, but not their own name and arguments"
-    from rkd_fastai.study import config as grid, tables
+    from rkd_fastai.study import config as grid
+    from rkd_fastai.study.report import tables
     links = docs.Links()
     links.symbols = docs.symbols(links)
     text = '\n'.join(docs.shown(c, grid, 'reference/study.config', links)['source']

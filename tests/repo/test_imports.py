@@ -106,8 +106,8 @@ def picture():
     for line in re.search(r'^```\n(.*?)^```', architecture, re.M | re.S)[1].splitlines():
         left, middle = (re.findall(r'\w+', part) for part in (line[:20], line[20:56]))
         if '▼' in line: layers.append([])
-        layers[-1] += left
-        if left: package = left[-1]
+        if '└' not in line: layers[-1] += left
+        if left: package = f'{layers[-1][-1]}/{left[-1]}' if '└' in line else left[-1]
         if middle: modules.setdefault(package, []).extend(middle)
     return [{*names} for names in layers], modules
 
@@ -122,11 +122,12 @@ def test_the_picture_of_the_architecture_is_that_of_the_contracts():
     layers, modules = picture()
     assert layers == [{*names} for names in whole]
     for contract in inside:
-        package = contract[0][0].split('.')[1]
+        package = '/'.join(contract[0][0].split('.')[1:-1])
         height = {name.split('.')[-1]: i for i,names in enumerate(contract) for name in names}
         drawn = modules.pop(package)
         assert {*drawn} == {*height} and drawn == sorted(drawn, key=height.get), package
-        assert all((root/f'rkd_fastai/{package}/{name}.py').exists() for name in drawn)
+        folder = root/'rkd_fastai'/package
+        assert all((folder/f'{name}.py').exists() or (folder/name/'__init__.py').exists() for name in drawn)
     assert not modules
 
 def test_the_architecture_names_files_that_are_there():

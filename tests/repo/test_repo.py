@@ -120,7 +120,7 @@ def test_security_names_tests_that_are_there():
 
 def test_few_cases_are_quick(monkeypatch):
     "Of nine cases that are marked `few(3)`, the first, the middle and the last one are not slow"
-    from tests.conftest import pytest_collection_modifyitems
+    from conftest import pytest_collection_modifyitems
     class Item:
         path,originalname = Path('test_a.py'),'test_a'
         def __init__(self, i): self.nodeid,self.marks = f'test_a[{i}]',[pytest.mark.few(3).mark]

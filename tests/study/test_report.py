@@ -2,15 +2,15 @@
 import base64, io, itertools, re, statistics, subprocess, sys
 from html.parser import HTMLParser
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
-from rkd_fastai.study import report
-from rkd_fastai.study.line_plots import (axis_table, beta_table, capacity_table, plot_axis, plot_beta,
-                                         plot_capacity)
-from rkd_fastai.study.plots import front_table, map_table, plot_map, plot_pareto
-from rkd_fastai.study.report import views, write_report
+from rkd_fastai.study.report import page as page_module
+from rkd_fastai.study.report.line_plots import (axis_table, beta_table, capacity_table, plot_axis, plot_beta,
+                                                plot_capacity)
+from rkd_fastai.study.report.plots import front_table, map_table, plot_map, plot_pareto
+from rkd_fastai.study.report.page import views, write_report
 from rkd_fastai.study.results import (as_markdown, kind_name, main_task, measures, methods, over_seeds, pareto,
                                       settings, strongest)
 from rkd_fastai.study.study import pareto_text
-from rkd_fastai.study.tables import baselines, gain, gains, select, table2, table3, table5, table12
+from rkd_fastai.study.report.tables import baselines, gain, gains, select, table2, table3, table5, table12
 
 @pytest.fixture(autouse=True)
 def no_figure_is_left():
@@ -569,7 +569,7 @@ def written(whole, tmp_path_factory):
 def test_files_of_every_view(whole, written):
     folder,_ = written
     found = views(whole)
-    assert list(found) == list(report._views)
+    assert list(found) == list(page_module._views)
     want = {'index.html','means.csv'} | {f'{k}.{e}' for k,v in found.items()
                                          for e in (('md','csv','png') if v.plot else ('md','csv'))}
     assert {p.name for p in folder.iterdir()} == want
@@ -600,7 +600,7 @@ def test_page_is_whole_and_fetches_nothing(whole, written):
 
 def test_dark_figures_are_dark():
     plot = views(study(methods=('akd',), teachers=('at',)))['trade_off'].plot
-    light,dark = (plt.imread(io.BytesIO(report._png(plot, d)[0])) for d in (False, True))
+    light,dark = (plt.imread(io.BytesIO(page_module._png(plot, d)[0])) for d in (False, True))
     assert light[0,0,:3].mean() > .9 and dark[0,0,:3].mean() < .2 and light.shape == dark.shape
 
 def test_views_without_rows_are_named_and_their_old_files_go(tmp_path):
@@ -610,7 +610,7 @@ def test_views_without_rows_are_named_and_their_old_files_go(tmp_path):
     df = study(methods=('akd',), stops=(20,), alphas=(.5,), seeds=1)
     page = Page(write_report(df, tmp_path, 'A study').read_text(encoding='utf8'))
     found = list(views(df))
-    missing = [k for k in report._views if k not in found]
+    missing = [k for k in page_module._views if k not in found]
     assert found == ['selected','gain','teachers','teacher_kinds','baselines'] and 'capacity' in missing
     assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds','baselines'] # noqa: E501
     for k in missing: assert any(t.startswith(f"{k}: the study has") for t in page.texts), k
@@ -637,7 +637,7 @@ def test_the_same_rows_give_the_same_page(tmp_path):
     assert len({write_report(df, tmp_path/k, 'A study').read_bytes() for k in 'ab'}) == 1
 
 def test_neither_fastai_nor_a_display_is_needed():
-    code = "import sys, rkd_fastai.study.report; assert not [m for m in sys.modules if m.split('.')[0] == 'fastai']"
+    code = "import sys, rkd_fastai.study.report.page; assert not [m for m in sys.modules if m.split('.')[0] == 'fastai']"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 # --- bad input ---

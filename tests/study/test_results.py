@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from rkd_fastai.study.config import read_study
-from rkd_fastai.study.report import views
+from rkd_fastai.study.report.page import views
 from rkd_fastai.study.results import as_markdown, over_seeds
 from rkd_fastai.study.study import Study, read_rows
-from rkd_fastai.study.tables import gains
+from rkd_fastai.study.report.tables import gains
 from rkd_fastai.text import format_points
 
 root = Path(__file__).parents[2]

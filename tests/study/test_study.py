@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 
 from rkd_fastai.evaluation.robustness import measure_robustness
-from rkd_fastai.pixel import pixel_data
+from rkd_fastai.data.images import pixel_data
 from rkd_fastai.study.cells import cell_dls
 from rkd_fastai.study.config import Cell, make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.data.loaders import with_label_noise
