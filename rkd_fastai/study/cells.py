@@ -17,7 +17,7 @@ from ..data.images import sampled_images
 from ..sampling import Sample, images_digest, sample_positions
 from ..speed import faster
 from .config import Cell, recipe_of, teachers_of
-from .run import batch_size, make_dls, make_net, n_monitor_images
+from .run import batch_size, make_dls, make_net
 
 # %% ../../nbs/study/02_cells.ipynb #d66816cf
 @lru_cache(maxsize=4)
@@ -50,8 +50,8 @@ def cell_dls(
 ):
     "Return the DataLoaders for the training of a cell, and set the random seed"
     dls = _all_images(c.data, path, c.size)
-    # limit the validation images to the number of training images, or to `n_monitor_images` if that is larger
-    if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, n_monitor_images))
+    # limit the validation images to the number of training images, or to `n_valid` if that is larger
+    if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, c.n_valid))
     if c.augment: dls = with_augmentation(dls, c.augment)
     if c.noise: dls = with_label_noise(dls, c.noise, c.seed)
     set_seed(1000*c.seed + c.member, reproducible=True) # the members of an ensemble differ from here on
@@ -70,7 +70,7 @@ def train_passes(
     validation, and those of training steps"""
     r = recipe_of(c)
     each = (r.attack.cost if r.attack else 0) + len(teachers_of(c))
-    return c.epochs*(n_train*each + n_valid + min(n_monitor_images, n_valid)*PGD()
+    return c.epochs*(n_train*each + n_valid + min(c.n_valid, n_valid)*PGD()
                      .cost), c.epochs*n_train*3*(2 if c.method in _twice else 1)
 
 def attack_passes(
@@ -102,7 +102,7 @@ def _speeds(c, path):
 def _alike(c):
     "Return a cell in which a pass costs the same"
     return Cell(method='at', schedule='onecycle',
-                **{k: getattr(c, k) for k in ('data','size','n','arch','width','compile','bf16')})
+                **{k: getattr(c, k) for k in ('data','size','n','n_valid','arch','width','compile','bf16')})
 
 def seconds(
     c, # `Cell`

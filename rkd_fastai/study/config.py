@@ -20,7 +20,7 @@ from ..attacks.pgd import FFGSM, PGD
 from ..evaluation.robustness import make_attack
 from ..learner import distil_methods, method_class
 from ..recipes import paper_student, recipe_of_kind
-from ..registry import teacher_kinds
+from ..registry import n_monitor_images, teacher_kinds
 from ..schedules import ExpDecay, OneCycle, Steps
 from ..text import counted, did_you_mean, format_eps, say
 try: import tomllib
@@ -51,6 +51,7 @@ class Cell:
     size:_Count|None=None # side of the images in pixels, see `make_dls`
     n:_Count|None=None # number of training images; None means all
     noise:_Share=0. # fraction of wrong training labels
+    n_valid:_Count=n_monitor_images # validation images attacked after each epoch, on which the best epoch is chosen
     augment:str|None=None # 'none' or 'flip'; None means the data set's usual augmentation
     seed:int=0 # seed of data, weights, order and training attack; `[measure]` has the seed of the measurement
     arch:str='cifar_resnet18' # name of the network, see `make_net`
@@ -102,8 +103,8 @@ def short_hash(
 # the default of a field changes: otherwise finished cells are not found any more. Give each new setting an entry whose
 # value describes the behaviour before the setting existed.
 _frozen_defaults = dict(
-    data='fashion_sample', size=None, n=None, noise=0., augment=None, seed=0, arch='cifar_resnet18', width=1/8,
-    eps=8/255, epochs=40, lr=None, bs=None, schedule=None, attack=None,
+    data='fashion_sample', size=None, n=None, n_valid=200, noise=0., augment=None, seed=0, arch='cifar_resnet18',
+    width=1/8, eps=8/255, epochs=40, lr=None, bs=None, schedule=None, attack=None,
     teacher=None, teacher_epochs=None, teacher_epoch=None, teacher_arch=None, teacher_width=None,
     beta=None, alpha=None, lam=None, T=None, compile=False, bf16=False, member=0)
 
@@ -134,7 +135,7 @@ def allowed_settings(
 ):
     "Return the set of names of settings that `method` has; raise a `ValueError` for an unknown method"
     _known('`method`', method, [*distil_methods, *teacher_kinds, 'teacher'])
-    every = {'method','data','size','n','noise','augment','seed','arch','width','eps'}
+    every = {'method','data','size','n','n_valid','noise','augment','seed','arch','width','eps'}
     if method == 'teacher': return every | _teacher_settings | {'compile','bf16'}
     every |= _of_training | ({'attack'} if method in ('at','akd','rslad','ard') else set())
     if method not in distil_methods: return every | ({'schedule'} if method != 'at+' else set()) # AT⁺: fixed schedule
@@ -264,7 +265,8 @@ def teachers_of(
     "Return the list of cells of the teachers that `c` needs"
     if not c.has_teacher: return []
     kinds = members(c.teacher)
-    same = {k: getattr(c, k) for k in ('data','size','n','noise','augment','seed','eps','compile','bf16')}
+    same = {k: getattr(c, k) for k in ('data','size','n','n_valid','noise','augment','seed','eps','compile',
+                                     'bf16')}
     same |= dict(arch=c.teacher_arch or c.arch, width=c.teacher_width or c.width, epochs=c.teacher_epochs)
     return [Cell(method=kind, schedule='teacher', member=kinds[:i].count(kind), **same)
             for i,kind in enumerate(kinds)]

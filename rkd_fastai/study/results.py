@@ -26,7 +26,7 @@ class NotEnough(ValueError):
 
 task = ['data','size','augment','eps','n','noise','arch','width'] # only networks for the same task can be compared
 # further settings that may differ between the students in a table
-extras = ['lam','T','epochs','lr','bs','schedule','attack','teacher_epochs','teacher_arch']
+extras = ['lam','T','epochs','lr','bs','schedule','attack','n_valid','teacher_epochs','teacher_arch']
 settings = [*task, *extras,
             'method','teacher','members','teacher_width','teacher_eps','teacher_epoch',
             'alpha','beta','checkpoint','compile','bf16']
@@ -174,7 +174,7 @@ _heads = dict(
     data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε',
     arch='Network', width='Layer size', method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ',
     beta='β', epochs='Epochs', compute='Epochs in all', members='Models', schedule='Schedule', attack='Attack',
-    lr='Learning rate', bs='Batch size', compile='Compiled', bf16='bfloat16',
+    lr='Learning rate', bs='Batch size', n_valid='Validation images', compile='Compiled', bf16='bfloat16',
     teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
     checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
 

@@ -26,7 +26,7 @@ from .config import (Cell, betas, cell_from, read_study, recipe_of, settings_of,
 from .report.page import views, write_report
 from .results import NotEnough, cells_of, column_title, main_task, with_accuracy, pareto, format_value
 from ..registry import data_names
-from .run import describe_run, fit_run, load_run, machine, n_monitor_images, train_seconds
+from .run import describe_run, fit_run, load_run, machine, train_seconds
 from ..teachers import Teacher
 from ..text import counted, format_percent, format_points, say
 
@@ -283,7 +283,8 @@ class Runner:
                 else 1 if self.study.measure['best'] and not c.distils else None)
         kwargs = dict(teacher=self.teacher(c)) if c.distils else {}
         # the folder belongs to this cell only
-        fit_run(recipe, dls, out, card, label, keep=keep, overwrite=True, compile=c.compile, bf16=c.bf16, **kwargs)
+        fit_run(recipe, dls, out, card, label, n_valid=c.n_valid, keep=keep, overwrite=True, compile=c.compile,
+                bf16=c.bf16, **kwargs)
 
     def measure(self,
         c, # `Cell`
@@ -495,7 +496,7 @@ def study_report(
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
         notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, "
-                  f"so the best epoch was chosen on {n_monitor_images} of the images that it is measured on. "
+                  "so the best epoch was chosen on some of the images that it is measured on. "
                   "This makes the result optimistic.")
     try: page,found = write_report(df, Path(folder)/'report', made.get('title') or Path(folder).name, notes), views(df)
     except NotEnough as e: return f'no tables yet: the study {e.reason}'

@@ -637,7 +637,8 @@ def test_the_same_rows_give_the_same_page(tmp_path):
     assert len({write_report(df, tmp_path/k, 'A study').read_bytes() for k in 'ab'}) == 1
 
 def test_neither_fastai_nor_a_display_is_needed():
-    code = "import sys, rkd_fastai.study.report.page; assert not [m for m in sys.modules if m.split('.')[0] == 'fastai']"
+    code = ("import sys, rkd_fastai.study.report.page; "
+            "assert not [m for m in sys.modules if m.split('.')[0] == 'fastai']")
     subprocess.run([sys.executable, '-c', code], check=True)
 
 # --- bad input ---

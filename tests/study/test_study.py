@@ -486,3 +486,11 @@ def test_cells_of_an_older_version_get_their_new_names(tmp_path, monkeypatch):
     assert (row.method, row.teacher_epoch, row.arch, row.alpha, row.clean) == ('akd', 20, 'cifar_resnet18', .5, .5)
     rename_cells.main(tmp_path/'s') # a second time changes nothing
     assert len(read_rows(tmp_path/'s')) == 1
+
+def test_n_valid_images_are_attacked_after_each_epoch(tmp_path):
+    "The best epoch is chosen on them; 200, the number before the setting existed, leaves the names of cells as they were"
+    study = Study(settings | dict(method='at', epochs=1, n_valid=37, measure=dict(attacks=['clean'], n=10)), tmp_path)
+    study.run()
+    robust = pd.read_csv(study.folder(study.cells[0])/'history.csv')['robust_accuracy'] * 37
+    assert abs(robust - robust.round()).max() < 1e-3 and robust.max() > 0
+    assert make_cell(method='at', n_valid=200).id == make_cell(method='at').id != make_cell(method='at', n_valid=37).id
