@@ -227,15 +227,16 @@ def _drawn(df, c):
     return f'{n}, {how}' if n and how else n
 
 def _seeds(df, spread):
+    "Return text with the number of seeds, and the meaning of ± unless the table explains its own `spread`"
     least,most = (f(df.groupby(settings, dropna=False).size()) for f in (min, max))
-    if most == 1: return 'one seed' + ('' if spread else ', so there is no ±')
-    return (f"{least if least == most else f'{least} to {most}'} seeds"
-            + ('' if spread else '; ± is the standard deviation over them'))
+    if most == 1: return 'One seed was used' + ('.' if spread else ', so there is no ±.')
+    seeds = f"{least if least == most else f'{least} to {most}'} seeds were used"
+    return seeds + ('.' if spread else '; ± is the standard deviation over them.')
 
 def _left_out(df, robust):
     "Return a list with one sentence per reason for which rows are left out"
     ran,has = df['diverged'].isna(), df['clean'].notna()
-    reasons = ((~ran, 'diverged training is', 'diverged trainings are'),
+    reasons = ((~ran, 'diverged training run is', 'diverged training runs are'),
                (ran & ~has, 'row without accuracies is', 'rows without accuracies are'),
                (ran & has & df[robust].isna(),
                 f'row without {column_title(robust)} is', f'rows without {column_title(robust)} are'))
@@ -243,21 +244,20 @@ def _left_out(df, robust):
 
 def caption(
     df, # rows of the table, with those that diverged
-    what, # sentences that describe the table
+    what, # sentences that describe the table, one per line
     robust, # attack of the table
     spread=False, # True if `what` explains ±
 ):
-    "Return the caption of a table: `what`, and how the accuracies were measured"
+    "Return the caption of a table, one sentence per line: `what`, and how the accuracies were measured"
     df = normalize_rows(df)
     kept = with_accuracy(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := format_range(kept, c)) else ''
     facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'),
              fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '',
-             fact('eps', 'ε = {}'), fact('width', 'layer size {}'),
-             _images(kept, ['clean', robust]), _seeds(kept, spread)]
+             fact('eps', 'ε = {}'), fact('width', 'layer size {}'), _images(kept, ['clean', robust])]
     facts = '; '.join(f for f in facts if f)
-    return ' '.join([what, facts[:1].upper() + facts[1:] + '.', 'Accuracies in percent, gains in points.',
-                     *_left_out(df, robust)])
+    return '\n'.join([what, *([facts[:1].upper() + facts[1:] + '.'] if facts else []), _seeds(kept, spread),
+                      'Accuracies are in percent, gains in points.', *_left_out(df, robust)])
 
 def make_table(lines, df, what, robust, spread=False, **attrs):
     "Return a DataFrame of the dicts `lines` with the `caption` in its `attrs`"
@@ -281,12 +281,13 @@ def is_number(column):
 def as_markdown(
     table, # DataFrame from one of the functions that make tables
 ):
-    "Return a table as Markdown text, with its verdict and caption below"
+    "Return a table as Markdown text, with its verdict and the list of its caption's sentences below"
     text = lambda v: re.sub(r'\s+', ' ', html.escape(str(v), quote=False)).replace('\\', '\\\\').replace('|', '\\|')
     side = ['right' if is_number(table[c]) else 'left' for c in table]
-    below = [text(table.attrs[k]) for k in ('verdict','caption') if table.attrs.get(k)]
+    lines = {k: [text(l) for l in table.attrs.get(k, '').splitlines()] for k in ('verdict','caption')}
+    below = [*lines['verdict'], '\n'.join(f'- {l}' for l in lines['caption'])]
     shown = table.rename(columns=text).map(text).to_markdown(index=False, colalign=side, disable_numparse=True)
-    return '\n\n'.join([shown, *below]) + '\n'
+    return '\n\n'.join([shown, *filter(None, below)]) + '\n'
 
 # %% ../../nbs/study/03_results.ipynb #20d7bf79
 def group_key(df, columns):

@@ -488,7 +488,7 @@ def test_cells_of_an_older_version_get_their_new_names(tmp_path, monkeypatch):
     assert len(read_rows(tmp_path/'s')) == 1
 
 def test_n_valid_images_are_attacked_after_each_epoch(tmp_path):
-    "The best epoch is chosen on them; 200, the number before the setting existed, leaves the names of cells as they were"
+    "The best epoch is chosen on them; 200, the number before the setting existed, leaves the names of cells unchanged"
     study = Study(settings | dict(method='at', epochs=1, n_valid=37, measure=dict(attacks=['clean'], n=10)), tmp_path)
     study.run()
     robust = pd.read_csv(study.folder(study.cells[0])/'history.csv')['robust_accuracy'] * 37

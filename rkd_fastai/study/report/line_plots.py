@@ -43,7 +43,7 @@ def axis_lines(
         raise NotEnough(f"has no students that differ in `{x}` and are otherwise trained alike")
     return lines, cells, robust
 
-_axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epoch the teacher was stopped after',
+_axis_texts = dict(eps='radius ε', alpha='mixing weight α', teacher_epoch='epoch after which the teacher was stopped',
                    lam='weight λ', T='temperature T', beta='weight β of the last kind of teacher',
                    n='number of training images', noise='share of wrong labels')
 
@@ -70,10 +70,11 @@ def axis_table(
              | {'Chosen': format_hyperparameters(r, o[:1]) if r['method'] in methods else '–',
                 'Epochs in all': format_value('compute', r['compute'])}
              for o in lines for _,r in o.iterrows()]
-    what = (f"Networks that differ only in the {axis_text(x)}. "
-            "Of several settings the one with the most values is shown, and of those the most robust one.")
+    what = (f"The networks of each line differ only in the {axis_text(x)}.\n"
+            "If several settings of a method qualify, those with the most values are shown, "
+            "and among these the most robust ones.")
     if normalize_rows(df)[x].isna().any():
-        what += f" Networks without a number for it{' (all images)' if x == 'n' else ''} are left out."
+        what += f"\nNetworks without a number for it{' (all images)' if x == 'n' else ''} are left out."
     return make_table(shown, one_task(normalize_rows(df), free=[x]), what, robust)
 
 # %% ../../../nbs/study/report/02_line_plots.ipynb #bf043297
@@ -221,8 +222,9 @@ def capacity_table(
               'RKD-Acc.: clean gain': gain_of(r, 'clean'), 'RKD-Acc. by': r['clean_by'],
               f'RKD-Rob.: {column_title(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
-    return make_table(lines, df, 'What the students of `select` gain over the baseline, by the width of the network, '
-                                 f'in points; ± is the root of the sum of both variances.{left}', robust, spread=True)
+    return make_table(lines, df, 'The table shows what RKD-Acc. and RKD-Rob. gain over the baseline at each width.\n'
+                                 f'± combines the standard deviations of student and baseline.{left}', robust,
+                      spread=True)
 
 @figure_style
 def plot_capacity(

@@ -105,7 +105,7 @@ nav ul{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;list-style:none;padding:0;ma
 nav a{display:inline-block;padding:.3rem 0}
 p{max-width:46rem;overflow-wrap:anywhere}
 .verdict{border-left:4px solid var(--mark);background:var(--band);padding:.7rem 1rem;max-width:62rem;margin:.6rem 0}
-.caption,.left{color:var(--soft);font-size:.875rem}
+.caption,.left{padding-left:1.1rem;max-width:62rem;color:var(--soft);font-size:.875rem}
 .scroll{overflow-x:auto;margin:.75rem 0}
 .scroll:focus-visible{outline:2px solid var(--mark)}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
@@ -165,7 +165,9 @@ _template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 {% if v.folded %}
 </details>
 {% endif %}
-<p class="caption">{{ v.caption }}</p></section>
+<ul class="caption">
+{%- for text in v.caption %}<li>{{ text }}</li>{% endfor -%}
+</ul></section>
 {% endfor %}
 {% if missing %}
 <section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not there.</p><ul class="left">
@@ -192,7 +194,7 @@ def _section(name, view, pictures):
     folded = 'The numbers' if pictures else f'All {len(t)} rows' if len(t) > 24 else None
     return dict(name=name, title=view.title, verdict=t.attrs.get('verdict', '').splitlines(), folded=folded,
                 picture=_picture(*pictures) if pictures else None, columns=list(t), rows=t.itertuples(index=False),
-                styles=[_style(t[c]) for c in t], caption=t.attrs['caption'])
+                styles=[_style(t[c]) for c in t], caption=t.attrs['caption'].splitlines())
 
 def _page(title, notes, found, missing, pictures):
     "Return the page as HTML"

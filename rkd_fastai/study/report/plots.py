@@ -69,12 +69,12 @@ def front_table(
     lines = [{column_title(c): format_value(c, r[c]) for c in shown}
              | {column_title(c): accuracy(r, c) for c in ('clean', robust)}
              | {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
-    what = (f"The table holds those of {counted(len(s), 'student')} "
-            f"that no other student{f' with the same {column_title(by).lower()}' if by else ''} "
-            "beats in one accuracy without a loss in the other. "
-            "A line in a figure joins such networks of that panel, the baseline included. "
-            "Dotted lines run through the star of the baseline that students are compared with. "
-            "ES: epoch the teacher was stopped after.")
+    what = (f"The table shows the best trade-offs of {counted(len(s), 'student')}"
+            f"{f', for each {column_title(by).lower()}' if by else ''}: "
+            "no other student is better in one accuracy and at least as good in the other.\n"
+            "In a figure, a line joins the best trade-offs of each panel, including the baseline.\n"
+            "Dotted lines mark the accuracies of the baseline with which students are compared.\n"
+            "ES is the epoch after which the teacher was stopped.")
     return make_table(lines, df, what, robust)
 
 # %% ../../../nbs/study/report/01_plots.ipynb #2221d2e4
@@ -201,7 +201,7 @@ def _draw_pareto(fig, axs, s, near, base, robust, color, down, across):
 
 def _pareto_words(s, base, robust, color, n):
     top = lambda c: f"{format_points(s[c].max())} %"
-    by = dict(teacher_epoch='the epoch the teacher was stopped after', alpha='α').get(color, color)
+    by = dict(teacher_epoch='the epoch after which the teacher was stopped', alpha='α').get(color, color)
     words = (f"{column_title(robust)} over clean accuracy of {counted(len(s), 'student')} in {counted(n, 'panel')}, "
              f"coloured by {by}. ")
     words += (f"The most accurate reaches {top('clean')} clean, "
@@ -245,10 +245,11 @@ def map_table(
     lines = [{'Method': format_value('method', m), 'Teacher': kind_name(t), 'α': format_value('alpha', a)} | empty
              | {f"ES {r['teacher_epoch']:g}": accuracy(r, c) for _,r in of_a.iterrows()}
              for (m,t),g in grids.items() for a,of_a in g.groupby('alpha')]
-    meaning = 'blue is better than the baseline and red worse' if len(base) else 'yellow is better than blue'
-    what = (f"{column_title(c)} accuracy for each mixing weight α (down) "
-            "and epoch that the teacher was stopped after (across). "
-            f"In a figure {meaning}; the best cell of each panel is framed.")
+    meaning = 'blue is better than the baseline, and red is worse' if len(base) else 'yellow is better than blue'
+    shown = 'clean' if c == 'clean' else column_title(c)
+    what = (f"The table shows the {shown} accuracy for each mixing weight α (rows) "
+            "and each epoch after which the teacher was stopped (columns).\n"
+            f"In a figure, {meaning}. The best cell of each panel has a frame.")
     return make_table(lines, one_task(normalize_rows(df)), what, robust)
 
 # %% ../../../nbs/study/report/01_plots.ipynb #c81c47e5

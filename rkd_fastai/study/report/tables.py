@@ -49,7 +49,7 @@ def unpaired(df, robust, baseline):
     "Return a sentence on the students of `df` whose task has no baseline, or an empty text"
     cells,_ = cells_of(df, robust)
     k = (~group_key(students_of(cells), task).isin(group_key(baseline_of(cells, baseline), task))).sum()
-    return (f" {counted(k, 'student has', 'students have')} no baseline of the same task here and "
+    return (f"\n{counted(k, 'student has', 'students have')} no baseline of the same task here and "
             f"{'is' if k == 1 else 'are'} left out." if k else '')
 
 def _best(s, by, then): return s.sort_values([by, then], ascending=False, kind='stable').iloc[0]
@@ -71,7 +71,8 @@ def gain_over(row, base, c):
     "Return a dict with the gain in the accuracy `c` of `row` over `base` and its standard deviation"
     return {'gain': row[c] - base[c], 'gain_std': (spread(row, c)**2 + spread(base, c)**2)**.5}
 
-_marks = "† more than 10 % fewer epochs in all than the baseline, ‡ more than 10 % more."
+_stop = "ES is the epoch after which the teacher was stopped."
+_marks = "† marks over 10 % fewer epochs in all than the baseline's, ‡ over 10 % more."
 
 # %% ../../../nbs/study/report/00_tables.ipynb #988cd6ab
 def format_hyperparameters(row, among):
@@ -105,7 +106,7 @@ def _task_rows(df, s, baselines):
 def _teacher_line(b, names, more, used):
     "Return the line of a baseline; `more` are the settings in which the baselines differ"
     how = ', '.join([format_value('method', b['method']),
-                     *(f'{column_title(c).lower()} {format_value(c, b[c])}' for c in more), *used*['compared with']])
+                     *(f'{column_title(c).lower()} {format_value(c, b[c])}' for c in more), *used*['the baseline']])
     return ({'Method': f"Only teacher, {b['checkpoint']} epoch"}
             | {column_title(c): accuracy(b, c) for c in names}
             | {'Best loss': '–', 'Hyperparameters': how, 'Epochs in all': format_value('compute', b['compute'])})
@@ -138,12 +139,12 @@ def select(
             of_task.append(_student_line(label, row, bases.iloc[0], names, everyone,
                                          f'none: every student loses more than {100*within:g} points {other}'))
         lines += [{column_title(c): format_value(c, s[c].iloc[0]) for c in vary} | o for o in of_task]
-    among = (f"; chosen by {column_title(robust)} and these very numbers among {counted(len(everyone), 'setting')}, "
-             "which flatters them a little" if len(everyone) > 1 else '')
-    what = ("RKD-Acc. is the most accurate student "
-            f"that is at most {100*within:g} points less robust than the baseline, "
-            f"RKD-Rob. the most robust one that is at most {100*within:g} points less accurate{among}. "
-            f"ES: epoch the teacher was stopped after. {_marks}{unpaired(df, robust, baseline)}")
+    among = (f"Both were chosen among {counted(len(everyone), 'setting')} by the clean and {column_title(robust)} "
+             "accuracy in this table, which is therefore slightly optimistic.\n" if len(everyone) > 1 else '')
+    what = (f"RKD-Acc. is the most accurate student that is at most {100*within:g} points less robust "
+            "than the baseline.\n"
+            f"RKD-Rob. is the most robust student that is at most {100*within:g} points less accurate than the "
+            f"baseline.\n{among}{_stop}\n{_marks}{unpaired(df, robust, baseline)}")
     return make_table(lines, _task_rows(df, everyone, picks[0][1]['method'].unique()), what, robust)
 
 # %% ../../../nbs/study/report/00_tables.ipynb #6db85121
@@ -187,12 +188,12 @@ def _won(g, name): return np.sign(g[f'{name}_gain'])*(g[f'{name}_gain'].abs() > 
 
 def _result(c, r, exceeds_compute):
     if exceeds_compute and max(c, r) > 0:
-        return 'bought with more epochs' + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
+        return 'better, but with more epochs' + (', less robust' if r < 0 else ', less accurate' if c < 0 else '')
     if c > 0 and r > 0: return 'better in both'
     if c > 0 or r > 0:
         return (('more accurate' if c > 0 else 'more robust')
                 + (', less robust' if r < 0 else ', less accurate' if c < 0 else ''))
-    return 'worse' if c < 0 or r < 0 else 'level'
+    return 'worse' if c < 0 or r < 0 else 'no difference'
 
 # %% ../../../nbs/study/report/00_tables.ipynb #93ec142b
 _where = dict(data='on {}', size='at image size {}', augment='with {} augmentation', eps='at ε = {}',
@@ -250,10 +251,12 @@ def gain(
              | {'Epochs in all': r['mark'], 'Baseline’s': format_value('compute', r['baseline_compute']),
                 'Result': _result(c, rob, r['exceeds_compute'])}
              for (_,r),c,rob in zip(g.iterrows(), _won(g, 'clean'), _won(g, 'robust'))]
-    what = ("A gain is the accuracy of a student minus that of the baseline with the most similar number of epochs. "
-            "Of the baseline's last and best epoch the more robust one is taken. "
-            "± is the root of the sum of both variances; with a single seed it is chance among the test images. "
-            f"A gain that is smaller than its ± does not count. {_marks}{unpaired(df, robust, baseline)}")
+    what = ("A gain is the accuracy of a student minus that of the baseline.\n"
+            "The baseline is the network without a teacher whose number of epochs is nearest to the student's, "
+            "at its last or its best epoch, whichever is more robust.\n"
+            "± combines the standard deviations of student and baseline over the seeds. With a single seed, "
+            "it is the uncertainty that comes from the number of test images.\n"
+            f"A gain counts only if it is larger than its ±.\n{_marks}{unpaired(df, robust, baseline)}")
     return make_table(lines, _task_rows(df, g, [g['baseline'].iloc[0]]), what, robust, spread=True,
                       verdict=_verdict(g, within))
 
@@ -263,11 +266,10 @@ def _min_robust_accuracy(cells, robust, within, baseline):
     baseline, and a sentence about the baseline"""
     try: s,bases = pairs_of(cells, baseline)[0]
     except NotEnough:
-        return -np.inf, ('There is no baseline to compare with here, '
-                         'so the most accurate student may not be robust.')
+        return -np.inf, 'Without a baseline, the most accurate student is shown even if it is not robust.'
     b = nearest(bases, s['compute'].max(), robust).iloc[0]
     return (b[robust] - within,
-            f"For comparison, {format_value('method', b['method'])} without a teacher ({b['checkpoint']} epoch): "
+            f"The baseline is {format_value('method', b['method'])} without a teacher ({b['checkpoint']} epoch): "
             f"{accuracy(b, 'clean')} clean, {accuracy(b, robust)} {column_title(robust)}.")
 
 def _for_kind(s, kind, robust, floor):
@@ -284,10 +286,11 @@ def _compared(df, within, robust, baseline):
     df = one_task(normalize_rows(df))
     cells,robust = cells_of(df, robust)
     floor,comparison = _min_robust_accuracy(cells, robust, within, baseline)
-    rule = ("α and ES are those of the highest robust accuracy; for ST and LAT of the highest clean accuracy "
-            f"that costs at most {100*within:g} points of the baseline’s robust one "
-            "(§: none does, the most robust is shown).")
-    return df, students_of(cells), robust, floor, f'{rule} {comparison}'
+    rule = ("α and ES of each student are those with the highest robust accuracy.\n"
+            "With an ST or LAT teacher, they are those with the highest clean accuracy among the students "
+            f"that are at most {100*within:g} points less robust than the baseline. "
+            "§ marks teachers without such a student, for which the most robust one is shown.")
+    return df, students_of(cells), robust, floor, f'{rule}\n{comparison}'
 
 def _teacher_eps(s, kind):
     """Return the radius in a teacher's training; if its rows lack it, 0 for ST, a quarter of the students' radius for
@@ -316,7 +319,7 @@ def table3(
             if (s['method'] == m).any():
                 line |= _chosen(of_kind[of_kind['method'] == m], kind, robust, floor, format_value('method', m), s)
         lines.append(line)
-    return make_table(lines, df, f'One student per kind of teacher. {rule}', robust)
+    return make_table(lines, df, f'The table has one student per kind of teacher.\n{rule}', robust)
 
 def _chosen(s, kind, robust, floor, label, among):
     "Return three table cells for the student of one kind: clean accuracy, robust accuracy and hyperparameters"
@@ -350,8 +353,9 @@ def table5(
         lines.append(start | _chosen(one, kind, robust, floor, '1 model', s)
                      | _chosen(many, kind, robust, floor, f'{k:g} models', s))
     if not lines: raise NotEnough("has no kind of teacher both alone and as an ensemble, such as 'ffgsm' and '4 ffgsm'")
-    return make_table(lines, df, 'One teacher against an ensemble. Both are chosen from the same values of α and ES '
-                                 f'if both were tried with them. {rule}', robust)
+    return make_table(lines, df, 'Students of one teacher are compared with students of an ensemble.\n'
+                                 'Both are chosen from the same values of α and ES if both were trained with them.\n'
+                                 f'{rule}', robust)
 
 def _as_they_are(df, shown, what, robust):
     """Return a table with one line per network in `df`: the settings that the function `shown` names, and the accuracy
@@ -372,7 +376,7 @@ def table12(
     if not len(df): raise NotEnough("has no teachers that were measured themselves: rows whose `method` is 'teacher'")
     shown = lambda cells: [*varying(cells, [*task, 'teacher_width', 'teacher_epochs']), 'teacher', 'members',
                            *varying(cells, ['teacher_epoch','beta'])]
-    return _as_they_are(df, shown, 'Teachers and ensembles themselves, before any distillation.', robust)
+    return _as_they_are(df, shown, 'These are the accuracies of the teachers and ensembles themselves.', robust)
 
 def baselines(
     df, # one row per measured network, see `normalize_rows`
@@ -383,4 +387,5 @@ def baselines(
     df = df[~df['method'].isin([*methods, 'teacher'])]
     if not len(df): raise NotEnough("has no network trained without a teacher: rows whose `method` is 'at' or 'trades'")
     shown = lambda cells: [*varying(cells, task), 'method', 'checkpoint', *distinguishing_settings(cells), 'compute']
-    return _as_they_are(df, shown, 'Networks trained without a teacher: what students are compared with.', robust)
+    what = 'Students are compared with these networks, which were trained without a teacher.'
+    return _as_they_are(df, shown, what, robust)
