@@ -143,7 +143,7 @@ def test_select_against_a_loop(seed):
     assert got.Method.tolist() == [f"Only teacher, {b['checkpoint']} epoch",
                                    f"Only teacher, {teachers[0]['checkpoint']} epoch",
                                    'RKD-Acc.', 'RKD-Rob.']
-    assert 'the baseline' in got.Hyperparameters[0] and 'compared with' not in got.Hyperparameters[1]
+    assert 'the baseline' in got.Hyperparameters[0] and 'the baseline' not in got.Hyperparameters[1]
     for i,r in ((0, b), (2, acc), (3, rob)):
         assert (number(got.Clean[i]), number(got['PGD-20'][i])) == (round(100*r['clean'], 1), round(100*r['pgd20'], 1))
     for i,r in ((2, acc), (3, rob)):
@@ -291,8 +291,8 @@ def test_students_that_were_trained_differently_are_distinguished():
     assert 'Learning rate=0.2' in select(df).Hyperparameters.iloc[-1]
     by = select(pd.concat([frame(*(at(.6+i/100, .4, schedule=k) for i,k in enumerate(('onecycle','exp')))),
                            frame(student(.7, .4))])).Hyperparameters
-    assert (sorted(by[:2]) == ['AT, schedule exp', 'AT, schedule onecycle, compared with']
-            or sorted(by[:2]) == ['AT, schedule exp, compared with', 'AT, schedule onecycle'])
+    assert (sorted(by[:2]) == ['AT, schedule exp', 'AT, schedule onecycle, the baseline']
+            or sorted(by[:2]) == ['AT, schedule exp, the baseline', 'AT, schedule onecycle'])
 
 def test_teacher_width_is_named_where_it_differs():
     own = frame(*(r for w in (1., .25) for r in (
