@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'callbacks', 'teacher_kinds', 'teacher_recipes', 'student_recipes', 'packaged_data', 'published_data',
-           'data_names', 'folder_size', 'n_monitor_images']
+           'data_names', 'augmentations', 'folder_size', 'n_monitor_images']
 
 # %% ../nbs/00_registry.ipynb #60c5b495
 methods = dict(akd='AKD⁺', rslad='RSLAD⁺', ard='ARD⁺', ckd='CKD') # distillation methods, as written in tables
@@ -21,5 +21,6 @@ student_recipes = ['paper_student','rslad_official','ard_official']
 packaged_data = ['digits','fashion_sample'] # datasets in the package
 published_data = ['fashion_mnist','cifar10','cifar100','tiny_imagenet'] # datasets on disk or downloaded
 data_names = [*packaged_data, *published_data]
+augmentations = dict(none=[], flip=[0], crop=[4]) # padding before the random crop and flip, if there is one
 folder_size = 64 # default side in pixels to which images of a folder are cropped
 n_monitor_images = 200 # default number of validation images that are attacked after each epoch of a run

@@ -11,14 +11,14 @@ import gzip, math, pickle, re, zlib
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
-from fastai.vision.all import DataLoaders, L, PILImage, fastai_path, untar_data
+from fastai.vision.all import DataLoaders, L, PILImage, fastai_path, get_image_files, untar_data
 from numpy import ndarray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets as tvd
 from ..core import as_number, whole_number
-from .arrays import check_labels, pairs_dls, arrays_dls, check_xy
-from .transforms import PadCropFlip
+from .arrays import check_classes, check_labels, pairs_dls, arrays_dls, check_xy
+from .transforms import PadCropFlip, open_image
 
 # %% ../../nbs/data/02_benchmarks.ipynb #9229f9fa
 def _split(y, valid_pct, seed):
@@ -74,6 +74,22 @@ def _downloaded(name, get):
     except (RuntimeError, OSError) as e: # raised by torchvision and by the network
         raise OSError(f"{name} cannot be downloaded: give the folder with its files as `path` "
                       f"({' '.join(str(e).split())})") from e
+
+def _read_folders(folder, shape, vocab=None):
+    """Return the images of `folder`, which has one sub-folder per class, as an array, their labels, and the names of
+    the classes; raise a `ValueError` if a class is not in `vocab` or an image does not have the `shape`"""
+    names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith('.'))
+    if vocab and (new := sorted({*names} - {*vocab})):
+        raise ValueError(f"{folder} has the class {new[0]!r}, which the training images lack: they have {vocab}")
+    vocab,xs,ys = vocab or names, [], []
+    for name in names:
+        for f in sorted(get_image_files(folder/name)):
+            xs.append(np.asarray(open_image(PILImage.create, f)))
+            if xs[-1].shape != shape:
+                raise ValueError(f"{f} has the shape {xs[-1].shape}, but the images must be {shape}")
+            ys.append(vocab.index(name))
+    if not xs: raise ValueError(f"there are no images in {folder}, which should have one sub-folder of them per class")
+    return np.stack(xs), np.array(ys), vocab
 
 def _published_dls(train, test, vocab, pad, valid_pct, seed, batch_tfms=None, **kwargs):
     "Return three loaders; hold out part of `train` for the second, and apply `batch_tfms` after the usual augmentation"
@@ -203,10 +219,16 @@ def _cifar_dls(c, path, download, bs, valid_pct, seed, **kwargs):
         _downloaded(f'CIFAR-{c}', lambda: download(path, download=True))
     def read(split):
         return map(np.concatenate, zip(*[_read_batch(_find(path, o['sub'], f), o['labels'], c) for f in o[split]]))
-    return _published_dls(read('train'), read('test'), _class_names(path, c, **o), 4, valid_pct, seed, bs=bs, **kwargs)
+    if all((Path(path)/split).is_dir() for split in ('train','test')):
+        *train,names = _read_folders(Path(path)/'train', (32,32,3))
+        *test,_ = _read_folders(Path(path)/'test', (32,32,3), names)
+    else: train,test,names = read('train'), read('test'), _class_names(path, c, **o)
+    return _published_dls(train, test, names, 4, valid_pct, seed, bs=bs, **kwargs)
 
 def cifar10_dls(
-    path=None, # folder with the pickles, or the folder that contains `cifar-10-batches-py`; None means a download
+    # folder with the pickles, the folder that contains `cifar-10-batches-py`, or a folder with `train/<class>` and
+    # `test/<class>`, which contain images; None means a download
+    path=None,
     bs:int=256, # images per batch
     valid_pct:float=.1, # fraction of the training split that is held out as `dls.valid`
     seed:int=42, # seed of the split
@@ -217,7 +239,9 @@ def cifar10_dls(
     return _cifar_dls(10, path, tvd.CIFAR10, bs, valid_pct, seed, **kwargs)
 
 def cifar100_dls(
-    path=None, # folder with the pickles, or the folder that contains `cifar-100-python`; None means a download
+    # folder with the pickles, the folder that contains `cifar-100-python`, or a folder with `train/<class>` and
+    # `test/<class>`, which contain images; None means a download
+    path=None,
     bs:int=256, # images per batch
     valid_pct:float=.1, # fraction of the training split that is held out as `dls.valid`
     seed:int=42, # seed of the split
@@ -234,6 +258,7 @@ def tiny_imagenet_dls(
     valid_pct:float=.1, # fraction of the training split that is held out as `dls.valid`
     seed:int=42, # seed of the split
     batch_tfms=None, # further transforms for uint8 batches, after crop and flip
+    classes=None, # WordNet IDs of the classes to keep, at least two; None means all
     **kwargs # `device_resident`, or arguments for fastai's `Datasets.dataloaders`, e.g. `num_workers`
 ) -> DataLoaders: # three loaders, images `(3, 64, 64)`
     "Return `DataLoaders` for Tiny-ImageNet (http://cs231n.stanford.edu), 200 ImageNet classes at 64×64 pixels"
@@ -250,4 +275,8 @@ def tiny_imagenet_dls(
             raise ValueError(f"{ann} lists {f.name} of class {c}, but the file or the class is missing: "
                              "unpack the archive again")
     held = [train[i] for i in _split(labels, valid_pct, seed)]
-    return pairs_dls([*held, test], PILImage, vocab, bs, [PadCropFlip(4), *L(batch_tfms)], **kwargs)
+    parts = [*held, test]
+    if classes is not None:
+        vocab = check_classes(classes, vocab)
+        parts = [[o for o in part if o[1] in vocab] for part in parts]
+    return pairs_dls(parts, PILImage, vocab, bs, [PadCropFlip(4), *L(batch_tfms)], **kwargs)

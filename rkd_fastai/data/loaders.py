@@ -20,6 +20,7 @@ from ..core import as_number, check_number, whole_number
 from .arrays import ResidentDL, check_xy
 from .transforms import PadCropFlip
 from .images import check_single_label
+from ..registry import augmentations
 from ..sampling import class_labels, sample_of
 from ..text import counted
 
@@ -210,13 +211,15 @@ def _still(p):
 
 def with_augmentation(
     dls, # DataLoaders
-    kind, # 'none' for no random transforms, or 'flip' for a horizontal flip with probability 1/2
+    # 'none' for no random transforms, 'flip' for a horizontal flip with probability 1/2, or 'crop' for such a flip and
+    # a random crop after padding by 4 pixels
+    kind,
 )->DataLoaders:
     "Return `dls` with the augmentation `kind` for the training images, instead of their own"
     _check_loaders(dls)
-    if kind not in ('none','flip'): raise ValueError(f"`kind` must be 'none' or 'flip', got {kind!r}")
-    flip = [PadCropFlip()] if kind == 'flip' else []
-    of_items,of_batches = Pipeline(_still(dls.train.after_item)), Pipeline([*flip, *_still(dls.train.after_batch)])
+    if kind not in augmentations: raise ValueError(f"`kind` must be one of {[*augmentations]}, got {kind!r}")
+    moved = [PadCropFlip(pad) for pad in augmentations[kind]]
+    of_items,of_batches = Pipeline(_still(dls.train.after_item)), Pipeline([*moved, *_still(dls.train.after_batch)])
     return _with_train(dls, _new(dls.train, after_item=of_items, after_batch=of_batches))
 
 # %% ../../nbs/data/04_loaders.ipynb #6c92017e

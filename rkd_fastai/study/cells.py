@@ -21,9 +21,12 @@ from .run import batch_size, make_dls, make_net
 
 # %% ../../nbs/study/02_cells.ipynb #d66816cf
 @lru_cache(maxsize=4)
-def _all_images(data, path, size): return make_dls(data, path, bs=1, size=size)
+def _all_images(data, path, size, classes):
+    return make_dls(data, path, bs=1, size=size, classes=classes and [o.strip() for o in classes.split(',')])
 @lru_cache(maxsize=2)
-def _eval_images(data, path, size): return sampled_images(_all_images(data, path, size))
+def _eval_images(*args): return sampled_images(_all_images(*args))
+
+def _images_of(c, path): return c.data, path, c.size, c.classes
 
 def eval_images(
     c, # `Cell`
@@ -32,7 +35,7 @@ def eval_images(
     seed=0, # seed of the sample
 )->tuple: # images `(n, c, h, w)` in pixel space, classes `(n,)` and their `Sample`
     "Return the images on which a cell is measured: of the test split if the data have one, else of the validation set"
-    x,y,whole = _eval_images(c.data, path, c.size)
+    x,y,whole = _eval_images(*_images_of(c, path))
     if n is None or n >= len(x): return x, y, whole
     idx = sample_positions(y, n, seed)
     return x[idx], y[idx], Sample(len(idx), len(y), seed, whole.split, images_digest(x[idx], y[idx]))
@@ -42,14 +45,14 @@ def has_test_split(
     path=None, # as in `eval_images`
 ):
     "Return True if a cell's data have a test split, so that it is not measured on the validation images"
-    return len(_all_images(c.data, path, c.size).loaders) > 2
+    return len(_all_images(*_images_of(c, path)).loaders) > 2
 
 def cell_dls(
     c, # `Cell`
     path=None, # as in `eval_images`
 ):
     "Return the DataLoaders for the training of a cell, and set the random seed"
-    dls = _all_images(c.data, path, c.size)
+    dls = _all_images(*_images_of(c, path))
     # limit the validation images to the number of training images, or to `n_valid` if that is larger
     if c.n is not None: dls = with_subset(dls, c.n, c.seed, n_valid=max(c.n, c.n_valid))
     if c.augment: dls = with_augmentation(dls, c.augment)
@@ -102,7 +105,7 @@ def _speeds(c, path):
 def _alike(c):
     "Return a cell in which a pass costs the same"
     return Cell(method='at', schedule='onecycle',
-                **{k: getattr(c, k) for k in ('data','size','n','n_valid','arch','width','compile','bf16')})
+                **{k: getattr(c, k) for k in ('data','size','classes','n','n_valid','arch','width','compile','bf16')})
 
 def seconds(
     c, # `Cell`

@@ -20,7 +20,7 @@ from ..attacks.pgd import FFGSM, PGD
 from ..evaluation.robustness import make_attack
 from ..learner import distil_methods, method_class
 from ..recipes import paper_student, recipe_of_kind
-from ..registry import n_monitor_images, teacher_kinds
+from ..registry import augmentations, n_monitor_images, teacher_kinds
 from ..schedules import ExpDecay, OneCycle, Steps
 from ..text import counted, did_you_mean, format_eps, say
 try: import tomllib
@@ -52,7 +52,8 @@ class Cell:
     n:_Count|None=None # number of training images; None means all
     noise:_Share=0. # fraction of wrong training labels
     n_valid:_Count=n_monitor_images # validation images attacked after each epoch, on which the best epoch is chosen
-    augment:str|None=None # 'none' or 'flip'; None means the data set's usual augmentation
+    augment:str|None=None # 'none', 'flip' or 'crop', see `with_augmentation`; None means the data set's usual one
+    classes:str|None=None # names of the classes to keep, such as 'airplane, automobile'; None means all
     seed:int=0 # seed of data, weights, order and training attack; `[measure]` has the seed of the measurement
     arch:str='cifar_resnet18' # name of the network, see `make_net`
     width:_Positive=1/8 # factor by which the number of channels is multiplied
@@ -103,8 +104,8 @@ def short_hash(
 # the default of a field changes: otherwise finished cells are not found any more. Give each new setting an entry whose
 # value describes the behaviour before the setting existed.
 _frozen_defaults = dict(
-    data='fashion_sample', size=None, n=None, n_valid=200, noise=0., augment=None, seed=0, arch='cifar_resnet18',
-    width=1/8, eps=8/255, epochs=40, lr=None, bs=None, schedule=None, attack=None,
+    data='fashion_sample', size=None, n=None, n_valid=200, noise=0., augment=None, classes=None, seed=0,
+    arch='cifar_resnet18', width=1/8, eps=8/255, epochs=40, lr=None, bs=None, schedule=None, attack=None,
     teacher=None, teacher_epochs=None, teacher_epoch=None, teacher_arch=None, teacher_width=None,
     beta=None, alpha=None, lam=None, T=None, compile=False, bf16=False, member=0)
 
@@ -135,7 +136,8 @@ def allowed_settings(
 ):
     "Return the set of names of settings that `method` has; raise a `ValueError` for an unknown method"
     _known('`method`', method, [*distil_methods, *teacher_kinds, 'teacher'])
-    every = {'method','data','size','n','n_valid','noise','augment','seed','arch','width','eps'}
+    every = {'method','data','size','n','n_valid','noise','augment','classes','seed','arch',
+             'width','eps'}
     if method == 'teacher': return every | _teacher_settings | {'compile','bf16'}
     every |= _of_training | ({'attack'} if method in ('at','akd','rslad','ard') else set())
     if method not in distil_methods: return every | ({'schedule'} if method != 'at+' else set()) # AT⁺: fixed schedule
@@ -212,7 +214,7 @@ def betas(
 # %% ../../nbs/study/00_config.ipynb #4d6bcb3e
 def _check(c):
     "Raise a `ValueError` if a name in the settings of a cell is unknown or the settings do not fit together"
-    if c.augment is not None: _known('`augment`', c.augment, ['none','flip'])
+    if c.augment is not None: _known('`augment`', c.augment, augmentations)
     if c.schedule is not None: _known('`schedule`', c.schedule, _schedules)
     if c.attack is not None: training_attack(c.attack, c.eps)
     if c.has_teacher: betas(c.teacher, c.beta); members(c.teacher)
@@ -265,8 +267,8 @@ def teachers_of(
     "Return the list of cells of the teachers that `c` needs"
     if not c.has_teacher: return []
     kinds = members(c.teacher)
-    same = {k: getattr(c, k) for k in ('data','size','n','n_valid','noise','augment','seed','eps','compile',
-                                     'bf16')}
+    same = {k: getattr(c, k) for k in ('data','size','n','n_valid','noise','augment','classes','seed','eps',
+                                     'compile','bf16')}
     same |= dict(arch=c.teacher_arch or c.arch, width=c.teacher_width or c.width, epochs=c.teacher_epochs)
     return [Cell(method=kind, schedule='teacher', member=kinds[:i].count(kind), **same)
             for i,kind in enumerate(kinds)]
@@ -313,6 +315,14 @@ def _tables(spec):
     if not isinstance(spec.get('title', ''), str): raise ValueError(f"`title` is a text, got {spec['title']!r}")
     return grids
 
+def _join_classes(settings):
+    "Replace a list of names under the key `classes` by one text, since other lists contain one value per cell"
+    v = settings.get('classes')
+    if not isinstance(v, list): return
+    several = any(isinstance(o, list) for o in v)
+    joined = [', '.join(map(str, o)) if isinstance(o, list) else o for o in (v if several else [v])]
+    settings['classes'] = joined if several else joined[0]
+
 def read_study(
     spec, # path of a TOML file, or a dict with its content
 )->tuple: # cells, settings of `[measure]`, title
@@ -325,6 +335,7 @@ def read_study(
     own = [f.name for f in fields(Cell) if f.name != 'member']
     for k in top: _known('setting', k, [*own, 'measure', 'grid', 'title'])
     for k in (k for g in grids for k in g): _known('setting of [[grid]]', k, own)
+    for part in (top, *grids): _join_classes(part)
     for k,v in [*top.items(), *(o for g in grids for o in g.items())]:
         if v == []: raise ValueError(f"`{k}` is an empty list: give it a value or remove it")
     cells = {}

@@ -24,13 +24,15 @@ class NotEnough(ValueError):
         super().__init__(f'`df` {reason}{hint}')
         self.reason = reason
 
-task = ['data','size','augment','eps','n','noise','arch','width'] # only networks for the same task can be compared
+# only networks for the same task can be compared
+task = ['data','size','classes','augment','eps','n','noise','arch','width']
 # further settings that may differ between the students in a table
 extras = ['lam','T','epochs','lr','bs','schedule','attack','n_valid','teacher_epochs','teacher_arch']
 settings = [*task, *extras,
             'method','teacher','members','teacher_width','teacher_eps','teacher_epoch',
             'alpha','beta','checkpoint','compile','bf16']
-_texts = ['data','augment','arch','method','schedule','attack','teacher','teacher_arch','checkpoint','diverged']
+_texts = ['data','classes','augment','arch','method','schedule','attack','teacher','teacher_arch','checkpoint',
+          'diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')
 
@@ -171,7 +173,8 @@ def pareto(
 # %% ../../nbs/study/03_results.ipynb #49a2abe9
 _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES', **{'at+': 'AT⁺'})
 _heads = dict(
-    data='Data', size='Image size', augment='Augmentation', n='Training images', noise='Wrong labels', eps='ε',
+    data='Data', size='Image size', classes='Classes', augment='Augmentation', n='Training images',
+    noise='Wrong labels', eps='ε',
     arch='Network', width='Layer size', method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ',
     beta='β', epochs='Epochs', compute='Epochs in all', members='Models', schedule='Schedule', attack='Attack',
     lr='Learning rate', bs='Batch size', n_valid='Validation images', compile='Compiled', bf16='bfloat16',
@@ -191,7 +194,7 @@ def column_title(c):
 
 def format_value(c, v):
     "Return value `v` of column `c` as text"
-    if pd.isna(v): return 'usual' if c in ('augment','size') else '–'
+    if pd.isna(v): return {'augment': 'usual', 'size': 'usual', 'classes': 'all'}.get(c, '–')
     if c == 'augment' and v == 'none': return 'no'
     if c in ('width','teacher_width') or c == 'lam' and abs(v - round(v, 3)) > 1e-9: return format_fraction(v)
     if c in ('eps','teacher_eps'): return format_eps(v)
@@ -252,7 +255,8 @@ def caption(
     df = normalize_rows(df)
     kept = with_accuracy(df).dropna(subset=robust)
     fact = lambda c, text: text.format(s) if (s := format_range(kept, c)) else ''
-    facts = [fact('data', 'Data: {}'), fact('size', '{0}×{0} pixels'), fact('augment', 'augmentation: {}'),
+    facts = [fact('data', 'Data: {}'), fact('classes', 'classes: {}'), fact('size', '{0}×{0} pixels'),
+             fact('augment', 'augmentation: {}'),
              fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '',
              fact('eps', 'ε = {}'), fact('width', 'layer size {}'), _images(kept, ['clean', robust])]
     facts = '; '.join(f for f in facts if f)

@@ -28,6 +28,7 @@ from ..callback.resume import Resume
 from ..checkpoint import (MissingFile, atomic_path, fitting_state, plain_state, read_json, read_state,
                                    saved_epochs, write_atomic)
 from ..core import digest, tensors_in, unwrap, versions
+from ..data.arrays import check_classes
 from ..data.benchmarks import (cifar100_dls, cifar10_dls, digits_dls, fashion_mnist_dls,
                                         fashion_sample_dls, tiny_imagenet_dls)
 from ..data.transforms import FileImage
@@ -82,24 +83,28 @@ def folder_dls(
     folder,
     bs=125, # batch size
     size=folder_size, # side of the images in pixels, to which they are cropped
+    classes=None, # names of the classes to keep, at least two; None means all
 )->DataLoaders: # loaders of the training and validation images, and of `test` if there is such a folder
     """Return the DataLoaders of a folder of images. Without a validation folder, a fifth of the training images is held
     out, stratified by class. Raise a `ValueError` if the folder has the wrong structure"""
     parts = {}
     for split,d in _split_folders(Path(folder)).items():
         parts[split] = _labelled_files(d, sorted({*parts['train'][1]}) if parts else None)
-    files,labels = parts['train']
-    classes = sorted({*labels})
-    if len(classes) < 2:
-        raise ValueError(f"`data`: {folder} has only one class, {classes[0]!r}, but at least two are needed: "
+    vocab = sorted({*parts['train'][1]})
+    if len(vocab) < 2:
+        raise ValueError(f"`data`: {folder} has only one class, {vocab[0]!r}, but at least two are needed: "
                          "it should contain a sub-folder of images for each class")
+    if classes is not None:
+        vocab = check_classes(classes, vocab)
+        parts = {k: tuple(zip(*(o for o in zip(*part) if o[1] in vocab))) for k,part in parts.items()}
+    files,labels = parts['train']
     if 'valid' not in parts:
         held = {*sample_positions(labels, max(round(.2*len(files)), 1), seed=42).tolist()}
         parts['train'],parts['valid'] = ([[f for i,f in enumerate(files) if (i in held) == is_held]]
                                          for is_held in (False, True))
     splits = [parts[k][0] for k in ('train','valid','test') if k in parts]
     ends = [0, *accumulate(map(len, splits))]
-    block = DataBlock((ImageBlock(FileImage), CategoryBlock(vocab=classes)), get_y=parent_label, item_tfms=Resize(size),
+    block = DataBlock((ImageBlock(FileImage), CategoryBlock(vocab=vocab)), get_y=parent_label, item_tfms=Resize(size),
                       splitter=lambda items: [[*range(a, b)] for a,b in pairwise(ends)])
     return block.dataloaders([f for fs in splits for f in fs], path=Path(folder), bs=bs, num_workers=0)
 
@@ -108,16 +113,18 @@ def make_dls(
     path=None, # folder of the data set; None means its usual folder, or a download
     bs=125, # batch size
     size=None, # side of the images in pixels: of a folder's any, 64 if None; of Fashion-MNIST 14 or 28
+    classes=None, # names of the classes to keep, at least two; None means all
 ):
     "Return the DataLoaders of the data set `data` or of a folder of images, see `folder_dls`"
     sized = {} if size is None else dict(size=size)
     if sized and data in data_names and not data.startswith('fashion'):
         raise ValueError(f"`size` {size}: the images of {data} have one size, remove it")
-    if data in _packaged: return _packaged[data](bs=bs, device_resident=True, **sized)
-    if data in _published: return _published[data](path, bs=bs, device_resident=True, **sized)
+    kwargs = dict(bs=bs, device_resident=True, classes=classes, **sized)
+    if data in _packaged: return _packaged[data](**kwargs)
+    if data in _published: return _published[data](path, **kwargs)
     if not Path(data).is_dir():
         raise ValueError(f"`data` must be a folder of images or one of {data_names}, got {data!r}")
-    return folder_dls(data, bs, size or folder_size)
+    return folder_dls(data, bs, size or folder_size, classes)
 
 def make_net(
     arch, # 'cifar_resnet18', 'wrn-28-10' or timm's name of a network

@@ -244,7 +244,7 @@ def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
     df = Study(spec(dict(method='akd'), dict(method='at')), tmp_path/'s').run()
     assert 'its teacher' in df.diverged[0] and 'the loss is NaN' in df.diverged[0] and pd.isna(df.diverged[1])
     text = report_text(tmp_path/'s')
-    assert ('Networks trained without a teacher' in text
+    assert ('which were trained without a teacher' in text
             and 'No student is compared: all trainings of students (1) diverged.' in text)
 
 def test_other_version(finished, tmp_path):
@@ -328,7 +328,7 @@ def test_a_report_of_what_is_not_finished(tmp_path):
     s = Study(spec(dict(method='at')), tmp_path/'s')
     s.run()
     text = report_text(s.out)
-    assert ('Networks trained without a teacher' in text and 'No student is compared: none has been measured.' in text
+    assert ('which were trained without a teacher' in text and 'No student is compared: none has been measured.' in text
             and 'all tables and figures' in text)
     other = tmp_path/'s/cells/another'
     other.mkdir(); (other/'history.csv').write_text('')

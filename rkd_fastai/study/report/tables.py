@@ -196,9 +196,10 @@ def _result(c, r, exceeds_compute):
     return 'worse' if c < 0 or r < 0 else 'no difference'
 
 # %% ../../../nbs/study/report/00_tables.ipynb #93ec142b
-_where = dict(data='on {}', size='at image size {}', augment='with {} augmentation', eps='at ε = {}',
+_where = dict(data='on {}', classes='with the classes {}', size='at image size {}', augment='with {} augmentation',
+              eps='at ε = {}',
               n='with {} training images', noise='with {} wrong labels', arch='with {}', width='at layer size {}')
-_unset = dict(size='at the usual image size', n='with all training images')
+_unset = dict(classes='with all classes', size='at the usual image size', n='with all training images')
 
 def _name(s, g):
     "Return the task of the students `s` as text, with the settings that differ among the tasks of all students `g`"
