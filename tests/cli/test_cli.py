@@ -229,7 +229,8 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
         m.setattr(Resume, '_save', interrupt)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
-    assert e.value.code == f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: restore what the run had, or choose another `--out`' # noqa: E501
+    assert e.value.code == (f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: '
+                            'restore what the run had, or choose another `--out`')
     for option,says in ((('--compile',), '`--compile` is given here, but left out in the interrupted run'),
                         (('--data-path', tmp_path), None)):
         if says:
@@ -305,6 +306,20 @@ def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
 
 class Tty(io.StringIO):
     def isatty(self): return True
+
+def test_messages_in_a_fit_have_lines_of_their_own(monkeypatch):
+    "What a monitor prints does not stand at the end of the progress line"
+    from fastai.vision.all import Learner, ValueMetric
+    from rkd_fastai.all import RobustOverfitting, cifar_resnet18, digits_dls
+    from rkd_fastai.callback import progress
+    scores, terminal = iter([.9, .5, .4]), Tty()
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setattr(progress.Line, 'every', property(lambda self: 0, lambda self, seconds: None), raising=False)
+    learn = Learner(digits_dls(bs=512), cifar_resnet18(10, 1/16, 1), cbs=RobustOverfitting('accuracy'),
+                    metrics=ValueMetric(lambda: next(scores), 'accuracy'))
+    with progress.one_line(learn, 'digits'): learn.fit(3, 0.)
+    lines = [line.rpartition('\r\033[K')[2] for line in terminal.getvalue().split('\n')] # as the terminal shows them
+    assert [line.split()[0] for line in lines if line] == ['robust', 'digits'] and terminal.getvalue().count('█')
 
 @pytest.mark.parametrize('argv', [['--help'], ['train', '--help'], ['distill', '-h'], ['evaluate', '--help'],
                                   ['study', '--help'], ['demo', '--help']])
