@@ -334,8 +334,8 @@ class Validates(Callback):
         def validate():
             if self.learn.lock.locked(): return
             if event == 'after_batch' and not (self.training and self.learn.iter == 2): return
-            careful = dict(before_train=['dl'],
-                           after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch','train_iter','pct_train']).get(event, []) # noqa: E501
+            careful = dict(before_train=['dl'], after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch',
+                                                             'train_iter','pct_train']).get(event, [])
             now = {k: getattr(self.learn, k) for k in careful} # what such a callback has to put back
             self.got.append((self.learn.validate(), bits(self.learn.get_preds(ds_idx=0))))
             for k,v in now.items(): setattr(self.learn, k, v)
@@ -593,7 +593,8 @@ def test_messages_of_several_fits(base, tmp_path, capsys):
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     assert capsys.readouterr().out == ''
     run(groups(base), tuned, [Resume(path)])
-    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 continues after 1 epoch\n' # noqa: E501
+    assert capsys.readouterr().out == (f'`{path}`: fit 1 of 2 has ended and is not trained again\n'
+                                       f'`{path}`: fit 2 of 2 continues after 1 epoch\n')
     run(groups(base), tuned, [Resume(path)])
     assert f'`{path}` contains all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
 
@@ -1014,18 +1015,21 @@ def in_two_parts(o, f):
 
 def net(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(8*16, 10))
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(),
+                         nn.Linear(8*16, 10))
 def train():
     seed = os.getpid() if how != 'whole' and path.exists() else 0 # a training that goes on owes nothing to the seed
     teacher, student = net(7), net(seed)
     set_seed(seed)
-    learn = Learner(digits_dls(bs=128, batch_tfms=[PadCropFlip(1)]), student, loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+    learn = Learner(digits_dls(bs=128, batch_tfms=[PadCropFlip(1)]), student, loss_func=CrossEntropyLossFlat(),
+                    metrics=accuracy,
                     cbs=[AKDCallback(teacher, attack=PGD(.1, steps=2)), WeightAveraging(.9), Tell()])
     learn.remove_cb(ProgressCallback); learn.logger = lambda *_: None
     torch.save = in_two_parts
     learn.fit_one_cycle(16, .01, cbs=None if how == 'whole' else Resume(path, every=2))
     torch.save, rec = save, learn.recorder
-    save([learn.model.state_dict(), [float(v) for v in rec.lrs], [float(v) for v in rec.losses], [list(v) for v in rec.values], torch.get_rng_state()], out.with_suffix('.part'))
+    save([learn.model.state_dict(), [float(v) for v in rec.lrs], [float(v) for v in rec.losses],
+          [list(v) for v in rec.values], torch.get_rng_state()], out.with_suffix('.part'))
     out.with_suffix('.part').rename(out)
 
 def kill(when):
@@ -1059,7 +1063,7 @@ if how == 'kills':
     print(at, len(tmps))
     assert at == sorted(at) and at[-1] > at[0] and len({d for e,d in at}) > 2 and len(tmps) >= 4, (at, tmps)
 else: train()
-''' # noqa: E501
+'''
 
 @pytest.mark.slow
 def test_sigkill(tmp_path):

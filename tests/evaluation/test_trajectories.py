@@ -401,11 +401,12 @@ def test_no_fastai_is_needed():
         import sys
         class Blocked:
             def find_spec(self, name, *_):
-                if name.split('.')[0] in ('fastai', 'fastcore', 'torch', 'pandas'): raise ImportError(f'{name} is blocked')
+                if name.split('.')[0] in ('fastai', 'fastcore', 'torch', 'pandas'):
+                    raise ImportError(f'{name} is blocked')
         sys.meta_path.insert(0, Blocked())
         from rkd_fastai.evaluation.trajectories import *
         print(Trajectory([[.5, 1.]]))
-    ''') == 'Trajectory of 2 images over 1 epoch' # noqa: E501
+    ''') == 'Trajectory of 2 images over 1 epoch'
 
 # --- Eq. 8, similarity, smoothing ---
 

@@ -188,7 +188,8 @@ def test_every_public_symbol_has_its_table():
         assert name in found and {n for n in module.__all__ if inspect.isfunction(getattr(module, n))
                                   or inspect.isclass(getattr(module, n))} <= set(found)
         text = docs.shown(found[name][0], module, page, links)['source']
-        assert f'### {name}\n' in text and f"{links.repository}/blob/main/rkd_fastai/{module.__name__.split('.', 1)[1].replace('.', '/')}.py#L" in text # noqa: E501
+        assert (f'### {name}\n' in text
+                and f"{links.repository}/blob/main/{module.__name__.replace('.', '/')}.py#L" in text)
         args = list(inspect.signature(evaluation.Learner.robustness if '.' in name else distill.AKDCallback).parameters)
         assert all(f'| `{a}` |' in text for a in args if a not in ('self', 'compile', 'bf16'))
 
