@@ -76,7 +76,7 @@ def _transforms(dl):
 def describe_training(
     learn, # a Learner at the start of a fit
 ):
-    "Return a dict of plain values that must be equal for a training to continue from a file"
+    "Return a dict of plain values that must be equal for a training run to continue from a file"
     dls,net,loss = learn.dls,unwrap(learn.model),learn.loss_func
     scheduled = {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
@@ -107,13 +107,13 @@ def _difference(there, here, name=''):
 class _NotPlain(TypeError): pass
 
 class OtherTraining(ValueError):
-    "`ValueError` for a file that another training saved, so that this one cannot continue from it"
+    "`ValueError` for a file that another training run saved, so that this one cannot continue from it"
     def __init__(self,
         path, # path of the file
         difference, # first difference from the file, in words that start with its name
         hint, # advice, which follows the difference in the message
     ):
-        super().__init__(f'`{path}` is from another training ({difference}){hint}')
+        super().__init__(f'`{path}` is from another training run ({difference}){hint}')
         self.path,self.difference = path,difference
 
 def _plain(o, tensors=True):
@@ -213,8 +213,8 @@ def _once(obj, **methods):
         for k,v in had.items(): setattr(obj, k, v)
 
 class Resume(FitCallback):
-    """Callback that saves the state of a training to the file `path` and continues from it if it exists; the file also
-    keeps the end of each earlier fit of the Learner"""
+    """Callback that saves the state of a training run to the file `path` and continues from it if it exists; the file
+    also keeps the end of each earlier fit of the Learner"""
     order,_stateattrs = 1000,('loaded','ended') # runs last at the end of an epoch
     def __init__(self,
         path, # path of the file; its folder is created

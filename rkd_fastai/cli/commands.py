@@ -125,14 +125,14 @@ def _same_training(out):
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
         raise ValueError(f"{what} not the same as in the interrupted run in {out}: "
                          "restore what the run had, or choose another `--out`" if what else
-                         f"the interrupted run in {out} was another training ({e.difference}): "
+                         f"the interrupted run in {out} was trained with other settings ({e.difference}): "
                          "choose another `--out`") from e
 
 def _check_older(out, epochs):
-    "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this training would not replace"
+    "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this run would not replace"
     older = [n for n in saved_epochs(out) if n > epochs]
     if older:
-        raise ValueError(f"`--out` {out} contains checkpoints of a longer training, up to epoch_{older[-1]}.pth: "
+        raise ValueError(f"`--out` {out} contains checkpoints of a longer run, up to epoch_{older[-1]}.pth: "
                          "delete them, or choose another folder")
 
 def _advice(out, keep):

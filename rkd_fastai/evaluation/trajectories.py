@@ -110,7 +110,7 @@ def _read_epoch(path, n, names):
         want = () if k.startswith('entropy') else (n,)
         if v.shape != want or v.dtype.kind != 'f':
             raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` says {counted(n, 'image')}: "
-                             "the file is from another training")
+                             "the file is from another training run")
     return found
 
 def load_trajectory(

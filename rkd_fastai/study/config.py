@@ -230,7 +230,7 @@ def training_attack(
     raise ValueError(f"unknown `attack` {name!r} for training: use 'pgd7' or another number of steps, 'ffgsm', 'fgsm'")
 
 def _complete(c):
-    "Return a cell with all defaults of its method filled in, so that equal trainings are equal cells"
+    "Return a cell with all defaults of its method filled in, so that equal training runs are equal cells"
     def default(k, v): return v if getattr(c, k) is None else getattr(c, k)
     if c.arch != 'cifar_resnet18': c = replace(c, width=1.) # other networks have a fixed width
     if c.attack == 'pgd7': c = replace(c, attack=None)

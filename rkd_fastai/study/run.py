@@ -251,13 +251,13 @@ n_monitor_images = 200 # number of validation images that are attacked after eac
 def fit_run(
     recipe, # a `Recipe`
     dls, # image DataLoaders
-    out, # folder of the run; an interrupted training in it is continued
+    out, # folder of the run; an interrupted run in it is continued
     card, # dict from `describe_run`, with `epochs`, `lr` and `eps`
     label, # name of the task on the progress line
     cbs=(), # further callbacks
     watch=n_monitor_images, # number of validation images whose accuracy under PGD-7 is measured after each epoch
     keep=1, # save a checkpoint after every `keep`-th epoch; None saves none
-    overwrite=False, # delete the checkpoints of an older training in `out`, instead of an error
+    overwrite=False, # delete the checkpoints of an older run in `out`, instead of an error
     **kwargs, # arguments of `Recipe.learner`: `teacher`, `synthetic`, `compile`, `bf16`
 ):
     "Train with `recipe`, save the run in `out` and return the Learner"

@@ -1,5 +1,5 @@
-"""`Resume`: whatever is killed wherever goes on with the same bits; another training, a bad file and a full disk are
-refused and change nothing."""
+"""`Resume`: whatever is killed wherever goes on with the same bits; another training run, a bad file and a full disk
+are refused and change nothing."""
 import errno, functools, gc, os, pickle, random, signal, subprocess, sys, time, warnings, weakref
 
 import numpy as np, pytest, torch, torch.nn as nn
@@ -55,7 +55,7 @@ def bits(o):
     return [bits(v) for v in o] if isinstance(o, (list, tuple, L)) else o
 def weights(learn): return bits(learn.model.state_dict())
 def end(learn):
-    "All that a training leaves behind"
+    "All that a run leaves behind"
     rec, rng = learn.recorder, getattr(learn.dls.train, 'rng', None)
     return dict(
         weights=weights(learn), opt=bits(learn.opt.state_dict()), lrs=[float(v) for v in rec.lrs],
@@ -75,7 +75,7 @@ def run(make, fit, cbs=(), seed=0, dies=False, **kwargs):
     else: fit(learn, cbs)
     return learn
 def check(make, folder, fit=one_cycle, kills=((None, 6),), event='after_batch'):
-    """Raise unless a training kept `every` batches and killed at `step` goes on, from another network and other
+    """Raise unless a run kept `every` batches and killed at `step` goes on, from another network and other
     random numbers, to the end of a whole one without `Resume`"""
     want = end(run(make, fit))
     for every,step in kills:
@@ -105,7 +105,7 @@ def test_killed_at_any_event(event, step, base, tmp_path):
     "A gradient that was on its way counts once"
     check(base, tmp_path, kills=[(None, step), (2, step)], event=event)
 
-trainings = dict(
+kinds = dict(
     natural = dict(),
     at = dict(teacher=lambda t: AdversarialTraining(attack)),
     trades = dict(teacher=lambda t: TRADES(PGD(.1, steps=2, objective='kl'))),
@@ -132,10 +132,10 @@ trainings = dict(
                       opt_func=lambda: sgd_nesterov))
 
 @pytest.mark.few(8)
-@pytest.mark.parametrize('kind', trainings)
+@pytest.mark.parametrize('kind', kinds)
 def test_every_training(kind, base, tmp_path):
     "Methods, callbacks, losses and optimisers, killed in the second epoch"
-    made = lambda: {k: v if k == 'teacher' else v() for k,v in trainings[kind].items()}
+    made = lambda: {k: v if k == 'teacher' else v() for k,v in kinds[kind].items()}
     check(lambda **kw: base(**kw, **made()), tmp_path, kills=[(None, 6), (3, 8)])
 
 fits = dict(
@@ -276,7 +276,7 @@ def test_train_metrics(base, tmp_path):
     check(make, tmp_path, kills=[(1, 6)])
 
 def test_averages_at_the_end(base, tmp_path):
-    "What `WeightAveraging` validated with is what is kept, of a training killed at its very end too"
+    "What `WeightAveraging` validated with is what is kept, of a run killed at its very end too"
     make = lambda **kw: base(**kw, cbs=WeightAveraging(.9))
     learn = check(make, tmp_path, kills=[(1, 12)], event='after_fit')
     assert learn.weight_averaging.ema is None and learn.weight_averaging.raw is None
@@ -432,7 +432,7 @@ def test_two_of_a_kind(base, tmp_path):
     run(make, one_cycle, [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
     again = run(make, one_cycle, [Resume(tmp_path/'run.pth')], net=5)
     assert [cb.sum for cb in again.cbs if isinstance(cb, Sums)] == [12, 120]
-    with pytest.raises(ValueError, match='another training'):
+    with pytest.raises(ValueError, match='another training run'):
         run(lambda **kw: base(**kw, cbs=Sums(10)), one_cycle, [Resume(tmp_path/'run.pth')])
 
 @pytest.mark.parametrize('every,append,step', [(None, False, 6), (1, False, 8), (None, True, 9)])
@@ -525,7 +525,7 @@ def test_a_network_with_a_memory(base, tiny_net, tmp_path):
         one_cycle(base(model=Net(tiny_net())), Resume(tmp_path/'None_6.pth'))
 
 
-# --- several fits of one training ---
+# --- several fits of one run ---
 
 def tuned(learn, cbs=()): learn.fine_tune(2, .01, cbs=cbs) # 4 batches, and then 8
 def twice(learn, cbs=()): learn.fit(2, .01, cbs=cbs); learn.fit(2, .01, cbs=cbs)
@@ -544,7 +544,7 @@ def groups(base, **more):
     return lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])],
                              **{k: v() for k,v in more.items()})
 def until_killed(make, fit, folder, cuts, learner_wide=False, every=None):
-    "A training killed at each of `cuts` in turn and begun again from its start, and at last left alone"
+    "A run killed at each of `cuts` in turn and begun again from its start, and at last left alone"
     for i,cut in enumerate([*cuts, None]):
         resume = Resume(folder/'run.pth', every)
         cbs = [DieIn(*cut)] if cut else []
@@ -622,9 +622,9 @@ def test_another_second_fit(base, tmp_path):
     path = tmp_path/'run.pth'
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     file = path.read_bytes()
-    with pytest.raises(ValueError, match=r'another training \(fit 2: optimiser|another training \(fit 2: callbacks'):
+    with pytest.raises(ValueError, match=r'another training run \(fit 2: (optimiser|callbacks)'):
         run(groups(base), lambda l, cbs: l.fine_tune(2, .01, div=7., cbs=cbs), [Resume(path)])
-    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 in the file and 2 here'):
+    with pytest.raises(ValueError, match=r'another training run \(fit 1: n_epoch is 1 in the file and 2 here'):
         run(groups(base), lambda l, cbs: l.fine_tune(2, .01, freeze_epochs=2, cbs=cbs), [Resume(path)])
     assert path.read_bytes() == file
     learn = run(lambda **kw: base(**kw).add_cb(Resume(tmp_path/'b.pth')), twice)
@@ -879,7 +879,7 @@ def test_another_training(other, refused, tmp_path):
     before, opt = weights(learn), bits(learn.opt.state_dict()['state'])
     set_seed(4)
     rng = random.getstate(), bits(torch.tensor(np.random.get_state()[1])), bits(torch.get_rng_state())
-    with pytest.raises(ValueError, match='another training') as e: fit(learn, Resume(path))
+    with pytest.raises(ValueError, match='another training run') as e: fit(learn, Resume(path))
     assert str(path) in str(e.value)
     for w in words.split('|') if '|' not in words else []: assert w.replace('akd', '') in str(e.value)
     if '|' in words: assert any(w in str(e.value) for w in words.split('|'))
@@ -890,7 +890,7 @@ def test_another_training(other, refused, tmp_path):
     assert not any(type(cb).__name__ in ('Resume', '_FromEpoch') for cb in learn.cbs) and len(str(e.value)) < 1500
 
 def test_another_rate_without_a_schedule(base, tmp_path):
-    "`fit` keeps the rate it is told: another is another training"
+    "The learning rate of `fit` is part of the run"
     run(base, fits['fit'], [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
     with pytest.raises(ValueError, match=r'lr.* is 0\.01 in the file and 0\.02 here'):
         base().fit(3, .02, cbs=Resume(tmp_path/'run.pth'))
@@ -1018,7 +1018,7 @@ def net(seed):
     return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(),
                          nn.Linear(8*16, 10))
 def train():
-    seed = os.getpid() if how != 'whole' and path.exists() else 0 # a training that goes on owes nothing to the seed
+    seed = os.getpid() if how != 'whole' and path.exists() else 0 # a run that goes on owes nothing to the seed
     teacher, student = net(7), net(seed)
     set_seed(seed)
     learn = Learner(digits_dls(bs=128, batch_tfms=[PadCropFlip(1)]), student, loss_func=CrossEntropyLossFlat(),

@@ -132,7 +132,7 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     assert says in e.value.code and e.value.code.startswith('rkd: error: ') and '\n' not in e.value.code
     assert not (tmp_path/'out/model.pth').exists()
 
-def test_a_training_that_diverges_is_one_line(tmp_path):
+def test_a_run_that_diverges_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as e:
         rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30,
             '--out', tmp_path/'out')
@@ -218,7 +218,7 @@ def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypa
     assert line.startswith('rkd: warning: catastrophic overfitting') and line.endswith('`--how at` trains on PGD')
 
 def test_another_teacher_under_resume(tmp_path, monkeypatch):
-    "And checkpoints of a longer training in the folder of a shorter one"
+    "And checkpoints of a longer run in the folder of a shorter one"
     from rkd_fastai.callback.resume import Resume
     save = Resume._save
     def interrupt(self): save(self); raise KeyboardInterrupt
@@ -238,7 +238,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
                 rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer training, '
+    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer run, '
                                          'up to epoch_3.pth: delete them'):
         rkd(*student, tmp_path/'teacher1', '--epochs', 2)
 
