@@ -245,7 +245,7 @@ class Resume(FitCallback):
 
     def _check(self):
         if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1:
-            raise ValueError("the Learner has two `Resume` callbacks, but needs only one: leave the other one out")
+            raise ValueError("the Learner has two `Resume` callbacks, but needs only one: remove the other one")
         if num_distrib() > 1:
             raise ValueError("`Resume` works in one process only: several processes have different random numbers")
         if self.every and not self.can_go_on_in_epoch:

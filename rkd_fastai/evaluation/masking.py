@@ -100,7 +100,7 @@ def _gradients(model, x, y):
 
 @symptom('zero gradients', 'The loss has no gradient at these images, because of saturated logits or a step function. '
                            'Attack the margin of the logits (`cw`, AutoAttack), '
-                           'or leave the step function out of the attacked network.', 3)
+                           'or remove the step function from the attacked network.', 3)
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{format_percent(share)} of the images', share > .05

@@ -124,7 +124,7 @@ def test_images_of_one_class(images, tmp_path):
     (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'),
     (('train', '--data', 'digits', '--keep', '0'), '`--keep`'),
     (('train', '--data', 'digits', '--eps', '8'), '8/255'),
-    (('train', '--data', 'cifar10', '--data-path', '.'), 'leave `--data-path` out'),
+    (('train', '--data', 'cifar10', '--data-path', '.'), 'remove `--data-path`'),
 ])
 def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -188,7 +188,7 @@ def test_evaluate_fast_and_check(tmp_path, capsys):
 def test_a_folder_without_images(tmp_path):
     from rkd_fastai.study.run import make_dls
     (tmp_path/'cat').mkdir()
-    with pytest.raises(ValueError, match='no images in .*sub-folder of them for each class'): make_dls(str(tmp_path))
+    with pytest.raises(ValueError, match='has no images: put those of each class into'): make_dls(str(tmp_path))
 
 # --- advice is on commands, not on Python ---
 

@@ -109,7 +109,7 @@ def test_a_cell_can_be_copied_and_looked_up():
 
 def test_file_that_is_no_toml(tmp_path):
     (tmp_path/'s.toml').write_text('method = [')
-    with pytest.raises(ValueError, match='is no TOML file'): Study(tmp_path/'s.toml')
+    with pytest.raises(ValueError, match='is not a TOML file'): Study(tmp_path/'s.toml')
 
 def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path, monkeypatch, capsys):
     """From wherever the study is run, planned, reported on and evaluated; a cell's id is that of the setting as it
