@@ -24,7 +24,7 @@ def number(
     top,_,bottom = text.partition('/')
     try: return float(top)/float(bottom or 1)
     except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"{text!r} is not a number or a fraction such as 8/255")
+        raise typer.BadParameter(f"{text!r} is not a number or a fraction such as 8/255") from None
 
 # %% ../../nbs/cli/02_main.ipynb #b297722a
 # options by their headings in the help page of a terminal
@@ -36,7 +36,7 @@ def _name(option, names, **kwargs): return option(parser=_one_of(names), metavar
 
 def _whole(text):
     try: return int(text)
-    except ValueError: raise typer.BadParameter(f'{text!r} is not a whole number')
+    except ValueError: raise typer.BadParameter(f'{text!r} is not a whole number') from None
 
 def _one_of(names):
     def check(text):

@@ -218,7 +218,7 @@ class Study:
 
     def _load_and_describe(self, cells):
         "Load all data once, so that errors in it are raised before any training, and write `study.json`"
-        for c in {o for c in cells for o in (c, *teachers_of(c)) if o.method != 'teacher'}:
+        for c in {o for cell in cells for o in (cell, *teachers_of(cell)) if o.method != 'teacher'}:
             cell_dls(self.with_images(c), self.path)
         others = _read_json(self.out/'study.json').get('no_test_split', []) # other studies may share the folder
         no_test = {*others, *(c.data for c in self.cells if not has_test_split(self.with_images(c), self.path))}

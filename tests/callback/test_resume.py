@@ -494,7 +494,7 @@ def test_catastrophic_overfitting(stop, base, tmp_path, monkeypatch, capsys):
     scores = [.5, .6, .61 if not stop else .1]
     whole = fit([], iter(scores))
     want = end(whole)
-    first = fit([Resume(tmp_path/'run.pth'), Die(10)], iter(scores), dies=True)
+    fit([Resume(tmp_path/'run.pth'), Die(10)], iter(scores), dies=True)
     again = fit([Resume(tmp_path/'run.pth')], iter(scores[2:]), seed=9, net=5)
     assert differ(end(again), want) == []
 
@@ -726,7 +726,7 @@ def test_another_fit_afterwards(how, base, make_dls, tmp_path):
     learn = base(net=5)
     if how == 'finished': one_cycle(learn, Resume(path))
     else:
-        with pytest.raises(KeyboardInterrupt) as kept:
+        with pytest.raises(KeyboardInterrupt) as _kept: # its traceback keeps the frames
             one_cycle(learn, [Resume(path, 1), Die(7 if how == 'interrupted' else 6,
                                                    'after_batch' if how == 'interrupted' else 'before_train')])
     other = base()
@@ -749,11 +749,11 @@ def test_another_fit_afterwards(how, base, make_dls, tmp_path):
 @pytest.mark.parametrize('event', ['after_batch', 'before_train'])
 def test_loaders_are_put_back(event, base, tmp_path):
     "Copies of the training loader, as `get_preds` and `export` make them, of a resumed fit that was interrupted too"
-    path, seen = tmp_path/'run.pth', []
+    path = tmp_path/'run.pth'
     run(base, one_cycle, [Resume(path, 1), Die(6)], dies=True)
     learn = base(net=5)
     own = {k: v for k,v in vars(learn.dls.train).items() if callable(v)}
-    with pytest.raises(KeyboardInterrupt) as kept:
+    with pytest.raises(KeyboardInterrupt) as _kept: # its traceback keeps the frames
         one_cycle(learn, [Resume(path, 1), Die(7, event)] if event == 'after_batch'
                   else [Resume(path, 1), Die(6, event)])
     if event == 'before_train': learn.fit(1, .01)
@@ -762,7 +762,7 @@ def test_loaders_are_put_back(event, base, tmp_path):
 
 def test_nothing_is_left(base, tmp_path, open_files):
     "No state in memory, no open file, no callback, no temporary file"
-    path, resume = tmp_path/'run.pth', Resume(tmp_path/'run.pth', 3)
+    resume = Resume(tmp_path/'run.pth', 3)
     before = open_files()
     run(base, one_cycle, [resume, Die(7)], dies=True)
     learn = run(base, one_cycle, [resume], net=5)
