@@ -204,7 +204,7 @@ def _plain_warnings(commands, args):
     try: yield
     finally: warnings.formatwarning = was
 
-def _how_to_go_on(args):
+def _resume_hint(args):
     "Return a text on how to continue after Ctrl-C, or an empty text if nothing was saved"
     if args.command == 'study': return ': the same command continues with what is not done'
     kept = getattr(args, 'out', None) and (Path(args.out)/'resume.pth').exists()
@@ -227,7 +227,7 @@ def _start(command, options):
         with _plain_warnings(commands, args): getattr(commands, command)(args)
     except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(exception_message(e), args))
     except KeyboardInterrupt:
-        print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
+        print(f'\nrkd: interrupted{_resume_hint(args)}', file=sys.stderr)
         sys.exit(130) # the usual exit code after Ctrl-C
 
 def _repeated(argv):

@@ -169,10 +169,10 @@ def check_masking(
     token = _bs.set(bs)
     try:
         with showing(progress) as progress:
-            return MaskingReport(_look_for_all(model, x, y, eps, progress), len(x), eps, sample)
+            return MaskingReport(_find_symptoms(model, x, y, eps, progress), len(x), eps, sample)
     finally: _bs.reset(token)
 
-def _look_for_all(model, x, y, eps, progress):
+def _find_symptoms(model, x, y, eps, progress):
     found,costs = [],[cost for *_,cost in _symptoms]
     if progress is not None: progress.device = x.device
     for i,(name,advice,f,cost) in enumerate(_symptoms):
