@@ -55,6 +55,7 @@ def main(args=None):
     times = compare(contestants, a.device, a.runs, warmup=0)
     print(f"{'':<16}{'stand':>6}{'differ':>8}{'seconds':>9}   pyautoattack ÷ this")
     for k,ts in times.items():
-        print(f"{k:<16}{flags[k].sum():>6}{(flags[k] != flags['pyautoattack']).sum():>8}{sorted(ts)[len(ts)//2]:>9.1f}   {ratio(times['pyautoattack'], ts)}") # noqa: E501
+        differ, median = (flags[k] != flags['pyautoattack']).sum(), sorted(ts)[len(ts)//2]
+        print(f"{k:<16}{flags[k].sum():>6}{differ:>8}{median:>9.1f}   {ratio(times['pyautoattack'], ts)}")
 
 if __name__ == '__main__': main()

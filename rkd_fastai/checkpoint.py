@@ -68,7 +68,7 @@ class MissingFile(FileNotFoundError, ValueError): "Error for a file that does no
 
 # numbers that a schedule stores as hyper-parameters, which execute no code
 _numpy_numbers = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(t)) for t in ('f8','f4','i8'))]
-_settings = [Namespace, PosixPath, WindowsPath] # arguments of a training, as text and numbers
+_settings = [Namespace, PosixPath, WindowsPath] # arguments of a training run, as text and numbers
 _wrappings = ('state_dict', 'model_state_dict', 'model', 'model_state', 'net', 'net_state_dict', 'ema')
 _suffixes = ('.safetensors', '.pth', '.pt', '.ckpt') # `.tar`, `.best` or `.latest` may follow
 _prefixes = ('module.', '_orig_mod.', 'model.', 'attacker.') # MadryLab uses the last one and saves each weight twice
@@ -289,11 +289,11 @@ def best_epoch(
     cards = {n: read_card(p) for n,p in saved_epochs(folder, fname, '.json').items()}
     if not cards:
         raise MissingFile(f"no cards `{fname}_*.json` in `{folder}`: `KeepEpochs` writes them beside its checkpoints")
-    trainings = {}
-    for n,card in cards.items(): trainings.setdefault(str(card.get('training')), []).append(n)
-    if len(trainings) > 1:
-        raise ValueError(f"`{folder}` contains epochs of {len(trainings)} trainings, "
-                         f"{' and '.join(map(str, trainings.values()))}, which cannot be compared: "
+    runs = {} # training identifier → its epochs
+    for n,card in cards.items(): runs.setdefault(str(card.get('training')), []).append(n)
+    if len(runs) > 1:
+        raise ValueError(f"`{folder}` contains epochs of {len(runs)} training runs, "
+                         f"{' and '.join(map(str, runs.values()))}, which cannot be compared: "
                          "move the files of all but one into another folder")
     score = by if callable(by) else lambda card: card.get(by)
     scores = {n: score(card) for n,card in cards.items()}

@@ -347,7 +347,8 @@ def as_number(
             got = (f'{type(value).__name__} of shape {tuple(value.shape)}' if hasattr(value, 'shape')
                    else type(value).__name__)
     if isinstance(n, Real) and not isinstance(n, bool): return int(n) if isinstance(n, Integral) else float(n)
-    raise TypeError(f"`{name}` must be a number, got {got}{': leave the quotes out' if isinstance(value, str) else ''}")
+    hint = ', which is a text: write it without quotes' if isinstance(value, str) else ''
+    raise TypeError(f"`{name}` must be a number, got {got}{hint}")
 
 def whole_number(
     name, # name of the argument in the error

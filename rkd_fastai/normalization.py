@@ -76,7 +76,7 @@ def to_pixels(
             return x.clamp(0, 1)
         raise type(e)(f"{e}. Images must be in [0, 1] after undoing `Normalize`. "
                       "Use only fastai's `Normalize` in `batch_tfms`, "
-                      "and leave out transforms that add values after it, such as RandomErasing") from e
+                      "and remove transforms that add values after it, such as RandomErasing") from e
     return x.clamp(0, 1)
 
 # %% ../nbs/08_normalization.ipynb #d11cadb2

@@ -107,7 +107,7 @@ def _check_net(net, dls):
     raise TypeError(f"`net` must be a network, an nn.Module, got {name}"
                     + (f", which makes one: call it for {n_out} classes" if callable(net)
                     else f": build the network, e.g. by `timm.create_model(name, num_classes={n_out})`")
-                    + ", or leave `net` out for the recipe's own")
+                    + ", or remove `net` to use the recipe's own network")
 
 def _makes_one(net):
     "Return whether `net` is a function that creates a network, such as `cifar_resnet18`"
@@ -127,7 +127,7 @@ def _check(recipe, teacher):
         raise ValueError(f"`teacher` is missing, and the method {recipe.method!r} needs one: "
                          "pass it, e.g. as `Teacher.at_epoch(folder, 20, net)`")
     if not recipe.needs_teacher and teacher is not None:
-        raise ValueError(f"`teacher` must be left out, because the method {recipe.method!r} takes none. "
+        raise ValueError(f"remove `teacher`, because the method {recipe.method!r} takes no teacher. "
                          f"Recipes that take one are {[k for k,r in all_recipes.items() if r.needs_teacher]}")
 
 def _callback(recipe, teacher, **kwargs):
@@ -139,8 +139,8 @@ def _callback(recipe, teacher, **kwargs):
 def _loaders(recipe, dls, synthetic):
     if synthetic is not None:
         if recipe.synthetic is None:
-            raise ValueError("this recipe has no synthetic images: leave `synthetic` out, "
-                             "or set their share of the batch by `recipe.replace(synthetic=.7)`")
+            raise ValueError("this recipe uses no synthetic images: remove `synthetic`, "
+                             "or set their fraction of each batch, e.g. by `recipe.replace(synthetic=.7)`")
         dls = with_synthetic(dls, synthetic, recipe.synthetic)
     return with_batch_tfms(dls, Cutout(round(recipe.cutout*sample_images(dls).shape[-1]/32))) if recipe.cutout else dls
 
@@ -162,9 +162,8 @@ def learner(self:Recipe,
     "Return a Learner for this recipe, which `recipe.fit(learn)` trains; raise an error if a required part is missing"
     _check(self, teacher)
     if not self.bn_wd and 'splitter' in kwargs:
-        raise ValueError("`splitter` must be left out, because this recipe has its own, "
-                         "which excludes BatchNorm from the weight decay. "
-                         "With `recipe.replace(bn_wd=True)` it has none")
+        raise ValueError("remove `splitter`, because this recipe has its own, which excludes BatchNorm from the weight "
+                         "decay; or use `recipe.replace(bn_wd=True)`, which has no splitter")
     cb = _callback(self, teacher, compile=compile, bf16=bf16)
     cb.check(dls)
     _check_net(net, dls)

@@ -11,6 +11,7 @@ import codecs, sys
 from decimal import Decimal, ROUND_HALF_UP
 from difflib import get_close_matches
 from fractions import Fraction
+from weakref import WeakSet
 
 # %% ../nbs/00_text.ipynb #7e10a004
 def counted(
@@ -84,13 +85,24 @@ def show_nearest(
     for s in streams:
         if hasattr(s, 'reconfigure'): s.reconfigure(errors='rkd_nearest')
 
+_live = WeakSet() # terminals whose last line shows progress; the next text replaces this line
+
+def _clear_live_line(file):
+    "Go to the start of the progress line in the terminal `file` and clear it, if there is one"
+    if file not in _live: return
+    _live.remove(file)
+    print('\r\033[K', end='', file=file)
+
 def say(
     text='', # text to print
     end='\n', # text after it
     file=None, # stream; None means standard output
+    live=False, # `text` is a progress line in a terminal, which the next text replaces
 ):
     "Print `text` and flush; replace characters that the stream cannot show by similar ones"
     file = sys.stdout if file is None else file
+    _clear_live_line(file)
+    if live: _live.add(file)
     encoding = getattr(file, 'encoding', None) or 'utf8'
     print(str(text).encode(encoding, 'rkd_nearest').decode(encoding), end=end, file=file, flush=True)
 
@@ -100,6 +112,7 @@ def show(
 ):
     "Print `x` as rich shows it if the output is a terminal, and else as plain text"
     if not sys.stdout.isatty(): return say(x)
+    _clear_live_line(sys.stdout)
     from rich.console import Console # import late, since `rkd --help` does not need it
     from rich.markdown import Markdown
     Console().print(Markdown(x) if isinstance(x, str) else x)

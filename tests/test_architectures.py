@@ -129,7 +129,8 @@ from fastai.vision.all import *
 print('--- rkd_fastai', file=sys.stderr)
 from rkd_fastai.all import *
 dls = digits_dls()
-def net(): return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+def net():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
 teacher = Learner(dls, net(), metrics=accuracy).to_adversarial()
 teacher.fit_one_cycle(1)
 learn = rkd_learner(dls, net(), teacher, metrics=[accuracy, RobustAccuracy()])
@@ -137,7 +138,7 @@ learn.fit_one_cycle(1)
 print(learn.robustness(('clean', 'pgd20')))
 learn.export('student.pkl')
 print(load_learner('student.pkl').predict(dls.valid_ds[0][0]))
-''' # noqa: E501
+'''
 
 def test_no_warning_in_normal_use(tmp_path):
     "None but fastai's own, of `load_learner`"

@@ -21,7 +21,7 @@ def unchanged(make_learner, make_dls, tiny_net, snapshot):
     from contextlib import contextmanager
     @contextmanager
     def check(learn, error, match):
-        weights, cbs, lf, opt = snapshot.take(learn.model)[0], list(learn.cbs), learn.loss_func, learn.opt
+        weights, cbs, lf = snapshot.take(learn.model)[0], list(learn.cbs), learn.loss_func
         tfms = [list(dl.after_batch.fs) for dl in learn.dls.loaders]
         requires = [p.requires_grad for p in learn.model.parameters()]
         with pytest.raises(error, match=match): yield learn

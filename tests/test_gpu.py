@@ -1,4 +1,4 @@
-"""On a GPU, `pytest -m cuda`: the same attacks and steps as on the CPU, memory that stays flat, trainings that go
+"""On a GPU, `pytest -m cuda`: the same attacks and steps as on the CPU, memory that stays flat, runs that go
 on, and a run from the command line."""
 import copy, gc, json
 import pytest, torch, torch.nn as nn
@@ -88,7 +88,7 @@ def test_steps_are_those_of_the_cpu(name, make_learner, make_dls, tiny_net):
 
 @pytest.mark.parametrize('kw', fast, ids=str)
 def test_resume(kw, make_learner, make_dls, tiny_net, tmp_path):
-    """Killed in the second epoch, it ends with the bits of a training that was not: weights, momentum, the GPU's
+    """Killed in the second epoch, it ends with the bits of a run that was not: weights, momentum, the GPU's
     random numbers"""
     class Die(Callback):
         order, only_shows = 2000, True # no part of the training

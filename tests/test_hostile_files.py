@@ -313,7 +313,7 @@ def test_normalisation_that_is_none(mean, tmp_path, tiny_net):
 def test_state_files_that_lie(changes, tmp_path, plain_net, test_images):
     x, y = (o[:4] for o in test_images)
     run = lambda: measure_robustness(plain_net, x, y, ['clean','pgd2'], .1, state_path=tmp_path/'s', bs=2)
-    want = run().results
+    run()
     state = json.loads((tmp_path/'s').read_text())
     state['attacks']['pgd2'] |= changes
     (tmp_path/'s').write_text(json.dumps(state))
@@ -345,7 +345,7 @@ def training(make_learner, path, dies=True):
     dict(keep_epochs={'a b': 1}), dict(keep_epochs=dict(__class__=3)), dict(keep_epochs=dict(dls=3)),
     dict(weight_averaging=dict(decay=2.)), dict(weight_averaging=dict(model=3)), dict(keep_epochs=dict(opt=3))],
     ids=str)
-def test_a_training_that_sets_what_it_did_not_keep(changes, make_learner, tmp_path):
+def test_a_run_that_sets_what_it_did_not_keep(changes, make_learner, tmp_path):
     "The memory of a callback is its memory, neither its settings nor the Learner's folders"
     path = tmp_path/'run'/'run.pth'
     training(make_learner, path)
@@ -356,20 +356,20 @@ def test_a_training_that_sets_what_it_did_not_keep(changes, make_learner, tmp_pa
 
 @pytest.mark.parametrize('changes', [
     dict(epoch=-1), dict(epoch=-10**9), dict(epoch=5), dict(done=-1), dict(done=3), dict(done=10**9)], ids=str)
-def test_a_training_of_absurd_numbers(changes, make_learner, tmp_path):
+def test_a_run_of_absurd_numbers(changes, make_learner, tmp_path):
     path = tmp_path/'run.pth'
     training(make_learner, path)
     changed(path, **changes)
     with pytest.raises(ValueError, match='run.pth` is damaged'): training(make_learner, path, False)
 
 @pytest.mark.parametrize('k', 'training epoch done model opt memory random'.split())
-def test_a_training_without_a_part(k, make_learner, tmp_path):
+def test_a_run_without_a_part(k, make_learner, tmp_path):
     path = tmp_path/'run.pth'
     training(make_learner, path)
     s = torch.load(path, weights_only=False); del s[k]; torch.save(s, path)
     with pytest.raises(ValueError, match='run.pth` is damaged'): training(make_learner, path, False)
 
-def test_a_training_as_it_is(make_learner, tmp_path):
+def test_a_run_as_it_is(make_learner, tmp_path):
     "That the ones above are refused for what was changed: rewritten unchanged, it goes on"
     training(make_learner, tmp_path/'run.pth')
     changed(tmp_path/'run.pth')

@@ -473,7 +473,7 @@ def test_an_architecture_in_place_of_a_network(make_dls, tiny_net):
         assert isinstance(net, nn.Module) and net(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     rng = torch.get_rng_state()
     for arch,says in ((torchvision.models.resnet18, '`net` must be .*got resnet18, which makes one: '
-                                                    'call it for 4 classes, or leave `net` out'),
+                                                    'call it for 4 classes, or remove `net`'),
                       (nn.Linear, 'got Linear, which'), ('resnet18', "got 'resnet18': build .*timm.create_model")):
         with pytest.raises(TypeError, match=says): paper_teacher.learner(dls, arch)
     assert torch.equal(rng, torch.get_rng_state())
@@ -481,7 +481,7 @@ def test_an_architecture_in_place_of_a_network(make_dls, tiny_net):
 @pytest.mark.parametrize('says, make', [
     ("`teacher` is missing.*'akd'", lambda dls, net: paper_student.learner(dls, net)),
     ("`teacher` is missing.*'rslad'", lambda dls, net: rslad_official.learner(dls, net)),
-    ("`teacher` must be left out.*'at' takes none.*'paper_student', 'rslad_official', 'ard_official'",
+    ("remove `teacher`.*'at' takes no teacher.*'paper_student', 'rslad_official', 'ard_official'",
      lambda dls, net: fast_at.learner(dls, net, teacher=net)),
     ("no synthetic images", lambda dls, net: paper_teacher.learner(dls, net, synthetic='1m.npz')),
     ("no file of synthetic images", lambda dls, net: wang_trades.learner(dls, net, synthetic='1m.npz')),

@@ -4,6 +4,7 @@ nbdev's own `proc_nbs` runs every notebook's imports in a process of its own. He
 the documentation of a symbol is a table."""
 import ast, importlib, importlib.util, inspect, json, os, re, shutil, subprocess, sys, tempfile, textwrap, types, typing
 from pathlib import Path
+import pandas as pd
 
 root = Path(__file__).parent.parent
 
@@ -49,8 +50,8 @@ def navigation(base=root):
             ('Tutorials', [n for n in notebooks(base) if n.startswith('tutorials/')]),
             ('How-to', how_to),
             ('Reference', list(groups(base))),
-            ('Paper and results', ['paper_to_code',
-                                   *there(['results/fashion_mnist/README', 'bench/README', 'bench/NOTES'])]),
+            ('Paper and results', ['paper_to_code', *there(['results/README', 'results/fashion_mnist/README',
+                                                            'bench/README', 'bench/NOTES'])]),
             ('Project', there(['docs/architecture', 'CONTRIBUTING', 'tests/README', 'SECURITY', 'CHANGELOG']))]
 
 def sources(base=root):
@@ -200,11 +201,9 @@ def escape(text, link=str):
 def table(args, link=str):
     "Markdown table of arguments; columns without an entry are left out"
     code = lambda o: f'`{o}`'.replace('|', r'\|') if o else ''
-    rows = [(code(n), code(t), code(d), escape(c, link)) for n,t,d,c in args]
-    kept = [i for i in range(4) if any(r[i] for r in rows)]
-    lines = [[('Argument', 'Type', 'Default', 'Meaning')[i] for i in kept], ['---']*len(kept),
-             *[[r[i] for i in kept] for r in rows]]
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
+    df = pd.DataFrame([(code(n), code(t), code(d), escape(c, link)) for n,t,d,c in args],
+                      columns=['Argument', 'Type', 'Default', 'Meaning'])
+    return df.loc[:, (df != '').any()].to_markdown(index=False, tablefmt='github')
 
 def signature(name, args):
     "The call, wrapped between arguments where it is long"

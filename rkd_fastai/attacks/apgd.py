@@ -41,11 +41,11 @@ class _APGD:
         self.rows = dict(i=torch.arange(len(x), device=x.device), x=x, y=y, target=target, now=now, old=now,
                          step=per_image(zero + 2*eps), value=zero, rises=zero, best_value=zero - torch.inf,
                          best=now, best_grad=now, halved=zero == 0, checked=zero)
-        self.look()
+        self.evaluate()
         # the counters start from zero
         self.rows |= dict(value=self.rows['value']*0, rises=self.rows['rises']*0, checked=self.rows['best_value'])
 
-    def look(self):
+    def evaluate(self):
         "Evaluate the model at `now`, keep the best points, and remove the images with an adversarial example"
         r = self.rows
         x = r['now'].detach().requires_grad_()
@@ -83,7 +83,7 @@ class _APGD:
         for i in range(steps):
             if not len(self.rows['i']): break
             self.move(.75 if i else 1.)
-            self.look()
+            self.evaluate()
             since += 1
             if since == k:
                 self.look_back(k)

@@ -1,4 +1,4 @@
-"""Training callbacks: adversarial training, distillation, and what watches and keeps a training."""
+"""Training callbacks: adversarial training, distillation, and what watches and keeps a training run."""
 from .core import FitCallback, EachEpoch
 from .adversarial import RobustCallback, AdversarialTraining, TRADES
 from .distill import DistillationCallback, AKDCallback, RSLADCallback, ARDCallback, CKDCallback, AdaADCallback

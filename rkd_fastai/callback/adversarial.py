@@ -121,7 +121,7 @@ class RobustCallback(FitCallback):
                                  "give the Learner a loss function of fastai, such as `CrossEntropyLossFlat`")
             if type(self).method_loss is not RobustCallback.method_loss and ignored_index(loss_func) is not None:
                 raise ValueError(f"`ignore_index` of the Learner's loss function cannot be combined with {kind}, "
-                                 "which gives an image two classes: leave one of them out")
+                                 "which gives an image two classes: remove one of them")
 
     def _check_alone(self):
         mine = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, RobustCallback)] # a method may occur twice

@@ -48,7 +48,7 @@ class CleanCache:
             if len(self.rows) > self.n:
                 raise ValueError("`cache=True` needs images that are the same in every epoch, but these change "
                                  f"(more than the {self.n} images of the data set were seen): "
-                                 "leave out augmentation and MixUp, or remove `cache=True`")
+                                 "remove augmentation and MixUp, or remove `cache=True`")
         return torch.stack([self.rows[k] for k in keys])
 
 # %% ../../nbs/callback/03_distill.ipynb #53d7ea75

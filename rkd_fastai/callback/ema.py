@@ -29,7 +29,7 @@ class WeightAveraging(FitCallback):
         if sum(isinstance(cb, WeightAveraging) for cb in self.learn.cbs) > 1:
             raise ValueError("the Learner has two `WeightAveraging` callbacks, "
                              "and the second would train from the average of the first: "
-                             "leave one out (a recipe may add its own)")
+                             "remove one of them (a recipe may have added one)")
         self.ema = self.raw = None
         # not `self.run`, which an interrupted `lr_find` would leave False
         self.on = not hasattr(self.learn, 'lr_finder')

@@ -49,13 +49,13 @@ class _Epochs:
 # %% ../../nbs/callback/05_keep.ipynb #543d895b
 class KeepEpochs(EachEpoch):
     """Callback that saves weights to `learn.path/learn.model_dir/{fname}_{epochs finished}.pth` and a model card to the
-    `.json` file of the same name; it overwrites another training's files only with `overwrite=True`"""
+    `.json` file of the same name; it overwrites another run's files only with `overwrite=True`"""
     only_shows,_kept = True,None # does not change the training, see `Resume`
     def __init__(self,
         every=1, # save after each `every`-th epoch
         fname='epoch', # start of the file name
         card=None, # dict of further entries for the cards, e.g. `dict(data='cifar10', seed=42)`
-        overwrite=False, # delete another training's epochs of the same name, instead of an error
+        overwrite=False, # delete another run's epochs of the same name, instead of an error
     ):
         self.every,self.fname,self.card,self.overwrite = whole_number('every', every, 1),fname,card or {},overwrite
         json.dumps(self.card) # raises now if the card cannot be written
@@ -72,8 +72,8 @@ class KeepEpochs(EachEpoch):
         if self.training_id is None and not rank_distrib(): self._adopt_existing(_Epochs(self._place()))
 
     def _adopt_existing(self, kept):
-        """Let a new Learner continue an older training: with the user's `start_epoch`, or if the training was killed
-        before `Resume` saved it"""
+        """Let a new Learner continue an older run: with the user's `start_epoch`, or if that run was killed before
+        `Resume` saved it"""
         there,resume = kept.numbers(),self._pending_resume_path()
         found = {kept.training_of(n) for n in there}
         skips = next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), 0)
@@ -89,7 +89,7 @@ class KeepEpochs(EachEpoch):
         elif not self._pending_resume_path(): self._kept.claim.unlink(missing_ok=True)
 
     def _check_or_clear(self, goes_on):
-        """Raise a `ValueError` in every process if the first process finds another training's epochs in the folder, or
+        """Raise a `ValueError` in every process if the first process finds another run's epochs in the folder, or
         delete them with `overwrite=True`"""
         kept = _Epochs(self._place())
         if any(isinstance(cb, KeepEpochs) and cb is not self and cb._place() == self._place() for cb in self.learn.cbs):
@@ -103,7 +103,7 @@ class KeepEpochs(EachEpoch):
             if not goes_on: vars(self.learn).pop('_training', None) # the training has not begun
             found = (f"{kept.name}_{others[0]}" + f" to {kept.name}_{others[-1]}"*(len(others) > 1)
                      if others else 'epochs')
-            raise ValueError(f"`{kept.folder}` contains {found} of another training, "
+            raise ValueError(f"`{kept.folder}` contains {found} of another training run, "
                              "which `KeepEpochs` does not overwrite: delete them, "
                              "give `KeepEpochs` another `fname` or the Learner another `path` or `model_dir`, "
                              "or let `KeepEpochs(overwrite=True)` delete them")
@@ -112,7 +112,7 @@ class KeepEpochs(EachEpoch):
             write_atomic(kept.claim, json.dumps(dict(training=self.training_id, resume=str(resume.absolute()))))
 
     def _others(self, kept, goes_on):
-        "Return the numbers of the epochs that belong to another training"
+        "Return the numbers of the epochs that belong to another training run"
         following = (self.epochs_done//self.every + 1)*self.every
         def own(n):
             of = kept.training_of(n)
@@ -124,11 +124,11 @@ class KeepEpochs(EachEpoch):
         if self.epochs_done % self.every or rank_distrib(): return
         path = self._kept.file(self.epochs_done, '.pth')
         if self._kept.training_of(self.epochs_done) not in (None, self.training_id):
-            raise ValueError(f"`{path}` was written by another training after this one had begun: "
-                             "give trainings that run at the same time a different `fname` each")
+            raise ValueError(f"`{path}` was written by another training run after this one had begun: "
+                             "give runs that take place at the same time different values of `fname`")
         with atomic_path(path) as tmp:
             torch.save(unwrap(self.model).state_dict(), tmp)
-            path.with_suffix('.json').unlink(missing_ok=True) # this training's card of the replaced weights
+            path.with_suffix('.json').unlink(missing_ok=True) # this run's card of the replaced weights
         write_atomic(path.with_suffix('.json'), json.dumps(self._card(), indent=2, default=str))
 
     def after_fit(self):

@@ -93,7 +93,7 @@ class RobustAccuracy(Metric):
     def value(self):
         if self.model is not None: self._finish() # once per validation, when fastai reads the value
         return self.robust/self.seen if self.seen else None
-    added = '' # suffix of the name, see `_tell_apart`
+    added = '' # suffix of the name, see `_with_unique_names`
     @property
     def name(self): return (self.own_name or 'robust_accuracy') + self.added
 
@@ -118,7 +118,7 @@ def _differs(metric, first):
     other += [f'{k}{v}' for k,v in mine.items() if k in its and v != its[k]]
     return ''.join(f'_{o}' for o in other)
 
-def _tell_apart(metrics):
+def _with_unique_names(metrics):
     "Give each `RobustAccuracy` among `metrics` a unique name and return `metrics`; the first one keeps its name"
     taken = {}
     for m in metrics:
@@ -133,7 +133,7 @@ def _tell_apart(metrics):
     return metrics
 
 _metrics = Learner.metrics
-Learner.metrics = property(lambda self: _tell_apart(_metrics.fget(self)), _metrics.fset)
+Learner.metrics = property(lambda self: _with_unique_names(_metrics.fget(self)), _metrics.fset)
 
 # %% ../../nbs/callback/06_monitor.ipynb #68cf33e0
 class CatastrophicOverfitting(EachEpoch):

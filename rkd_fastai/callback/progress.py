@@ -30,7 +30,7 @@ class Line:
         quiet=30., # seconds between lines if the output is not a terminal
     ):
         self.label,self.stream,self.start = label,stream or sys.stdout,time.time()
-        self.live = self.stream.isatty()
+        self.live,self._shown = self.stream.isatty(),''
         self.every,self.last = (.2 if self.live else quiet),self.start
 
     def update(self,
@@ -77,11 +77,12 @@ class Line:
         if not end: line.truncate(room, overflow='ellipsis') # a line that wraps could not be replaced by the next
         console = Console(file=self.stream)
         with console.capture() as shown: console.print(line, end='', soft_wrap=True)
-        say('\r\033[K' + shown.get(), end, self.stream) # go to the start and clear the line
+        self._shown = '' if end else shown.get()
+        say(shown.get(), end, self.stream, live=not end)
 
     def leave(self):
-        "Start a new line, for example before an error"
-        if self.live: say(file=self.stream)
+        "Keep the line as it is and start a new one, for example before an error"
+        if self._shown: say(self._shown, file=self.stream)
 
 # %% ../../nbs/callback/09_progress.ipynb #b35805f1
 class LineProgress(Callback):

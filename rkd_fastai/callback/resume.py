@@ -76,7 +76,7 @@ def _transforms(dl):
 def describe_training(
     learn, # a Learner at the start of a fit
 ):
-    "Return a dict of plain values that must be equal for a training to continue from a file"
+    "Return a dict of plain values that must be equal for a training run to continue from a file"
     dls,net,loss = learn.dls,unwrap(learn.model),learn.loss_func
     scheduled = {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     only_show = (ProgressCallback, Recorder, CSVLogger, Resume, _FromEpoch)
@@ -107,13 +107,13 @@ def _difference(there, here, name=''):
 class _NotPlain(TypeError): pass
 
 class OtherTraining(ValueError):
-    "`ValueError` for a file that another training saved, so that this one cannot continue from it"
+    "`ValueError` for a file that another training run saved, so that this one cannot continue from it"
     def __init__(self,
         path, # path of the file
         difference, # first difference from the file, in words that start with its name
         hint, # advice, which follows the difference in the message
     ):
-        super().__init__(f'`{path}` is from another training ({difference}){hint}')
+        super().__init__(f'`{path}` is from another training run ({difference}){hint}')
         self.path,self.difference = path,difference
 
 def _plain(o, tensors=True):
@@ -213,8 +213,8 @@ def _once(obj, **methods):
         for k,v in had.items(): setattr(obj, k, v)
 
 class Resume(FitCallback):
-    """Callback that saves the state of a training to the file `path` and continues from it if it exists; the file also
-    keeps the end of each earlier fit of the Learner"""
+    """Callback that saves the state of a training run to the file `path` and continues from it if it exists; the file
+    also keeps the end of each earlier fit of the Learner"""
     order,_stateattrs = 1000,('loaded','ended') # runs last at the end of an epoch
     def __init__(self,
         path, # path of the file; its folder is created
@@ -234,7 +234,7 @@ class Resume(FitCallback):
         self.described = describe_training(self.learn)
         fit,s = self._find(self._read()) if self.path.exists() else (0, None)
         self._fits = fit,True
-        if s is not None: self._go_on(s, fit)
+        if s is not None: self._restore(s, fit)
 
     @property
     def _fits(self):
@@ -245,7 +245,7 @@ class Resume(FitCallback):
 
     def _check(self):
         if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1:
-            raise ValueError("the Learner has two `Resume` callbacks, but needs only one: leave the other one out")
+            raise ValueError("the Learner has two `Resume` callbacks, but needs only one: remove the other one")
         if num_distrib() > 1:
             raise ValueError("`Resume` works in one process only: several processes have different random numbers")
         if self.every and not self.can_go_on_in_epoch:
@@ -265,14 +265,14 @@ class Resume(FitCallback):
 
     def _read(self):
         s = load_plain(self.path)
-        if not isinstance(s, dict) or s.get('what') != _what:
+        if not isinstance(s, dict) or s.get('what') != _file_kind:
             raise ValueError(f"`{self.path}` is not a file that `Resume` wrote: delete it, or choose another file")
         with zipfile.ZipFile(self.path) as z: damaged = z.testzip() # PyTorch does not check the checksums
         s = dict(ended=[], stopped=None) | s # files of earlier versions lack these
-        fits = ([*s['ended'], *([] if s['stopped'] in (None, _here) else [s['stopped']])]
+        fits = ([*s['ended'], *([] if s['stopped'] in (None, _stopped_here) else [s['stopped']])]
                 if isinstance(s['ended'], list) else [None])
-        if (damaged or set(s) != _kept | {'ended','stopped'}
-            or not all(isinstance(f, dict) and set(f) == _kept for f in fits)):
+        if (damaged or set(s) != _state_keys | {'ended','stopped'}
+            or not all(isinstance(f, dict) and set(f) == _state_keys for f in fits)):
             self._damaged()
         return s
 
@@ -299,15 +299,15 @@ class Resume(FitCallback):
         if there['done'] and fit == n and not self.can_go_on_in_epoch:
             raise ValueError(f"`{self.path}` was saved in the middle of an epoch: continue with `num_workers=0`")
         self.ended = s['ended'] # also later fits, which are identified by their number
-        return fit,None if fit == n and s['stopped'] == _here else there
+        return fit,None if fit == n and s['stopped'] == _stopped_here else there
 
     def _append(self, s):
         "Add the previous fit to the ended ones; it ended at its last epoch or where a callback stopped it"
-        last = {k: s[k] for k in _kept} if s['stopped'] in (None, _here) else s['stopped']
+        last = {k: s[k] for k in _state_keys} if s['stopped'] in (None, _stopped_here) else s['stopped']
         if s['stopped'] is None and s['epoch'] != s['training']['n_epoch']: self._damaged()
         self.ended = [*s['ended'], last]
 
-    def _go_on(self, s, fit):
+    def _restore(self, s, fit):
         learn,device,ended = self.learn,model_device(self.model),fit < len(self.ended)
         unwrap(learn.model).load_state_dict(s['model'])
         # PyTorch's optimisers move their tensors themselves, and leave Adam's step count on the CPU
@@ -326,11 +326,11 @@ class Resume(FitCallback):
         self.loaded,self.epochs,self.kept = s,learn.n_epoch if ended else s['epoch'],True
         _set_random_states(s['random'], learn.dls)
         if self.epochs == learn.n_epoch: self._set_grads(s) # no epoch is left whose `before_train` would do it
-        self._say(fit, ended)
+        self._report_resumed(fit, ended)
         learn.add_cb(_FromEpoch(self.epochs, learn.n_epoch))
         learn.n_epoch -= self.epochs # the number of epochs left, see `_FromEpoch`
 
-    def _say(self, fit, ended):
+    def _report_resumed(self, fit, ended):
         place = f"fit {fit+1} of {len(self.ended)+1}"
         if ended: say(f"`{self.path}`: {place} has ended and is not trained again")
         elif self.epochs == self.learn.n_epoch:
@@ -348,9 +348,9 @@ class Resume(FitCallback):
         self.epoch_random = _random_states(self.dls)
         if s is None: return
         self._set_grads(s)
-        if s['done']: self._go_on_in_epoch(s)
+        if s['done']: self._skip_done_batches(s)
 
-    def _go_on_in_epoch(self, s):
+    def _skip_done_batches(self, s):
         "Skip the batches that are done: draw the same order of images, then restore the random states of that batch"
         learn,dls,counts = self.learn,self.dls,self.learn._from_epoch
         learn.pct_train,self.epoch_random = s['pct_train'],s['epoch_random']
@@ -388,7 +388,8 @@ class Resume(FitCallback):
         else:
             # this epoch counts as finished
             state |= dict(epoch=min(self.learn.epoch + 1, self.described['n_epoch']), done=0)
-            file = dict(self._read(), stopped=state) if self.kept else dict(state, ended=self.ended, stopped=_here)
+            file = (dict(self._read(), stopped=state) if self.kept
+                    else dict(state, ended=self.ended, stopped=_stopped_here))
         with atomic_path(self.path) as tmp: torch.save(file, tmp)
         self.kept = True
 
@@ -397,7 +398,7 @@ class Resume(FitCallback):
         learn,scaler,done = self.learn,vars(self.learn).get('scaler'),self.done
         csv = next((cb for cb in learn.cbs if isinstance(cb, CSVLogger)), None)
         return dict(
-            what=_what, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train,
+            what=_file_kind, training=self.described, epoch=self.epochs, done=done, pct_train=learn.pct_train,
             train_iter=learn.train_iter, model=unwrap(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
             scaler=None if scaler is None else scaler.state_dict(),
             grads=[None if p.grad is None else p.grad.detach() if p.grad.any() else 0
@@ -409,9 +410,9 @@ class Resume(FitCallback):
             csv='' if csv is None else (learn.path/csv.fname).read_text(),
             epoch_random=self.epoch_random if done else None, random=_random_states(learn.dls))
 
-_what = 'a training, kept by rkd_fastai'
-_kept = set('what training epoch done pct_train train_iter model opt scaler grads '
+_file_kind = 'a training, kept by rkd_fastai' # in all files, also older ones
+_state_keys = set('what training epoch done pct_train train_iter model opt scaler grads '
             'recorder memory metrics csv epoch_random random'.split())
 # value of `stopped` for a fit that was stopped before its first save: the same fit starts anew, and a further fit
 # continues from where it stopped
-_here = 'here'
+_stopped_here = 'here'

@@ -39,7 +39,7 @@ class RecordTrajectory(EachEpoch):
     only_shows,_stateattrs = True,('data','dl')
     data = dl = None
     def __init__(self,
-        path, # folder for this training and these images, created if it does not exist
+        path, # folder for this run and these images, created if it does not exist
         # DataLoader of the images; None means the validation set. A training loader is read in the order of its items,
         # without augmentation
         dl=None,
@@ -97,15 +97,15 @@ class RecordTrajectory(EachEpoch):
     def _saved(self): return saved_epochs(self.path, suffix='.npz')
 
     def _check_folder(self, card, done):
-        "Raise a `ValueError` unless `path` has the `done` epochs of this training and no other training"
+        "Raise a `ValueError` unless `path` has the `done` epochs of this run and no others"
         there = self._saved()
         if len(there) > done+1 and not self.epochs:
-            raise ValueError(f"`path` {self.path} contains {len(there)} epochs of another training: "
+            raise ValueError(f"`path` {self.path} contains {len(there)} epochs of another training run: "
                              "choose another folder, or delete it")
         lost = sorted({*range(1, done+1)} - {*there})
         if lost:
-            raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this training has done: "
-                             "record a training from its start, in one folder")
+            raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this run has done: "
+                             "record a training run from its start, in one folder")
         if any(cb is not self and isinstance(cb, RecordTrajectory) and cb.path == self.path for cb in self.learn.cbs):
             raise ValueError(f"`path` {self.path} is used by two callbacks: give each its own folder")
         if not done: return

@@ -41,7 +41,7 @@ def with_args(
     if args.eps is not None: recipe = recipe.at_eps(args.eps)
     if args.steps is not None and recipe.attack is not None:
         if 'steps' not in recipe.attack.settings:
-            raise ValueError(f"leave `--steps` out: {type(recipe.attack).__name__} has one step")
+            raise ValueError(f"remove `--steps`: {type(recipe.attack).__name__} always takes one step")
         recipe = recipe.replace(attack=type(recipe.attack)(**recipe.attack.settings | dict(steps=args.steps)))
     settings = {k: getattr(args, k) for k in ('alpha','lam','T') if getattr(args, k, None) is not None}
     if settings:
@@ -125,14 +125,14 @@ def _same_training(out):
         what = "the teacher is" if name.endswith('.teacher') else _parts.get(name.split('.')[0])
         raise ValueError(f"{what} not the same as in the interrupted run in {out}: "
                          "restore what the run had, or choose another `--out`" if what else
-                         f"the interrupted run in {out} was another training ({e.difference}): "
+                         f"the interrupted run in {out} was trained with other settings ({e.difference}): "
                          "choose another `--out`") from e
 
 def _check_older(out, epochs):
-    "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this training would not replace"
+    "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this run would not replace"
     older = [n for n in saved_epochs(out) if n > epochs]
     if older:
-        raise ValueError(f"`--out` {out} contains checkpoints of a longer training, up to epoch_{older[-1]}.pth: "
+        raise ValueError(f"`--out` {out} contains checkpoints of a longer run, up to epoch_{older[-1]}.pth: "
                          "delete them, or choose another folder")
 
 def _advice(out, keep):
@@ -153,7 +153,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
         recipe = recipe.replace(synthetic=args.frac)
     if args.synthetic is not None and recipe.synthetic is None:
         raise ValueError("`--synthetic` needs `--frac` here, the fraction of each batch that is synthetic, "
-                         "such as `--frac 0.7`: give it, or leave `--synthetic` out")
+                         "such as `--frac 0.7`: add it, or remove `--synthetic`")
     out = _new_folder(args.out, args.resume)
     if args.size is None and args.data not in data_names: args.size = folder_size
     set_seed(args.seed + 1000*('teacher' in kwargs), reproducible=True) # other seed than the teacher's
@@ -233,7 +233,7 @@ def evaluate(
 ):
     "Run `rkd evaluate`"
     if args.check and args.norm != 'Linf':
-        raise ValueError('`--check` looks for masked gradients in the L∞ ball: leave `--norm` out')
+        raise ValueError('`--check` looks for masked gradients in the L∞ ball: remove `--norm` or `--check`')
     if args.norm != 'Linf' and args.eps is None:
         raise ValueError('`--norm L2` needs `--eps`, such as `--eps 0.5`')
     model,card = load_run(args.model)

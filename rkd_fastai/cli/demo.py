@@ -149,7 +149,7 @@ def plot_curves(
 def _predict(model, x):
     with torch.no_grad(), frozen(model): return model(x).argmax(1)
 
-def _all_right(learners, n):
+def _all_correct(learners, n):
     "Return for up to `n` classes the first test image that all networks classify correctly, and the classes"
     x,y = (t.cpu() for t in pixel_data(next(iter(learners.values())), n=200)) # the images are the same for all
     right = [_predict(pixel_model(learn), x.to(model_device(learn.model))).cpu() == y for learn in learners.values()]
@@ -167,7 +167,7 @@ def plot_adversarial(
     names=('standard','student'), # names of the networks to show
 ):
     "Plot clean images and their attacked versions for each network with its predictions, and save the figure to `path`"
-    x,y = _all_right(learners, n)
+    x,y = _all_correct(learners, n)
     rows = [('clean', x, y)]
     for name in names:
         model = pixel_model(learners[name])

@@ -24,7 +24,7 @@ def number(
     top,_,bottom = text.partition('/')
     try: return float(top)/float(bottom or 1)
     except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"{text!r} is not a number or a fraction such as 8/255")
+        raise typer.BadParameter(f"{text!r} is not a number or a fraction such as 8/255") from None
 
 # %% ../../nbs/cli/02_main.ipynb #b297722a
 # options by their headings in the help page of a terminal
@@ -36,7 +36,7 @@ def _name(option, names, **kwargs): return option(parser=_one_of(names), metavar
 
 def _whole(text):
     try: return int(text)
-    except ValueError: raise typer.BadParameter(f'{text!r} is not a whole number')
+    except ValueError: raise typer.BadParameter(f'{text!r} is not a whole number') from None
 
 def _one_of(names):
     def check(text):
@@ -204,7 +204,7 @@ def _plain_warnings(commands, args):
     try: yield
     finally: warnings.formatwarning = was
 
-def _how_to_go_on(args):
+def _resume_hint(args):
     "Return a text on how to continue after Ctrl-C, or an empty text if nothing was saved"
     if args.command == 'study': return ': the same command continues with what is not done'
     kept = getattr(args, 'out', None) and (Path(args.out)/'resume.pth').exists()
@@ -227,7 +227,7 @@ def _start(command, options):
         with _plain_warnings(commands, args): getattr(commands, command)(args)
     except (ValueError, OSError, ImportError) as e: _fail(commands.in_options(exception_message(e), args))
     except KeyboardInterrupt:
-        print(f'\nrkd: interrupted{_how_to_go_on(args)}', file=sys.stderr)
+        print(f'\nrkd: interrupted{_resume_hint(args)}', file=sys.stderr)
         sys.exit(130) # the usual exit code after Ctrl-C
 
 def _repeated(argv):

@@ -66,7 +66,7 @@ def _find(path, sub, name):
         for f in (d/name, d/f'{name}.gz'):
             if f.exists(): return f
     raise FileNotFoundError(f"{name} not found in {path} or {Path(path)/sub}: "
-                            "set `path` to the folder of the published files, or leave `path` out to download them")
+                            "set `path` to the folder of the published files, or remove `path` to download them")
 
 def _downloaded(name, get):
     "Return `get()`, which downloads the dataset `name`; raise `OSError` if the download fails"

@@ -36,7 +36,7 @@ def _check_radii(eps, attack, norm, seed, bs):
     for e in eps: make_attack(attack, e, norm, seed, bs)
     return eps
 
-def _look_ahead(progress, i, radii, attack, norm, n):
+def _report_remaining(progress, i, radii, attack, norm, n):
     "Report to `progress` the work after the `i`-th of `radii` for `n` images that are classified correctly clean"
     parts = make_attack(attack, radii[i], norm).parts(None, 10)
     progress.later = n*sum(part.cost + 2 for part in parts)*(len(radii) - i - 1)
@@ -63,7 +63,7 @@ def robustness_curve(
     with showing(progress) as progress:
         for i,e in enumerate(radii):
             name = attack if e else 'clean' # at radius 0 there is nothing to search
-            if progress is not None: _look_ahead(progress, i, radii, attack, norm, len(x)*accs.get(0., 1.))
+            if progress is not None: _report_remaining(progress, i, radii, attack, norm, len(x)*accs.get(0., 1.))
             with seeded(seed, model_device(model)): # the network may draw random numbers
                 res = measure_robustness(model, x, y, name, e, norm, seed, bs=bs, logits=logits, progress=progress)
             accs[e] = res.results[name]

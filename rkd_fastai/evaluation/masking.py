@@ -100,7 +100,7 @@ def _gradients(model, x, y):
 
 @symptom('zero gradients', 'The loss has no gradient at these images, because of saturated logits or a step function. '
                            'Attack the margin of the logits (`cw`, AutoAttack), '
-                           'or leave the step function out of the attacked network.', 3)
+                           'or remove the step function from the attacked network.', 3)
 def _zero_gradients(model, x, y, eps):
     share = (_gradients(model, x, y).flatten(1).abs().amax(1) < 1e-12).float().mean().item()
     return f'{format_percent(share)} of the images', share > .05
@@ -169,10 +169,10 @@ def check_masking(
     token = _bs.set(bs)
     try:
         with showing(progress) as progress:
-            return MaskingReport(_look_for_all(model, x, y, eps, progress), len(x), eps, sample)
+            return MaskingReport(_find_symptoms(model, x, y, eps, progress), len(x), eps, sample)
     finally: _bs.reset(token)
 
-def _look_for_all(model, x, y, eps, progress):
+def _find_symptoms(model, x, y, eps, progress):
     found,costs = [],[cost for *_,cost in _symptoms]
     if progress is not None: progress.device = x.device
     for i,(name,advice,f,cost) in enumerate(_symptoms):

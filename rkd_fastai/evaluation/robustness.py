@@ -309,10 +309,11 @@ class _Run:
             warnings.warn(f"out of memory with batches of {len(todo)} images: continuing with {at['bs']}")
             return
         for i,is_robust in zip(todo, flags): at['is_robust'][i] = int(is_robust)
-        if self.progress is not None: self._see((name, at['part']), len(todo), sum(flags), self.progress.done - done)
+        if self.progress is not None:
+            self._count_batch((name, at['part']), len(todo), sum(flags), self.progress.done - done)
         at.update(next=todo[-1]+1, seconds=at['seconds'] + time.time() - start)
 
-    def _see(self, part, n, stand, passes):
+    def _count_batch(self, part, n, stand, passes):
         "Update the counts of `part`, from which the cost of the next images is estimated, by a batch of `n` images"
         old = self.seen[1:] if self.seen[0] == part else (0, 0, 0)
         self.seen = part, *(a+b for a,b in zip(old, (n, stand, passes)))

@@ -110,7 +110,7 @@ def _read_epoch(path, n, names):
         want = () if k.startswith('entropy') else (n,)
         if v.shape != want or v.dtype.kind != 'f':
             raise ValueError(f"`{path}`: `{k}` is {v.dtype} {v.shape}, but `card.json` says {counted(n, 'image')}: "
-                             "the file is from another training")
+                             "the file is from another training run")
     return found
 
 def load_trajectory(
@@ -125,7 +125,9 @@ def load_trajectory(
         raise ValueError(f"`folder` {folder} contains no epoch: "
                          "the training was stopped in its first epoch, or has not finished it yet")
     lost = sorted({*range(1, epochs[-1]+1)} - {*epochs})
-    if lost: raise ValueError(f"`folder` {folder} lacks epoch {lost[0]} of {epochs[-1]}")
+    if lost:
+        raise ValueError(f"`folder` {folder} lacks epoch {lost[0]} of {epochs[-1]}: "
+                         f"put the file epoch_{lost[0]:04d}.npz back, or record again")
     rows = [_read_epoch(folder/f'epoch_{k:04d}.npz', card['n'], names) for k in epochs]
     log_p,entropy = ({k: np.stack([r[k] for r in rows]).astype(np.float64) for k in names if k.startswith(start)}
                      for start in ('log','entropy'))

@@ -1,4 +1,4 @@
-"""Studies: a grid of trainings described in a TOML file, its tables, its figures and its report."""
+"""Studies: a grid of training runs described in a TOML file, its tables, its figures and its report."""
 from importlib import import_module
 
 # Imported when first asked for: tables and figures of finished studies need neither fastai nor PyTorch.

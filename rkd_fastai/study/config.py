@@ -156,7 +156,7 @@ def _with_new_names(settings):
     for k,v in settings.items():
         name = _new_name('the setting', k, _renamed[k]) if k in _renamed else k
         if name in out or name != k and name in settings:
-            raise ValueError(f"`{k}` and `{name}` are the same setting: leave `{k}` out")
+            raise ValueError(f"`{k}` and `{name}` are the same setting: remove `{k}`")
         values = _renamed_values.get(name, {})
         def value(o):
             return _new_name(f'the value of `{name}`', o, values[o]) if isinstance(o, str) and o in values else o
@@ -187,7 +187,8 @@ def members(
     for part in teacher.split(','):
         m = re.fullmatch(r'\s*(?:(\d+)\s+)?(\S+)\s*', part)
         if not m or m[1] and not int(m[1]):
-            raise ValueError(f"`teacher` {teacher!r}: name kinds with their numbers, such as 'at' or '2 st, 2 at'")
+            raise ValueError("`teacher` must name kinds with their numbers, such as 'at' or '2 st, 2 at', "
+                             f"got {teacher!r}")
         _known('kind of `teacher`', m[2], teacher_kinds)
         out += [m[2]]*int(m[1] or 1)
     return out
@@ -208,7 +209,7 @@ def betas(
     last = [k == kinds[-1] for k in kinds]
     if all(last):
         raise ValueError(f"`beta` needs at least two kinds of teacher, such as '2 st, 2 at', "
-                         f"but `teacher` is {teacher!r}: add a kind, or leave `beta` out")
+                         f"but `teacher` is {teacher!r}: add a kind, or remove `beta`")
     return [beta/sum(last) if l else (1-beta)/(len(last)-sum(last)) for l in last]
 
 # %% ../../nbs/study/00_config.ipynb #4d6bcb3e
@@ -233,7 +234,7 @@ def training_attack(
     raise ValueError(f"unknown `attack` {name!r} for training: use 'pgd7' or another number of steps, 'ffgsm', 'fgsm'")
 
 def _complete(c):
-    "Return a cell with all defaults of its method filled in, so that equal trainings are equal cells"
+    "Return a cell with all defaults of its method filled in, so that equal training runs are equal cells"
     def default(k, v): return v if getattr(c, k) is None else getattr(c, k)
     if c.arch != 'cifar_resnet18': c = replace(c, width=1.) # other networks have a fixed width
     if c.attack == 'pgd7': c = replace(c, attack=None)
@@ -343,11 +344,12 @@ def read_study(
         both = top | g
         for values in product(*(v if isinstance(v, list) else [v] for v in both.values())):
             settings = dict(zip(both, values))
-            if 'method' not in settings: raise ValueError("a grid has no `method`: say one, such as 'akd' or 'at'")
+            if 'method' not in settings: raise ValueError("a grid has no `method`: set one, such as 'akd' or 'at'")
             known = allowed_settings(settings['method'])
             cells[make_cell(**{k: v for k,v in settings.items() if k in known or k in g})] = None
     return sorted(cells, key=lambda c: c.seed),asdict(measure),spec.get('title', title) # one seed after another
 
 def _read_toml(path):
     try: return tomllib.loads(Path(path).read_text(encoding='utf8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"`{path}` is no TOML file: {e}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"`{path}` is not a TOML file: {e}") from e

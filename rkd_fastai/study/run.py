@@ -66,11 +66,11 @@ def _labelled_files(folder, classes=None):
     "Return the sorted image files in `folder` and the class of each file, which is the name of its sub-folder"
     files = sorted(get_image_files(folder))
     if not files:
-        raise ValueError(f"`data`: no images in {folder}, which should have a sub-folder of them for each class")
+        raise ValueError(f"`data`: {folder} has no images: put those of each class into a sub-folder of it")
     odd = next((f for f in files if f.parent == folder), None)
     if odd:
-        raise ValueError(f"`data`: {odd} lies in no sub-folder, so that its class is not known: "
-                         "move it into that of its class")
+        raise ValueError(f"`data`: {odd} is not in a sub-folder, so its class is unknown: "
+                         "move it into the sub-folder of its class")
     labels = [parent_label(f) for f in files]
     if classes is not None and (new := sorted({*labels} - {*classes})):
         raise ValueError(f"`data`: {folder} has the class {new[0]!r}, which the training images lack: "
@@ -118,7 +118,7 @@ def make_dls(
     "Return the DataLoaders of the data set `data` or of a folder of images, see `folder_dls`"
     sized = {} if size is None else dict(size=size)
     if sized and data in data_names and not data.startswith('fashion'):
-        raise ValueError(f"`size` {size}: the images of {data} have one size, remove it")
+        raise ValueError(f"remove `size`: the images of {data} have a fixed size")
     kwargs = dict(bs=bs, device_resident=True, classes=classes, **sized)
     if data in _packaged: return _packaged[data](**kwargs)
     if data in _published: return _published[data](path, **kwargs)
@@ -139,7 +139,7 @@ def make_net(
     try: import timm
     except ImportError:
         raise ValueError(f"`arch` {arch!r} is not cifar_resnet18 or wrn-DEPTH-WIDEN; "
-                         "other names need timm: `pip install timm`")
+                         "other names need timm: `pip install timm`") from None
     if not timm.is_model(arch):
         raise ValueError(f"`arch` {arch!r} is not cifar_resnet18, wrn-DEPTH-WIDEN or a name that timm knows")
     return timm.create_model(arch, num_classes=n_out, in_chans=n_in)
@@ -256,13 +256,13 @@ def describe_run(
 def fit_run(
     recipe, # a `Recipe`
     dls, # image DataLoaders
-    out, # folder of the run; an interrupted training in it is continued
+    out, # folder of the run; an interrupted run in it is continued
     card, # dict from `describe_run`, with `epochs`, `lr` and `eps`
     label, # name of the task on the progress line
     cbs=(), # further callbacks
     n_valid=n_monitor_images, # number of validation images, stratified by class, attacked by PGD-7 after each epoch
     keep=1, # save a checkpoint after every `keep`-th epoch; None saves none
-    overwrite=False, # delete the checkpoints of an older training in `out`, instead of an error
+    overwrite=False, # delete the checkpoints of an older run in `out`, instead of an error
     **kwargs, # arguments of `Recipe.learner`: `teacher`, `synthetic`, `compile`, `bf16`
 ):
     "Train with `recipe`, save the run in `out` and return the Learner"

@@ -68,7 +68,7 @@ def _check_version(folder):
 
 # %% ../../nbs/study/04_study.ipynb #073c488c
 class Study:
-    "A grid of trainings whose results are in a folder"
+    "A grid of training runs whose results are in a folder"
     def __init__(self,
         # path of a TOML file, or a dict with its content; a folder of images in `data` is relative to the folder of
         # the file, or to the current folder for a dict
@@ -218,7 +218,7 @@ class Study:
 
     def _load_and_describe(self, cells):
         "Load all data once, so that errors in it are raised before any training, and write `study.json`"
-        for c in {o for c in cells for o in (c, *teachers_of(c)) if o.method != 'teacher'}:
+        for c in {o for cell in cells for o in (cell, *teachers_of(cell)) if o.method != 'teacher'}:
             cell_dls(self.with_images(c), self.path)
         others = _read_json(self.out/'study.json').get('no_test_split', []) # other studies may share the folder
         no_test = {*others, *(c.data for c in self.cells if not has_test_split(self.with_images(c), self.path))}
@@ -482,7 +482,7 @@ def _no_students(df):
     s = df[df['method'].isin(list(distil_methods))]
     if len(s) and len(with_accuracy(s)): return ''
     return ("No student is compared: "
-            f"{f'all trainings of students ({len(s)}) diverged' if len(s) else 'none has been measured'}.")
+            f"{f'all training runs of students ({len(s)}) diverged' if len(s) else 'none has been measured'}.")
 
 def study_report(
     folder, # folder of a study
@@ -492,7 +492,7 @@ def study_report(
     df,made = read_rows(folder),_read_json(Path(folder)/'study.json')
     if not len(df) or not len(with_accuracy(df)):
         return (f'nothing has been measured in {folder} yet'
-                + (f'; trainings that diverged: {len(df)}' if len(df) else ''))
+                + (f'; training runs that diverged: {len(df)}' if len(df) else ''))
     notes = f"rkd_fastai {made.get('rkd_fastai')}, torch {made.get('torch')}, on {made.get('machine')}. {hours(folder)}"
     if made.get('no_test_split'):
         notes += (f"\n\n{', '.join(made['no_test_split'])}: there is no test split, "

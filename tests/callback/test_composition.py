@@ -551,7 +551,7 @@ def test_extra_state(cbs, make_learner, make_dls, tiny_net):
 def weights_of(teacher): return [v for v in teacher.state_dict().values() if isinstance(v, torch.Tensor)]
 
 def test_extra_state_that_is_not_plain(make_learner, tiny_net, tmp_path):
-    "Said before a training that could not be gone on with, or read back"
+    "Said before a run that could not be continued or read back"
     class Opaque(Counting):
         def get_extra_state(self): return dict(f=test_extra_state)
     for cb in (KeepEpochs(), Resume(tmp_path/'run.pth')):

@@ -213,10 +213,10 @@ def test_checkpoints(out):
     for s in saved: net().load_state_dict(s)
     assert same(saved[1], saved[2])
 
-def test_another_trainings_epochs_are_refused_by_all(ranks):
+def test_epochs_of_another_run_are_refused_by_all(ranks):
     "Though the first process alone sees them: the second would wait for it without end"
-    assert (['epoch_1 to epoch_2 of another training' in r['refused'] for r in ranks] == [True, False]
-            and 'contains epochs of another training' in ranks[1]['refused'])
+    assert (['epoch_1 to epoch_2 of another training run' in r['refused'] for r in ranks] == [True, False]
+            and 'contains epochs of another training run' in ranks[1]['refused'])
 
 if __name__ == '__main__': main(sys.argv[1])
 

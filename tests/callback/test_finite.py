@@ -1,4 +1,4 @@
-"A training whose numbers overflow stops before the step, names what overflowed and where, and can be fitted again."
+"A run whose numbers overflow stops before the step, names what overflowed and where, and can be fitted again."
 import copy
 
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
@@ -233,7 +233,7 @@ def test_asleep_where_nothing_is_trained(make_learner):
     learn.validate(); learn.get_preds()
 
 def test_resume_takes_it_or_leaves_it(make_learner, tmp_path):
-    "`NonFinite` may be there in one part of a training and not in the other"
+    "`NonFinite` may be there in one part of a run and not in the other"
     class Killed(Callback):
         only_shows, order = True, 1001
         def __init__(self, now): self.now = now

@@ -1,4 +1,4 @@
-"""Long trainings stay as they began: memory flat, steps as fast, no file left open; whatever stops one, wherever,
+"""Long runs stay as they began: memory flat, steps as fast, no file left open; whatever stops one, wherever,
 the Learner can be fitted again as if it were new."""
 import copy, gc, linecache, os, random, sys, threading, time
 
@@ -54,7 +54,7 @@ class Watch(Callback):
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')
 
 def long_run(make_learner, make_dls, tiny_net, name, steps, every):
-    "A training of so many steps of 64 images, watched"
+    "A run of so many steps of 64 images, watched"
     dls = make_dls(n=640, n_valid=64, bs=64, channels=3, device_resident=True)
     learn = make_learner(dls, Wide(), cbs=methods[name](Wide()), metrics=[RobustAccuracy(PGD(.1, steps=1), n=16)])
     learn.fit(steps//10, 1e-3, cbs=(watch := Watch(every)))

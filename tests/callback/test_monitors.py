@@ -258,12 +258,12 @@ def test_epochs_of_an_older_training(every, there, make_learner, make_dls, tmp_p
     before, learn = kept(folder), make_learner(
         make_dls(n=64), cbs=teacher.cbs[-1] if there == 'by the same callback' else KeepEpochs(every))
     was = weights(learn.model)
-    with pytest.raises(ValueError, match='epoch_(1 to epoch_3|2) of another training.*'
+    with pytest.raises(ValueError, match='epoch_(1 to epoch_3|2) of another training run.*'
                                          'delete them.*another `fname`.*overwrite=True'):
         learn.fit(2)
     assert kept(folder) == before and same(weights(learn.model), was) and len(learn.recorder.losses) == 0
 
-def test_ways_out_of_another_trainings_folder(make_learner, make_dls):
+def test_ways_out_of_the_folder_of_another_run(make_learner, make_dls):
     "Another name, another folder, or theirs deleted, to the last of them"
     teacher = make_learner(make_dls(n=64), cbs=KeepEpochs())
     teacher.fit(3)
@@ -308,7 +308,7 @@ def test_further_fits_go_on_counting(make_learner, make_dls, tiny_net):
     assert same(Teacher.at_epoch(folder, 8, tiny_net()).members[0].model.state_dict(), learn.model.state_dict())
 
 def test_start_epoch_in_a_new_process(make_learner, make_dls):
-    "The user says that the first epochs were done: they are this training's, and what lies behind them is not"
+    "The user says that the first epochs were done: they are this run's, and what lies behind them is not"
     make_learner(make_dls(n=64), cbs=KeepEpochs()).fit(2)
     learn = make_learner(make_dls(n=64), cbs=KeepEpochs())
     folder = learn.path/learn.model_dir
@@ -342,7 +342,7 @@ def test_killed_before_resume_knows(every, how, make_learner, make_dls, tmp_path
             start(cbs=[Die()])
     assert list(saved_epochs(folder)) == [every] and (tmp_path/'run.pth').exists() == (every == 2 and how != 'finished')
     if how in ('other file', 'no file', 'finished'):
-        with pytest.raises(ValueError, match=f'epoch_{every} of another training'):
+        with pytest.raises(ValueError, match=f'epoch_{every} of another training run'):
             start('other.pth' if how == 'other file' else 'run.pth' if how == 'finished' else None)
         return
     start()
@@ -354,23 +354,23 @@ def test_two_that_keep_the_same_epochs(make_learner, make_dls):
     with pytest.raises(ValueError, match='two `KeepEpochs` would both write.*its own `fname`'): learn.fit(2)
     assert not (learn.path/learn.model_dir).exists()
 
-def test_two_trainings_at_the_same_time(make_learner, make_dls):
+def test_two_runs_at_the_same_time(make_learner, make_dls):
     "Both began in an empty folder: the second to write is told"
     class Runs(Callback):
         order, run_valid = 40, False
         def after_train(self): make_learner(make_dls(n=64), cbs=KeepEpochs()).fit(1)
     learn = make_learner(make_dls(n=64), cbs=[KeepEpochs(), Runs()])
-    with pytest.raises(ValueError, match='epoch_1.pth` was written by another training'): learn.fit(1)
+    with pytest.raises(ValueError, match='epoch_1.pth` was written by another training run'): learn.fit(1)
     assert ids(learn.path/learn.model_dir) != {learn.keep_epochs.training_id}
 
-def test_epochs_of_two_trainings_do_not_compare(make_learner, make_dls, tiny_net):
+def test_epochs_of_two_runs_do_not_compare(make_learner, make_dls, tiny_net):
     "Copied into one folder by hand"
     for model_dir in ('a', 'b'):
         make_learner(make_dls(n=64), cbs=KeepEpochs(), model_dir=model_dir, metrics=Scripted([.5, .4, .3])).fit(3)
     a, b = (learn_dir for learn_dir in (make_learner().path/'a', make_learner().path/'b'))
     for suffix in ('.pth','.json'): (b/f'epoch_3{suffix}').rename(a/f'epoch_3{suffix}')
-    with pytest.raises(ValueError, match=r'epochs of 2 trainings, \[1, 2\] and \[3\]'): best_epoch(a)
-    with pytest.raises(ValueError, match='epochs of 2 trainings'): Teacher.at_epoch(a, 'best', tiny_net())
+    with pytest.raises(ValueError, match=r'epochs of 2 training runs, \[1, 2\] and \[3\]'): best_epoch(a)
+    with pytest.raises(ValueError, match='epochs of 2 training runs'): Teacher.at_epoch(a, 'best', tiny_net())
     Teacher.at_epoch(a, 3, tiny_net())
 
 def test_needs_the_metric(make_learner, make_dls, scripted):

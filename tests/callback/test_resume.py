@@ -1,5 +1,5 @@
-"""`Resume`: whatever is killed wherever goes on with the same bits; another training, a bad file and a full disk are
-refused and change nothing."""
+"""`Resume`: whatever is killed wherever goes on with the same bits; another training run, a bad file and a full disk
+are refused and change nothing."""
 import errno, functools, gc, os, pickle, random, signal, subprocess, sys, time, warnings, weakref
 
 import numpy as np, pytest, torch, torch.nn as nn
@@ -55,7 +55,7 @@ def bits(o):
     return [bits(v) for v in o] if isinstance(o, (list, tuple, L)) else o
 def weights(learn): return bits(learn.model.state_dict())
 def end(learn):
-    "All that a training leaves behind"
+    "All that a run leaves behind"
     rec, rng = learn.recorder, getattr(learn.dls.train, 'rng', None)
     return dict(
         weights=weights(learn), opt=bits(learn.opt.state_dict()), lrs=[float(v) for v in rec.lrs],
@@ -75,7 +75,7 @@ def run(make, fit, cbs=(), seed=0, dies=False, **kwargs):
     else: fit(learn, cbs)
     return learn
 def check(make, folder, fit=one_cycle, kills=((None, 6),), event='after_batch'):
-    """Raise unless a training kept `every` batches and killed at `step` goes on, from another network and other
+    """Raise unless a run kept `every` batches and killed at `step` goes on, from another network and other
     random numbers, to the end of a whole one without `Resume`"""
     want = end(run(make, fit))
     for every,step in kills:
@@ -105,7 +105,7 @@ def test_killed_at_any_event(event, step, base, tmp_path):
     "A gradient that was on its way counts once"
     check(base, tmp_path, kills=[(None, step), (2, step)], event=event)
 
-trainings = dict(
+kinds = dict(
     natural = dict(),
     at = dict(teacher=lambda t: AdversarialTraining(attack)),
     trades = dict(teacher=lambda t: TRADES(PGD(.1, steps=2, objective='kl'))),
@@ -132,10 +132,10 @@ trainings = dict(
                       opt_func=lambda: sgd_nesterov))
 
 @pytest.mark.few(8)
-@pytest.mark.parametrize('kind', trainings)
+@pytest.mark.parametrize('kind', kinds)
 def test_every_training(kind, base, tmp_path):
     "Methods, callbacks, losses and optimisers, killed in the second epoch"
-    made = lambda: {k: v if k == 'teacher' else v() for k,v in trainings[kind].items()}
+    made = lambda: {k: v if k == 'teacher' else v() for k,v in kinds[kind].items()}
     check(lambda **kw: base(**kw, **made()), tmp_path, kills=[(None, 6), (3, 8)])
 
 fits = dict(
@@ -276,7 +276,7 @@ def test_train_metrics(base, tmp_path):
     check(make, tmp_path, kills=[(1, 6)])
 
 def test_averages_at_the_end(base, tmp_path):
-    "What `WeightAveraging` validated with is what is kept, of a training killed at its very end too"
+    "What `WeightAveraging` validated with is what is kept, of a run killed at its very end too"
     make = lambda **kw: base(**kw, cbs=WeightAveraging(.9))
     learn = check(make, tmp_path, kills=[(1, 12)], event='after_fit')
     assert learn.weight_averaging.ema is None and learn.weight_averaging.raw is None
@@ -334,8 +334,8 @@ class Validates(Callback):
         def validate():
             if self.learn.lock.locked(): return
             if event == 'after_batch' and not (self.training and self.learn.iter == 2): return
-            careful = dict(before_train=['dl'],
-                           after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch','train_iter','pct_train']).get(event, []) # noqa: E501
+            careful = dict(before_train=['dl'], after_batch=['training','dl','n_iter','xb','yb','pred','loss','epoch',
+                                                             'train_iter','pct_train']).get(event, [])
             now = {k: getattr(self.learn, k) for k in careful} # what such a callback has to put back
             self.got.append((self.learn.validate(), bits(self.learn.get_preds(ds_idx=0))))
             for k,v in now.items(): setattr(self.learn, k, v)
@@ -432,7 +432,7 @@ def test_two_of_a_kind(base, tmp_path):
     run(make, one_cycle, [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
     again = run(make, one_cycle, [Resume(tmp_path/'run.pth')], net=5)
     assert [cb.sum for cb in again.cbs if isinstance(cb, Sums)] == [12, 120]
-    with pytest.raises(ValueError, match='another training'):
+    with pytest.raises(ValueError, match='another training run'):
         run(lambda **kw: base(**kw, cbs=Sums(10)), one_cycle, [Resume(tmp_path/'run.pth')])
 
 @pytest.mark.parametrize('every,append,step', [(None, False, 6), (1, False, 8), (None, True, 9)])
@@ -494,7 +494,7 @@ def test_catastrophic_overfitting(stop, base, tmp_path, monkeypatch, capsys):
     scores = [.5, .6, .61 if not stop else .1]
     whole = fit([], iter(scores))
     want = end(whole)
-    first = fit([Resume(tmp_path/'run.pth'), Die(10)], iter(scores), dies=True)
+    fit([Resume(tmp_path/'run.pth'), Die(10)], iter(scores), dies=True)
     again = fit([Resume(tmp_path/'run.pth')], iter(scores[2:]), seed=9, net=5)
     assert differ(end(again), want) == []
 
@@ -525,7 +525,7 @@ def test_a_network_with_a_memory(base, tiny_net, tmp_path):
         one_cycle(base(model=Net(tiny_net())), Resume(tmp_path/'None_6.pth'))
 
 
-# --- several fits of one training ---
+# --- several fits of one run ---
 
 def tuned(learn, cbs=()): learn.fine_tune(2, .01, cbs=cbs) # 4 batches, and then 8
 def twice(learn, cbs=()): learn.fit(2, .01, cbs=cbs); learn.fit(2, .01, cbs=cbs)
@@ -544,7 +544,7 @@ def groups(base, **more):
     return lambda **kw: base(**kw, splitter=lambda m: [params(m[:3]), params(m[3:])],
                              **{k: v() for k,v in more.items()})
 def until_killed(make, fit, folder, cuts, learner_wide=False, every=None):
-    "A training killed at each of `cuts` in turn and begun again from its start, and at last left alone"
+    "A run killed at each of `cuts` in turn and begun again from its start, and at last left alone"
     for i,cut in enumerate([*cuts, None]):
         resume = Resume(folder/'run.pth', every)
         cbs = [DieIn(*cut)] if cut else []
@@ -593,7 +593,8 @@ def test_messages_of_several_fits(base, tmp_path, capsys):
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     assert capsys.readouterr().out == ''
     run(groups(base), tuned, [Resume(path)])
-    assert capsys.readouterr().out == f'`{path}`: fit 1 of 2 has ended and is not trained again\n`{path}`: fit 2 of 2 continues after 1 epoch\n' # noqa: E501
+    assert capsys.readouterr().out == (f'`{path}`: fit 1 of 2 has ended and is not trained again\n'
+                                       f'`{path}`: fit 2 of 2 continues after 1 epoch\n')
     run(groups(base), tuned, [Resume(path)])
     assert f'`{path}` contains all 2 epochs of fit 2: nothing is left to train' in capsys.readouterr().out
 
@@ -621,9 +622,9 @@ def test_another_second_fit(base, tmp_path):
     path = tmp_path/'run.pth'
     run(groups(base), tuned, [Resume(path), DieIn(1, 6)], dies=True)
     file = path.read_bytes()
-    with pytest.raises(ValueError, match=r'another training \(fit 2: optimiser|another training \(fit 2: callbacks'):
+    with pytest.raises(ValueError, match=r'another training run \(fit 2: (optimiser|callbacks)'):
         run(groups(base), lambda l, cbs: l.fine_tune(2, .01, div=7., cbs=cbs), [Resume(path)])
-    with pytest.raises(ValueError, match=r'another training \(fit 1: n_epoch is 1 in the file and 2 here'):
+    with pytest.raises(ValueError, match=r'another training run \(fit 1: n_epoch is 1 in the file and 2 here'):
         run(groups(base), lambda l, cbs: l.fine_tune(2, .01, freeze_epochs=2, cbs=cbs), [Resume(path)])
     assert path.read_bytes() == file
     learn = run(lambda **kw: base(**kw).add_cb(Resume(tmp_path/'b.pth')), twice)
@@ -725,7 +726,7 @@ def test_another_fit_afterwards(how, base, make_dls, tmp_path):
     learn = base(net=5)
     if how == 'finished': one_cycle(learn, Resume(path))
     else:
-        with pytest.raises(KeyboardInterrupt) as kept:
+        with pytest.raises(KeyboardInterrupt) as _kept: # its traceback keeps the frames
             one_cycle(learn, [Resume(path, 1), Die(7 if how == 'interrupted' else 6,
                                                    'after_batch' if how == 'interrupted' else 'before_train')])
     other = base()
@@ -748,11 +749,11 @@ def test_another_fit_afterwards(how, base, make_dls, tmp_path):
 @pytest.mark.parametrize('event', ['after_batch', 'before_train'])
 def test_loaders_are_put_back(event, base, tmp_path):
     "Copies of the training loader, as `get_preds` and `export` make them, of a resumed fit that was interrupted too"
-    path, seen = tmp_path/'run.pth', []
+    path = tmp_path/'run.pth'
     run(base, one_cycle, [Resume(path, 1), Die(6)], dies=True)
     learn = base(net=5)
     own = {k: v for k,v in vars(learn.dls.train).items() if callable(v)}
-    with pytest.raises(KeyboardInterrupt) as kept:
+    with pytest.raises(KeyboardInterrupt) as _kept: # its traceback keeps the frames
         one_cycle(learn, [Resume(path, 1), Die(7, event)] if event == 'after_batch'
                   else [Resume(path, 1), Die(6, event)])
     if event == 'before_train': learn.fit(1, .01)
@@ -761,7 +762,7 @@ def test_loaders_are_put_back(event, base, tmp_path):
 
 def test_nothing_is_left(base, tmp_path, open_files):
     "No state in memory, no open file, no callback, no temporary file"
-    path, resume = tmp_path/'run.pth', Resume(tmp_path/'run.pth', 3)
+    resume = Resume(tmp_path/'run.pth', 3)
     before = open_files()
     run(base, one_cycle, [resume, Die(7)], dies=True)
     learn = run(base, one_cycle, [resume], net=5)
@@ -878,7 +879,7 @@ def test_another_training(other, refused, tmp_path):
     before, opt = weights(learn), bits(learn.opt.state_dict()['state'])
     set_seed(4)
     rng = random.getstate(), bits(torch.tensor(np.random.get_state()[1])), bits(torch.get_rng_state())
-    with pytest.raises(ValueError, match='another training') as e: fit(learn, Resume(path))
+    with pytest.raises(ValueError, match='another training run') as e: fit(learn, Resume(path))
     assert str(path) in str(e.value)
     for w in words.split('|') if '|' not in words else []: assert w.replace('akd', '') in str(e.value)
     if '|' in words: assert any(w in str(e.value) for w in words.split('|'))
@@ -889,7 +890,7 @@ def test_another_training(other, refused, tmp_path):
     assert not any(type(cb).__name__ in ('Resume', '_FromEpoch') for cb in learn.cbs) and len(str(e.value)) < 1500
 
 def test_another_rate_without_a_schedule(base, tmp_path):
-    "`fit` keeps the rate it is told: another is another training"
+    "The learning rate of `fit` is part of the run"
     run(base, fits['fit'], [Resume(tmp_path/'run.pth'), Die(6)], dies=True)
     with pytest.raises(ValueError, match=r'lr.* is 0\.01 in the file and 0\.02 here'):
         base().fit(3, .02, cbs=Resume(tmp_path/'run.pth'))
@@ -1014,18 +1015,21 @@ def in_two_parts(o, f):
 
 def net(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(8*16, 10))
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(),
+                         nn.Linear(8*16, 10))
 def train():
-    seed = os.getpid() if how != 'whole' and path.exists() else 0 # a training that goes on owes nothing to the seed
+    seed = os.getpid() if how != 'whole' and path.exists() else 0 # a run that goes on owes nothing to the seed
     teacher, student = net(7), net(seed)
     set_seed(seed)
-    learn = Learner(digits_dls(bs=128, batch_tfms=[PadCropFlip(1)]), student, loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+    learn = Learner(digits_dls(bs=128, batch_tfms=[PadCropFlip(1)]), student, loss_func=CrossEntropyLossFlat(),
+                    metrics=accuracy,
                     cbs=[AKDCallback(teacher, attack=PGD(.1, steps=2)), WeightAveraging(.9), Tell()])
     learn.remove_cb(ProgressCallback); learn.logger = lambda *_: None
     torch.save = in_two_parts
     learn.fit_one_cycle(16, .01, cbs=None if how == 'whole' else Resume(path, every=2))
     torch.save, rec = save, learn.recorder
-    save([learn.model.state_dict(), [float(v) for v in rec.lrs], [float(v) for v in rec.losses], [list(v) for v in rec.values], torch.get_rng_state()], out.with_suffix('.part'))
+    save([learn.model.state_dict(), [float(v) for v in rec.lrs], [float(v) for v in rec.losses],
+          [list(v) for v in rec.values], torch.get_rng_state()], out.with_suffix('.part'))
     out.with_suffix('.part').rename(out)
 
 def kill(when):
@@ -1059,7 +1063,7 @@ if how == 'kills':
     print(at, len(tmps))
     assert at == sorted(at) and at[-1] > at[0] and len({d for e,d in at}) > 2 and len(tmps) >= 4, (at, tmps)
 else: train()
-''' # noqa: E501
+'''
 
 @pytest.mark.slow
 def test_sigkill(tmp_path):

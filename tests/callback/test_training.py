@@ -773,7 +773,6 @@ def test_catastrophic_overfitting(stop, make_learner, make_dls, plain_net, robus
         return make_learner(make_dls(n_valid=96), copy.deepcopy(robust_net),
                             cbs=[AdversarialTraining(FFGSM(.1)), cb, Script()]), cb
     learn, cb = learner()
-    start = torch.get_rng_state()
     if stop: learn.fit(4, 0.)
     else:
         with pytest.warns(UserWarning, match=r'catastrophic overfitting: in epoch 3 the accuracy of 96 images under '

@@ -124,7 +124,7 @@ def test_images_of_one_class(images, tmp_path):
     (('train', '--data', 'digits', '--arch', 'resnet19'), '`--arch`'),
     (('train', '--data', 'digits', '--keep', '0'), '`--keep`'),
     (('train', '--data', 'digits', '--eps', '8'), '8/255'),
-    (('train', '--data', 'cifar10', '--data-path', '.'), 'leave `--data-path` out'),
+    (('train', '--data', 'cifar10', '--data-path', '.'), 'remove `--data-path`'),
 ])
 def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -132,7 +132,7 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     assert says in e.value.code and e.value.code.startswith('rkd: error: ') and '\n' not in e.value.code
     assert not (tmp_path/'out/model.pth').exists()
 
-def test_a_training_that_diverges_is_one_line(tmp_path):
+def test_a_run_that_diverges_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as e:
         rkd('train', '--data', 'digits', '--width', '1/16', '--steps', 1, '--n', 300, '--epochs', 2, '--lr', 1e30,
             '--out', tmp_path/'out')
@@ -188,7 +188,7 @@ def test_evaluate_fast_and_check(tmp_path, capsys):
 def test_a_folder_without_images(tmp_path):
     from rkd_fastai.study.run import make_dls
     (tmp_path/'cat').mkdir()
-    with pytest.raises(ValueError, match='no images in .*sub-folder of them for each class'): make_dls(str(tmp_path))
+    with pytest.raises(ValueError, match='has no images: put those of each class into'): make_dls(str(tmp_path))
 
 # --- advice is on commands, not on Python ---
 
@@ -218,7 +218,7 @@ def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypa
     assert line.startswith('rkd: warning: catastrophic overfitting') and line.endswith('`--how at` trains on PGD')
 
 def test_another_teacher_under_resume(tmp_path, monkeypatch):
-    "And checkpoints of a longer training in the folder of a shorter one"
+    "And checkpoints of a longer run in the folder of a shorter one"
     from rkd_fastai.callback.resume import Resume
     save = Resume._save
     def interrupt(self): save(self); raise KeyboardInterrupt
@@ -229,7 +229,8 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
         m.setattr(Resume, '_save', interrupt)
         with pytest.raises(SystemExit, match='130'): rkd(*student, tmp_path/'teacher1', '--epochs', 3)
     with pytest.raises(SystemExit) as e: rkd(*student, tmp_path/'teacher2', '--epochs', 3, '--resume')
-    assert e.value.code == f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: restore what the run had, or choose another `--out`' # noqa: E501
+    assert e.value.code == (f'rkd: error: the teacher is not the same as in the interrupted run in {tmp_path}/run: '
+                            'restore what the run had, or choose another `--out`')
     for option,says in ((('--compile',), '`--compile` is given here, but left out in the interrupted run'),
                         (('--data-path', tmp_path), None)):
         if says:
@@ -237,7 +238,7 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
                 rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer training, '
+    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer run, '
                                          'up to epoch_3.pth: delete them'):
         rkd(*student, tmp_path/'teacher1', '--epochs', 2)
 
@@ -305,6 +306,20 @@ def test_help_and_typos_do_not_wait_for_pytorch(argv, code):
 
 class Tty(io.StringIO):
     def isatty(self): return True
+
+def test_messages_in_a_fit_have_lines_of_their_own(monkeypatch):
+    "What a monitor prints does not stand at the end of the progress line"
+    from fastai.vision.all import Learner, ValueMetric
+    from rkd_fastai.all import RobustOverfitting, cifar_resnet18, digits_dls
+    from rkd_fastai.callback import progress
+    scores, terminal = iter([.9, .5, .4]), Tty()
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setattr(progress.Line, 'every', property(lambda self: 0, lambda self, seconds: None), raising=False)
+    learn = Learner(digits_dls(bs=512), cifar_resnet18(10, 1/16, 1), cbs=RobustOverfitting('accuracy'),
+                    metrics=ValueMetric(lambda: next(scores), 'accuracy'))
+    with progress.one_line(learn, 'digits'): learn.fit(3, 0.)
+    lines = [line.rpartition('\r\033[K')[2] for line in terminal.getvalue().split('\n')] # as the terminal shows them
+    assert [line.split()[0] for line in lines if line] == ['robust', 'digits'] and terminal.getvalue().count('█')
 
 @pytest.mark.parametrize('argv', [['--help'], ['train', '--help'], ['distill', '-h'], ['evaluate', '--help'],
                                   ['study', '--help'], ['demo', '--help']])

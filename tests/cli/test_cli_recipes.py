@@ -179,8 +179,8 @@ def test_mistakes_in_distilling(args, line, teacher, tmp_path, monkeypatch):
     (('--n', 1438), '`--n` must be from 1 to 1437'), (('--n', 0), '`--n` must be'),
     (('--n', 10, '--bs', 11), '`--bs` must be from 1 to 10'),
     (('--bs', 1438), '`--bs` must be from 1 to 1437'),
-    (('--how', 'ffgsm', '--steps', 2), 'FFGSM has one step'),
-    (('--how', 'fast_at', '--steps', 2), 'FFGSM has one step'),
+    (('--how', 'ffgsm', '--steps', 2), 'FFGSM always takes one step'),
+    (('--how', 'fast_at', '--steps', 2), 'FFGSM always takes one step'),
     (('--how', 'at+', '--frac', .5), '`--frac`')])
 def test_mistakes_in_training(args, line, tmp_path):
     assert line in says('train', '--data', 'digits', '--width', '1/16', '--epochs', 1, *args, '--out', tmp_path/'out')
@@ -226,7 +226,7 @@ def test_students_learn_from_synthetic_images_too(npz, teacher, tmp_path, fits):
 def test_unfit_synthetic_images(arrays, line, tmp_path):
     np.savez(tmp_path/'bad.npz', **arrays)
     assert line in says('train', *small, '--how', 'at+', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
-    assert '`--frac 0.7`: give it, or leave `--synthetic` out' in says(
+    assert '`--frac 0.7`: add it, or remove `--synthetic`' in says(
         'train', *small, '--how', 'at', '--synthetic', tmp_path/'bad.npz', '--out', tmp_path/'out')
 
 def test_n_is_the_seeds(tmp_path, planned):

@@ -393,7 +393,7 @@ def test_idx_damage(tmp_path):
 def test_files_that_are_missing_or_disagree(tmp_path, tiny):
     for dls_of, name in ((fashion_mnist_dls, 'train-images'), (cifar10_dls, 'data_batch_1'), (cifar100_dls, 'train'),
                          (tiny_imagenet_dls, 'train')):
-        with pytest.raises(FileNotFoundError, match=f'{name}.* not found in .*leave `path` out'): dls_of(tmp_path/'no')
+        with pytest.raises(FileNotFoundError, match=f'{name}.* not found in .*remove `path`'): dls_of(tmp_path/'no')
     f = tmp_path/'f'
     for split in ('train', 't10k'):
         write_idx(f/f'{split}-images-idx3-ubyte', images(40, 28, 28), False)

@@ -303,7 +303,8 @@ def test_only_what_was_measured_is_on_the_card(dataset, n_test, n, results, clea
             == (clean, autoattack, dataset, '8/255'))
     assert json.loads((folder/'robustness.json').read_text()) == json.loads(json.dumps(r.to_dict()))
 
-robustbench_fields = ('''link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported autoattack_acc footnote'''.split()) # noqa: E501
+robustbench_fields = ('''link name authors additional_data number_forward_passes dataset venue architecture eps
+                         clean_acc reported autoattack_acc footnote'''.split())
 
 def test_card_as_robustbench_writes_it(tmp_path):
     "Its fields in its order, null where nothing is known, and what is given is unchanged"

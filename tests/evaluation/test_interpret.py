@@ -128,7 +128,7 @@ def test_a_rising_curve_rises(make_learner, make_dls, robust_net, monkeypatch):
     learn = make_learner(make_dls(), Sawtooth(robust_net))
     curve = learn.robustness_curve(np.linspace(0, .3, 16), 'fgsm')
     assert (curve.accuracy.diff() > 0).any()
-    real,accs = interpret.measure_robustness, iter([.9,.2,.7])
+    accs = iter([.9,.2,.7])
     def fake(model, x, y, name, *args, **kwargs):
         return Robustness({name: torch.arange(100) < next(accs)*100}, {name: []}, {name: 0.}, *args[:3])
     monkeypatch.setattr(interpret, 'measure_robustness', fake)

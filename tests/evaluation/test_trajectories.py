@@ -220,7 +220,7 @@ def test_the_average_is_recorded(make, tmp_path):
     with torch.no_grad(): want = -F.cross_entropy(learn.model(x).double(), y, reduction='none')
     np.testing.assert_allclose(epoch(tmp_path/'t', 2)['log_clean'].astype(float), want, rtol=2**-10, atol=1e-6)
 
-def test_its_attack_is_not_the_trainings(make, tmp_path):
+def test_its_attack_is_not_the_training_attack(make, tmp_path):
     "`CatastrophicOverfitting` takes its radius from the training"
     learn = make(RecordTrajectory(tmp_path/'t', attack=PGD(.3, steps=1)), AdversarialTraining(PGD(.05, steps=1)),
                  CatastrophicOverfitting(n=8))
@@ -254,7 +254,7 @@ def test_killed_and_resumed(event, at, order, every, make, tmp_path):
     record(make, tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt):
         record(make, tmp_path/'killed', Die(event, at, order), run=tmp_path/'r.pth', every=every)
-    seed = 99 if (tmp_path/'r.pth').exists() else 0 # of a training that was not kept nothing is known but its seed
+    seed = 99 if (tmp_path/'r.pth').exists() else 0 # of a run that was not kept nothing is known but its seed
     record(make, tmp_path/'killed', run=tmp_path/'r.pth', seed=seed)
     assert files(tmp_path/'killed') == files(tmp_path/'whole') and len(files(tmp_path/'whole')) == 5
 
@@ -289,9 +289,9 @@ def test_another_training_is_refused(make, tmp_path):
     record(make, tmp_path/'t', n_epoch=3)
     before = files(tmp_path/'t')
     for seed in (0, 1):
-        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training'):
+        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training run'):
             record(make, tmp_path/'t', seed=seed)
-        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training'):
+        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training run'):
             record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
     assert files(tmp_path/'t') == before
 
@@ -401,11 +401,12 @@ def test_no_fastai_is_needed():
         import sys
         class Blocked:
             def find_spec(self, name, *_):
-                if name.split('.')[0] in ('fastai', 'fastcore', 'torch', 'pandas'): raise ImportError(f'{name} is blocked')
+                if name.split('.')[0] in ('fastai', 'fastcore', 'torch', 'pandas'):
+                    raise ImportError(f'{name} is blocked')
         sys.meta_path.insert(0, Blocked())
         from rkd_fastai.evaluation.trajectories import *
         print(Trajectory([[.5, 1.]]))
-    ''') == 'Trajectory of 2 images over 1 epoch' # noqa: E501
+    ''') == 'Trajectory of 2 images over 1 epoch'
 
 # --- Eq. 8, similarity, smoothing ---
 

@@ -11,14 +11,15 @@ def test_pytorch_modules_need_no_fastai():
         import sys
         class Blocked:
             def find_spec(self, name, *_):
-                if name.split('.')[0] in ('fastai', 'fastcore', 'sklearn', 'pandas', 'fastprogress'): raise ImportError(f'{name} is blocked')
+                if name.split('.')[0] in ('fastai', 'fastcore', 'sklearn', 'pandas', 'fastprogress'):
+                    raise ImportError(f'{name} is blocked')
         sys.meta_path.insert(0, Blocked())
         from rkd_fastai import core, losses, attacks, models
         import torch
         net = models.cifar_resnet18(width=1/16, n_in=1)
         x_adv = attacks.PGD(steps=1)(net, torch.rand(2, 1, 8, 8), torch.tensor([1, 2]))
         print(losses.akd_loss(net(x_adv), torch.full((2, 10), .1), torch.tensor([1, 2])).ndim)
-    ''') == '0' # noqa: E501
+    ''') == '0'
 
 def shadowed_names(first, second):
     "The names that `second` gives another meaning than `first` gave them"
@@ -138,7 +139,7 @@ def test_star_import_brings_the_public_names():
     ns = {}
     exec('from rkd_fastai.all import *', ns)
     import fastai.vision.all as fastai
-    for module,names in public.items():
+    for names in public.values():
         for name in names: assert name in ns or hasattr(fastai, name), name
     assert 'resnet18' not in ns # torchvision's, to fastai users
     for name in ('write_atomic', 'digest', 'unwrap', 'own_loss', 'check_xy', 'load_plain'):
@@ -212,7 +213,8 @@ def test_names_are_imported_from_where_they_are_made():
             if not source.exists(): continue
             lent = {a.asname or a.name for n in ast.walk(ast.parse(source.read_text(encoding='utf8')))
                     if isinstance(n, ast.ImportFrom) for a in n.names}
-            assert not lent & {a.name for a in node.names}, f'{f.name} takes {lent & {a.name for a in node.names}} from {source.name}' # noqa: E501
+            taken = lent & {a.name for a in node.names}
+            assert not taken, f'{f.name} takes {taken} from {source.name}'
 
 def unused(source):
     "Names that `source` imports and never mentions, but in lines marked `noqa`"

@@ -70,7 +70,8 @@ def test_missing_columns_are_empty_ones():
     short = frame(dict(method='akd', clean=.7, pgd20=.4), dict(method='at', clean=.6, pgd20=.3))
     full = short.assign(**{c: None for c in [*settings, 'seed','compute','diverged'] if c not in short})
     pd.testing.assert_frame_equal(over_seeds(short), over_seeds(full))
-    assert select(short).Method.tolist() == select(full).Method.tolist() == ['Only teacher, last epoch','RKD-Acc.','RKD-Rob.'] # noqa: E501
+    assert (select(short).Method.tolist() == select(full).Method.tolist()
+            == ['Only teacher, last epoch','RKD-Acc.','RKD-Rob.'])
 
 def test_what_diverged_counts_nowhere():
     df = frame(student(.7, .4), student(.9, .9, seed=1, diverged='loss is NaN'),
@@ -148,7 +149,8 @@ def test_select_against_a_loop(seed):
         assert (number(got.Clean[i]), number(got['PGD-20'][i])) == (round(100*r['clean'], 1), round(100*r['pgd20'], 1))
     for i,r in ((2, acc), (3, rob)):
         assert got['Best loss'][i] == methods[r['method']]
-        assert got.Hyperparameters[i] == f"{'no ES' if r['teacher_epoch'] == 40 else 'ES=%g' % r['teacher_epoch']}, α={r['alpha']:g}, {r['teacher'].upper()}" # noqa: E501
+        stop = 'no ES' if r['teacher_epoch'] == 40 else f"ES={r['teacher_epoch']:g}"
+        assert got.Hyperparameters[i] == f"{stop}, α={r['alpha']:g}, {r['teacher'].upper()}"
 
 @pytest.mark.parametrize('loss, holds', [(.02, True), (.0201, False)])
 def test_two_points_less_is_allowed(loss, holds):
@@ -613,7 +615,8 @@ def test_views_without_rows_are_named_and_their_old_files_go(tmp_path):
     found = list(views(df))
     missing = [k for k in page_module._views if k not in found]
     assert found == ['selected','gain','teachers','teacher_kinds','baselines'] and 'capacity' in missing
-    assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds','baselines'] # noqa: E501
+    assert list(views(study())) == ['selected','gain','trade_off','map_clean','map_robust','teachers','teacher_kinds',
+                                    'baselines']
     for k in missing: assert any(t.startswith(f"{k}: the study has") for t in page.texts), k
     assert not any("`df`" in t for t in page.texts) # a reader of the page knows of none
     assert (not (tmp_path/'capacity.md').exists() and not (tmp_path/'capacity.png').exists()

@@ -109,7 +109,7 @@ def test_a_cell_can_be_copied_and_looked_up():
 
 def test_file_that_is_no_toml(tmp_path):
     (tmp_path/'s.toml').write_text('method = [')
-    with pytest.raises(ValueError, match='is no TOML file'): Study(tmp_path/'s.toml')
+    with pytest.raises(ValueError, match='is not a TOML file'): Study(tmp_path/'s.toml')
 
 def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path, monkeypatch, capsys):
     """From wherever the study is run, planned, reported on and evaluated; a cell's id is that of the setting as it
@@ -240,12 +240,12 @@ def test_students_of_a_teacher_that_diverged(tmp_path, monkeypatch):
         return train(self, c, label)
     monkeypatch.setattr(Runner, 'train', diverging)
     df = Study(spec(dict(method='akd')), tmp_path/'s').run()
-    assert len(df) == 1 and report_text(tmp_path/'s').endswith('yet; trainings that diverged: 1')
+    assert len(df) == 1 and report_text(tmp_path/'s').endswith('yet; training runs that diverged: 1')
     df = Study(spec(dict(method='akd'), dict(method='at')), tmp_path/'s').run()
     assert 'its teacher' in df.diverged[0] and 'the loss is NaN' in df.diverged[0] and pd.isna(df.diverged[1])
     text = report_text(tmp_path/'s')
     assert ('which were trained without a teacher' in text
-            and 'No student is compared: all trainings of students (1) diverged.' in text)
+            and 'No student is compared: all training runs of students (1) diverged.' in text)
 
 def test_other_version(finished, tmp_path):
     (tmp_path/'s').mkdir(); (tmp_path/'s/study.json').write_text(json.dumps(dict(rkd_fastai='99.0')))
@@ -282,7 +282,7 @@ def test_a_long_plan_is_shown_whole():
             and 'about 1:19:00' in lines[-1])
     assert 'nothing left to do' in plan_text(plan.assign(seconds=0))
 
-def test_a_training_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
+def test_a_run_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
     "Killed after two epochs of three, then asked for the first one, too: that one is trained again"
     def killed(after):
         def stop(self, *_):
@@ -297,7 +297,7 @@ def test_a_training_that_was_begun_for_fewer_checkpoints(tmp_path, monkeypatch):
     assert len(then.run()) == 2 and all(list(tmp_path.glob(f's/teachers/*/epoch_{k}.pth')) for k in (1, 3))
 
 def test_the_best_epoch_is_that_of_all_epochs(tmp_path):
-    "Where a training kept too few checkpoints, because it was not asked for the best, it is done again"
+    "Where a run kept too few checkpoints, because it was not asked for the best, it is done again"
     Study(spec(dict(method='at'), measure=dict(best=False)), tmp_path/'s').run()
     s = Study(spec(dict(method='at')), tmp_path/'s')
     assert not s.is_trained(s.cells[0])
