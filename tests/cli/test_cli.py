@@ -315,6 +315,9 @@ def test_help_is_a_page_in_a_terminal_and_plain_text_elsewhere(argv, monkeypatch
         printed = stream.getvalue()
         assert e.value.code == 0 and 'Usage: ' in printed and ('╭' in printed) == stream.isatty()
     assert printed.isascii() and '\033' not in printed
+    if argv == ['--help']: # so says `rkd` alone, with the exit code of an error
+        with pytest.raises(SystemExit, match='2'): rkd()
+        assert stream.getvalue() == 2*printed
 
 @pytest.mark.parametrize('argv, says', [
     (['distil'], "No such command 'distil'. Did you mean 'distill'?"), (['--verson'], "Did you mean '--version'?"),
