@@ -57,6 +57,7 @@ def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
     assert (radius(), radius('--eps', '4/255')) == (25/255, 4/255)
     assert radius('--norm', 'L2', '--eps', .5) == .5
     with pytest.raises(SystemExit, match='`--norm L2`.*`--eps`'): radius('--norm', 'L2')
+    with pytest.raises(SystemExit, match='leave `--norm` out'): radius('--norm', 'L2', '--eps', .5, '--check')
     card = json.loads((tmp_path/'run/card.json').read_text())
     for eps in (None, 'wide'):
         (tmp_path/'run/card.json').write_text(json.dumps(card | dict(eps=eps)))
@@ -93,6 +94,7 @@ def test_commands_that_are_refused(tmp_path):
     "What is no study, what is no folder of one, half an option, and an α that the method turns down leave nothing"
     (tmp_path/'my.toml').write_text('')
     for command,says in ((('study', tmp_path/'nope.toml'), 'no study at .*nope.toml'),
+                         (('study', *[tmp_path/'my.toml']*2), 'one study at a time'),
                          (('study', 'report', tmp_path/'my.toml'), 'name the folder of one study')):
         with pytest.raises(SystemExit, match=says): rkd(*command)
     with pytest.raises(SystemExit): rkd('train', '--data', 'digits', '--epoch', 1, '--out', tmp_path/'run')
@@ -131,6 +133,12 @@ def test_errors_are_one_line(args, says, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e: rkd(*args, '--epochs', 1, '--out', tmp_path/'out')
     assert says in e.value.code and e.value.code.startswith('rkd: error: ') and '\n' not in e.value.code
     assert not (tmp_path/'out/model.pth').exists()
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    from rkd_fastai.cli import commands
+    monkeypatch.setattr(commands, 'train', lambda args: __import__('no_such_package'))
+    with pytest.raises(SystemExit) as e: rkd('train', '--out', tmp_path/'out')
+    assert e.value.code == "rkd: error: No module named 'no_such_package'"
 
 def test_a_run_that_diverges_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as e:
@@ -205,8 +213,9 @@ def test_robust_overfitting_names_a_command(keep, says, tmp_path, monkeypatch, c
     assert 'KeepEpochs' not in printed and 'at_epoch' not in printed
 
 def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypatch, capsys):
-    import sys, warnings
-    accs = iter([.9, .1])
+    import warnings
+    from rkd_fastai.cli import commands
+    accs, formatted = iter([.9, .1]), warnings.formatwarning
     monkeypatch.setattr(warnings, 'showwarning', lambda m, c, f, l, *_: print( # as outside of pytest
         warnings.formatwarning(m, c, f, l), end='', file=sys.stderr))
     monkeypatch.setattr('rkd_fastai.callback.monitor.robust_accuracy', lambda *_: next(accs))
@@ -216,6 +225,12 @@ def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypa
             '--out', tmp_path/'run')
     line, = [l for l in capsys.readouterr().err.splitlines() if 'overfitting' in l]
     assert line.startswith('rkd: warning: catastrophic overfitting') and line.endswith('`--how at` trains on PGD')
+    monkeypatch.setattr(commands, 'train', lambda args: warnings.warn('`data_path` is not read'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('always', UserWarning)
+        rkd('train', '--out', tmp_path/'other')
+    assert capsys.readouterr().err == 'rkd: warning: `--data-path` is not read\n'
+    assert warnings.formatwarning is formatted # Python's own, afterwards
 
 def test_another_teacher_under_resume(tmp_path, monkeypatch):
     "And checkpoints of a longer run in the folder of a shorter one"
@@ -330,6 +345,9 @@ def test_help_is_a_page_in_a_terminal_and_plain_text_elsewhere(argv, monkeypatch
         printed = stream.getvalue()
         assert e.value.code == 0 and 'Usage: ' in printed and ('╭' in printed) == stream.isatty()
     assert printed.isascii() and '\033' not in printed
+    if argv == ['--help']: # so says `rkd` alone, with the exit code of an error
+        with pytest.raises(SystemExit, match='2'): rkd()
+        assert stream.getvalue() == 2*printed
 
 @pytest.mark.parametrize('argv, says', [
     (['distil'], "No such command 'distil'. Did you mean 'distill'?"), (['--verson'], "Did you mean '--version'?"),

@@ -46,13 +46,14 @@ def test_the_same_cell_is_there_once():
 @pytest.mark.parametrize('one, other', [
     (dict(teacher='1 at'), dict(teacher='at')), (dict(teacher='at, at'), dict(teacher='2  at')),
     (dict(teacher='st,02 at'), dict(teacher='st, at, at')), (dict(attack='pgd7'), dict()),
+    (dict(method='ard', attack='pgd7'), dict(method='ard')), (dict(eps='1'), dict(eps=1.)),
     (dict(arch='wrn-10-1', width=.5), dict(arch='wrn-10-1'))])
 def test_the_same_cell_has_one_name(one, other):
     a,b = (make_cell(**settings | dict(method='akd') | o) for o in (one, other))
     assert a == b and a.id == b.id
 
 def test_clean_accuracy_is_always_measured():
-    assert read_study(spec(dict(method='at'), measure=dict(attacks=['pgd2'])))[1]['attacks'] == ['clean','pgd2']
+    assert read_study(spec(dict(method='at'), measure=dict(attacks=['pgd2','pgd2'])))[1]['attacks'] == ['clean','pgd2']
 
 def test_settings_at_the_top_are_for_whom_they_mean_something():
     cells = read_study(spec(dict(method=['at','ckd','rslad']), alpha=.3, lam=.4))[0]
@@ -65,14 +66,19 @@ def test_settings_at_the_top_are_for_whom_they_mean_something():
     (dict(method='akd', schedule='exp'), "method 'akd' has no setting `schedule`"),
     (dict(method='akd', alpha='much'), '`alpha` must be a number'),
     (dict(method='akd', alpha=[.5, 1.5]), '`alpha` must be at most 1'),
-    (dict(method='akd', eps=8), 'write 8/255'),
+    (dict(method='akd', eps=8), 'write 8/255'), (dict(method='akd', eps=0), '`eps` must be more than 0'),
+    (dict(method='akd', eps='8/0'), '`eps` must be a number or a fraction'),
+    (dict(method='akd', data=3), '`data` must be a text'), (dict(method='akd', lr=0), '`lr` must be more than 0'),
+    (dict(method='akd', compile=1), '`compile` must be true or false'),
     (dict(method='akd', n=2.5), '`n` must be a whole number'), (dict(method='akd', n=True), '`n` must be a whole'),
     (dict(method='akd', n='3'), '`n` must be a whole number'),
     (dict(method='akd', lr=float('nan')), '`lr` must be finite'),
     (dict(method='akd', noise=-.1), '`noise` must be at least 0'),
     (dict(method='at', schedule='cosine'), 'unknown `schedule`'),
     (dict(method='akd', attack='pgd'), 'unknown `attack`'), (dict(method='ckd', alpha=.5), 'has no setting `alpha`'),
-    (dict(method='akd', teacher='0 at'), 'name kinds with their numbers'), (dict(method='akd', member=1), "'member'"),
+    (dict(method='trades', attack='pgd10'), 'has no setting `attack`'),
+    (dict(method='akd', teacher='0 at, st'), 'name kinds with their numbers'),
+    (dict(method='akd', member=1), "'member'"), (dict(method='at', augment='flipp'), "did you mean 'flip'"),
     (dict(alpha=.5), 'has no `method`'), (dict(method='akd', epochs=0), '`epochs` must be at least 1'),
     (dict(method='akd', teacher_epoch=0), '`teacher_epoch` must be at least 1'),
     (dict(method='akd', teacher_epochs=0), '`teacher_epochs` must be at least 1'),
@@ -87,16 +93,19 @@ def test_mistakes_are_named_before_anything_is_made(wrong, says, tmp_path):
 @pytest.mark.parametrize('wrong,says', [
     (dict(grid=dict(method='at')), '[[grid]], with two brackets'), (dict(grid=[]), 'two brackets'),
     (dict(grid=[3]), 'two brackets'), (dict(grid=3), 'two brackets'), (dict(measure=3), '[measure] above'),
-    (dict(title=3), '`title` is a text'), (dict(eps=dict(a=1)), '`eps` must be a number')])
+    (dict(title=3), '`title` is a text'), (dict(eps=dict(a=1)), '`eps` must be a number'),
+    (dict(epoch=3), "unknown setting 'epoch': did you mean 'epochs'")])
 def test_a_file_of_another_form(wrong, says, tmp_path):
     with pytest.raises(ValueError) as e: Study(dict(grid=[dict(method='at')]) | wrong, tmp_path/'s')
     assert says in str(e.value), e.value
 
 @pytest.mark.parametrize('measure, says', [
-    (dict(attack=['pgd20']), "'attacks'"), (dict(attacks=['pgd']), 'unknown attack'),
+    (dict(attack=['pgd20']), "setting of .measure. 'attack': did you mean 'attacks'"),
+    (dict(attacks=['pgd']), 'unknown attack'),
     (dict(attacks=[]), 'a non-empty list'), (dict(attacks='clean'), 'a list of names'),
     (dict(n=0), '`n` of .measure. must be at least 1'), (dict(n=-5), '`n` of'), (dict(n=2.5), '`n` of'),
-    (dict(seed='a'), '`seed` of'), (dict(bs=0), '`bs` of'),
+    (dict(n_autoattack=0), '`n_autoattack` of'), (dict(seed='a'), '`seed` of'), (dict(seed=-1), '`seed` of'),
+    (dict(bs=0), '`bs` of'),
     (dict(fast=1), '`fast` of .measure. must be true or false')])
 def test_mistakes_in_what_is_measured(measure, says, tmp_path):
     with pytest.raises(ValueError, match=says): Study(spec(dict(method='at'), measure=measure), tmp_path/'s')
@@ -108,8 +117,9 @@ def test_a_cell_can_be_copied_and_looked_up():
     with pytest.raises(ValueError): replace(c, alpha=2.)
 
 def test_file_that_is_no_toml(tmp_path):
-    (tmp_path/'s.toml').write_text('method = [')
-    with pytest.raises(ValueError, match='is not a TOML file'): Study(tmp_path/'s.toml')
+    for content in (b'method = [', b'method = "\xff"'):
+        (tmp_path/'s.toml').write_bytes(content)
+        with pytest.raises(ValueError, match='is not a TOML file'): Study(tmp_path/'s.toml')
 
 def test_a_folder_of_images_is_taken_from_the_files_folder(make_images, tmp_path, monkeypatch, capsys):
     """From wherever the study is run, planned, reported on and evaluated; a cell's id is that of the setting as it
@@ -456,17 +466,19 @@ def test_a_cell_keeps_its_name():
     assert make_cell(method='at', seed=2, n=500).id == 'at_s2_7e759173'
     assert make_cell(method='akd', teacher_epoch=20, alpha='1/2').id == 'akd_at@20_a0.5_s0_f61bc110'
 
-@pytest.mark.parametrize('old, new', [(dict(stop=1), dict(teacher_epoch=1)),
-                                      (dict(arch='resnet18'), dict(arch='cifar_resnet18')),
-                                      (dict(arch=['resnet18', 'wrn-10-1']), dict(arch=['cifar_resnet18', 'wrn-10-1']))])
-def test_old_names_of_settings_are_read(old, new, capsys):
+@pytest.mark.parametrize('old, new, says', [
+    (dict(stop=1), dict(teacher_epoch=1), '`stop` is now called `teacher_epoch`'),
+    (dict(arch='resnet18'), dict(arch='cifar_resnet18'), '`arch` `resnet18` is now called `cifar_resnet18`'),
+    (dict(teacher_arch='resnet18'), dict(teacher_arch='cifar_resnet18'), '`teacher_arch` `resnet18` is now'),
+    (dict(arch=['resnet18', 'wrn-10-1']), dict(arch=['cifar_resnet18', 'wrn-10-1']), '`resnet18` is now called')])
+def test_old_names_of_settings_are_read(old, new, says, capsys):
     "at the top of the file and in a grid, each with one line that names the new one"
     for where in (lambda o: spec(dict(method='akd'), **o), lambda o: spec(dict(method='akd') | o)):
         want = read_study(where(new))[0]
         assert capsys.readouterr().out == ''
         assert read_study(where(old))[0] == want
         printed = capsys.readouterr().out.splitlines()
-        assert len(printed) == 1 and 'is now called `' in printed[0]
+        assert len(printed) == 1 and says in printed[0]
     with pytest.raises(ValueError, match='`stop` and `teacher_epoch` are the same setting'):
         read_study(spec(dict(method='akd', stop=1, teacher_epoch=1)))
 
