@@ -15,10 +15,11 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 import rkd_fastai.evaluation.masking # noqa: F401 (patches `robustness` and others on `Learner`)
 from ..attacks.pgd import FFGSM
+from ..callback.keep import epochs_of_others
 from ..callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from ..callback.progress import Line
 from ..callback.resume import OtherTraining
-from ..checkpoint import read_json, saved_epochs
+from ..checkpoint import read_json
 from ..data.loaders import with_bs, with_subset
 from ..learner import method_class
 from ..recipes import all_recipes, recipe_of_kind
@@ -128,11 +129,10 @@ def _same_training(out):
                          f"the interrupted run in {out} was trained with other settings ({e.difference}): "
                          "choose another `--out`") from e
 
-def _check_older(out, epochs):
-    "Raise a `ValueError` if `out` has checkpoints of later epochs than `epochs`, which this run would not replace"
-    older = [n for n in saved_epochs(out) if n > epochs]
-    if older:
-        raise ValueError(f"`--out` {out} contains checkpoints of a longer run, up to epoch_{older[-1]}.pth: "
+def _check_empty(out):
+    "Raise a `ValueError` if `out` has checkpoints of another run, whose card would be overwritten"
+    if found := epochs_of_others(out/'epoch', out/'resume.pth'):
+        raise ValueError(f"`--out` {out} contains checkpoints of another run, up to epoch_{found[-1]}.pth: "
                          "delete them, or choose another folder")
 
 def _advice(out, keep):
@@ -161,7 +161,7 @@ def _run(args, label, recipe, cbs=(), teacher_cards=(), **kwargs):
     for card in teacher_cards: check_vocab(card, dls, '`--teacher`')
     card = _card(args, recipe, dls)
     if (out/'resume.pth').exists(): _check_same(args, out, card)
-    else: _check_older(out, card['epochs'])
+    else: _check_empty(out)
     with _same_training(out):
         fit_run(recipe, dls, out, card, label, cbs=[RobustOverfitting(advice=_advice(out, args.keep)), *cbs],
                 keep=args.keep, synthetic=args.synthetic, compile=args.compile, bf16=args.bf16, **kwargs)

@@ -57,7 +57,7 @@ def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
     assert (radius(), radius('--eps', '4/255')) == (25/255, 4/255)
     assert radius('--norm', 'L2', '--eps', .5) == .5
     with pytest.raises(SystemExit, match='`--norm L2`.*`--eps`'): radius('--norm', 'L2')
-    with pytest.raises(SystemExit, match='leave `--norm` out'): radius('--norm', 'L2', '--eps', .5, '--check')
+    with pytest.raises(SystemExit, match='remove `--norm`'): radius('--norm', 'L2', '--eps', .5, '--check')
     card = json.loads((tmp_path/'run/card.json').read_text())
     for eps in (None, 'wide'):
         (tmp_path/'run/card.json').write_text(json.dumps(card | dict(eps=eps)))
@@ -117,7 +117,7 @@ def test_images_of_one_class(images, tmp_path):
     "All in one folder, or one sub-folder: 100 % would be no merit"
     for folder in (images/'train/dark', images/'train'):
         for f in (images/'train/bright').glob('*'): f.unlink()
-        with pytest.raises(SystemExit, match="one class, 'dark'|no sub-folder"):
+        with pytest.raises(SystemExit, match="one class, 'dark'|not in a sub-folder"):
             rkd('train', '--data', folder, '--epochs', 1, '--out', tmp_path/'out')
         assert not (tmp_path/'out').exists()
 
@@ -233,7 +233,7 @@ def test_a_warning_is_a_line_in_the_words_of_the_command_line(tmp_path, monkeypa
     assert warnings.formatwarning is formatted # Python's own, afterwards
 
 def test_another_teacher_under_resume(tmp_path, monkeypatch):
-    "And checkpoints of a longer run in the folder of a shorter one"
+    "And checkpoints of another run in the folder, whose card is kept"
     from rkd_fastai.callback.resume import Resume
     save = Resume._save
     def interrupt(self): save(self); raise KeyboardInterrupt
@@ -253,9 +253,12 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
                 rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option)
         else: rkd(*student, tmp_path/'teacher1', '--epochs', 3, '--resume', *option) # the data are the same
     (tmp_path/'run/model.pth').unlink()
-    with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of a longer run, '
-                                         'up to epoch_3.pth: delete them'):
-        rkd(*student, tmp_path/'teacher1', '--epochs', 2)
+    card = (tmp_path/'run/card.json').read_text()
+    for epochs in (2, 3, 4):
+        with pytest.raises(SystemExit, match='`--out` .*run contains checkpoints of another run, '
+                                             'up to epoch_3.pth: delete them'):
+            rkd(*student, tmp_path/'teacher1', '--epochs', epochs)
+    assert (tmp_path/'run/card.json').read_text() == card
 
 def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
     rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
