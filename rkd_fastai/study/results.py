@@ -25,14 +25,15 @@ class NotEnough(ValueError):
         self.reason = reason
 
 # only networks for the same task can be compared
-task = ['data','size','classes','augment','eps','n','noise','arch','width']
+task = ['data','size','classes','augment','eps','n','noise','recipe','synthetic','arch','width']
 # further settings that may differ between the students in a table
-extras = ['lam','T','epochs','lr','bs','schedule','attack','n_valid','teacher_epochs','teacher_arch']
+extras = ['lam','T','epochs','lr','bs','schedule','attack','n_valid','teacher_epochs','teacher_arch',
+          'teacher_recipe','teacher_synthetic']
 settings = [*task, *extras,
             'method','teacher','members','teacher_width','teacher_eps','teacher_epoch',
             'alpha','beta','checkpoint','compile','bf16']
-_texts = ['data','classes','augment','arch','method','schedule','attack','teacher','teacher_arch','checkpoint',
-          'diverged']
+_texts = ['data','classes','augment','recipe','synthetic','arch','method','schedule','attack','teacher',
+          'teacher_arch','teacher_recipe','teacher_synthetic','checkpoint','diverged']
 _attack = re.compile(r'autoattack|pgd(\d+)(?:x(\d+))?|apgd|square|cw|fgsm')
 _measured = re.compile(rf'(n_)?(clean|{_attack.pattern})')
 
@@ -179,7 +180,9 @@ _heads = dict(
     beta='β', epochs='Epochs', compute='Epochs in all', members='Models', schedule='Schedule', attack='Attack',
     lr='Learning rate', bs='Batch size', n_valid='Validation images', compile='Compiled', bf16='bfloat16',
     teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
-    checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD', square='Square', cw='CW', fgsm='FGSM')
+    teacher_recipe='Teacher’s recipe', teacher_synthetic='Teacher’s synthetic images', recipe='Recipe',
+    synthetic='Synthetic images', checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD',
+    square='Square', cw='CW', fgsm='FGSM')
 
 def kind_name(teacher):
     "Return `teacher` as text for tables, e.g. '2 × ST + 2 × AT'"
@@ -194,7 +197,8 @@ def column_title(c):
 
 def format_value(c, v):
     "Return value `v` of column `c` as text"
-    if pd.isna(v): return {'augment': 'usual', 'size': 'usual', 'classes': 'all'}.get(c, '–')
+    if pd.isna(v): return {'augment': 'usual', 'size': 'usual', 'classes': 'all',
+                          'recipe': 'usual', 'synthetic': 'none'}.get(c, '–')
     if c == 'augment' and v == 'none': return 'no'
     if c in ('width','teacher_width') or c == 'lam' and abs(v - round(v, 3)) > 1e-9: return format_fraction(v)
     if c in ('eps','teacher_eps'): return format_eps(v)
@@ -258,7 +262,8 @@ def caption(
     facts = [fact('data', 'Data: {}'), fact('classes', 'classes: {}'), fact('size', '{0}×{0} pixels'),
              fact('augment', 'augmentation: {}'),
              fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '',
-             fact('eps', 'ε = {}'), fact('width', 'layer size {}'), _images(kept, ['clean', robust])]
+             fact('recipe', 'recipe: {}'), fact('synthetic', 'synthetic images: {}'), fact('eps', 'ε = {}'),
+             fact('width', 'layer size {}'), _images(kept, ['clean', robust])]
     facts = '; '.join(f for f in facts if f)
     return '\n'.join([what, *([facts[:1].upper() + facts[1:] + '.'] if facts else []), _seeds(kept, spread),
                       'Accuracies are in percent, gains in points.', *_left_out(df, robust)])

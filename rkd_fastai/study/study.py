@@ -103,10 +103,14 @@ class Study:
     def with_images(self,
         c, # `Cell`
     ):
-        """Return a copy of the cell whose `data` is an absolute folder, or the cell itself for a named data set; raise
-        a `ValueError` if the folder does not exist"""
-        if c.data in data_names: return c
+        """Return a copy of the cell with absolute paths of its folder and of its synthetic images, which are relative
+        to the study's file; raise a `ValueError` if one of them does not exist"""
         base = Path() if isinstance(self.spec, dict) else Path(self.spec).parent
+        if c.synthetic is not None:
+            npz = (base/Path(c.synthetic).expanduser()).resolve()
+            if not npz.is_file(): raise ValueError(f"`synthetic` is {c.synthetic!r}, but there is no file {npz}")
+            c = replace(c, synthetic=str(npz))
+        if c.data in data_names: return c
         folder = (base/Path(c.data).expanduser()).resolve()
         if not folder.is_dir():
             settings = 'the study' if isinstance(self.spec, dict) else self.spec
@@ -282,6 +286,7 @@ class Runner:
         keep = (math.gcd(c.epochs, *self.study.teachers[c]) if c in self.study.teachers
                 else 1 if self.study.measure['best'] and not c.distils else None)
         kwargs = dict(teacher=self.teacher(c)) if c.distils else {}
+        if c.synthetic is not None: kwargs['synthetic'] = found.synthetic
         # the folder belongs to this cell only
         fit_run(recipe, dls, out, card, label, n_valid=c.n_valid, keep=keep, overwrite=True, compile=c.compile,
                 bf16=c.bf16, **kwargs)

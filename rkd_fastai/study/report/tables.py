@@ -198,8 +198,10 @@ def _result(c, r, exceeds_compute):
 # %% ../../../nbs/study/report/00_tables.ipynb #93ec142b
 _where = dict(data='on {}', classes='with the classes {}', size='at image size {}', augment='with {} augmentation',
               eps='at ε = {}',
-              n='with {} training images', noise='with {} wrong labels', arch='with {}', width='at layer size {}')
-_unset = dict(classes='with all classes', size='at the usual image size', n='with all training images')
+              n='with {} training images', noise='with {} wrong labels', recipe='by {}',
+              synthetic='with synthetic images in {}', arch='with {}', width='at layer size {}')
+_unset = dict(classes='with all classes', recipe='by the usual recipe', synthetic='without synthetic images',
+              size='at the usual image size', n='with all training images')
 
 def _name(s, g):
     "Return the task of the students `s` as text, with the settings that differ among the tasks of all students `g`"
