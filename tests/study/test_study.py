@@ -4,14 +4,14 @@ import json, os, pickle, random, runpy, subprocess, sys, time
 from dataclasses import fields, replace
 from pathlib import Path
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 
 from rkd_fastai.evaluation.robustness import measure_robustness
 from rkd_fastai.data.images import pixel_data
 from rkd_fastai.study.cells import cell_dls
 from rkd_fastai.study.config import Cell, make_cell, read_study, recipe_of, teachers_of
 from rkd_fastai.data.loaders import with_label_noise
-from rkd_fastai.study.run import load_run, make_dls, train_seconds
+from rkd_fastai.study.run import load_run, make_dls, make_net, train_seconds
 from rkd_fastai.study.study import Runner, Study, plan_text, read_rows, study_report as report_text
 
 settings = dict(data='digits', n=200, width='1/16', eps='25/255', epochs=2, teacher_epochs=3, bs=50)
@@ -506,3 +506,28 @@ def test_n_valid_images_are_attacked_after_each_epoch(tmp_path):
     robust = pd.read_csv(study.folder(study.cells[0])/'history.csv')['robust_accuracy'] * 37
     assert abs(robust - robust.round()).max() < 1e-3 and robust.max() > 0
     assert make_cell(method='at', n_valid=200).id == make_cell(method='at').id != make_cell(method='at', n_valid=37).id
+
+def test_recipes_and_synthetic_images(tmp_path):
+    "A cell is trained as its recipe trains by itself; a path in a study's file is relative to the file"
+    dls = make_dls('digits', bs=1)
+    x,y = (t[:40] for t in dls.train.items())
+    np.savez(tmp_path/'syn.npz', image=x[:,0].numpy(), label=y.numpy())
+    (tmp_path/'s.toml').write_text('data = "digits"\nn = 100\nwidth = "1/16"\neps = "25/255"\nbs = 25\nepochs = 1\n'
+                                   'recipe = "rebuffi_at_plus"\nsynthetic = "syn.npz"\nteacher_epochs = 1\n'
+                                   '[measure]\nattacks = ["clean"]\nn = 10\nbest = false\n[[grid]]\nmethod = "at"\n'
+                                   '[[grid]]\nmethod = "akd"\nteacher_recipe = "wang_at_plus"\n')
+    study = Study(tmp_path/'s.toml', tmp_path/'out')
+    study.run()
+    at,akd = study.cells
+    recipe,dls = recipe_of(at),cell_dls(at)
+    assert (recipe.ema, recipe.synthetic, recipe.attack.eps, recipe.attack.steps) == (.995, .7, 25/255, 10)
+    learn = recipe.learner(dls, make_net('cifar_resnet18', 1/16, 1, 10), synthetic=tmp_path/'syn.npz')
+    with learn.no_bar(), learn.no_logging(): recipe.fit(learn, 1)
+    assert same(learn.model.state_dict(), weights(study, at))
+    teacher, = study.teachers
+    assert recipe_of(akd).method == 'akd' and recipe_of(akd).ema == .995 and recipe_of(teacher).cutout == 0
+    assert json.loads((study.folder(akd)/'card.json').read_text())['source'] == recipe.source
+    df = study.to_df()
+    assert df.recipe.tolist() == ['rebuffi_at_plus']*2 and df.teacher_recipe.tolist()[1:] == ['wang_at_plus']
+    (tmp_path/'syn.npz').unlink()
+    with pytest.raises(ValueError, match='`synthetic` is .* no file'): Study(tmp_path/'s.toml', tmp_path/'new').run()
