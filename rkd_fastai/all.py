@@ -7,7 +7,7 @@ from .attacks import Attack, PGD, FGSM, FFGSM, AutoAttack
 from .models import cifar_resnet18, wide_resnet
 from .data import (arrays_dls, digits_dls, fashion_sample_dls, fashion_mnist_dls, cifar10_dls, cifar100_dls,
                    tiny_imagenet_dls, PadCropFlip, Cutout, with_subset, with_bs, with_label_noise,
-                   with_augmentation, read_synthetic, with_synthetic)
+                   with_augmentation, read_synthetic, with_synthetic, pixel_data)
 from .checkpoint import best_epoch
 from .teachers import Teacher, load_teacher
 from .callback import (AdversarialTraining, TRADES, AKDCallback, RSLADCallback, ARDCallback, CKDCallback, AdaADCallback,
@@ -27,7 +27,7 @@ __all__ = ['PixelModel', 'soft_targets', 'ensemble_probs', 'ckd_loss', 'ard_loss
            'FGSM', 'FFGSM', 'AutoAttack', 'cifar_resnet18', 'wide_resnet', 'arrays_dls', 'digits_dls',
            'fashion_sample_dls', 'fashion_mnist_dls', 'cifar10_dls', 'cifar100_dls', 'tiny_imagenet_dls',
            'PadCropFlip', 'Cutout', 'with_subset', 'with_bs', 'with_label_noise', 'with_augmentation',
-           'read_synthetic', 'with_synthetic', 'best_epoch', 'Teacher', 'load_teacher',
+           'read_synthetic', 'with_synthetic', 'pixel_data', 'best_epoch', 'Teacher', 'load_teacher',
            'AdversarialTraining', 'TRADES', 'AKDCallback', 'RSLADCallback', 'ARDCallback', 'CKDCallback',
            'AdaADCallback', 'WeightAveraging', 'KeepEpochs', 'RobustAccuracy', 'CatastrophicOverfitting',
            'RobustOverfitting', 'NonFinite', 'Resume', 'RecordTrajectory', 'sgd_nesterov', 'ExpDecay',

@@ -13,9 +13,10 @@ from weakref import WeakSet
 import torch, torch.nn.functional as F
 from .search import margin
 from ..core import (PixelModel, as_number, check_images, check_logits, check_no_probs, check_targ,
-                             class_indices, frozen, hard_labels, onehot, seeded, whole_number)
+                             class_indices, hard_labels, onehot, seeded, whole_number)
 from ..progress import counting_model
 from ..speed import folded
+from ..twin import attackable
 from ..text import counted, format_eps
 
 # %% ../../nbs/attacks/01_pgd.ipynb #6ab8cde5
@@ -97,11 +98,12 @@ class Attack:
             raise ValueError(f"`targ` has {counted(len(targ), 'label')} for {counted(len(x), 'image')}")
         self.check(x)
         if not len(x): return x.detach().clone()
-        with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        with torch.inference_mode(False), torch.enable_grad():
             # clone them, because autograd does not accept tensors that were created in inference mode
             x,targ = (t if callable(t) else t.detach().as_subclass(torch.Tensor).clone() for t in (x, targ))
-            _warn_of_probs(model, x)
-            with folded(model, x) if self.folds else nullcontext(): x_adv = self.perturb(model, x, targ)
+            with attackable(model, x) as model:
+                _warn_of_probs(model, x)
+                with folded(model, x) if self.folds else nullcontext(): x_adv = self.perturb(model, x, targ)
             return _settle(x_adv.detach(), x)
 
 # %% ../../nbs/attacks/01_pgd.ipynb #a6bff65b

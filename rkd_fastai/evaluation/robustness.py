@@ -28,6 +28,7 @@ from ..data.images import check_single_label, measured_images, sampled_images
 from ..progress import Progress, check_progress, clock, counting, counting_model
 from ..sampling import Sample, images_digest
 from ..teachers import Teacher, check_teacher
+from ..twin import attackable
 from ..text import counted, format_eps, format_percent
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #4371559a
@@ -47,9 +48,10 @@ def robust_flags(
 ):
     """Return a bool tensor `(bs,)`, True for each image that is classified correctly both clean and under `attack`;
     raise a `NotFinite` error for NaN or infinite logits and a `ValueError` for classes that `model` does not have"""
-    label,ask = hard_labels(targ),counting_model(model)
+    label = hard_labels(targ)
     warn_of_batch_statistics(model)
-    with torch.no_grad(), frozen(model):
+    with torch.no_grad(), attackable(model, x) as model:
+        ask = counting_model(model)
         logits = _finite_logits(ask, x)
         check_targ(targ, logits.shape[1])
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):

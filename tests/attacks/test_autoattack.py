@@ -532,8 +532,10 @@ def test_progress(attacks, through, robust_net, test_images, make_learner, make_
 
 class Counts(nn.Module):
     "`net`, and the passes of each image through it, a gradient counted as two more"
-    def __init__(self, net): super().__init__(); self.net,self.passes = net,0
-    def count(self, n): self.passes += n
+    def __init__(self, net): super().__init__(); self.net,self.counted = net,[0] # a list, which its twins share
+    @property
+    def passes(self): return self.counted[0]
+    def count(self, n): self.counted[0] += n
     def forward(self, x):
         self.count(len(x))
         out = self.net(x)
