@@ -19,14 +19,13 @@ from ..callback.keep import epochs_of_others
 from ..callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from ..callback.progress import Line
 from ..callback.resume import OtherTraining
-from ..checkpoint import read_json
 from ..data.loaders import with_bs, with_subset
 from ..learner import method_class
 from ..recipes import all_recipes, recipe_of_kind
 from ..registry import data_names, folder_size, teacher_kinds
 from ..sampling import check_n
 from ..study.run import (batch_size, check_vocab, describe_run, fit_run, held_out_digest, load_run,
-                                  make_dls)
+                                  make_dls, read_run_card)
 from ..study.study import Study, plan_text, study_report
 from ..teachers import Teacher
 from ..text import show
@@ -105,7 +104,7 @@ def _value(v): return 'given' if v is True else 'left out' if v is None or v is 
 
 def _check_same(args, out, card):
     "Raise a `ValueError` if the options differ from those of the interrupted run in `out`"
-    was = read_json(out/'card.json')
+    was = read_run_card(out/'card.json')
     for k in card:
         # `--keep` does not change the training
         if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue

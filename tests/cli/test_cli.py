@@ -260,6 +260,15 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
             rkd(*student, tmp_path/'teacher1', '--epochs', epochs)
     assert (tmp_path/'run/card.json').read_text() == card
 
+def test_what_is_no_run_is_told_what_to_do(tmp_path):
+    from fastai.vision.all import Learner
+    from rkd_fastai.all import cifar_resnet18, digits_dls
+    Learner(digits_dls(), cifar_resnet18(10, 1/16, 1), path=tmp_path).save('mine')
+    with pytest.raises(SystemExit, match=r'no card.json beside .*mine.pth`.*measure it with `learn.robustness\(\)`'):
+        rkd('evaluate', tmp_path/'models/mine.pth')
+    with pytest.raises(SystemExit, match='nowhere` does not exist: pass the folder of a run, or a checkpoint in it'):
+        rkd('evaluate', tmp_path/'nowhere')
+
 def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
     rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
     (tmp_path/'run/bad.pth').write_bytes((tmp_path/'run/model.pth').read_bytes()[:1000])
