@@ -164,7 +164,8 @@ def _find_state(state, path):
     for k,v in state.items(): # a tensor that repeats one number can be much larger than its file
         for t in tensors_in(v):
             if t.numel()*t.element_size() <= size: continue
-            raise ValueError(f"`{path}`: `{k}` of shape {tuple(t.shape)} does not fit into a file of {size} bytes")
+            raise ValueError(f"`{path}`: `{k}` of shape {tuple(t.shape)} does not fit into a file of {size} bytes: "
+                             "save `model.state_dict()` again with `torch.save`")
     return dict(state)
 
 def _is_state(d):
