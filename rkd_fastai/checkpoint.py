@@ -59,9 +59,10 @@ def read_json(
 ):
     "Return the contents of a JSON file; raise `ValueError` if it is too large or invalid"
     size = Path(path).stat().st_size
-    if size > most: raise ValueError(f"it has {size} bytes, which is too much for such a file")
+    if size > most: raise ValueError(f"the file has {size} bytes, but at most {most} are read")
     try: return json.loads(Path(path).read_text(encoding='utf8'))
-    except RecursionError as e: raise ValueError("its brackets are nested too deeply") from e
+    except RecursionError as e: raise ValueError("the brackets in the file are nested too deeply") from e
+    except ValueError as e: raise ValueError(f"the file is not valid JSON: {e}") from e
 
 # %% ../nbs/09_checkpoint.ipynb #5159cd47
 class MissingFile(FileNotFoundError, ValueError): "Error for a file that does not exist"
@@ -157,13 +158,14 @@ def _find_state(state, path):
     while isinstance(state, Mapping) and not _is_state(state):
         state = next((state[k] for k in _wrappings if isinstance(state.get(k), Mapping)), None)
     if not isinstance(state, Mapping):
-        raise ValueError(f"`{path}` contains no weights: "
-                         f"expected a state_dict, or one under a key of {list(_wrappings)}")
+        raise ValueError(f"`{path}` contains no weights, neither as a state_dict nor under a key of "
+                         f"{list(_wrappings)}: save `model.state_dict()` with `torch.save`")
     size = path.stat().st_size
     for k,v in state.items(): # a tensor that repeats one number can be much larger than its file
         for t in tensors_in(v):
             if t.numel()*t.element_size() <= size: continue
-            raise ValueError(f"`{path}`: `{k}` of shape {tuple(t.shape)} does not fit into a file of {size} bytes")
+            raise ValueError(f"`{path}`: `{k}` of shape {tuple(t.shape)} does not fit into a file of {size} bytes: "
+                             "save `model.state_dict()` again with `torch.save`")
     return dict(state)
 
 def _is_state(d):

@@ -315,7 +315,8 @@ def class_indices(
     "Return `targ` as int64; raise `ValueError` for an index outside the classes, if `targ` is on the CPU"
     check_targ(targ, n_out)
     if targ.device.type == 'cpu' and targ.numel() and not (0 <= targ.min() and targ.max() < n_out):
-        raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but the logits have {n_out} classes")
+        raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but the logits have {n_out} classes: "
+                         "give the network an output for each class")
     return targ.long()
 
 def onehot(

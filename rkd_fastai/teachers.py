@@ -64,7 +64,7 @@ class Teacher(nn.Module):
         names = [[str(o) for o in v] for v in vocabs]
         if any(v != names[0] and sorted(v) == sorted(names[0]) for v in names):
             raise ValueError(f"`teacher` has members with different orders of the classes, {names}: "
-                             "their average would mean nothing")
+                             "their average would mean nothing. Train all members with one order of the classes")
         self.requires_grad_(False).eval()
         if len(models) > 1: self.to(model_device(self.members[0])) # the members may be on several devices
 
@@ -231,7 +231,8 @@ def check_teacher(
             raise ValueError(f"`teacher` is on several devices, {' and '.join(devices)}: move all of it to one, "
                              f"`teacher.to({str(model_device(teacher))!r})` ({str(e).splitlines()[0]})") from e
         raise ValueError(f"`teacher` cannot run on the DataLoaders' images, of shape {tuple(images.shape[1:])}: "
-                         f"{str(e).splitlines()[0]}") from e
+                         f"{str(e).splitlines()[0].rstrip('.')}. "
+                         "Use images of the size and with the channels of its training") from e
     if n_out and probs.shape[1] != n_out:
         raise ValueError(f"`teacher` knows {probs.shape[1]} classes, but `dls` have {n_out}: "
                          "use a teacher of the same classes")

@@ -10,6 +10,7 @@ from rkd_fastai.all import *
 from rkd_fastai.callback.adversarial import RobustCallback
 from rkd_fastai.core import are_probs, LogProbs
 from rkd_fastai.evaluation.interpret import robustness_curve
+from rkd_fastai.evaluation.robustness import measure_robustness
 
 methods = ['akd', 'rslad', 'ard', 'ckd']
 callbacks = dict(akd=AKDCallback, rslad=RSLADCallback, ard=ARDCallback, ckd=CKDCallback)
@@ -347,7 +348,8 @@ def test_teachers_with_classes_in_another_order(make_dls, make_learner, tiny_net
     other.vocab = [str(o) for o in one.vocab] # as checkpoints' cards have them
     Teacher([one, other])
     other.vocab = other.vocab[::-1]
-    with pytest.raises(ValueError, match='different orders of the classes'): Teacher([one, other])
+    with pytest.raises(ValueError, match='different orders of the classes.*Train all members with one'):
+        Teacher([one, other])
 
 takes_targ = dict(
     pgd=lambda m, x, t: PGD(.1, steps=1)(m, x, t),
@@ -380,6 +382,19 @@ def test_labels_that_are_none(name, kind, digits, robust_net):
     asked, (make, error, says), (x, y) = [], no_targ[kind], (digits.x[:16], digits.y[:16])
     with pytest.raises(error, match=says): takes_targ[name](model, x, make(y))
     assert not asked
+
+@pytest.mark.parametrize('attacks, says', [
+    (32, "`attacks` takes names such as 'pgd20', got 32: for a number of images, pass it as `n`"),
+    ((np.int64(32),), 'for a number of images'), (PGD(), 'pass an attack object to `RobustAccuracy`'),
+    ('PGD-20', "unknown attack 'PGD-20' in `attacks`: use .*'pgd<steps>' such as 'pgd20'"), ('pgd', "such as 'pgd20'")])
+def test_what_is_no_name_of_an_attack(attacks, says, make_dls, make_learner, tiny_net, test_images):
+    learn = make_learner(make_dls(), tiny_net())
+    with pytest.raises(ValueError, match=says): learn.robustness(attacks)
+    with pytest.raises(ValueError, match=says): measure_robustness(learn.model, *test_images, attacks)
+
+def test_classes_without_an_output(digits, robust_net):
+    with pytest.raises(ValueError, match='`targ` contains classes .* has 10: give the network an output for each'):
+        robust_accuracy(robust_net, digits.x[:16], digits.y[:16] + 10, PGD(0., steps=0))
 
 def test_soft_labels_of_other_classes(digits, robust_net):
     "Their likeliest class is none of the model's: 100 % would mean nothing"

@@ -155,7 +155,8 @@ def test_numbers_repeated_without_end(tmp_path, tiny_net):
     are none"""
     for t in (torch.zeros(1).expand(10**9), torch.zeros(1, 3).expand(10**5, 3), torch.empty(10**6, device='meta')):
         torch.save(dict(w=t), tmp_path/'a.pth')
-        refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', '`w`', tuple(t.shape))
+        refused(lambda: read_state(tmp_path/'a.pth'), 'a.pth', '`w`', tuple(t.shape),
+                '' if t.is_meta else 'save `model.state_dict()` again')
     w = torch.rand(30, 40)
     torch.save(dict(w=w.T, tied=w.T, part=w[3:5], one=torch.zeros(1).expand(3)), tmp_path/'a.pth')
     assert torch.equal(read_state(tmp_path/'a.pth')['w'], w.T)
@@ -290,6 +291,19 @@ def test_json_that_is_none(text, tmp_path, plain_net, test_images):
               lambda: measure_robustness(plain_net, x, y, 'clean', state_path=tmp_path/'s')):
         with pytest.raises(ValueError) as e: f()
         assert str(tmp_path) in str(e.value)
+
+@pytest.mark.parametrize('text', [*bad_json, None], ids=lambda t: str(t)[:9].replace('\0', '0'))
+def test_a_damaged_card_is_named(text, tmp_path):
+    "With a way out, also where an interrupted run goes on"
+    card = tmp_path/'card.json'
+    if text is not None: card.write_text(text)
+    (tmp_path/'resume.pth').touch()
+    torch.save(cifar_resnet18(10, 1/16, 1).state_dict(), tmp_path/'epoch_1.pth')
+    commands = [('train', '--data', 'digits', '--width', '1/16', '--out', str(tmp_path), '--resume')]
+    for command in commands + [('evaluate', str(tmp_path/'epoch_1.pth'))]*(text is not None):
+        with pytest.raises(SystemExit) as e: cli.main([*command])
+        assert e.value.code.startswith(f'rkd: error: `{card}`') and 'restore it from a copy' in e.value.code
+        assert (text is None) == ('does not exist' in e.value.code)
 
 @pytest.mark.parametrize('vocab', [3, 'abc', {'a': 1}, [1, 2], [['a']], [None]])
 def test_vocab_that_is_none(vocab, tmp_path, tiny_net):

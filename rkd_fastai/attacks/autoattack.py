@@ -211,7 +211,8 @@ class AutoAttack(Attack):
         parts = self.parts(model, logits.shape[1])
         if len(targ) and not 0 <= targ.min() <= targ.max() < logits.shape[1]:
             raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, "
-                             f"but the logits have {logits.shape[1]} classes")
+                             f"but the logits have {logits.shape[1]} classes: "
+                             "give the network an output for each class")
         x_adv,is_robust = x.clone(), logits.argmax(1) == targ
         for part in parts:
             if not is_robust.any(): break

@@ -247,10 +247,12 @@ class Resume(FitCallback):
         if sum(isinstance(cb, Resume) for cb in self.learn.cbs) > 1:
             raise ValueError("the Learner has two `Resume` callbacks, but needs only one: remove the other one")
         if num_distrib() > 1:
-            raise ValueError("`Resume` works in one process only: several processes have different random numbers")
+            raise ValueError("`Resume` works in one process only, because several processes have different random "
+                             "numbers: remove `Resume`, or train in one process")
         if self.every and not self.can_go_on_in_epoch:
-            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`: "
-                             "without these, the random state cannot be restored in the middle of an epoch")
+            raise ValueError("`every` needs a fastai DataLoader of items with an index and `num_workers=0`, because "
+                             "without these the random state cannot be restored in the middle of an epoch: "
+                             "use such a DataLoader, or remove `every`")
         plain_state(unwrap(self.model))
         with writing(self.path): # fail now and not after an epoch if the file cannot be written
             self.path.parent.mkdir(parents=True, exist_ok=True)

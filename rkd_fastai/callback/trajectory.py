@@ -101,7 +101,7 @@ class RecordTrajectory(EachEpoch):
         there = self._saved()
         if len(there) > done+1 and not self.epochs:
             raise ValueError(f"`path` {self.path} contains {len(there)} epochs of another training run: "
-                             "choose another folder, or delete it")
+                             "choose another folder, or delete this one")
         lost = sorted({*range(1, done+1)} - {*there})
         if lost:
             raise ValueError(f"`path` {self.path} lacks epoch {lost[0]} of the {done} that this run has done: "
@@ -112,11 +112,11 @@ class RecordTrajectory(EachEpoch):
         try: old = json.loads((self.path/'card.json').read_text(encoding='utf8'))
         except (OSError, ValueError) as e:
             raise ValueError(f"`path` {self.path} has no readable `card.json` ({e}): "
-                             "choose another folder, or delete it") from e
+                             "choose another folder, or delete this one") from e
         for k in ('n','attack','seed','labels','sample'):
             if old.get(k) != card[k]:
                 raise ValueError(f"`path` {self.path} was recorded with {k} {old.get(k)}, not {card[k]}: "
-                                 "choose another folder, or delete it")
+                                 "choose another folder, or delete this one")
 
     def each_epoch(self):
         if self.data is not None:

@@ -19,14 +19,14 @@ from ..callback.keep import epochs_of_others
 from ..callback.monitor import CatastrophicOverfitting, RobustOverfitting
 from ..callback.progress import Line
 from ..callback.resume import OtherTraining
-from ..checkpoint import read_json
 from ..data.loaders import with_bs, with_subset
+from ..evaluation.robustness import wilson_interval
 from ..learner import method_class
 from ..recipes import all_recipes, recipe_of_kind
 from ..registry import data_names, folder_size, teacher_kinds
 from ..sampling import check_n
 from ..study.run import (batch_size, check_vocab, describe_run, fit_run, held_out_digest, load_run,
-                                  make_dls)
+                                  make_dls, read_run_card)
 from ..study.study import Study, plan_text, study_report
 from ..teachers import Teacher
 from ..text import show
@@ -105,7 +105,7 @@ def _value(v): return 'given' if v is True else 'left out' if v is None or v is 
 
 def _check_same(args, out, card):
     "Raise a `ValueError` if the options differ from those of the interrupted run in `out`"
-    was = read_json(out/'card.json')
+    was = read_run_card(out/'card.json')
     for k in card:
         # `--keep` does not change the training
         if k not in vars(args) or k == 'keep' or was.get(k) == card[k]: continue
@@ -198,14 +198,34 @@ def _teachers_size(args, cards):
         raise ValueError(f"`--size`: the teachers were trained on images of different sizes, {sizes}: pass one of them")
     return next(iter(sizes), None)
 
+def _data_of_run(args, card, run='the run'):
+    "Return the data set, its folder and the size of its images: those of the options, or else those of the run's card"
+    data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
+    if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
+        raise ValueError(f"the card of {run} does not tell which data it was trained on: pass them with `--data`")
+    if args.data is None and data not in data_names and not Path(data).is_dir():
+        raise ValueError(f"{run} was trained on the images in {data}, which is not here: "
+                         "pass their folder with `--data`")
+    return data,data_path,size
+
+def _data_of_teachers(args, cards):
+    "Return the data set of the teachers and its folder; raise a `ValueError` if their data sets differ"
+    found = [_data_of_run(args, card, f'the teacher {path}')[:2] for path,card in zip(args.teacher, cards)]
+    if len({data for data,_ in found}) > 1:
+        raise ValueError(f"the teachers were trained on different data, {' and '.join(data for data,_ in found)}: "
+                         "pass those for the student with `--data`")
+    return found[0]
+
 def distill(
     args, # options
 ):
     "Run `rkd distill`"
     teachers,cards = zip(*map(load_run, args.teacher))
+    recipe,teacher = student_recipe(args),Teacher(teachers, betas=args.betas)
+    method_class(recipe.method)(teacher, **recipe.settings) # a wrong setting is reported before the data are read
+    if args.data is None: args.data,args.data_path = _data_of_teachers(args, cards)
     if args.size is None: args.size = _teachers_size(args, cards)
-    recipe = student_recipe(args)
-    _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=Teacher(teachers, betas=args.betas))
+    _run(args, f'distilling, {recipe.method}', recipe, teacher_cards=cards, teacher=teacher)
 
 def _checked(learn, eps, n):
     "Return the report of `check_robustness` on `n` images, at most 200, or a text that says why there is none"
@@ -228,6 +248,12 @@ def _check_held_out(args, card, dls):
                          "files have been added, removed or renamed since. Restore the folder, "
                          "or pass a folder of images that the run has not seen with `--data`")
 
+def _report_chance(res, n_classes):
+    "Print a line if the clean accuracy is not significantly higher than that of guessing"
+    if 'clean' in res.results and wilson_interval(res.clean, res.n)[0] <= 1/n_classes:
+        print(f'The clean accuracy is not clearly above that of guessing among {n_classes} classes: '
+              'train for more epochs, or measure more images.')
+
 def evaluate(
     args, # options
 ):
@@ -238,12 +264,7 @@ def evaluate(
         raise ValueError('`--norm L2` needs `--eps`, such as `--eps 0.5`')
     model,card = load_run(args.model)
     eps = args.eps if args.eps is not None else card['eps'] if isinstance(card.get('eps'), float) else _eps
-    data,data_path,size = (getattr(args, k) or card.get(k) for k in ('data','data_path','size'))
-    if not (isinstance(data, str) and isinstance(data_path, (str, type(None))) and isinstance(size, (int, type(None)))):
-        raise ValueError("the run's card does not tell which data it was trained on: pass them with `--data`")
-    if args.data is None and data not in data_names and not Path(data).is_dir():
-        raise ValueError(f"the run was trained on the images in {data}, which is not here: "
-                         "pass their folder with `--data`")
+    data,data_path,size = _data_of_run(args, card)
     dls = make_dls(data, data_path, args.bs, size)
     check_vocab(card, dls, '`--data`')
     check_n(args.n)
@@ -255,6 +276,7 @@ def evaluate(
     line.finish()
     if args.json: res.to_json(args.json)
     show(res)
+    _report_chance(res, len(dls.vocab))
     if args.check: print(in_options(f'\n{_checked(learn, eps, args.n)}', args))
 
 def study(

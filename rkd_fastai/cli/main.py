@@ -44,16 +44,20 @@ def _one_of(names):
         raise typer.BadParameter(f'{text!r} is unknown: {did_you_mean(text, names)}')
     return check
 
-_folder = ("a folder of images. The folder contains the folders train, valid (or val) and test, "
-           "and each of these contains one folder per class. "
-           "If the folder valid is missing, a fifth of the training images is held out to choose epochs on.")
-Data = Annotated[str, _data(metavar='DATA', help=f"Name of a data set ({', '.join(data_names)}) or {_folder}")]
+_names = (f"Name of a data set ({', '.join(data_names)}) or a folder of images. "
+          "The folder contains the folders train, valid (or val) and test, each with one folder per class. "
+          "Or it contains just one folder per class. "
+          "Without the folder valid, a fifth of the training images becomes the validation images.")
+Data = Annotated[str, _data(metavar='DATA', help=_names)]
+DataOfTeacher = Annotated[str | None, _data(metavar='DATA', help=f"{_names} Default: the data of the teacher.")]
 DataOfRun = Annotated[str | None, _data(metavar='DATA',
-    help=f"Name of a data set ({', '.join(data_names)}) or {_folder} "
-         "If the folder test exists, it is used for the measurement. Default: the data of the run.")]
-DataPath = Annotated[str | None, _data(metavar='FOLDER',
-    help="Folder of a published data set. Default: it is found or downloaded.")]
-_side = ("Side of the images in pixels. Images of a folder are cropped to it. "
+    help=f"{_names} If the folder test exists, it is used for the measurement. Default: the data of the run.")]
+def _data_path(default):
+    return Annotated[str | None, _data(metavar='FOLDER', help=f"Folder of a published data set. Default: {default}.")]
+DataPath = _data_path('it is found or downloaded')
+DataPathOfTeacher = _data_path('that of the teacher, else it is found or downloaded')
+DataPathOfRun = _data_path('that of the run, else it is found or downloaded')
+_side = ("Side of the images in pixels. Images of a folder are resized and cropped to it. "
          "fashion_mnist and fashion_sample are available in 14 and 28.")
 _side_of_data = "14 for fashion_sample, 28 for fashion_mnist and 64 for a folder"
 Size = Annotated[int | None, _n(_data, help=f"{_side} Default: {_side_of_data}.")]
@@ -128,7 +132,7 @@ State = Annotated[str | None, _run(metavar='FILE',
     help="File that keeps the progress, so that the same command can continue an interrupted measurement.")]
 
 Study = Annotated[list[str], typer.Argument(metavar='FILE',
-    help="TOML file of a study. Or the word report and the folder of a study, to write its tables and figures.")]
+    help="TOML file of a study. Or: report FOLDER writes the tables and figures of a study again.")]
 StudyOut = Annotated[str | None, _run(metavar='FOLDER',
     help="Folder to write the study to. Default: studies/ and the name of the file.")]
 Cell = Annotated[str | None, _run(metavar='I/N', help="Train part I of N of the networks, for job arrays.")]
@@ -173,7 +177,7 @@ def train(out: Out, how: How = 'at', data: Data = 'fashion_sample', data_path: D
 @app.command()
 def distill(teacher: TeacherPaths, out: Out, betas: Betas = None, recipe: StudentRecipe = 'paper_student',
             method: Method = None, alpha: Alpha = None, lam: Lam = None, T: Temperature = None,
-            data: Data = 'fashion_sample', data_path: DataPath = None, size: SizeOfTeacher = None,
+            data: DataOfTeacher = None, data_path: DataPathOfTeacher = None, size: SizeOfTeacher = None,
             bs: BatchSize = None, n: N = None, synthetic: Synthetic = None, frac: Frac = None,
             arch: Arch = 'cifar_resnet18', width: Width = '1/8', epochs: Epochs = None, lr: Lr = None, eps: Eps = None,
             steps: Steps = None, resume: Resume = False, keep: Keep = 1, compile: Compile = False, bf16: Bf16 = False,
@@ -183,7 +187,7 @@ def distill(teacher: TeacherPaths, out: Out, betas: Betas = None, recipe: Studen
 
 @app.command()
 def evaluate(model: Run, attacks: Attacks = 'clean,pgd20,autoattack', eps: EpsOfRun = None, norm: Norm = 'Linf',
-             fast: Fast = False, check: Check = False, data: DataOfRun = None, data_path: DataPath = None,
+             fast: Fast = False, check: Check = False, data: DataOfRun = None, data_path: DataPathOfRun = None,
              size: SizeOfRun = None, bs: BatchSizeOfAttack = 250, n: Sample = None, json: Json = None,
              state: State = None, seed: SeedOfSample = 42):
     "Measure the accuracy of a run, clean and under attack."

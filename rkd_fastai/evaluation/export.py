@@ -170,7 +170,9 @@ def _check_model(model, x):
         # use several images, since a check with one could be right by chance
         with torch.no_grad(), frozen(model): logits = check_logits(model(torch.cat([x, 1-x])))
     except RuntimeError as e:
-        raise ValueError(f"`model` cannot run on images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"`model` cannot run on images of shape {tuple(x.shape[1:])}: "
+                         f"{str(e).splitlines()[0].rstrip('.')}. "
+                         "Use images of the size and with the channels of its training") from e
     if not logits.isfinite().all():
         raise ValueError("`model` returned NaN or infinite logits: there is nothing to export")
     check_no_probs(logits)

@@ -10,6 +10,7 @@ __all__ = ['robust_flags', 'robust_accuracy', 'wilson_interval', 'Robustness', '
 import json, math, os, random, re, sys, time, warnings
 from contextlib import contextmanager
 from functools import wraps
+from numbers import Number
 from pathlib import Path
 import numpy as np, pandas as pd, rich.box, rich.table, torch
 from fastai.callback.progress import ProgressCallback
@@ -55,7 +56,8 @@ def robust_flags(
         logits = _finite_logits(ask, x)
         check_targ(targ, logits.shape[1])
         if len(label) and not (0 <= label.min() and label.max() < logits.shape[1]):
-            raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but `model` has {logits.shape[1]}")
+            raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but `model` has "
+                             f"{logits.shape[1]}: give the network an output for each class")
         flags = logits.argmax(1) == label
         if flags.any(): # attack only the images that are classified correctly
             standing = flags.nonzero()[:,0]
@@ -194,7 +196,8 @@ def make_attack(
     "Return the `Attack` called `name`; raise a `ValueError` for an unknown name"
     if not isinstance(name, str):
         raise ValueError(f"`attacks` takes names such as 'pgd20', got {name!r}: "
-                         "pass an attack object to `RobustAccuracy` or `robust_accuracy`")
+                         + ("for a number of images, pass it as `n`" if isinstance(name, Number) else
+                            "pass an attack object to `RobustAccuracy` or `robust_accuracy`"))
     eps = check_eps(eps, norm)
     if name == 'clean': return PGD(0., steps=0, norm=norm, random_start=False)
     if name in _published: return AutoAttack(eps, norm, _published[name], seed=seed, bs=bs, fast=fast)
@@ -203,8 +206,8 @@ def make_attack(
         return FGSM(eps) if norm == 'Linf' else PGD(eps, steps=1, step_size=eps, norm=norm, random_start=False)
     m = re.fullmatch(r'pgd(\d+)(?:x(\d+))?', name)
     if m: return PGD(eps, steps=int(m[1]), norm=norm, restarts=int(m[2] or 1))
-    raise ValueError(f"unknown attack {name!r} in `attacks`: use 'clean', 'fgsm', 'pgd<steps>', "
-                     "'pgd<steps>x<restarts>', 'cw', 'apgd', 'square' or 'autoattack'")
+    raise ValueError(f"unknown attack {name!r} in `attacks`: use 'clean', 'fgsm', 'pgd<steps>' such as 'pgd20', "
+                     "'pgd<steps>x<restarts>' such as 'pgd50x10', 'cw', 'apgd', 'square' or 'autoattack'")
 
 # %% ../../nbs/evaluation/00_robustness.ipynb #04309dd8
 def _out_of_memory(e):
@@ -369,7 +372,7 @@ def measure_robustness(
     raise a `ValueError` for images, labels or settings that do not fit"""
     check_progress(progress)
     bs,eps,seed = whole_number('bs', bs, 1),check_eps(eps, norm),whole_number('seed', seed)
-    attacks = [attacks] if isinstance(attacks, str) else list(attacks)
+    attacks = [*L(attacks)]
     if not attacks: raise ValueError("`attacks` is empty: name at least one, such as 'clean'")
     # 'clean' comes first, since misclassified images are not attacked
     made = {name: make_attack(name, eps, norm, seed, bs, fast) for name in ['clean', *attacks]}

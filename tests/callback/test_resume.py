@@ -206,9 +206,14 @@ def test_loaders_that_go_on_by_epoch(kind, base, make_dls, digits, tmp_path):
     check(make, tmp_path)
     learn = make()
     before = weights(learn)
-    with pytest.raises(ValueError, match='`every` needs a fastai DataLoader'):
+    with pytest.raises(ValueError, match='`every` needs a fastai DataLoader.*or remove `every`'):
         one_cycle(learn, Resume(tmp_path/'other.pth', every=1))
     assert weights(learn) == before and not (tmp_path/'other.pth').exists()
+
+def test_several_processes(base, tmp_path, monkeypatch):
+    monkeypatch.setattr('rkd_fastai.callback.resume.num_distrib', lambda: 2)
+    with pytest.raises(ValueError, match='one process only.*: remove `Resume`, or train in one process'):
+        one_cycle(base(), Resume(tmp_path/'run.pth'))
 
 def test_a_middle_of_an_epoch_needs_its_loader(base, make_dls, tmp_path):
     "Kept with no workers, and told to go on with two"

@@ -48,6 +48,46 @@ def test_a_student_sees_images_of_its_teachers_size(images, tmp_path):
         rkd('distill', *common, '--teacher', tmp_path/'t16', '--teacher', tmp_path/'t24', '--out', tmp_path/'two')
     assert not (tmp_path/'two').exists()
 
+def test_a_student_sees_its_teachers_data(images, tmp_path, monkeypatch):
+    "Unless `--data` names others; the images held out of it are checked as with `--data`"
+    monkeypatch.chdir(tmp_path)
+    common = ('--bs', 4, '--epochs', 1, '--steps', 1, '--width', '1/16')
+    rkd('train', '--data', 'images/train', '--size', 16, *common, '--out', 'teacher')
+    rkd('distill', '--teacher', 'teacher/epoch_1.pth', *common, '--out', 'student')
+    teacher,student = (json.loads((tmp_path/f'{k}/card.json').read_text()) for k in ('teacher','student'))
+    assert all(teacher[k] == student[k] for k in ('data','data_path','size','vocab','images','held_out'))
+    assert student['data'] == 'images/train' and student['held_out']
+    rkd('train', '--data', 'digits', *common, '--how', 'st', '--n', 100, '--out', 'digits')
+    with pytest.raises(SystemExit, match='different data, images/train and digits: pass .*with `--data`'):
+        rkd('distill', '--teacher', 'teacher', '--teacher', 'digits', '--out', 'no')
+    (images/'train/dark/0.png').rename(images/'train/dark/9.png')
+    (images/'train/bright/0.png').rename(images/'train/bright/9.png')
+    (images/'train/dark/1.png').rename(images/'train/dark/a.png')
+    with pytest.raises(SystemExit, match='held out now are not those'):
+        rkd('evaluate', 'student', '--attacks', 'clean')
+    images.rename(tmp_path/'away')
+    with pytest.raises(SystemExit, match='teacher was trained on the images in images/train, which is not here: pass'):
+        rkd('distill', '--teacher', 'teacher', '--out', 'no')
+    assert not (tmp_path/'no').exists()
+
+def test_settings_are_checked_before_the_data(tmp_path):
+    rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--n', 100, '--out', tmp_path/'t')
+    for option,data in (('--alpha', 'fashion_sample'), ('--alpha', tmp_path/'nowhere'), ('--T', 'fashion_sample')):
+        with pytest.raises(SystemExit, match=f'error: `{option}`'):
+            rkd('distill', '--teacher', tmp_path/'t', '--data', data, option, -3, '--out', tmp_path/'s',
+                *(('--method', 'ard') if option == '--T' else ()))
+    with pytest.raises(SystemExit, match='but the data have .* Choose the data on which the run was trained'):
+        rkd('distill', '--teacher', tmp_path/'t', '--data', 'fashion_sample', '--out', tmp_path/'s')
+
+def test_an_accuracy_of_chance_is_told(tmp_path, capsys):
+    for epochs,lr in ((1, 0), (3, .1)):
+        run = tmp_path/f'{epochs}'
+        rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', epochs, '--lr', lr, '--out', run)
+        rkd('evaluate', run, '--attacks', 'clean')
+        assert ('not clearly above that of guessing among 10 classes' in capsys.readouterr().out) == (lr == 0)
+        rkd('evaluate', run, '--attacks', 'fgsm', '--n', 10) # it needs the clean accuracy
+        assert 'guessing' not in capsys.readouterr().out
+
 def test_a_run_is_attacked_at_its_own_radius(tmp_path, capsys):
     rkd('train', '--data', 'digits', '--how', 'st', '--width', '1/16', '--epochs', 1, '--eps', '25/255',
         '--out', tmp_path/'run')
@@ -260,6 +300,15 @@ def test_another_teacher_under_resume(tmp_path, monkeypatch):
             rkd(*student, tmp_path/'teacher1', '--epochs', epochs)
     assert (tmp_path/'run/card.json').read_text() == card
 
+def test_what_is_no_run_is_told_what_to_do(tmp_path):
+    from fastai.vision.all import Learner
+    from rkd_fastai.all import cifar_resnet18, digits_dls
+    Learner(digits_dls(), cifar_resnet18(10, 1/16, 1), path=tmp_path).save('mine')
+    with pytest.raises(SystemExit, match=r'no card.json beside .*mine.pth`.*measure it with `learn.robustness\(\)`'):
+        rkd('evaluate', tmp_path/'models/mine.pth')
+    with pytest.raises(SystemExit, match='nowhere` does not exist: pass the folder of a run, or a checkpoint in it'):
+        rkd('evaluate', tmp_path/'nowhere')
+
 def test_a_damaged_checkpoint_is_not_the_cards_fault(tmp_path):
     rkd('train', *small, '--how', 'st', '--epochs', 1, '--out', tmp_path/'run')
     (tmp_path/'run/bad.pth').write_bytes((tmp_path/'run/model.pth').read_bytes()[:1000])
@@ -351,6 +400,16 @@ def test_help_is_a_page_in_a_terminal_and_plain_text_elsewhere(argv, monkeypatch
     if argv == ['--help']: # so says `rkd` alone, with the exit code of an error
         with pytest.raises(SystemExit, match='2'): rkd()
         assert stream.getvalue() == 2*printed
+
+@pytest.mark.parametrize('command, says', [
+    ('train', ['just one folder per class', 'a fifth of the training images becomes', 'resized and cropped']),
+    ('distill', ['Default: the data of the teacher', 'Default: that of the teacher, else it is found']),
+    ('evaluate', ['Default: the data of the run', 'Default: that of the run, else it is found']),
+    ('study', ['report FOLDER writes the tables and figures of a study again'])])
+def test_help_says(command, says, capsys):
+    with pytest.raises(SystemExit): rkd(command, '--help')
+    printed = ' '.join(capsys.readouterr().out.split())
+    for text in says: assert text in printed
 
 @pytest.mark.parametrize('argv, says', [
     (['distil'], "No such command 'distil'. Did you mean 'distill'?"), (['--verson'], "Did you mean '--version'?"),

@@ -289,16 +289,17 @@ def test_another_training_is_refused(make, tmp_path):
     record(make, tmp_path/'t', n_epoch=3)
     before = files(tmp_path/'t')
     for seed in (0, 1):
-        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training run'):
+        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training.*or delete this one'):
             record(make, tmp_path/'t', seed=seed)
-        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training run'):
+        with pytest.raises(ValueError, match='`path`.* contains 3 epochs of another training.*or delete this one'):
             record(make, tmp_path/'t', seed=seed, run=tmp_path/f'{seed}.pth')
     assert files(tmp_path/'t') == before
 
 @pytest.mark.parametrize('how,message', [
-    (dict(n=19), 'with n 20, not 19'), (dict(seed=1), 'with seed 0, not 1'),
+    (dict(n=19), 'with n 20, not 19: .*or delete this one'), (dict(seed=1), 'with seed 0, not 1'),
     (dict(attack=None), 'with attack PGD.*not None'), (dict(attack=PGD(.2, steps=1)), 'with attack PGD'),
-    (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'), (dict(lost='card.json'), 'no readable `card.json`'),
+    (dict(lost='epoch_0001.npz'), 'lacks epoch 1 of the 2'),
+    (dict(lost='card.json'), 'no readable `card.json`.*or delete this one'),
     (dict(dl=True), 'with labels')])
 def test_resumed_with_other_settings(how, message, make, tmp_path):
     with pytest.raises(KeyboardInterrupt): record(make, tmp_path/'t', Die('before_train', 2), run=tmp_path/'r.pth')
