@@ -11,7 +11,7 @@ from threading import Lock, get_ident
 from types import MethodType
 from weakref import WeakKeyDictionary, WeakSet
 import torch, torch.nn as nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks as hooks # of all modules
 from .core import PixelModel, check_initialized, frozen, naming_batchnorm
 
 # %% ../nbs/06_twin.ipynb #7a1b0007
@@ -41,7 +41,7 @@ class _Twin:
         self.ids,self.types = [id(m) for m in modules],[type(m) for m in modules]
         self.shells = [object.__new__(t) for t in self.types]
         self.twins = dict(zip(self.ids, self.shells))
-        self.busy,self.works,self.seen = False,None,None
+        self.busy,self.works,self.seen = Lock(),None,None
         self.params,self.wrapper = {},object.__new__(PixelModel)
 
     def is_of(self, modules):
@@ -92,30 +92,35 @@ def _runs_alone(root, ids, x):
     own,thread,called = {*ids},get_ident(),[]
     def see(m, args):
         if id(m) in own and get_ident() == thread: called.append(m)
-    handle = register_module_forward_pre_hook(see)
     kept = [(b, b.clone()) for b in root.buffers()]
+    def put_back():
+        hooks.pop(see, None)
+        with torch.no_grad():
+            for b,was in kept: b.copy_(was)
     try:
+        hooks[see] = see # without a handle, which Ctrl-C could lose
         with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []): root(x[:2].detach().clone())
         return not called
     except Exception: return False # the network raises the same error for the caller
     finally:
-        handle.remove()
-        with torch.no_grad():
-            for b,was in kept: b.copy_(was)
+        try: put_back()
+        except KeyboardInterrupt: put_back(); raise # Ctrl-C interrupted it
 
-_twins,_lock = WeakKeyDictionary(),Lock() # maps a network to its twins, more than one if attacks overlap
+_twins = WeakKeyDictionary() # maps a network to its twins, more than one if attacks overlap
 _roots = WeakSet() # the twins, which need no twin of their own
 
 def _idle_twin(net, modules):
     "Return a twin of `net` that no other attack uses, marked as busy"
-    with _lock:
-        known = [t for t in _twins.get(net, []) if t.is_of(modules)]
-        twin = next((t for t in known if not t.busy), None)
-        if twin is None:
-            known.append(twin := _Twin(net))
-            _roots.add(twin.shells[0])
-        _twins[net],twin.busy = known,True
-        return twin
+    known = _twins.setdefault(net, [])
+    known[:] = [t for t in known if t.is_of(modules)]
+    # a twin that stays busy after Ctrl-C is never used again, and nothing waits for it
+    twin = next((t for t in known if t.busy.acquire(blocking=False)), None)
+    if twin is None:
+        twin = _Twin(net)
+        twin.busy.acquire()
+        _roots.add(twin.shells[0])
+        known.append(twin)
+    return twin
 
 def _network(model): return model.model if type(model) is PixelModel else model
 
@@ -130,9 +135,9 @@ def _twin_of(model, x):
         twin.update(modules)
         root,seen = twin.root(model),twin.values(modules)
         if seen != twin.seen: twin.works,twin.seen = _runs_alone(root, twin.ids, x),seen
-    except BaseException: twin.busy = False; raise
+    except BaseException: twin.busy.release(); raise
     if twin.works: return root,twin
-    twin.busy = False
+    twin.busy.release()
     return None,None
 
 @contextmanager
@@ -150,4 +155,4 @@ def attackable(
         return
     try:
         with naming_batchnorm(model): yield root
-    finally: twin.busy = False
+    finally: twin.busy.release()
