@@ -206,7 +206,10 @@ _where = dict(data='on {}', classes='with the classes {}', size='at image size {
 _unset = dict(classes='with all classes', recipe='by the usual recipe', synthetic='without synthetic images',
               size='at the usual image size', n='with all training images')
 
-def task_name(s, g):
+def task_name(
+    s, # students of one task
+    g, # students of all tasks
+):
     "Return the task of the students `s` as text, with the settings that differ among the tasks of all students `g`"
     first = s.iloc[0]
     text = lambda c: _unset[c] if c in _unset and pd.isna(first[c]) else _where[c].format(format_value(c, first[c]))
