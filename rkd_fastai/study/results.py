@@ -176,10 +176,10 @@ _kinds = dict(st='ST', lat='LAT', ffgsm='AT (FFGSM)', at='AT', trades='TRADES', 
 _heads = dict(
     data='Data', size='Image size', classes='Classes', augment='Augmentation', n='Training images',
     noise='Wrong labels', eps='ε',
-    arch='Network', width='Layer size', method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ',
+    arch='Network', width='Width', method='Method', teacher='Teacher', alpha='α', teacher_epoch='ES', lam='λ',
     beta='β', epochs='Epochs', compute='Epochs in all', members='Models', schedule='Schedule', attack='Attack',
     lr='Learning rate', bs='Batch size', n_valid='Validation images', compile='Compiled', bf16='bfloat16',
-    teacher_arch='Teacher’s network', teacher_width='Teacher’s layer size', teacher_epochs='Teacher’s epochs',
+    teacher_arch='Teacher’s network', teacher_width='Teacher’s width', teacher_epochs='Teacher’s epochs',
     teacher_recipe='Teacher’s recipe', teacher_synthetic='Teacher’s synthetic images', recipe='Recipe',
     synthetic='Synthetic images', checkpoint='Epoch', autoattack='AutoAttack', clean='Clean', apgd='APGD',
     square='Square', cw='CW', fgsm='FGSM')
@@ -205,7 +205,7 @@ def format_value(c, v):
     if c == 'noise': return f'{100*v:g} %'
     if c == 'teacher': return kind_name(v)
     if c == 'method': return methods.get(v, _kinds.get(v, v))
-    return v if isinstance(v, str) else f'{v:,.0f}' if abs(v) >= 1e4 else f'{v:.4g}'
+    return v if isinstance(v, str) else f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
 
 def accuracy(cell, c):
     "Return the accuracy `c` of a row of `over_seeds` as text, with the number of seeds if some lack it"
@@ -217,21 +217,20 @@ def format_range(df, c):
     "Return the values of column `c` as text: all if there are at most three, else the smallest and the largest"
     values = sorted(df[c].dropna().unique()) if c in df else []
     shown = [format_value(c, v) for v in values]
-    return ', '.join(shown) if len(shown) <= 3 else f'{shown[0]} to {shown[-1]}'
+    if len(shown) > 3: return f'{shown[0]} to {shown[-1]}'
+    return ' and '.join(filter(None, [', '.join(shown[:-1]), *shown[-1:]]))
 
 def _images(df, names):
     "Return text with the number, split and sampling of the images on which the accuracies `names` were measured"
-    known = {c: s for c in names if (s := _drawn(df, c))}
-    if not known: return ''
+    known = {} # the accuracies that were measured on the same number of images, sampled in the same way
+    for c in names:
+        if n := format_range(df, f'n_{c}'): known.setdefault((n, format_range(df, f'drawn_{c}')), []).append(c)
     splits = [*df['split'].dropna().unique()] if 'split' in df else []
     images = Sample(0, 0, split=splits[0] if len(splits) == 1 else None).images
-    if len(set(known.values())) == 1 and len(known) == len(names): return f"{next(iter(known.values()))} {images}"
-    return f'{images}: ' + ', '.join(f'{s} ({column_title(c)})' for c,s in known.items())
-
-def _drawn(df, c):
-    "Return text with the number of images on which the accuracy `c` was measured, and how they were sampled"
-    n,how = format_range(df, f'n_{c}'),format_range(df, f'drawn_{c}')
-    return f'{n}, {how}' if n and how else n
+    text = lambda n, how, what='': f'{n}{what}' + (f' ({how})' if how else '')
+    if names in known.values(): return text(*next(iter(known)), f' {images}')
+    return f'{images}: ' + ', '.join(f"{text(*k)} for {' and '.join(map(column_title, cs))}"
+                                     for k,cs in known.items()) if known else ''
 
 def _seeds(df, spread):
     "Return text with the number of seeds, and the meaning of ± unless the table explains its own `spread`"
@@ -254,6 +253,7 @@ def caption(
     what, # sentences that describe the table, one per line
     robust, # attack of the table
     spread=False, # True if `what` explains ±
+    names=None, # accuracies in the table; None means 'clean' and `robust`
 ):
     "Return the caption of a table, one sentence per line: `what`, and how the accuracies were measured"
     df = normalize_rows(df)
@@ -263,15 +263,15 @@ def caption(
              fact('augment', 'augmentation: {}'),
              fact('n', '{} training images'), fact('noise', '{} wrong labels') if kept['noise'].fillna(0).any() else '',
              fact('recipe', 'recipe: {}'), fact('synthetic', 'synthetic images: {}'), fact('eps', 'ε = {}'),
-             fact('width', 'layer size {}'), _images(kept, ['clean', robust])]
+             fact('width', 'width {}'), _images(kept, names or ['clean', robust])]
     facts = '; '.join(f for f in facts if f)
     return '\n'.join([what, *([facts[:1].upper() + facts[1:] + '.'] if facts else []), _seeds(kept, spread),
                       'Accuracies are in percent, gains in points.', *_left_out(df, robust)])
 
-def make_table(lines, df, what, robust, spread=False, **attrs):
+def make_table(lines, df, what, robust, spread=False, names=None, **attrs):
     "Return a DataFrame of the dicts `lines` with the `caption` in its `attrs`"
     table = pd.DataFrame(lines).fillna('–')
-    table.attrs.update(caption=caption(df, what, robust, spread), **attrs)
+    table.attrs.update(caption=caption(df, what, robust, spread, names), **attrs)
     return table
 
 def distinguishing_settings(df):

@@ -126,7 +126,7 @@ def test_main_is_the_task_of_most_students():
     assert set(main_task(df, free=['n']).n) == {1000, 500}
     assert set(main_task(df, free=['noise']).noise.dropna()) == {0., .2}
     for f in (front_table, map_table, table3, plot_pareto):
-        with pytest.raises(ValueError, match='different `n`: 500, 1000'): f(df)
+        with pytest.raises(ValueError, match='different `n`: 500 and 1,000'): f(df)
 
 # --- the best students ---
 
@@ -179,7 +179,7 @@ def test_table2_is_of_students_of_one_teacher_per_width():
                     frame(student(.9, .9, teacher='4 at', members=4), student(.9, .9, teacher_width=4.))])
     assert '90.0' in select(df).Clean.tolist()
     got = table2(df)
-    assert '90.0' not in got.Clean.tolist() and got['Layer size'].tolist() == ['1']*4 + ['1/4']*4
+    assert '90.0' not in got.Clean.tolist() and got['Width'].tolist() == ['1']*4 + ['1/4']*4
 
 @pytest.mark.parametrize('name, value', [('data','others'), ('eps',.1), ('n',500), ('noise',.4), ('width',.5)])
 def test_only_the_same_task_is_compared(name, value):
@@ -215,7 +215,7 @@ def test_spread_of_a_gain():
             and one.clean_gain_std == pytest.approx((.7*.3/400 + .8*.2/400)**.5))
 
 not_robust = ('Distillation does not win in robustness: '
-              'no student is shown to be more robust than the baseline ({}).')
+              'no student is shown to be more robust than the baseline. {}.')
 
 @pytest.mark.parametrize('clean, robust, result, verdict', [
     (.8, .6, 'better in both',
@@ -223,12 +223,13 @@ not_robust = ('Distillation does not win in robustness: '
      'Distillation wins in clean accuracy: a student is more accurate than the baseline by +10.0 ± 3.0 points.'),
     (.7, .6, 'more robust',
      'Distillation wins in robustness: a student is more robust than the baseline by +20.0 ± 3.5 points.\n'
-     'Distillation does not win in clean accuracy: no student is shown to be more accurate than the baseline '
-     '(the best gains +0.0 ± 3.2 points).'),
-    (.6, .6, 'more robust, less accurate', not_robust.format('none keeps the other accuracy to within 2 points')),
-    (.8, .3, 'more accurate, less robust', not_robust.format('the best gains −10.0 ± 3.4 points')),
-    (.71, .41, 'no difference', not_robust.format('the best gains +1.0 ± 3.5 points')),
-    (.7, .3, 'worse', not_robust.format('the best gains −10.0 ± 3.4 points'))])
+     'Distillation does not win in clean accuracy: no student is shown to be more accurate than the baseline. '
+     'The best student gains +0.0 ± 3.2 points.'),
+    (.6, .6, 'more robust, less accurate', not_robust.format(
+        "No student keeps its clean accuracy within 2 points of the baseline's")),
+    (.8, .3, 'more accurate, less robust', not_robust.format('The best student gains −10.0 ± 3.4 points')),
+    (.71, .41, 'no difference', not_robust.format('The best student gains +1.0 ± 3.5 points')),
+    (.7, .3, 'worse', not_robust.format('The best student gains −10.0 ± 3.4 points'))])
 def test_what_a_gain_means(clean, robust, result, verdict):
     got = gain(frame(at(.7, .4), student(clean, robust)))
     assert got.Result[0] == result and got.attrs['verdict'].startswith(verdict)
@@ -237,19 +238,19 @@ def test_verdict_names_where_distillation_does_not_win():
     good,bad = ([(at(.7, .4, width=w), student(.8, .6, width=w)) for w in (1., 1/4)],
                 (at(.5, .3, width=1/16), student(.6, .2, width=1/16)))
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
-    assert (verdict[0].startswith('Distillation wins in robustness: a student is more robust than the baseline by +20')
-            and 'points at layer size 1/4' in verdict[0] and 'points at layer size 1.' in verdict[0]
-            and '1/16' not in verdict[0])
-    assert verdict[1].startswith('Distillation does not win in robustness') and 'at layer size 1/16' in verdict[1]
+    assert verdict[0].startswith('Distillation does not win in robustness at width 1/16: ')
+    for said,w in zip(verdict[1:3], ('1/4', '1')):
+        assert said.startswith(f'Distillation wins in robustness at width {w}: '
+                               'a student is more robust than the baseline by +20')
 
 def test_verdict_names_all_that_differs():
     "Of equally many students none are 'the main task': once it was another one than that of `main_task`"
     df = pd.concat([frame(at(.7, .4), student(.8, .6)).assign(n=n, width=w)
                     for n,w in ((500, 1.), (2000, 1.), (1000, .25), (None, 1.))])
-    verdict = gain(df).attrs['verdict'].splitlines()[0]
-    for where in ('with 500 training images, at layer size 1', 'with 2000 training images, at layer size 1',
-                  'with 1000 training images, at layer size 1/4', 'with all training images, at layer size 1'):
-        assert where in verdict
+    verdict = gain(df).attrs['verdict'].splitlines()
+    for where in ('with 500 training images at width 1', 'with 2,000 training images at width 1',
+                  'with 1,000 training images at width 1/4', 'with all training images at width 1'):
+        assert sum(f'in robustness {where}: ' in said for said in verdict) == 1
 
 @pytest.mark.parametrize('table', [gain, select, capacity_table])
 def test_students_without_a_baseline_are_named(table):
@@ -275,7 +276,7 @@ def test_what_only_training_for_longer_can_win():
     dearer = gain(frame(at(.7, .4, epochs=80), student(.8, .2, compute=120)))
     assert dearer.Result[0] == 'better, but with more epochs, less robust'
     assert got.Result[0] == 'better, but with more epochs'
-    assert 'every student needed over 10 % more epochs' in got.attrs['verdict']
+    assert 'Every student needed over 10 % more epochs' in got.attrs['verdict']
 
 def test_a_gain_without_a_number_of_images_shows_nothing():
     got = gain(frame(at(.7, .4), student(.8, .6)).drop(columns=['n_clean','n_pgd20']))
@@ -301,9 +302,9 @@ def test_teacher_width_is_named_where_it_differs():
         at(.7, .4, width=w), student(.7, .5, width=w, teacher_width=w),
         student(.7, .5, width=w, teacher_width=w, alpha=.8))))
     assert len(main_task(own, free=['width'])) == len(own) and set(views(own)) >= {'selected','capacity'}
-    assert 'Teacher' not in ' '.join(select(own).Hyperparameters) and 'Teacher’s layer size' not in gain(own)
+    assert 'Teacher' not in ' '.join(select(own).Hyperparameters) and 'Teacher’s width' not in gain(own)
     both = pd.concat([own, frame(student(.7, .5, width=.25, teacher_width=1.))])
-    assert 'Teacher’s layer size' in gain(both) and len(main_task(both, free=['width'])) == len(own)
+    assert 'Teacher’s width' in gain(both) and len(main_task(both, free=['width'])) == len(own)
 
 def test_table2_leaves_out_students_of_another_architecture():
     df = frame(at(.7, .4, arch='resnet18'), student(.7, .5, arch='resnet18', teacher_arch='resnet18'),
@@ -355,6 +356,23 @@ def test_teachers_themselves():
     assert (got.Clean.tolist() == ['81.0 ± 1.4','81.0'] and got['PGD-7'].tolist() == ['51.0 ± 1.4','51.0']
             and got.AutoAttack.tolist() == ['40.0 (1 of 2 seeds)','45.0'])
 
+def test_caption_counts_the_images_of_every_column():
+    "Of an attack other than the strongest they were once not counted"
+    many = dict(split='test', autoattack=.35, n_clean=10_000, n_pgd20=10_000, n_autoattack=1000)
+    df = frame(at(.7, .4, **many, drawn_autoattack='the first of the split'))
+    counts = 'test images: 10,000 for Clean and PGD-20, 1,000 (the first of the split) for AutoAttack'
+    assert counts in baselines(df).attrs['caption']
+    same = frame(at(.7, .4, **many | dict(n_clean=1000, n_pgd20=1000)))
+    assert '; 1,000 test images.' in baselines(same).attrs['caption']
+
+def test_a_view_names_the_tasks_that_it_leaves_out():
+    df = pd.concat([study(), *(frame(at(.7, .4, n=n), student(.8, .6, n=n)) for n in (2000, 500))])
+    left_out = [f'Students with {n} training images are left out.' for n in ('500', '2,000')]
+    assert views(df)['selected'].table.attrs['caption'].splitlines()[-2:] == left_out
+    assert 'training images are left out' not in views(df)['gain'].table.attrs['caption']
+    more = pd.concat([df, *(frame(student(.8, .6, n=n)) for n in (300, 400))])
+    assert views(more)['selected'].table.attrs['caption'].endswith('\nStudents of 4 other tasks are left out.')
+
 # --- what figures show ---
 
 def test_map_table_has_every_cell():
@@ -372,7 +390,7 @@ def test_axis_takes_the_setting_with_the_most_values():
                *(student(.9, .9, n=n, alpha=.9) for n in (500,1000)), *(student(.6, .9, 'rslad', n=n) for n in (500,)))
     got = axis_table(df, 'n')
     assert (got.Network.tolist() == ['AT alone, last epoch']*3 + ['AT alone, best epoch']*3 + ['AKD⁺, AT']*3
-            and got['Training images'].tolist() == ['500','1000','2000']*3)
+            and got['Training images'].tolist() == ['500','1,000','2,000']*3)
     assert got.Clean.tolist() == ['65.0','70.0','80.0']*3 and set(got.Chosen) == {'–','no ES, α=0.3'}
 
 def test_beta_and_capacity_tables():
@@ -384,7 +402,7 @@ def test_beta_and_capacity_tables():
         at(.6, .3, width=w), student(.6+w/10, .3-w/10, width=w, alpha=.1),
         student(.59, .35+w/10, width=w, alpha=.9), student(.9, .9, width=w, teacher='4 at'))))
     got = capacity_table(widths)
-    assert (got['Layer size'].tolist() == ['1/16','1']
+    assert (got['Width'].tolist() == ['1/16','1']
             and [number(v) for v in got['RKD-Rob.: PGD-20 gain']] == [5.6,15.0])
     assert [number(v) for v in got['RKD-Acc.: clean gain']] == [.6,-1.0] # at width 1 the accurate one costs 10 points
 
@@ -404,7 +422,8 @@ def test_captions_say_how_it_was_measured():
     for f in (select, gain, table3, front_table):
         text = f(df, robust='pgd20').attrs['caption']
         assert ('± is the standard deviation' in text) == (f is not gain) # there it is that of a difference
-        for part in ('toys; 1000 training images; ε = 8/255; layer size 1; test images: 400 (Clean), 300',
+        for part in ('toys; 1,000 training images; ε = 8/255; width 1; '
+                     'test images: 400 for Clean, 300 and 400 for PGD-20',
                      '1 to 2 seeds were used', '1 diverged training run is left out.',
                      '1 row without accuracies is left out.', '1 row without PGD-20 is left out.'):
             assert part in text, (f, part, text)

@@ -12,7 +12,8 @@ from .plots import (accuracy_label, base_near, baseline_name, error_bars, figure
 from ...registry import methods
 from ..results import (NotEnough, accuracy, cells_of, column_title, kind_name, make_table, one_task,
                                       normalize_rows, format_value, settings, task)
-from .tables import gain_over, format_hyperparameters, own_students, select_students, unpaired
+from .tables import (format_hyperparameters, gain_over, no_es_text, own_students,
+                                            select_students, unpaired)
 from ...style import colours, markers
 from ...text import format_fraction, format_points
 
@@ -71,10 +72,11 @@ def axis_table(
                 'Epochs in all': format_value('compute', r['compute'])}
              for o in lines for _,r in o.iterrows()]
     what = (f"The networks of each line differ only in the {axis_text(x)}.\n"
-            "If several settings of a method qualify, those with the most values are shown, "
-            "and among these the most robust ones.")
+            "If a method was trained with several other settings, the table shows those with the most values of the "
+            f"{axis_text(x)}, and among these the most robust ones.\n{no_es_text}")
     if normalize_rows(df)[x].isna().any():
-        what += f"\nNetworks without a number for it{' (all images)' if x == 'n' else ''} are left out."
+        left_out = 'that were trained on all images' if x == 'n' else f'without a value of {column_title(x)}'
+        what += f'\nNetworks {left_out} are left out.'
     return make_table(shown, one_task(normalize_rows(df), free=[x]), what, robust)
 
 # %% ../../../nbs/study/report/02_line_plots.ipynb #bf043297
@@ -218,13 +220,13 @@ def capacity_table(
     gain_of = lambda r, n: format_points(r[f'{n}_gain'], r[f'{n}_gain_std'],
                                   '+') if pd.notna(r[f'{n}_gain']) else '– (none qualifies)'
     left = unpaired(own_students(df), robust, baseline)
-    lines = [{'Layer size': format_value('width', r['width']),
+    lines = [{'Width': format_value('width', r['width']),
               'RKD-Acc.: clean gain': gain_of(r, 'clean'), 'RKD-Acc. by': r['clean_by'],
               f'RKD-Rob.: {column_title(robust)} gain': gain_of(r, 'robust'), 'RKD-Rob. by': r['robust_by']}
              for _,r in found.iterrows()]
-    return make_table(lines, df, 'The table shows what RKD-Acc. and RKD-Rob. gain over the baseline at each width.\n'
-                                 f'± combines the standard deviations of student and baseline.{left}', robust,
-                      spread=True)
+    what = ('The table shows what RKD-Acc. and RKD-Rob. gain over the baseline at each width.\n'
+            f'± combines the standard deviations of student and baseline.\n{no_es_text}{left}')
+    return make_table(lines, df, what, robust, spread=True)
 
 @figure_style
 def plot_capacity(
@@ -247,7 +249,7 @@ def plot_capacity(
                 ax.annotate(format_points(v/100, sign='+'), (at, v), xytext=((-6,6)[i], 0), textcoords='offset points',
                             ha=('right','left')[i], va='center', fontsize=8)
     ax.set(xticks=range(len(found)), xticklabels=[format_fraction(w) for w in found['width']],
-           xlim=(-.6, len(found)-.4), xlabel='layer size', ylabel='gain over the baseline, points')
+           xlim=(-.6, len(found)-.4), xlabel='width', ylabel='gain over the baseline, points')
     legend_below(fig, ax.get_legend_handles_labels()[0], ncols=2)
     fig.set_label(_capacity_words(found, robust))
     return fig
@@ -255,5 +257,5 @@ def plot_capacity(
 def _capacity_words(found, robust):
     signed = lambda gain: format_points(gain, sign='+')
     gained = lambda r: f"clean {signed(r['clean_gain'])}, {column_title(robust)} {signed(r['robust_gain'])}"
-    each = '; '.join(f"layer size {format_fraction(r['width'])}: {gained(r)}" for _,r in found.iterrows())
+    each = '; '.join(f"width {format_fraction(r['width'])}: {gained(r)}" for _,r in found.iterrows())
     return f'Gain of the best students over the baseline, in points. {each}.'

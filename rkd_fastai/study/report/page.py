@@ -17,8 +17,9 @@ from .line_plots import (axis_table, beta_table, capacity_table, plot_axis, plot
                                          plot_capacity)
 from .plots import front_table, map_table, plot_map, plot_pareto
 from ...registry import methods
-from ..results import NotEnough, as_markdown, is_number, main_task, over_seeds, normalize_rows
-from .tables import baselines, gain, table12, table2, table3, table5
+from ..results import (NotEnough, as_markdown, group_key, is_number, main_task, over_seeds,
+                                      normalize_rows, students_of, task, varying, with_accuracy)
+from .tables import baselines, gain, table12, table2, table3, table5, task_name
 
 # %% ../../../nbs/study/report/03_page.ipynb #dc4bd0c7
 View = namedtuple('View', 'title table plot') # `plot` is a function that returns a new figure, or None
@@ -43,11 +44,23 @@ def _grid(df):
     if not tried: raise NotEnough("has no teacher whose students have several values of α or of the stopping epoch")
     return df[~df['method'].isin(methods) | df['teacher'].isin(tried)]
 
+def _left_out(df, rows):
+    "Return a sentence for each task in `df` that has students with accuracies but is not among `rows`"
+    students = students_of(with_accuracy(df))
+    others = students[~group_key(students, task).isin(group_key(rows, task))]
+    if not len(others): return []
+    others = others.sort_values(varying(students, task), kind='stable')
+    names = [task_name(o, students) for _,o in others.groupby(group_key(others, task), sort=False)]
+    if len(names) > 3: return [f'Students of {len(names)} other tasks are left out.']
+    return [f'Students {name} are left out.' for name in names]
+
 def _view(title, rows_of, table, plot=None):
     "Return a function of all rows that makes the view from the rows that `rows_of` selects"
     def make(df):
-        df = rows_of(df)
-        return View(title, table(df), plot and partial(plot, df))
+        rows = rows_of(df)
+        t = table(rows)
+        if rows_of is not normalize_rows: t.attrs['caption'] = '\n'.join([t.attrs['caption'], *_left_out(df, rows)])
+        return View(title, t, plot and partial(plot, rows))
     return make
 
 def _axis(title, x):
@@ -170,7 +183,7 @@ _template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 </ul></section>
 {% endfor %}
 {% if missing %}
-<section><h2>Not shown</h2><p class="left">These tables and figures need rows that are not there.</p><ul class="left">
+<section><h2>Not shown</h2><p class="left">The study has too few rows for these tables and figures.</p><ul class="left">
 {%- for name,why in missing.items() %}<li>{{ name }}: {{ why }}</li>{% endfor -%}
 </ul></section>
 {% endif %}

@@ -14,7 +14,7 @@ from ...registry import methods
 from ..results import (NotEnough, accuracy, cells_of, check_column, column_title, kind_name, make_table,
                                       one_task, pareto, normalize_rows, format_value, settings, students_of,
                                       distinguishing_settings, varying)
-from .tables import baseline_of, format_hyperparameters, nearest
+from .tables import baseline_of, es_text, format_hyperparameters, nearest
 from ...style import colours, markers
 from ...text import counted, format_points
 
@@ -70,11 +70,11 @@ def front_table(
              | {column_title(c): accuracy(r, c) for c in ('clean', robust)}
              | {'Epochs in all': format_value('compute', r['compute'])} for f in fronts for _,r in f.iterrows()]
     what = (f"The table shows the best trade-offs of {counted(len(s), 'student')}"
-            f"{f', for each {column_title(by).lower()}' if by else ''}: "
+            f"{f', for each {column_title(by).lower()}' if by else ''}. A student is shown if "
             "no other student is better in one accuracy and at least as good in the other.\n"
-            "In a figure, a line joins the best trade-offs of each panel, including the baseline.\n"
+            "In the figure, a line joins the best trade-offs of each panel, including the baseline. "
             "Dotted lines mark the accuracies of the baseline with which students are compared.\n"
-            "ES is the epoch after which the teacher was stopped.")
+            f"{es_text}")
     return make_table(lines, df, what, robust)
 
 # %% ../../../nbs/study/report/01_plots.ipynb #2221d2e4
@@ -249,7 +249,7 @@ def map_table(
     shown = 'clean' if c == 'clean' else column_title(c)
     what = (f"The table shows the {shown} accuracy for each mixing weight α (rows) "
             "and each epoch after which the teacher was stopped (columns).\n"
-            f"In a figure, {meaning}. The best cell of each panel has a frame.")
+            f"In the figure, {meaning}. The best cell of each panel has a frame.")
     return make_table(lines, one_task(normalize_rows(df)), what, robust)
 
 # %% ../../../nbs/study/report/01_plots.ipynb #c81c47e5
