@@ -129,7 +129,7 @@ def test_command_line(folder, constant, tmp_path, capsys):
 def test_fewer_are_watched_than_there_are(folder, constant, tmp_path, monkeypatch):
     from rkd_fastai.cli import commands
     from rkd_fastai.study import run as runs
-    monkeypatch.setattr(commands, 'fit_run', partial(runs.fit_run, watch=n))
+    monkeypatch.setattr(commands, 'fit_run', partial(runs.fit_run, n_valid=n))
     main(['train', '--data', str(folder), '--size', '8', '--epochs', '1', '--bs', '50', '--out', str(tmp_path/'run')])
     row, = csv.DictReader((tmp_path/'run/history.csv').read_text().splitlines())
     assert abs(float(row['robust_accuracy']) - true) <= 1.001/n
@@ -353,7 +353,7 @@ def test_test_images_without_labels(tmp_path):
     (tmp_path/'test').mkdir(); Image.new('RGB', (8,8)).save(tmp_path/'test/0.png')
     with pytest.warns(UserWarning, match='no labels'): assert len(make_dls(root, bs=4, size=8).loaders) == 2
     Image.new('RGB', (8,8)).save(tmp_path/'train/0.png')
-    with pytest.raises(ValueError, match='no sub-folder'), pytest.warns(UserWarning): make_dls(root, bs=4, size=8)
+    with pytest.raises(ValueError, match='not in a sub-folder'), pytest.warns(UserWarning): make_dls(root, bs=4, size=8)
 
 def test_a_folder_is_split_alike_everywhere(tmp_path, monkeypatch):
     "Whatever order a file system lists its files in"

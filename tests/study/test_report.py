@@ -7,10 +7,11 @@ from rkd_fastai.study.report.line_plots import (axis_table, beta_table, capacity
                                                 plot_capacity)
 from rkd_fastai.study.report.plots import front_table, map_table, plot_map, plot_pareto
 from rkd_fastai.study.report.page import views, write_report
-from rkd_fastai.study.results import (as_markdown, kind_name, main_task, measures, methods, over_seeds, pareto,
-                                      settings, strongest)
+from rkd_fastai.study.results import (NotEnough, as_markdown, kind_name, main_task, measures, methods, over_seeds,
+                                      pareto, settings, strongest)
 from rkd_fastai.study.study import pareto_text
-from rkd_fastai.study.report.tables import baselines, gain, gains, select, table2, table3, table5, table12
+from rkd_fastai.study.report.tables import (baselines, gain, gains, select, table1, table2, table3, table5, table6,
+                                            table12)
 
 @pytest.fixture(autouse=True)
 def no_figure_is_left():
@@ -574,7 +575,8 @@ def whole():
         *(r for w in (1/4,1/16) for r in (at(.5, .2, width=w), student(.5, .2, width=w, alpha=.3))),
         *(student(.7, .4, teacher='2 st, 2 at', beta=b, alpha=.3) for b in (0,1)),
         student(.7, .4, teacher='4 at', alpha=.3), student(.7, .4, alpha=.3, epochs=20),
-        base | dict(method='teacher', teacher=evil, clean=.7, pgd20=.4), student(None, None, alpha=.8, diverged=evil))])
+        at(.6, .3, recipe='wang_at_plus'), base | dict(method='teacher', teacher=evil, clean=.7, pgd20=.4),
+        student(None, None, alpha=.8, diverged=evil))])
     return df.assign(data=evil)
 
 @pytest.fixture(scope='module')
@@ -758,3 +760,29 @@ def test_why_a_figure_is_not_shown(tmp_path):
     assert 'several values of α or of the stopping epoch' in page and 'no students: rows' not in page
 
 def test_kinds_of_teacher_by_name(): assert kind_name('at+') == 'AT⁺' and kind_name('2 st, at') == '2 × ST + AT'
+
+# --- Table 1, and the tables of published recipes ---
+
+def test_table1_names_the_baseline_and_the_best_students_of_each_task():
+    "One line if a student is the best in both; a student that loses too much in the other accuracy is in no line"
+    rows = [at(.70, .40, data='a'), student(.75, .385, teacher='lat', data='a'), student(.69, .45, data='a'),
+            student(.99, .30, teacher='st', data='a'), at(.60, .30, data='b'), student(.65, .35, data='b')]
+    got = table1(frame(*rows))
+    assert got[['Data','Teacher','Clean','PGD-20']].values.tolist() == [
+        ['a','none (AT)','70.0','40.0'], ['a','LAT','75.0','38.5'], ['a','AT','69.0','45.0'],
+        ['b','none (AT)','60.0','30.0'], ['b','AT','65.0','35.0']]
+    assert 'at most 2 points less robust' in got.attrs['caption']
+
+def test_table6_is_of_networks_with_a_recipe():
+    "Networks without a teacher first; students are compared with baselines of the same recipe and synthetic images"
+    own = dict(recipe='rebuffi_at_plus', synthetic='ddpm.npz')
+    df = frame(student(.8, .5, alpha=1.0, autoattack=.48, **own), at(.7, .4, autoattack=.38, **own), at(.9, .9),
+               student(.82, .52, 'rslad', autoattack=.49, **own), student(.9, .9))
+    got = table6(df)
+    assert got[['Method','Teacher','α','Clean','PGD-20','AutoAttack']].values.tolist() == [
+        ['AT','–','–','70.0','40.0','38.0'], ['AKD⁺','AT','1','80.0','50.0','48.0'],
+        ['RSLAD⁺','AT','0.5','82.0','52.0','49.0']]
+    assert 'recipe: rebuffi_at_plus; synthetic images: ddpm.npz' in got.attrs['caption']
+    with pytest.raises(NotEnough, match='no networks that are trained by a `recipe`'): table6(frame(at(.9, .9)))
+    g,_ = gains(df)
+    assert sorted(g.clean_gain.round(3)) == [0, .1, .12] # the student without a recipe has its own baseline

@@ -19,7 +19,7 @@ from .plots import front_table, map_table, plot_map, plot_pareto
 from ...registry import methods
 from ..results import (NotEnough, as_markdown, group_key, is_number, main_task, over_seeds,
                                       normalize_rows, students_of, task, varying, with_accuracy)
-from .tables import baselines, gain, table12, table2, table3, table5, task_name
+from .tables import baselines, gain, table12, table2, table3, table5, table6, task_name
 
 # %% ../../../nbs/study/report/03_page.ipynb #dc4bd0c7
 View = namedtuple('View', 'title table plot') # `plot` is a function that returns a new figure, or None
@@ -78,6 +78,7 @@ _views = dict(
     teacher_kinds=_view('One student per kind of teacher', main_task, table3),
     ensembles=_view('One teacher against several', main_task, table5),
     mixture=_view('Mixed ensembles', main_task, beta_table, plot_beta),
+    recipes=_view('Published recipes', normalize_rows, table6),
     capacity=_view('Gain by the width of the network', partial(main_task, free=['width']),
                    capacity_table, plot_capacity),
     images=_axis('Number of training images', 'n'), noise=_axis('Wrong labels', 'noise'),
