@@ -131,7 +131,7 @@ def over_seeds(
     df = with_accuracy(df)
     twice = df[df['seed'].notna() & df.duplicated([*settings, 'seed'])]
     if len(twice):
-        raise ValueError(f"`df` has seed {twice.iloc[0]['seed']:g} twice for {_said_settings(twice.iloc[0])}: "
+        raise ValueError(f"`df` has seed {twice.iloc[0]['seed']:g} twice for {_settings_text(twice.iloc[0])}: "
                          "keep one row of each")
     names = measures(df)
     made = {k: v for c in names for k,v in {c: (c,'mean'), f'{c}_std': (c,'std'), f'{c}_seeds': (c,'count')}.items()}
@@ -139,7 +139,7 @@ def over_seeds(
     return df.groupby(settings, dropna=False, sort=False).agg(
         seeds=('clean','count'), compute=('compute','mean'), **made).reset_index()
 
-def _said_settings(row): return ', '.join(f'{c}={row[c]}' for c in settings if pd.notna(row[c]))
+def _settings_text(row): return ', '.join(f'{c}={row[c]}' for c in settings if pd.notna(row[c]))
 
 # %% ../../nbs/study/03_results.ipynb #00fe9953
 def cells_of(df, robust=None):

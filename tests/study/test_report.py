@@ -240,8 +240,8 @@ def test_verdict_names_where_distillation_does_not_win():
                 (at(.5, .3, width=1/16), student(.6, .2, width=1/16)))
     verdict = gain(frame(*good[0], *good[1], *bad)).attrs['verdict'].splitlines()
     assert verdict[0].startswith('Distillation does not win in robustness at width 1/16: ')
-    for said,w in zip(verdict[1:3], ('1/4', '1')):
-        assert said.startswith(f'Distillation wins in robustness at width {w}: '
+    for sentence,w in zip(verdict[1:3], ('1/4', '1')):
+        assert sentence.startswith(f'Distillation wins in robustness at width {w}: '
                                'a student is more robust than the baseline by +20')
 
 def test_verdict_names_all_that_differs():
@@ -251,7 +251,7 @@ def test_verdict_names_all_that_differs():
     verdict = gain(df).attrs['verdict'].splitlines()
     for where in ('with 500 training images at width 1', 'with 2,000 training images at width 1',
                   'with 1,000 training images at width 1/4', 'with all training images at width 1'):
-        assert sum(f'in robustness {where}: ' in said for said in verdict) == 1
+        assert sum(f'in robustness {where}: ' in sentence for sentence in verdict) == 1
 
 @pytest.mark.parametrize('table', [gain, select, capacity_table])
 def test_students_without_a_baseline_are_named(table):

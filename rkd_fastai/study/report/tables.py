@@ -241,18 +241,18 @@ def task_name(
     text = lambda c: _unset[c] if c in _unset and pd.isna(first[c]) else _where[c].format(format_value(c, first[c]))
     return ' '.join(map(text, varying(g, task)))
 
-_said = dict(robust=('robustness','robust'), clean=('clean accuracy','accurate'))
+_in_words = dict(robust=('robustness','robust'), clean=('clean accuracy','accurate'))
 
 def _outcome(g, name, other, within, where):
     """Return whether a student of one task wins in `name`, as a sentence: the student must lose at
     most `within` in `other` and take at most 10 % more compute than the baseline"""
-    what,word = _said[name]
+    what,word = _in_words[name]
     if where: what = f'{what} {where}'
     lost = f'Distillation does not win in {what}: no student is shown to be more {word} than the baseline.'
     if g['exceeds_compute'].all(): return f'{lost} Every student needed over 10 % more epochs than the baseline.'
     eligible = g[~g['exceeds_compute'] & (g[f'{other}_gain'] >= -within - 1e-9)]
     if not len(eligible):
-        return f"{lost} No student keeps its {_said[other][0]} within {100*within:g} points of the baseline's."
+        return f"{lost} No student keeps its {_in_words[other][0]} within {100*within:g} points of the baseline's."
     wins = eligible[_won(eligible, name) > 0]
     top = (wins if len(wins) else eligible).sort_values(f'{name}_gain').iloc[-1]
     gained = f"{format_points(top[f'{name}_gain'], top[f'{name}_gain_std'], '+')} points"
