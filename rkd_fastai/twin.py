@@ -34,6 +34,12 @@ def _mapped(v, twins, depth=0):
     if all(o is old for o,old in zip(new.values(), v.values() if type(v) is dict else v)): return v
     return new if type(v) is dict else type(v)(new.values())
 
+def _ids(v, depth=0):
+    "Return the ids of the objects in the attribute value `v` that may lead to a module, also inside containers"
+    if type(v) in _simple or isinstance(v, torch.Tensor): return []
+    if depth == 3 or type(v) not in (list, tuple, dict): return [id(v)]
+    return [i for o in (v.values() if type(v) is dict else v) for i in _ids(o, depth+1)]
+
 class _Twin:
     "Twin of the network `net`, and of the `PixelModel` around it"
     def __init__(self, net):
@@ -83,8 +89,7 @@ class _Twin:
 
     def values(self, modules):
         "Return the ids of all attribute values with which the twin could reach modules of the network"
-        return [id(v) for m in modules for k,v in vars(m).items()
-                if k not in _every_module_has and type(v) not in _simple and not isinstance(v, torch.Tensor)]
+        return [i for m in modules for k,v in vars(m).items() if k not in _every_module_has for i in _ids(v)]
 
 # %% ../nbs/06_twin.ipynb #7a1b0009
 def _runs_alone(root, ids, x):

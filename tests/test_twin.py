@@ -141,6 +141,18 @@ def test_a_network_without_a_twin_is_frozen(make):
     x_adv = PGD(.1, random_start=False)(net, x, y)
     assert (x_adv != x).any() and net.training
 
+def test_a_closure_that_comes_later_is_found():
+    "As the value of an attribute, and inside a list that stays the same object"
+    class Ways(nn.Module):
+        def __init__(self): super().__init__(); self.net,self.ways = small(),[F.relu, F.silu]
+        def forward(self, x): return self.net(self.ways[0](x))
+    net = Ways()
+    with attackable(net, x) as twin: assert twin is not net
+    net.ways[0] = lambda x: x + 0*net.net(x).sum()
+    mean = net.net[1].running_mean.clone()
+    with attackable(net, x) as model: assert model is net and model(x).isfinite().all()
+    assert torch.equal(net.net[1].running_mean, mean) and net.training
+
 def test_flags_in_another_thread_than_training():
     "`robust_flags` measures in eval mode while the network stays in train mode"
     net,seen = small(), []
