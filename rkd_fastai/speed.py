@@ -15,7 +15,7 @@ from numbers import Number
 from types import FunctionType
 from weakref import WeakKeyDictionary
 import torch, torch.nn as nn, torch.nn.functional as F
-from .core import PixelModel
+from .core import PixelModel, every_module_has, simple_types
 
 # %% ../nbs/06_speed.ipynb #21f75781
 _how = ContextVar('how', default=(False, False)) # compile, bf16
@@ -217,18 +217,15 @@ def _network(model): return model.model if isinstance(model, PixelModel) else mo
 def _is_new(net):
     return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
 
-_every_module_has = frozenset(vars(nn.Module()))
-_simple = frozenset((bool, int, float, str, type(None)))
-
 def _setting(v):
     "Return the attribute value `v` if it is simple, and an ellipsis otherwise"
-    if type(v) in _simple: return v
-    if type(v) in (tuple, list): return tuple(v) if len(v) <= 16 and _simple.issuperset(map(type, v)) else ...
+    if type(v) in simple_types: return v
+    if type(v) in (tuple, list): return tuple(v) if len(v) <= 16 and simple_types.issuperset(map(type, v)) else ...
     return v if isinstance(v, (Enum, Number)) else ...
 
 def _settings(net):
     "Return the simple attributes of each module of `net`, by the id of the module"
-    return {id(m): {k: _setting(v) for k,v in vars(m).items() if k not in _every_module_has} for m in net.modules()}
+    return {id(m): {k: _setting(v) for k,v in vars(m).items() if k not in every_module_has} for m in net.modules()}
 
 def _structure(net):
     "Return the modules of `net` in order, each with its children, its hooks and its buffers that are None"

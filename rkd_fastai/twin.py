@@ -12,12 +12,10 @@ from types import MethodType
 from weakref import WeakKeyDictionary, WeakSet
 import torch, torch.nn as nn
 from torch.nn.modules.module import _global_forward_pre_hooks as hooks # of all modules
-from .core import PixelModel, check_initialized, frozen, naming_batchnorm
+from .core import (PixelModel, check_initialized, every_module_has, frozen, naming_batchnorm,
+                             simple_types)
 
 # %% ../nbs/06_twin.ipynb #7a1b0007
-_every_module_has = frozenset(vars(nn.Module()))
-_simple = frozenset((bool, int, float, str, type(None)))
-
 def _is_plain(m):
     "Return whether a copy of the attributes of the module `m` behaves like `m`"
     own = vars(m)
@@ -36,7 +34,7 @@ def _mapped(v, twins, depth=0):
 
 def _ids(v, depth=0):
     "Return the ids of the objects in the attribute value `v` that may lead to a module, also inside containers"
-    if type(v) in _simple or isinstance(v, torch.Tensor): return []
+    if type(v) in simple_types or isinstance(v, torch.Tensor): return []
     if depth == 3 or type(v) not in (list, tuple, dict): return [id(v)]
     return [i for o in (v.values() if type(v) is dict else v) for i in _ids(o, depth+1)]
 
@@ -70,8 +68,8 @@ class _Twin:
             if k == 'training': v = False
             elif k == '_modules': v = {c: self.twins.get(id(o), o) for c,o in v.items()}
             elif k == '_parameters': v = {c: self._detached(p) for c,p in v.items()}
-            elif k in _every_module_has: v = v.copy() if hasattr(v, 'copy') else v # hooks, names and buffers
-            elif type(v) not in _simple: v = _mapped(v, self.twins)
+            elif k in every_module_has: v = v.copy() if hasattr(v, 'copy') else v # hooks, names and buffers
+            elif type(v) not in simple_types: v = _mapped(v, self.twins)
             new[k] = v
         for k in [*old.keys() - new.keys()]: del old[k]
         old.update(new)
@@ -89,7 +87,7 @@ class _Twin:
 
     def values(self, modules):
         "Return the ids of all attribute values with which the twin could reach modules of the network"
-        return [i for m in modules for k,v in vars(m).items() if k not in _every_module_has for i in _ids(v)]
+        return [i for m in modules for k,v in vars(m).items() if k not in every_module_has for i in _ids(v)]
 
 # %% ../nbs/06_twin.ipynb #7a1b0009
 def _runs_alone(root, ids, x):
@@ -127,6 +125,7 @@ def _idle_twin(net, modules):
         known.append(twin)
     return twin
 
+# a subclass of `PixelModel` may have modules of its own, so its twin is that of a network
 def _network(model): return model.model if type(model) is PixelModel else model
 
 def _twin_of(model, x):
