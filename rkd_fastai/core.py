@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['every_module_has', 'simple_types', 'PixelModel', 'is_uninitialized', 'check_initialized', 'copied',
            'batch_statistics', 'warn_of_batch_statistics', 'naming_batchnorm', 'frozen', 'unwrap', 'model_device',
-           'to_model_device', 'NotFinite', 'check_images', 'check_logits', 'are_probs', 'check_no_probs', 'LogProbs',
-           'is_extra', 'tensors_in', 'copy_value', 'copy_state', 'check_targ', 'class_indices', 'onehot', 'hard_labels',
-           'as_number', 'whole_number', 'check_number', 'check_fraction', 'check_T', 'check_weights', 'seeded',
-           'default_tensors', 'versions', 'digest']
+           'to_model_device', 'read_values', 'checked_later', 'check_values', 'NotFinite', 'check_images',
+           'check_logits', 'are_probs', 'check_no_probs', 'LogProbs', 'is_extra', 'tensors_in', 'copy_value',
+           'copy_state', 'check_targ', 'class_indices', 'onehot', 'hard_labels', 'as_number', 'whole_number',
+           'check_number', 'check_fraction', 'check_T', 'check_weights', 'seeded', 'default_tensors', 'versions',
+           'digest']
 
 # %% ../nbs/01_core.ipynb #107e7aca
 import hashlib, warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from copy import deepcopy
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch, torch.nn as nn
 import rkd_fastai
 
 # %% ../nbs/01_core.ipynb #b1aab2a8
@@ -180,8 +183,62 @@ def to_model_device(
     "Return a list of `tensors` on the device of `model`, or unchanged if `model` has no parameters or buffers"
     return [t.to(_device(model) or t.device) for t in tensors]
 
+# %% ../nbs/01_core.ipynb #019154e4
+_later = ContextVar('later', default=None) # the list of checks of `checked_later`
+
+def _must_wait(values): return values.device.type != 'cpu'
+
+def read_values(
+    values, # tensor on any device
+):
+    "Return the values as Python numbers, like `tolist`; this waits for a GPU"
+    values = values.detach()
+    return (values.cpu() if _must_wait(values) else values).numpy().tolist()
+
+class _Check:
+    "Check of `values` that is run later: they are copied to the CPU meanwhile"
+    def __init__(self, values, check):
+        self.check,self.copied = check,None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, device='cpu', pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.copied = torch.cuda.current_stream(values.device).record_event()
+        else: self.values = values.to('cpu', non_blocking=True)
+
+    def __call__(self):
+        if self.copied is not None: self.copied.synchronize()
+        self.check(read_values(self.values))
+
+@contextmanager
+def checked_later():
+    "Return the checks of values on a GPU within this context as a list of functions, to be called later"
+    checks = []
+    token = _later.set(checks)
+    try: yield checks
+    finally: _later.reset(token)
+
+def check_values(
+    values, # small tensor
+    check, # function that gets the values as Python numbers and raises an error
+):
+    "Call `check` with `values`; see `checked_later` for values on a GPU"
+    if values.dtype in (torch.float16, torch.bfloat16): values = values.float()
+    checks = _later.get()
+    if checks is None or not _must_wait(values): check(read_values(values))
+    else: checks.append(_Check(values, check))
+
 # %% ../nbs/01_core.ipynb #5bbca109
 class NotFinite(FloatingPointError, ValueError): "Error for a number that is NaN or infinite but should be finite"
+
+def _check_range(name, tol, on_error, ends):
+    "Raise `ValueError` unless `ends`, the smallest and the largest pixel value, lie in [0, 1]"
+    lo,hi = ends
+    if not isfinite(lo + hi):
+        on_error(NotFinite(f"`{name}` must be images in [0, 1], but they contain NaN or infinite values"))
+    elif not (lo >= -tol and hi <= 1+tol):
+        on_error(ValueError(f"`{name}` must be images in [0, 1], but {_range_hint(lo, hi)}"))
+
+def _raise(e): raise e
 
 def _range_hint(lo, hi):
     if lo >= 0 and hi <= 255: return f"they span [{lo:.3g}, {hi:.3g}]: divide 0–255 images by 255"
@@ -195,8 +252,10 @@ def check_images(
     x, # images to check, `(bs, c, h, w)`
     name='x', # name of the images in the error
     tol=1e-6, # allowed distance of pixel values from [0, 1]
+    on_error=_raise, # function that gets the error of values outside [0, 1]
 ):
-    "Raise `TypeError` or `ValueError` unless `x` is a float batch `(bs, c, h, w)` with all values in [0, 1]"
+    """Raise `TypeError` or `ValueError` unless `x` is a float batch `(bs, c, h, w)` with all values in [0, 1]; see
+    `checked_later` for the values"""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor of images (bs, c, h, w), got {type(x).__name__}")
     if not x.is_floating_point():
@@ -204,11 +263,7 @@ def check_images(
                         "convert 0–255 images with `x.float()/255`")
     if x.ndim != 4: raise ValueError(f"`{name}` must be a batch of images (bs, c, h, w), got shape {tuple(x.shape)}")
     if not x.numel(): return
-    lo,hi = torch.stack(torch.aminmax(x.detach())).tolist() # a single wait for the GPU
-    if not isfinite(lo + hi):
-        raise NotFinite(f"`{name}` must be images in [0, 1], but they contain NaN or infinite values")
-    if not (lo >= -tol and hi <= 1+tol):
-        raise ValueError(f"`{name}` must be images in [0, 1], but {_range_hint(lo, hi)}")
+    check_values(torch.stack(torch.aminmax(x.detach())), partial(_check_range, name, tol, on_error))
 
 # %% ../nbs/01_core.ipynb #f773c6ba
 def check_logits(
@@ -317,9 +372,11 @@ def class_indices(
 ):
     "Return `targ` as int64; raise `ValueError` for an index outside the classes, if `targ` is on the CPU"
     check_targ(targ, n_out)
-    if targ.device.type == 'cpu' and targ.numel() and not (0 <= targ.min() and targ.max() < n_out):
-        raise ValueError(f"`targ` contains classes {targ.min()} to {targ.max()}, but the logits have {n_out} classes: "
-                         "give the network an output for each class")
+    if targ.device.type == 'cpu' and targ.numel():
+        lo,hi = (getattr(targ.detach().numpy(), f)() for f in ('min','max'))
+        if lo < 0 or hi >= n_out:
+            raise ValueError(f"`targ` contains classes {lo} to {hi}, but the logits have {n_out} classes: "
+                             "give the network an output for each class")
     return targ.long()
 
 def onehot(
@@ -328,7 +385,9 @@ def onehot(
 ):
     "Return `targ` as float32 label distributions `(bs, n_out)`"
     check_targ(targ, n_out)
-    return targ.float() if targ.is_floating_point() else F.one_hot(class_indices(targ, n_out), n_out).float()
+    if targ.is_floating_point(): return targ.float()
+    zeros = torch.zeros(len(targ), n_out, device=targ.device)
+    return zeros.scatter_(1, class_indices(targ, n_out)[:,None], 1.)
 
 # %% ../nbs/01_core.ipynb #774cb64d
 def hard_labels(

@@ -73,7 +73,8 @@ def ensemble_probs(
     if not len(probs): raise ValueError("`probs` is empty: an ensemble needs at least one teacher")
     if len({tuple(p.shape) for p in probs}) > 1:
         raise ValueError(f"`probs` must share one shape, got {[tuple(p.shape) for p in probs]}")
-    return sum(b*p.float() for b,p in zip(check_weights(betas, len(probs)), probs))
+    first,*others = (b*p.float() for b,p in zip(check_weights(betas, len(probs)), probs))
+    return sum(others, first)
 
 # %% ../nbs/04_losses.ipynb #1c8c2ceb
 def ckd_loss(

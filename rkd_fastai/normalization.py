@@ -7,6 +7,7 @@ __all__ = ['undistributed', 'pixel_stats', 'pixel_model', 'initialize_lazy', 'to
 
 # %% ../nbs/08_normalization.ipynb #b270a95e
 import warnings
+from functools import partial
 import torch, torch.nn as nn
 from fastai.vision.all import Normalize
 from .core import PixelModel, check_images, is_uninitialized, model_device, unwrap
@@ -62,21 +63,23 @@ def _overshoots(x):
     too_far = (x - x.clamp(0, 1)).abs()
     return bool(x.ndim == 4 and too_far.max() <= .45 and too_far.mean() <= .05) # False for NaN
 
+def _explain(x, e):
+    "Warn if a resize can explain the error `e` about the range of `x`; raise it otherwise"
+    if _overshoots(x):
+        warnings.warn("some pixels are slightly outside [0, 1], which a bicubic resize causes: "
+                      "attacks and measurements use `x.clamp(0, 1)`")
+        return
+    raise type(e)(f"{e}. Images must be in [0, 1] after undoing `Normalize`. "
+                  "Use only fastai's `Normalize` in `batch_tfms`, "
+                  "and remove transforms that add values after it, such as RandomErasing") from e
+
 def to_pixels(
     pm, # the learner's `PixelModel`
     x, # normalised batch from the Learner's DataLoaders, `(bs, c, h, w)`
 ):
     "Return `x` in pixel space as a plain tensor in [0, 1]; raise an error if a resize cannot explain its values"
     x = pm.denormalize(x.detach().as_subclass(torch.Tensor))
-    try: check_images(x, 'images', tol=1e-3)
-    except ValueError as e:
-        if _overshoots(x):
-            warnings.warn("some pixels are slightly outside [0, 1], which a bicubic resize causes: "
-                          "attacks and measurements use `x.clamp(0, 1)`")
-            return x.clamp(0, 1)
-        raise type(e)(f"{e}. Images must be in [0, 1] after undoing `Normalize`. "
-                      "Use only fastai's `Normalize` in `batch_tfms`, "
-                      "and remove transforms that add values after it, such as RandomErasing") from e
+    check_images(x, 'images', tol=1e-3, on_error=partial(_explain, x))
     return x.clamp(0, 1)
 
 # %% ../nbs/08_normalization.ipynb #d11cadb2

@@ -75,13 +75,12 @@ class _FastLayer:
     waiting,astray = None,False # the BatchNorm's next input and its version; whether it got another
     def __init__(self, layer, bn=None): self.layer,self.bn = layer,bn
 
-    @torch.no_grad()
-    def install(self, compile=False, bf16=False):
-        self.weight,self.bias = self._weights()
-        if bf16: self.weight,self.bias = _bf16(self.weight), None if self.bias is None else self.bias.bfloat16()
-        conv,self.turned = self.layer, None
-        if _is_slow_backward(conv, compile) and self.weight.device.type == 'cpu' and self.weight.dtype == torch.float32:
-            self.turned = self.weight.transpose(0,1).flip(2,3).contiguous()
+    def install(self, weight, bias, compile=False):
+        self.weight,self.bias,self.turned,conv = weight,bias,None,self.layer
+        # a teacher's pass needs no gradient
+        if (torch.is_grad_enabled() and _is_slow_backward(conv, compile)
+            and weight.device.type == 'cpu' and weight.dtype == torch.float32):
+            self.turned = weight.transpose(0,1).flip(2,3).contiguous()
             self.back_padding = tuple(k-1-p for k,p in zip(conv.kernel_size, conv.padding))
         self.layer.forward = self
         self.waiting,self.astray,self.watches = None,False,self.bn is not None and not compile
@@ -91,16 +90,6 @@ class _FastLayer:
         vars(self.layer).pop('forward', None)
         if self.bn is not None: vars(self.bn).pop('forward', None)
         self.weight = self.bias = self.turned = self.waiting = None
-
-    def _weights(self):
-        weight,bias,bn = self.layer.weight.detach(), self.layer.bias, self.bn
-        bias = None if bias is None else bias.detach()
-        if bn is None: return weight,bias
-        scale = (bn.running_var + bn.eps).rsqrt()
-        if bn.weight is not None: scale = scale*bn.weight
-        shift = (0 if bias is None else bias) - bn.running_mean
-        bias  = shift*scale if bn.bias is None else bn.bias + shift*scale
-        return weight*scale.view(-1, *[1]*(weight.ndim-1)).to(weight), bias.to(weight)
 
     def __call__(self, x):
         out = self._compute(x)
@@ -131,8 +120,76 @@ class _FastLayer:
 
 def _same(x): return x
 
-def _bf16(weight):
-    return weight.to(torch.bfloat16, memory_format=torch.channels_last if weight.ndim == 4 else torch.preserve_format)
+# %% ../nbs/06_speed.ipynb #acf2afa4
+def _tensors(s):
+    "Return weight and bias of the fast layer `s`, and its BatchNorm's weight, bias, mean and variance, each or None"
+    bn = [None]*4 if s.bn is None else [s.bn.weight, s.bn.bias, s.bn.running_mean, s.bn.running_var]
+    return s.layer.weight, s.layer.bias, *bn
+
+def _memory(t): return None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
+
+def _each(op, outs, ins):
+    "Apply PyTorch's `op` in place to each tensor of `outs` and its partner in `ins`, unless this is None"
+    pairs = [(o,i) for o,i in zip(outs, ins) if i is not None]
+    if pairs: getattr(torch, f'_foreach_{op}_')(*map(list, zip(*pairs)))
+
+class _Weights:
+    "Weights and biases of `fast_layers` with their BatchNorms folded in"
+    @torch.no_grad()
+    def __init__(self, fast_layers, bf16):
+        self.read_from = self.sources(fast_layers)
+        self.conv_weights,self.conv_biases,*bns = zip(*map(_tensors, fast_layers))
+        self.folds = [i for i,s in enumerate(fast_layers) if s.bn is not None]
+        self.bn_weights,self.bn_biases,self.means,self.vars = ([ts[i] for i in self.folds] for ts in bns)
+        self.eps = [fast_layers[i].bn.eps for i in self.folds]
+        self.scales,self.shifts = ([torch.empty_like(v) for v in self.vars] for _ in range(2))
+        self.factors = [s.view(-1, *[1]*(self.conv_weights[i].ndim-1)) for s,i in zip(self.scales, self.folds)]
+        self.weights = [self._buffer(w, bf16) for w in self.conv_weights]
+        self.biases = [self._buffer(w[:,0].flatten(1)[:,0], bf16) if s.bn is not None or b is not None else None
+                       for s,w,b in zip(fast_layers, self.conv_weights, self.conv_biases)]
+
+    @staticmethod
+    def sources(fast_layers):
+        "Return what the folded weights depend on, except for the values of weights and statistics"
+        return [(s.bn and s.bn.eps, *map(_memory, _tensors(s))) for s in fast_layers]
+
+    @staticmethod
+    def _buffer(t, bf16):
+        if not bf16: return torch.empty_like(t)
+        return torch.empty_like(t, dtype=torch.bfloat16,
+                                memory_format=torch.channels_last if t.ndim == 4 else torch.preserve_format)
+
+    @torch.no_grad()
+    def fold(self):
+        "Compute weights and biases from the present weights and statistics"
+        folded = lambda ts: [ts[i] for i in self.folds]
+        _each('copy', self.weights, [None if i in self.folds else w for i,w in enumerate(self.conv_weights)])
+        _each('copy', self.biases, [None if i in self.folds else b for i,b in enumerate(self.conv_biases)])
+        if not self.folds: return
+        _each('copy', self.scales, self.vars)
+        torch._foreach_add_(self.scales, self.eps)
+        torch._foreach_rsqrt_(self.scales)
+        _each('mul', self.scales, self.bn_weights)
+        _each('copy', self.shifts, self.means)
+        torch._foreach_neg_(self.shifts)
+        _each('add', self.shifts, folded(self.conv_biases))
+        _each('mul', self.shifts, self.scales)
+        _each('add', self.shifts, self.bn_biases)
+        _each('copy', folded(self.biases), self.shifts)
+        _each('copy', folded(self.weights), torch._foreach_mul(folded(self.conv_weights), self.factors))
+
+class _FastLayers(list):
+    "List of the fast layers of a network, with their weights"
+    def __init__(self, layers): super().__init__(layers); self.weights = {}
+
+    def install(self, compile=False, bf16=False):
+        known = self.weights.get(bf16)
+        if self and (known is None or known.read_from != known.sources(self)):
+            known = self.weights[bf16] = _Weights(self, bf16)
+        if self: known.fold()
+        for i,s in enumerate(self): s.install(known.weights[i], known.biases[i], compile)
+
+    def remove(self): [s.remove() for s in self]
 
 # %% ../nbs/06_speed.ipynb #8ff0a7a7
 _layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -184,7 +241,7 @@ def _find_fast_layers(model, x):
             if layer is not None and uses[made] == 1 and (type(layer) is not nn.Linear or inp.ndim == 2):
                 folds[layer] = bn
     layers = [m for m in dict.fromkeys(called) if type(m) in _layers and m in plain]
-    return [_FastLayer(m, folds.get(m)) for m in layers if m in folds or _is_slow_backward(m)]
+    return _FastLayers(_FastLayer(m, folds.get(m)) for m in layers if m in folds or _is_slow_backward(m))
 
 
 # %% ../nbs/06_speed.ipynb #5edef6cc
@@ -203,19 +260,39 @@ def _outputs_match(model, x, fast_layers):
 
 @contextmanager
 def _installed(fast_layers, *how):
-    def put_back(): [s.remove() for s in fast_layers]
     try:
-        for s in fast_layers: s.install(*how)
+        fast_layers.install(*how)
         yield
     finally:
-        try: put_back()
-        except KeyboardInterrupt: put_back(); raise # Ctrl-C interrupted it
+        try: fast_layers.remove()
+        except KeyboardInterrupt: fast_layers.remove(); raise # Ctrl-C interrupted it
 
 # the network exists longer than its `PixelModel` wrapper
 def _network(model): return model.model if isinstance(model, PixelModel) else model
 
-def _is_new(net):
-    return any(isinstance(m, _norms) and m.running_mean is not None and not m.running_mean.any() for m in net.modules())
+def _other_values(bn):
+    "Return buffers and parameters for `bn` with which every channel scales and shifts its input differently"
+    f = torch.linspace(.8, 1.25, bn.num_features, device=bn.running_mean.device)
+    std = (bn.running_var + bn.eps).sqrt()
+    stats = dict(running_mean=bn.running_mean + (f-1)*std, running_var=bn.running_var*f.flip(0))
+    affine = {} if bn.weight is None else dict(weight=torch.where(bn.weight == 0, .1, bn.weight*f), bias=bn.bias + f-1)
+    return bn._buffers | {k: v.to(bn.running_mean) for k,v in stats.items()}, bn._parameters | {
+        k: nn.Parameter(v.to(bn.weight), requires_grad=False) for k,v in affine.items()}
+
+@contextmanager
+def _disturbed(net):
+    "Give the BatchNorms of `net` other values within this context: a new BatchNorm would agree with any fold"
+    bns = [m for m in net.modules() if type(m) in _norms and m.running_mean is not None]
+    kept = [(m, m._buffers, m._parameters) for m in bns]
+    def put_back():
+        for m,buffers,params in kept: vars(m).update(_buffers=buffers, _parameters=params)
+    try:
+        with torch.no_grad():
+            for m in bns: vars(m).update(zip(('_buffers','_parameters'), _other_values(m)))
+        yield
+    finally:
+        try: put_back()
+        except KeyboardInterrupt: put_back(); raise # Ctrl-C interrupted it
 
 def _setting(v):
     "Return the attribute value `v` if it is simple, and an ellipsis otherwise"
@@ -250,37 +327,37 @@ class _Trials:
 
     def fast_layers(self, model, net, x):
         "Return the known fast layers for the current state of `net`, or else those from a new trial"
-        state,is_new = self.state(net, x),_is_new(net)
+        state = self.state(net, x)
         self.n_calls += 1
-        for there,was_new,found in self.known:
-            # an untrained BatchNorm agrees with any fold, so repeat the trial after its statistics have changed
-            if there == state and not (was_new and not is_new): return found
-        if self.n_trials >= 8 + self.n_calls//16: return [] # the state changes each time
+        for there,found in self.known:
+            if there == state: return found
+        if self.n_trials >= 8 + self.n_calls//16: return _FastLayers([]) # the state changes each time
         self.n_trials += 1
         try: found,states = self.trial(model, net, x, state)
         # the plain model raises the same error for the caller
-        except Exception: found,states = [],[state]
+        except Exception: found,states = _FastLayers([]),[state]
         found = next((old for *_,old in self.known if _pairs(old) == _pairs(found)), found) # compiled code uses them
-        self.known = [*((there, new, f) for there,new,f in self.known if there not in states),
-                      *((s, is_new, found) for s in states)][-8:]
+        others = [(there, f) for there,f in self.known if there not in states]
+        self.known = [*others, *((s, found) for s in states)][-8:]
         return found
 
     def trial(self, model, net, x, state):
         "Return the fast layers that agree with `model` on two images, and the states of `net` for which they are valid"
-        with torch.enable_grad(), torch.autocast(x.device.type,
-                                                 enabled=False), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        with (torch.enable_grad(), torch.autocast(x.device.type, enabled=False), _disturbed(net),
+              torch.random.fork_rng([x.device] if x.is_cuda else [])):
             two = x[:2].detach().clone()
             first = found = _find_fast_layers(model, two)
             after = [_settings(net)]
             if self.state(net, x) != state: # the first pass may have initialised something
                 found = _find_fast_layers(model, two)
                 after.append(_settings(net))
-            if found and not _outputs_match(model, two, found): found = []
+            if found and not _outputs_match(model, two, found): found = _FastLayers([])
             after.append(_settings(net))
         counters = {(m, k) for s in after for m in s for k,v in s[m].items()
                     if after[0].get(m, {}).get(k, _settings) != v}
         if counters: self.folds,self.counters = False,self.counters | counters
-        if not self.folds: first = found = [_FastLayer(s.layer) for s in found if _is_slow_backward(s.layer)]
+        if not self.folds:
+            first = found = _FastLayers(_FastLayer(s.layer) for s in found if _is_slow_backward(s.layer))
         now = self.state(net, x)
         return found, [state, now] if now != state and _pairs(first) == _pairs(found) else [now]
 
@@ -293,7 +370,7 @@ def _trials_of(model):
 
 def _fast_layers(model, x):
     "Return the tested fast layers for `model`, which are kept while its state is the same"
-    if torch.is_inference_mode_enabled(): return [] # inference mode has no autograd graph
+    if torch.is_inference_mode_enabled(): return _FastLayers([]) # inference mode has no autograd graph
     return _trials_of(model).fast_layers(model, _network(model), x)
 
 def _watched_pass(forward, fast_layers, trials, *args, **kwargs):
@@ -302,7 +379,7 @@ def _watched_pass(forward, fast_layers, trials, *args, **kwargs):
     if not any([s.bypassed_bn() for s in fast_layers]): return out
     trials.folds = False
     trials.known.clear()
-    for s in fast_layers: s.remove()
+    fast_layers.remove()
     return forward(*args, **kwargs)
 
 @contextmanager

@@ -7,6 +7,7 @@ __all__ = ['Teacher', 'load_teacher', 'check_teacher']
 
 # %% ../nbs/10_teachers.ipynb #5ceeff0a
 import math
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 import torch, torch.nn as nn
@@ -16,8 +17,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torchvision.models import get_model, get_weight
 from .checkpoint import MissingFile, state_and_stats, card_stats, card_vocab, best_epoch, saved_epochs
-from .core import (are_probs, check_logits, check_no_probs, check_T, check_weights, copied, model_device,
-                             naming_batchnorm, NotFinite, PixelModel, warn_of_batch_statistics)
+from .core import (are_probs, check_logits, check_no_probs, check_T, check_values, check_weights, copied,
+                             model_device, naming_batchnorm, NotFinite, PixelModel, warn_of_batch_statistics)
 from .losses import ensemble_probs
 from .normalization import pixel_model, sample_images
 from .speed import folded
@@ -38,7 +39,17 @@ def _probs(member, x, T):
     if not getattr(member, 'known', False):
         check_no_probs(out, 'teacher')
         member.known = not (torch.is_tensor(out) and out.ndim == 2 and are_probs(out)) # once, because a GPU has to wait
-    return (check_logits(out, 'teacher')/T).softmax(1)
+    logits = check_logits(out, 'teacher')
+    return (logits if T == 1 else logits/T).softmax(1)
+
+def _check_finite(x, p, total):
+    "Raise `NotFinite` unless the sum `total` of the probabilities `p` for the images `x` is finite"
+    if math.isfinite(total): return
+    if not x.isfinite().all():
+        raise NotFinite("`teacher` was given images that contain NaN or infinite values: "
+                        "check the attack that made them")
+    raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of "
+                    f"{len(p)} images: check its weights and its normalisation (`mean`, `std`)")
 
 class Teacher(nn.Module):
     """Frozen teacher, or a β-weighted ensemble of teachers, that takes images in [0, 1] and returns logits or
@@ -80,16 +91,11 @@ class Teacher(nn.Module):
         T=1., # temperature, by which each member's logits are divided
     ):
         """Return Σ β_i softmax(f_i(x)/T), float32 `(bs, n_out)`, without gradients; raise `NotFinite` if `x` or
-        the result contains NaN or infinite values"""
+        the result contains NaN or infinite values, see `checked_later` for a GPU"""
         check_T(T)
         p = ensemble_probs(
             [m.probs(x, T) if isinstance(m, Teacher) else _probs(m, x, T) for m in self.members], self.betas)
-        if not p.isfinite().all():
-            if not x.isfinite().all():
-                raise NotFinite("`teacher` was given images that contain NaN or infinite values: "
-                                "check the attack that made them")
-            raise NotFinite(f"`teacher` returned NaN or infinite probabilities for {(~p.isfinite().all(1)).sum()} of "
-                            f"{len(p)} images: check its weights and its normalisation (`mean`, `std`)")
+        check_values(p.sum(), partial(_check_finite, x, p)) # probabilities have a finite sum if all of them are finite
         return p
 
     def forward(self,

@@ -4,6 +4,7 @@ from enum import Enum
 from types import SimpleNamespace
 
 import numpy as np, pytest, timm, torch, torch.nn as nn, torch.nn.functional as F, torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkd_fastai.attacks.pgd import FFGSM, FGSM, PGD, Attack
 from rkd_fastai.attacks.autoattack import AutoAttack
@@ -160,21 +161,26 @@ def test_activation_in_place_before_batchnorm():
         with folded(model, x): fast = logits_and_grad(model, x, y)
     for f,p in zip(fast, plain): torch.testing.assert_close(f, p)
 
-def test_wrong_fold_is_found_out_once_statistics_differ(monkeypatch):
-    "A new BatchNorm changes nothing, so a wrong fold agrees: the verdict is not kept"
-    from rkd_fastai.speed import _FastLayer
-    right = _FastLayer._weights
-    monkeypatch.setattr(_FastLayer, '_weights', lambda self: right(_FastLayer(self.layer))) # as without BatchNorm
+@pytest.mark.parametrize('gamma', [1., 0.])
+def test_wrong_fold_is_found_out_in_a_new_network(gamma, monkeypatch):
+    "A new BatchNorm changes nothing, and one of weight 0 hides all, so that a wrong fold would agree"
+    from rkd_fastai.speed import _FastLayer, _Weights
     model, x = (nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(),
                               nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8))
-    assert _fast_layers(model.eval(), x)
-    model.train()(x); assert _fast_layers(model.eval(), x) == []
+    nn.init.constant_(model[1].weight, gamma)
+    before = copy.deepcopy(model.state_dict())
+    assert _fast_layers(copy.deepcopy(model).eval(), x)
+    right = _Weights.__init__ # as without BatchNorm
+    without_bn = lambda self, layers, bf16: right(self, [_FastLayer(s.layer) for s in layers], bf16)
+    monkeypatch.setattr(_Weights, '__init__', without_bn)
+    assert _fast_layers(model.eval(), x) == []
+    assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
 
 def test_wrong_fold_is_found_out(monkeypatch):
     "Stand-ins that compute something else are not worn"
-    from rkd_fastai.speed import _FastLayer
-    right = _FastLayer._weights
-    monkeypatch.setattr(_FastLayer, '_weights', lambda self: tuple(t if t is None else 1.2*t for t in right(self)))
+    from rkd_fastai.speed import _Weights
+    right = _Weights.fold
+    monkeypatch.setattr(_Weights, 'fold', lambda self: (right(self), torch._foreach_mul_(self.weights, 1.2)))
     assert _fast_layers(net_with_random_bn(lambda: cifar_resnet18(10, 1/8)).eval(), torch.rand(4, 3, 32, 32)) == []
 
 def test_under_autocast():
@@ -312,3 +318,20 @@ def test_trials_are_few(cls, between, most, folds, trials):
             between(net, i)
             with folded(net, x): found.append(net.bn.forward.__name__ == '_same'); net(x)
     assert 1 <= len(trials) <= most and folds in (found[-2], None)
+
+class Launches(TorchDispatchMode):
+    "Count the operators that start work on a GPU"
+    views = {'detach','view','slice','t','expand','transpose','promote_types','alias','_local_scalar_dense'}
+    n = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.n += str(f).split('.')[1] not in self.views
+        return f(*args, **(kwargs or {}))
+
+def test_a_fold_takes_few_operators():
+    "Eagerly, a GPU waits for the launch of each operator; it was 976 for the attack and 225 for the teacher"
+    net,x,y = net_with_random_bn(lambda: cifar_resnet18(10)),torch.rand(2, 3, 8, 8),torch.tensor([1, 2])
+    attack,teacher = PGD(),Teacher(PixelModel(net, [.5]*3, [.2]*3))
+    for _ in range(2): attack(net, x, y); teacher.probs(x)
+    with Launches() as in_attack: attack(net, x, y)
+    with Launches() as in_teacher: teacher.probs(x)
+    assert 700 < in_attack.n <= 830 and 50 < in_teacher.n <= 65, (in_attack.n, in_teacher.n)

@@ -8,8 +8,10 @@ __all__ = ['check_known', 'RobustCallback', 'AdversarialTraining', 'TRADES']
 # %% ../../nbs/callback/02_adversarial.ipynb #32871019
 from contextlib import ExitStack, nullcontext
 from copy import copy
+from functools import partial
 from inspect import signature
 import torch, torch.nn as nn
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import FocalLoss
@@ -19,12 +21,13 @@ from ..attacks.pgd import PGD, check_attack
 from .core import FitCallback, add_location
 from .labels import (changed_settings, honoured_settings, ignored_index, is_cross_entropy,
                                         batch_targ, label_settings, learner_loss, weighted_mean)
-from ..core import as_number, check_logits, check_no_probs, frozen, seeded, unwrap
+from ..core import (as_number, check_logits, check_no_probs, checked_later, frozen, model_device, seeded,
+                             unwrap)
 from ..evaluation.robustness import robust_accuracy
 from ..losses import trades_loss
 from ..normalization import pixel_model, to_pixels
 from ..data.images import check_single_label
-from ..speed import compiled, faster
+from ..speed import compiled, faster, has_bf16
 
 # %% ../../nbs/callback/02_adversarial.ipynb #058e385a
 def check_known(
@@ -48,16 +51,17 @@ class RobustCallback(FitCallback):
     "Base class of the training methods: changes the images of each training batch and, optionally, its loss"
     order,run_valid = GradientAccumulation.order-1, False
     # state of a running fit, which `Learner.export` leaves out
-    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled')
-    pixel = _compiled = None
-    compile = bf16 = False
+    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled','_checks')
+    pixel = _compiled = bf16 = None
+    compile,_checks = False,()
 
     def __init__(self,
         # run attack, teacher and training step through `torch.compile`; parts that cannot be compiled, and the training
         # step under `DataParallel`, run uncompiled
         compile:bool=False,
-        # run attack and teacher in bfloat16; the training step follows the Learner, e.g. `learn.to_bf16()`
-        bf16:bool=False,
+        # run attack and teacher in bfloat16; None follows the Learner: bfloat16 after `learn.to_bf16()` or
+        # `learn.to_fp16()` if the hardware supports it. The training step always follows the Learner
+        bf16:bool|None=None,
         **unknown # any other argument raises a `TypeError`
     ):
         check_known(type(self), unknown)
@@ -68,6 +72,13 @@ class RobustCallback(FitCallback):
     ):
         "Raise a `ValueError` if this method cannot train on `dls`; change nothing"
         check_single_label(dls)
+
+    @property
+    def uses_bf16(self):
+        "True if attack and teacher run in bfloat16, see `bf16`"
+        if self.bf16 is not None: return self.bf16
+        return (any(isinstance(cb, (MixedPrecision, NonNativeMixedPrecision)) for cb in self.learn.cbs)
+                and has_bf16(model_device(self.model)))
 
     def model_images(self):
         "Return the pixel-space images `(bs, c, h, w)` that go through the model in place of `self.images`"
@@ -136,7 +147,7 @@ class RobustCallback(FitCallback):
         if any(getattr(f, 'func', f) is robust_accuracy for f in funcs): robust_accuracy(torch.empty(0), None)
 
     def __call__(self, event_name):
-        if event_name == 'before_fit': self.after_batch() # an interrupted step left the model compiled
+        if event_name == 'before_fit': self.after_batch() # an interrupted step left the model compiled, and checks
         return super().__call__(event_name)
 
     def before_fit(self):
@@ -165,10 +176,14 @@ class RobustCallback(FitCallback):
         x = self.xb[0].as_subclass(torch.Tensor)
         first,self.full_bs = self.full_bs is None, self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
+        later = partial(nullcontext, ()) if first else checked_later # the values of the first batch are checked at once
         with add_location(self.learn):
-            self.images,self.clean_xb,self.targ = to_pixels(self.pixel, x), (x,), batch_targ(self.learn)
+            with later() as checks: self.images = to_pixels(self.pixel, x)
+            self.clean_xb,self.targ = (x,),batch_targ(self.learn)
             if first: self._check_student()
-            with _own_random(x.device), faster(compile, self.bf16): x = self.model_images()
+            with later() as self._checks, _own_random(x.device), faster(compile, self.uses_bf16):
+                x = self.model_images()
+            for check in checks: check() # the values have long arrived, and BatchNorm has not seen the images yet
         self.learn.xb = (self.pixel.normalize(x),)
         self._compiled = ExitStack()
         # under `DataParallel` all replicas of a compiled model would run the first one's weights
@@ -180,7 +195,7 @@ class RobustCallback(FitCallback):
 
     def after_loss(self):
         loss = self.method_loss(check_logits(self.pred))
-        self.after_batch() # end compilation now, since no event follows Ctrl-C in the backward pass
+        self._end_compiled() # now, since no event follows Ctrl-C in the backward pass
         if loss is None: return
         if loss.ndim: loss = self._reduced(loss)
         self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
@@ -194,8 +209,17 @@ class RobustCallback(FitCallback):
         reduction = changed_settings(f).get('reduction', 'mean')
         return weighted_mean(losses, self.targ, label_settings(f)[1], counts, reduction)
 
-    def after_batch(self):
+    def before_step(self):
+        try:
+            with add_location(self.learn): [check() for check in self._checks]
+        except ValueError: self.opt.zero_grad(); raise
+
+    def _end_compiled(self):
         if self._compiled is not None: self._compiled.close()
+
+    def after_batch(self):
+        self._end_compiled()
+        self._checks = ()
 
     def after_fit(self): self.pixel = self.images = self.clean_xb = self.targ = None
 

@@ -15,8 +15,8 @@ from fastai.torch_core import num_distrib, rank_distrib
 from ..attacks.pgd import PGD, check_attack
 from .adversarial import RobustCallback
 from .core import EachEpoch, FitCallback, from_first_process, add_location
-from ..core import (check_fraction, copy_state, model_device, NotFinite, seeded, tensors_in, to_model_device,
-                             unwrap, whole_number)
+from ..core import (check_fraction, copy_state, model_device, NotFinite, read_values, seeded, tensors_in,
+                             to_model_device, unwrap, whole_number)
 from ..evaluation.robustness import robust_accuracy, robust_flags
 from ..normalization import initialize_lazy, pixel_model, to_pixels, undistributed
 from ..data.images import arriving_positions, measured_positions, pixel_data
@@ -288,7 +288,7 @@ class NonFinite(FitCallback):
     def after_backward(self):
         if not self.on: return
         named = self.quantities()
-        finite = torch.stack([_finite(o, self.loss.device) for _,o in named]).tolist()
+        finite = read_values(torch.stack([_finite(o, self.loss.device) for _,o in named]))
         if not all(finite): self._stop(named[finite.index(False)][0])
 
     @torch.no_grad()
