@@ -145,8 +145,8 @@ class _Weights:
         self.scales,self.shifts = ([torch.empty_like(v) for v in self.vars] for _ in range(2))
         self.factors = [s.view(-1, *[1]*(self.conv_weights[i].ndim-1)) for s,i in zip(self.scales, self.folds)]
         self.weights = [self._buffer(w, bf16) for w in self.conv_weights]
-        self.biases = [self._buffer(w[:,0].flatten(1)[:,0], bf16) if s.bn is not None or b is not None else None
-                       for s,w,b in zip(fast_layers, self.conv_weights, self.conv_biases)]
+        self.biases = [None if s.bn is None and s.layer.bias is None else w.new_empty(len(w)) for s,w
+                       in zip(fast_layers, self.weights)]
 
     @staticmethod
     def sources(fast_layers):
