@@ -27,7 +27,7 @@ from ..evaluation.robustness import robust_accuracy
 from ..losses import trades_loss
 from ..normalization import pixel_model, to_pixels
 from ..data.images import check_single_label
-from ..speed import compiled, faster, has_bf16
+from ..speed import channels_last, compiled, faster, has_bf16
 
 # %% ../../nbs/callback/02_adversarial.ipynb #058e385a
 def check_known(
@@ -51,8 +51,8 @@ class RobustCallback(FitCallback):
     "Base class of the training methods: changes the images of each training batch and, optionally, its loss"
     order,run_valid = GradientAccumulation.order-1, False
     # state of a running fit, which `Learner.export` leaves out
-    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled','_checks')
-    pixel = _compiled = bf16 = None
+    _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled','_checks','_format')
+    pixel = _compiled = _format = bf16 = None
     compile,_checks = False,()
 
     def __init__(self,
@@ -147,7 +147,7 @@ class RobustCallback(FitCallback):
         if any(getattr(f, 'func', f) is robust_accuracy for f in funcs): robust_accuracy(torch.empty(0), None)
 
     def __call__(self, event_name):
-        if event_name == 'before_fit': self.after_batch() # an interrupted step left the model compiled, and checks
+        if event_name == 'before_fit': self.after_batch(); self._end_format() # left by an interrupted fit
         return super().__call__(event_name)
 
     def before_fit(self):
@@ -180,7 +180,7 @@ class RobustCallback(FitCallback):
         with add_location(self.learn):
             with later() as checks: self.images = to_pixels(self.pixel, x)
             self.clean_xb,self.targ = (x,),batch_targ(self.learn)
-            if first: self._check_student()
+            if first: self._check_student(); self._begin_format(x)
             with later() as self._checks, _own_random(x.device), faster(compile, self.uses_bf16):
                 x = self.model_images()
             for check in checks: check() # the values have long arrived, and BatchNorm has not seen the images yet
@@ -214,6 +214,16 @@ class RobustCallback(FitCallback):
             with add_location(self.learn): [check() for check in self._checks]
         except ValueError: self.opt.zero_grad(); raise
 
+    def _begin_format(self, x):
+        "Bring the weights into the channels-last format until the end of the fit, if the network allows it"
+        self._format = ExitStack()
+        # the compiler chooses formats itself, and a wrapper for several devices is prepared for the present one
+        if self.compile or unwrap(self.model) is not self.model: return
+        self._format.enter_context(channels_last(self.model, x[:8]))
+
+    def _end_format(self):
+        if self._format is not None: self._format.close()
+
     def _end_compiled(self):
         if self._compiled is not None: self._compiled.close()
 
@@ -221,7 +231,9 @@ class RobustCallback(FitCallback):
         self._end_compiled()
         self._checks = ()
 
-    def after_fit(self): self.pixel = self.images = self.clean_xb = self.targ = None
+    def after_fit(self):
+        self._end_format()
+        self.pixel = self.images = self.clean_xb = self.targ = None
 
 # %% ../../nbs/callback/02_adversarial.ipynb #472b18a1
 @delegates()

@@ -587,14 +587,14 @@ class MixedPrecisionOnCPU(MixedPrecision):
 @each
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
 def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
-    """The attack is float32's to the bit, unscaled; the training step's gradients are, up to rounding, for every
-    parameter: no copy of a weight lost its gradient,
-    and the scale, 2¹⁰ here, has gone again"""
+    """With `bf16=False` the attack is float32's to the bit, unscaled; the training step's gradients are, up to
+    rounding, for every parameter: no copy of a weight lost its gradient, and the scale, 2¹⁰ here, has gone again"""
     def grads(cbs):
         g, spy = Grads(), Spy()
         attack = PGD(.1, steps=2, random_start=False)
         cb = (make_cb(name, tiny_net(seed=7), attack) if name != 'trades'
               else TRADES(PGD(.1, steps=2, random_start=False)))
+        cb.bf16 = False
         sgd_learner(make_learner, make_dls(n=64, bs=64, shuffle=False), tiny_net(bn=False),
                     cbs=[cb, g, spy, *cbs]).fit(1)
         return g.grads[0], spy
@@ -605,6 +605,23 @@ def test_mixed_precision(name, amp, make_learner, make_dls, tiny_net):
     for g,w in zip(got, want):
         assert F.cosine_similarity(g.flatten(), w.flatten(), 0) > .995 and .95 < g.norm()/w.norm() < 1.05
         assert not torch.equal(g, w) # autocast was on
+
+@pytest.mark.parametrize('amp,bf16,hardware,runs_in', [
+    ('bf16', None, True, 'bf16'), ('fp16', None, True, 'bf16'), ('bf16', None, False, 'float32'),
+    ('none', None, True, 'float32'), ('bf16', False, True, 'float32'), ('none', True, True, 'bf16')])
+def test_attack_and_teacher_follow_the_precision_of_the_learner(amp, bf16, hardware, runs_in, make_learner, tiny_net,
+                                                                monkeypatch):
+    "After `to_bf16` and `to_fp16` they run in bfloat16 where the hardware has it, unless `bf16` says otherwise"
+    monkeypatch.setattr('rkd_fastai.callback.adversarial.has_bf16', lambda device: hardware)
+    student,teacher,seen = tiny_net(),Teacher(tiny_net(seed=7)),[]
+    def record(m, args, out): seen.append((m.training, out.dtype))
+    student[-1].register_forward_hook(record); teacher.members[0].model[-1].register_forward_hook(record)
+    learn = make_learner(model=student, cbs=AKDCallback(teacher, attack=PGD(.1, steps=2), bf16=bf16))
+    learn.fit(1, cbs=[] if amp == 'none' else MixedPrecisionOnCPU(amp))
+    # the first batch is tried out in float32, and the validation does not run under `RobustCallback`
+    last_step = seen[max(i for i,(training,_) in enumerate(seen) if training)-3:][:3]
+    assert [t for t,_ in last_step] == [False]*3
+    assert {d for _,d in last_step} == {torch.bfloat16 if runs_in == 'bf16' else torch.float32}
 
 @pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('how', ['autocast', 'model'])
