@@ -482,37 +482,36 @@ def compiled(
     finally: vars(model).pop('forward', None)
 
 # %% ../nbs/06_speed.ipynb #e8eabfdc
-def _outputs_and_grads(model, x):
-    out = model(x)
-    params = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(out.float().logsumexp(-1).sum(), params, allow_unused=True)
-    # together, since some are 0 up to rounding, such as that of a bias before BatchNorm
-    return out.detach(), torch.cat([g.flatten() for g in grads if g is not None])
+def _runs(model, x):
+    "Run `model` forward and backward on `x`, without an effect on buffers, gradients and random numbers"
+    with _untouched(model, x):
+        params = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(model(x).float().sum(), params, allow_unused=True)
 
-def _works_in(model, x, weights, memory_format):
-    "Return whether `model` trains on `x` with `weights` in `memory_format`, which they are left in, as in their own"
-    with _untouched(model, x): want = _outputs_and_grads(model, x)
-    _to_format(weights, memory_format)
-    with _untouched(model, x): return _agree(_outputs_and_grads(model, x), want)
-
-def _to_format(weights, memory_format):
-    for p in weights: p.data = p.data.contiguous(memory_format=memory_format)
+def _to_format(weights, memory_format, opt=None):
+    "Bring `weights` into `memory_format`, and with them their gradients and the values that the optimiser keeps"
+    for p in weights:
+        kept = getattr(opt, 'state', {}).get(p, {}).values()
+        for t in (p, p.grad, *(t for t in kept if isinstance(t, torch.Tensor) and t.shape == p.shape)):
+            if t is not None: t.data = t.data.contiguous(memory_format=memory_format)
 
 @contextmanager
 def channels_last(
     model:nn.Module, # network that takes one tensor, in the mode in which it will run
     x, # a few of its images, `(bs, c, h, w)`
+    opt=None, # its optimiser, whose values get the same format: it computes the same bits with new values and old ones
 ):
-    """Keep the weights of `model` in the channels-last format within this context if it gives the same logits and
-    gradients on `x`, and restore their format afterwards"""
+    """Keep the weights of `model` in the channels-last format within this context if it runs in it on `x`, forward and
+    backward, and restore their format afterwards"""
     weights = [p for p in model.parameters() if p.ndim == 4 and type(p) is nn.Parameter
                and p.is_contiguous() and not p.is_contiguous(memory_format=torch.channels_last)]
     try:
-        try: works = not weights or _works_in(model, x, weights, torch.channels_last)
-        except Exception: works = False # a `view` of its features, or an error that the caller will see
-        if not works: _to_format(weights, torch.contiguous_format)
+        _to_format(weights, torch.channels_last, opt)
+        try: _runs(model, x)
+        # a `view` of its features, or an error that the caller will see
+        except Exception: _to_format(weights, torch.contiguous_format, opt)
         yield
-    finally: _to_format(weights, torch.contiguous_format)
+    finally: _to_format(weights, torch.contiguous_format, opt)
 
 # %% ../nbs/06_speed.ipynb #e57cf4f5
 @contextmanager

@@ -180,7 +180,8 @@ class RobustCallback(FitCallback):
         with add_location(self.learn):
             with later() as checks: self.images = to_pixels(self.pixel, x)
             self.clean_xb,self.targ = (x,),batch_targ(self.learn)
-            if first: self._check_student(); self._begin_format(x)
+            if first: self._check_student()
+            if self._format is None: self._begin_format(x) # `Resume` restores `full_bs`
             with later() as self._checks, _own_random(x.device), faster(compile, self.uses_bf16):
                 x = self.model_images()
             for check in checks: check() # the values have long arrived, and BatchNorm has not seen the images yet
@@ -219,10 +220,11 @@ class RobustCallback(FitCallback):
         self._format = ExitStack()
         # the compiler chooses formats itself, and a wrapper for several devices is prepared for the present one
         if self.compile or unwrap(self.model) is not self.model: return
-        self._format.enter_context(channels_last(self.model, x[:8]))
+        self._format.enter_context(channels_last(self.model, x[:8], self.opt))
 
     def _end_format(self):
         if self._format is not None: self._format.close()
+        self._format = None
 
     def _end_compiled(self):
         if self._compiled is not None: self._compiled.close()
