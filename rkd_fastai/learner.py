@@ -42,7 +42,7 @@ def method_class(
 def to_rkd(self:Learner,
     teacher, # a `Teacher`, or anything that `Teacher` accepts: a Learner, an `nn.Module` or a list of them
     method='akd', # 'akd', 'rslad', 'ard' or 'ckd'
-    **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `cache`, `compile`, `bf16`
+    **kwargs, # the callback's other arguments: `alpha`, `lam`, `attack`, `T`, `cache`, `compile`, `bf16`, `cuda_graph`
 )->Learner:
     "Switch this Learner to robust distillation from `teacher`, and return it"
     cls = method_class(method)
@@ -53,7 +53,7 @@ def to_rkd(self:Learner,
 @patch
 def to_adversarial(self:Learner,
     attack=None, # the attack on the training images; None means `PGD()`
-    **kwargs, # the callback's other arguments: `compile`, `bf16`
+    **kwargs, # the callback's other arguments: `compile`, `bf16`, `cuda_graph`
 )->Learner:
     "Switch this Learner to adversarial training (Madry et al., 2018), and return it"
     return _set_method(self, AdversarialTraining(attack or PGD(), **kwargs))
@@ -91,7 +91,8 @@ def rkd_learner(
     # run the attack, the teacher and the training step through `torch.compile`; parts that cannot be compiled run
     # uncompiled
     compile:bool=False,
-    bf16:bool=False, # run the attack and the teacher in bfloat16; `learn.to_bf16()` does so for the training step
+    bf16:bool|None=None, # run the attack and the teacher in bfloat16; None follows `learn.to_bf16()` and `to_fp16()`
+    cuda_graph:bool=False, # on a GPU, launch the attack and the teacher's pass as a single CUDA graph each
     **kwargs
 )->Learner:
     """Return a Learner that distils a robust student from `teacher`. Train it with `fit_rkd`, the paper's schedule, if
@@ -101,7 +102,8 @@ def rkd_learner(
         raise TypeError(f"`arch` cannot be {ours.__name__} itself: call it, as in `{ours.__name__}(n_out=dls.c)`, "
                         "or pass a function of torchvision, such as `models.resnet18`")
     alpha,lam = check_fraction(alpha=alpha, lam=lam)
-    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache, compile=compile, bf16=bf16)
+    settings = dict(alpha=alpha, lam=lam, attack=attack, T=T, cache=cache, compile=compile, bf16=bf16,
+                    cuda_graph=cuda_graph)
     allowed_settings,defaults = signature(cls).parameters,signature(rkd_learner).parameters
     # settings that the caller changed from their defaults
     check_known(cls, [k for k,v in settings.items() if k not in allowed_settings and v != defaults[k].default]

@@ -155,7 +155,7 @@ def learner(self:Recipe,
     teacher=None, # teacher for a recipe that distils, see `Teacher`
     synthetic=None, # `.npz` file of synthetic images, see `with_synthetic`
     compile:bool=False, # use `torch.compile`, see `AdversarialTraining`
-    bf16:bool=False, # use bfloat16, see `AdversarialTraining`
+    bf16:bool|None=None, # use bfloat16, see `AdversarialTraining`
     cbs=None, # further callbacks
     **kwargs, # other arguments of `Learner`, e.g. `metrics` or `path`
 )->Learner:

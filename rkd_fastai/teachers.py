@@ -21,6 +21,7 @@ from .core import (are_probs, check_logits, check_no_probs, check_T, check_value
                              model_device, naming_batchnorm, NotFinite, PixelModel, warn_of_batch_statistics)
 from .losses import ensemble_probs
 from .normalization import pixel_model, sample_images
+from .graphs import captured
 from .speed import folded
 
 # %% ../nbs/10_teachers.ipynb #75b373de
@@ -35,7 +36,9 @@ def _as_member(model, mean, std):
     return member
 
 def _probs(member, x, T):
-    with folded(member, x), naming_batchnorm(member, 'teacher'): out = member(x)
+    def run(x):
+        with folded(member, x): return member(x)
+    with naming_batchnorm(member, 'teacher'): out = captured(member, run, x)
     if not getattr(member, 'known', False):
         check_no_probs(out, 'teacher')
         member.known = not (torch.is_tensor(out) and out.ndim == 2 and are_probs(out)) # once, because a GPU has to wait

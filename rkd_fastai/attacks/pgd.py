@@ -15,7 +15,8 @@ from .search import margin
 from ..core import (PixelModel, as_number, check_images, check_logits, check_no_probs, check_targ,
                              class_indices, hard_labels, onehot, seeded, whole_number)
 from ..progress import counting_model
-from ..speed import folded
+from ..graphs import captured
+from ..speed import folded, simple_setting
 from ..twin import attackable
 from ..text import counted, format_eps
 
@@ -49,6 +50,7 @@ class Attack:
     folds = True # let `folded` make the model faster; False in a subclass that needs the unchanged model
     cost = 1 # forward passes per image, for the estimate of the remaining time; a gradient counts as two more
     stops_early = False # True if images with an adversarial example cost less than `cost`
+    uses_graph = False # True if `perturb` may be recorded as a CUDA graph: it reads no values of tensors
     takes_function = False # True if `targ` may be a function, which is asked for the targets of x′ at every step
 
     def parts(self,
@@ -103,8 +105,16 @@ class Attack:
             x,targ = (t if callable(t) else t.detach().as_subclass(torch.Tensor).clone() for t in (x, targ))
             with attackable(model, x) as model:
                 _warn_of_probs(model, x)
-                with folded(model, x) if self.folds else nullcontext(): x_adv = self.perturb(model, x, targ)
+                x_adv = self._perturb(model, x, targ)
             return _settle(x_adv.detach(), x)
+
+    def _perturb(self, model, x, targ):
+        def run(x, targ):
+            with folded(model, x) if self.folds else nullcontext(): return self.perturb(model, x, targ)
+        # a graph does not count its passes, and does not call a function anew
+        if not self.uses_graph or callable(targ) or counting_model(model) is not model: return run(x, targ)
+        key = type(self), {k: simple_setting(v) for k,v in vars(self).items()}
+        return captured(model, run, x, targ, key=key)
 
 # %% ../../nbs/attacks/01_pgd.ipynb #a6bff65b
 def _lengths(d): return d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
@@ -143,6 +153,7 @@ def check_attack(
 
 class PGD(Attack):
     "Projected gradient descent in the `norm`-ball of radius `eps` around each image (Madry et al., 2018)"
+    uses_graph = True
     own_step = 1/4 # default `step_size`, as a multiple of `eps`
     def __init__(self,
         eps:float=8/255, # radius of the ball, in pixel space

@@ -27,6 +27,7 @@ from ..evaluation.robustness import robust_accuracy
 from ..losses import trades_loss
 from ..normalization import pixel_model, to_pixels
 from ..data.images import check_single_label
+from ..graphs import release_graphs
 from ..speed import channels_last, compiled, faster, has_bf16
 
 # %% ../../nbs/callback/02_adversarial.ipynb #058e385a
@@ -53,7 +54,7 @@ class RobustCallback(FitCallback):
     # state of a running fit, which `Learner.export` leaves out
     _stateattrs = ('pixel','images','clean_xb','targ','full_bs','_compiled','_checks','_format')
     pixel = _compiled = _format = bf16 = None
-    compile,_checks = False,()
+    compile,cuda_graph,_checks = False,False,()
 
     def __init__(self,
         # run attack, teacher and training step through `torch.compile`; parts that cannot be compiled, and the training
@@ -62,10 +63,13 @@ class RobustCallback(FitCallback):
         # run attack and teacher in bfloat16; None follows the Learner: bfloat16 after `learn.to_bf16()` or
         # `learn.to_fp16()` if the hardware supports it. The training step always follows the Learner
         bf16:bool|None=None,
+        # on a GPU, launch PGD and the teacher's pass as a single CUDA graph each, from the fourth batch on; what cannot
+        # be recorded runs as usual, with a warning. The graphs are freed at the end of the fit
+        cuda_graph:bool=False,
         **unknown # any other argument raises a `TypeError`
     ):
         check_known(type(self), unknown)
-        self.compile,self.bf16 = compile,bf16
+        self.compile,self.bf16,self.cuda_graph = compile,bf16,cuda_graph
 
     def check(self,
         dls, # the DataLoaders to train on
@@ -182,7 +186,7 @@ class RobustCallback(FitCallback):
             self.clean_xb,self.targ = (x,),batch_targ(self.learn)
             if first: self._check_student()
             if self._format is None: self._begin_format(x) # `Resume` restores `full_bs`
-            with later() as self._checks, _own_random(x.device), faster(compile, self.uses_bf16):
+            with later() as self._checks, _own_random(x.device), faster(compile, self.uses_bf16, self.cuda_graph):
                 x = self.model_images()
             for check in checks: check() # the values have long arrived, and BatchNorm has not seen the images yet
         self.learn.xb = (self.pixel.normalize(x),)
@@ -235,6 +239,7 @@ class RobustCallback(FitCallback):
 
     def after_fit(self):
         self._end_format()
+        if self.cuda_graph: release_graphs()
         self.pixel = self.images = self.clean_xb = self.targ = None
 
 # %% ../../nbs/callback/02_adversarial.ipynb #472b18a1
