@@ -6,7 +6,7 @@ import torch, torch.nn.functional as F
 from rkd_fastai.attacks.pgd import PGD
 from rkd_fastai.speed import faster
 from rkd_fastai.models import cifar_resnet18
-from .timing import HOW, compare, parse, setting, table
+from .timing import compare, parse, setting, table, ways
 
 EPS, STEP, STEPS = 8/255, 2/255, 7
 
@@ -38,7 +38,7 @@ def main(args=None):
     model, (x, y), attack = network_with_statistics(a).eval(), batch(a), PGD(EPS, steps=STEPS, step_size=STEP)
     def ours(how):
         with faster(**how): attack(model, x, y)
-    contestants = ({k: lambda how=how: ours(how) for k,how in HOW.items()}
+    contestants = ({k: lambda how=how: ours(how) for k,how in ways(a.device).items()}
                    | {'plain loop': lambda: reference_pgd(model, x, y)})
     try:
         import torchattacks
@@ -57,6 +57,6 @@ def main(args=None):
     contestants[f'floor, {2*STEPS} forward passes'] = floor
 
     print(f'PGD-{STEPS}, {setting(a)}')
-    table(compare(contestants, a.device, a.runs), list(HOW), a.bs)
+    table(compare(contestants, a.device, a.runs), list(ways(a.device)), a.bs)
 
 if __name__ == '__main__': main()

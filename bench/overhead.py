@@ -15,7 +15,7 @@ from rkd_fastai.schedules import sgd_nesterov
 from rkd_fastai.teachers import Teacher
 from .attack import EPS, STEP, STEPS, batch, network_with_statistics
 from .step import ALPHA, bare_step, sgd
-from .timing import HOW, compare, parse, peak_mib, setting, table
+from .timing import compare, parse, peak_mib, setting, table, ways
 
 N = 6 # batches in an epoch
 
@@ -31,9 +31,9 @@ class Batches:
 def main(args=None):
     a = parse(__doc__, args, only=dict(choices=['learner','loop'],
                                        help='run this one alone, and print the peak memory of the process'),
-              how=dict(choices=list(HOW), default='ours', help='float32 as it is, compiled, in bfloat16, or both'))
+              how=dict(choices=list(ways('cuda')), default='ours', help='float32 as it is, compiled, in bfloat16, ...'))
     torch.manual_seed(0)
-    attack, how, (x, y) = PGD(EPS, steps=STEPS, step_size=STEP), HOW[a.how], batch(a)
+    attack, how, (x, y) = PGD(EPS, steps=STEPS, step_size=STEP), ways('cuda')[a.how], batch(a)
     net, teacher = network_with_statistics(a), Teacher(network_with_statistics(a))
     model = copy.deepcopy(net)
     if not how.get('compile'): model.to(memory_format=torch.channels_last) # as in a fit

@@ -11,11 +11,12 @@ import copy, statistics
 from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from rkd_fastai.attacks.pgd import PGD
+from rkd_fastai.core import checked_later
 from rkd_fastai.speed import compiled, faster
 from rkd_fastai.losses import akd_loss
 from rkd_fastai.teachers import Teacher
 from .attack import EPS, STEP, STEPS, batch, reference_pgd, network_with_statistics
-from .timing import HOW, compare, forward_flops, matmul_rate, parse, peak_mib, ratio, setting, table
+from .timing import compare, forward_flops, matmul_rate, parse, peak_mib, ratio, setting, table, ways
 
 ALPHA = .8
 
@@ -33,23 +34,24 @@ def reference_step(model, teachers, opt, x, y):
     loss.backward()
     opt.step()
 
-def bare_step(model, teacher, opt, x, y, attack, compile=False, bf16=False):
+def bare_step(model, teacher, opt, x, y, attack, compile=False, bf16=False, cuda_graph=False):
     "Our pieces in a bare loop: what `AKDCallback` does in a batch"
     model.train()
-    with faster(compile, bf16):
+    with faster(compile, bf16, cuda_graph), checked_later() as checks:
         x_adv = attack(model, x, y)
         probs = teacher.probs(x_adv)
     with (compiled(model) if compile else nullcontext(),
           torch.autocast('cuda', torch.bfloat16, enabled=bf16 and x.is_cuda)):
         loss = akd_loss(model(x_adv), probs, y, ALPHA)
     loss.backward()
+    for check in checks: check()
     opt.step()
     opt.zero_grad()
 
 def our_steps(model, teachers, x, y):
     "Our step in every way of running it, each with a student of its own"
     attack, steps = PGD(EPS, steps=STEPS, step_size=STEP), {}
-    for name,how in HOW.items():
+    for name,how in ways(str(x.device)).items():
         fmt = torch.preserve_format if how.get('compile') else torch.channels_last # as in a fit
         student = copy.deepcopy(model).to(memory_format=fmt)
         args = student, Teacher(teachers), sgd(student), x, y, attack
@@ -75,13 +77,13 @@ def main(args=None):
     contestants |= {f'{k}, one teacher': fn for k,fn in one.items()}
     print(f'AKD⁺ with PGD-{STEPS}, {a.teachers} teacher(s), {setting(a)}')
     times = compare(contestants, a.device, a.runs)
-    table({k: ts for k,ts in times.items() if 'one teacher' not in k}, list(HOW), a.bs)
+    table({k: ts for k,ts in times.items() if 'one teacher' not in k}, list(ways(a.device)), a.bs)
     for k in one: print(f'{a.teachers} teachers ÷ one, {k}: {ratio(times[k], times[f"{k}, one teacher"])}')
     flops, rate = n*forward_flops(model, x), matmul_rate(a.device)
     print(f'{flops/1e9:.1f} GFLOP a step; a bfloat16 matrix product runs at {rate/1e12:.2f} TFLOP/s; share of it: '
-          + ', '.join(f'{k} {flops/statistics.median(times[k])/rate:.1%}' for k in (*HOW, 'plain loop')))
+          + ', '.join(f'{k} {flops/statistics.median(times[k])/rate:.1%}' for k in (*ways(a.device), 'plain loop')))
     if a.device.startswith('cuda'):
         print('peak memory, MiB: ' + ', '.join(f'{k} {peak_mib(contestants[k], a.device):.0f}'
-                                               for k in (*HOW, 'plain loop')))
+                                               for k in (*ways(a.device), 'plain loop')))
 
 if __name__ == '__main__': main()

@@ -9,6 +9,10 @@ from rkd_fastai.study.run import machine
 HOW = {'ours': {}, 'ours, compiled': dict(compile=True), 'ours, bf16': dict(bf16=True),
        'ours, both': dict(compile=True, bf16=True)}
 
+def ways(device):
+    "The ways of running ours that differ on `device`"
+    return HOW | ({'ours, all': dict(compile=True, bf16=True, cuda_graph=True)} if device.startswith('cuda') else {})
+
 def parse(doc, args=None, **more):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')

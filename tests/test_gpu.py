@@ -1,10 +1,12 @@
 """On a GPU, `pytest -m cuda`: the same attacks and steps as on the CPU, memory that stays flat, runs that go
 on, and a run from the command line."""
-import copy, gc, json
+import copy, gc, json, warnings
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import SGD, Callback, set_seed
 
+from rkd_fastai import graphs
 from rkd_fastai.all import *
+from rkd_fastai.callback.adversarial import RobustCallback
 from rkd_fastai.evaluation.robustness import measure_robustness
 from rkd_fastai.speed import faster
 from rkd_fastai.cli.main import main
@@ -25,7 +27,8 @@ methods = dict(
     rslad=lambda t, a: RSLADCallback(t, attack=a), ard=lambda t, a: ARDCallback(t, attack=a),
     ckd=lambda t, a: CKDCallback(t))
 still = PGD(.1, steps=2, random_start=False)
-fast = [{}, dict(compile=True), dict(bf16=True), dict(compile=True, bf16=True)]
+fast = [{}, dict(compile=True), dict(bf16=True), dict(compile=True, bf16=True), dict(cuda_graph=True),
+        dict(compile=True, bf16=True, cuda_graph=True)]
 
 # --- teachers ---
 
@@ -105,6 +108,63 @@ def test_resume(kw, make_learner, make_dls, tiny_net, tmp_path):
     got = train([Resume(tmp_path/'r.pth')], seed=99, net=5)
     assert all(torch.equal(p, q) for p,q in zip(got, want))
 
+# --- CUDA graphs ---
+
+graph_attacks = [PGD(.1, steps=3), PGD(.5, steps=3, norm='L2'), PGD(.1, steps=2, restarts=2), PGD(.1, objective='cw'),
+                 FFGSM(.1)]
+@pytest.mark.parametrize('attack', graph_attacks, ids=repr)
+def test_a_graph_makes_the_same_images(attack, tiny_net):
+    "With the same random numbers, after steps of an optimiser; the random state is the same, too"
+    ends = []
+    for on in (False, True):
+        torch.manual_seed(0); torch.cuda.manual_seed(0)
+        net,out = tiny_net().cuda(),[]
+        for _ in range(8):
+            x,y = torch.rand(32, 1, 8, 8, device='cuda'),torch.randint(10, (32,), device='cuda')
+            with faster(cuda_graph=on): out.append(attack(net, x, y))
+            with torch.no_grad(): net[0].weight.mul_(1.05)
+        ends.append((out, torch.cuda.get_rng_state()))
+    for a,b in zip(ends[0][0], ends[1][0]): assert ((a - b).abs() < 1e-4).float().mean() > .995
+    assert torch.equal(ends[0][1], ends[1][1])
+    used = [e for g in graphs._graphs.values() for e in g.entries if e.graph is not None]
+    assert used and all(g.works for g in graphs._graphs.values())
+    graphs.release_graphs()
+
+class Reads(nn.Module):
+    "A network that reads a value, which cannot be recorded"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x) if x.sum().item() > -1e9 else self.net(-x)
+
+def test_what_cannot_be_recorded_runs_as_usual(tiny_net):
+    "Once a warning, and the GPU works on, with the same random numbers"
+    ends = []
+    for on in (False, True):
+        torch.manual_seed(0); torch.cuda.manual_seed(0)
+        net = Reads(tiny_net()).cuda()
+        with warnings.catch_warnings(record=True) as ws, faster(cuda_graph=on):
+            warnings.simplefilter('always')
+            out = [PGD(.1, steps=2)(net, torch.rand(8, 1, 8, 8, device='cuda'), torch.arange(8, device='cuda'))
+                   for _ in range(6)]
+        assert sum('`cuda_graph=True` is not used' in str(w.message) for w in ws) == on
+        ends.append((out, torch.cuda.get_rng_state()))
+    assert all(torch.equal(a, b) for a,b in zip(ends[0][0], ends[1][0])) and torch.equal(ends[0][1], ends[1][1])
+
+@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('kw', [{}, dict(cuda_graph=True)], ids=str)
+def test_no_step_waits_for_the_gpu(name, kw, make_learner, make_dls, tiny_net, monkeypatch):
+    "From the fifth batch on: PyTorch raises an error where a method would wait; a check waits for its own copy alone"
+    call = RobustCallback.__call__
+    def guarded(cb, event):
+        if event not in ('before_batch','after_pred','after_loss','before_step') or not cb.training: return call(cb, event)
+        if cb.learn.train_iter < 4: return call(cb, event)
+        torch.cuda.set_sync_debug_mode('error')
+        try: return call(cb, event)
+        finally: torch.cuda.set_sync_debug_mode('default')
+    monkeypatch.setattr(RobustCallback, '__call__', guarded)
+    cb = methods[name](tiny_net(seed=7), PGD(.1, steps=2))
+    cb.cuda_graph = kw.get('cuda_graph', False)
+    make_learner(make_dls(n=256, bs=32, device='cuda', device_resident=True), tiny_net(), cbs=cb).fit(2)
+
 class Wide(nn.Module):
     "A network whose activations a leak could not hide"
     def __init__(self):
@@ -122,7 +182,8 @@ class Watch(Callback):
         if self.n % 100 == 0: gc.collect(); self.seen.append(torch.cuda.memory_allocated())
 
 @pytest.mark.parametrize('name, kw', [('at', {}), ('trades', {}), ('akd', {}), ('rslad', {}), ('ckd', {}),
-                                      ('akd', dict(compile=True, bf16=True))], ids=str)
+                                      ('akd', dict(compile=True, bf16=True)), ('akd', dict(cuda_graph=True)),
+                                      ('akd', dict(compile=True, bf16=True, cuda_graph=True))], ids=str)
 def test_two_thousand_steps(name, kw, make_learner, make_dls):
     "The memory after step 2,000 is that after step 300, when what waits for the garbage collector is gone"
     dls, teacher = make_dls(n=1280, n_valid=64, bs=64, channels=3, device_resident=True, device='cuda'), Wide().cuda()

@@ -1,6 +1,7 @@
 """Attack and teacher as a CUDA graph, tested without a GPU: the graph has its memory for images and results, and the
 launches that it would replay are made anew. `tests/test_gpu.py` tests the graphs themselves."""
-import copy, gc, threading, weakref
+import copy, gc, json, subprocess, sys, threading, weakref
+from pathlib import Path
 
 import pytest, torch, torch.nn as nn
 from fastai.vision.all import Callback, set_seed
@@ -226,3 +227,26 @@ def test_memory_is_freed(tiny_net, recorded):
     root = weakref.ref(kept[0])
     del kept; graphs.release_graphs(); gc.collect()
     assert root() is None
+
+def bench_on_gpu(tmp_path, *args):
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'bench.on_gpu', '--small', '--out', tmp_path, *args],
+                       capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert r.returncode == 0, r.stderr
+    lines = (tmp_path/'summary.txt').read_text().splitlines()
+    assert all(line.split()[1] == 'ok' for line in lines), '\n'.join(
+        lines + [p.read_text()[-2000:] for p in tmp_path.glob('*.txt')])
+    return [line.split()[0] for line in lines]
+
+def test_the_script_for_a_gpu_runs(tmp_path):
+    assert bench_on_gpu(tmp_path, '--only', 'memory') == ['memory']
+    assert 'step 30: ' in (tmp_path/'memory.txt').read_text()
+
+@pytest.mark.slow
+def test_all_of_the_script_for_a_gpu_runs(tmp_path):
+    "Each stage, with small shapes; each leaves its own file"
+    stages = bench_on_gpu(tmp_path)
+    assert stages == ['tests','variants','profile','step','attack','overhead','memory','autoattack']
+    lines = (tmp_path/'variants.txt').read_text().splitlines()
+    rows = [json.loads(l) for l in lines if l.startswith('{')]
+    assert len(rows) == 7 and all(r['ms'] > 0 for r in rows)
+    assert 'plain loop' in (tmp_path/'step.txt').read_text() and 'CPU time total' in (tmp_path/'profile.txt').read_text()
