@@ -155,8 +155,8 @@ def test_no_step_waits_for_the_gpu(name, kw, make_learner, make_dls, tiny_net, m
     "From the fifth batch on: PyTorch raises an error where a method would wait; a check waits for its own copy alone"
     call = RobustCallback.__call__
     def guarded(cb, event):
-        if event not in ('before_batch','after_pred','after_loss','before_step') or not cb.training: return call(cb, event)
-        if cb.learn.train_iter < 4: return call(cb, event)
+        events = 'before_batch','after_pred','after_loss','before_step'
+        if event not in events or not cb.training or cb.learn.train_iter < 4: return call(cb, event)
         torch.cuda.set_sync_debug_mode('error')
         try: return call(cb, event)
         finally: torch.cuda.set_sync_debug_mode('default')
