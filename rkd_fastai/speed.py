@@ -515,7 +515,8 @@ def _to_format(weights, memory_format, opt=None):
     for p in weights:
         kept = getattr(opt, 'state', {}).get(p, {}).values()
         for t in (p, p.grad, *(t for t in kept if isinstance(t, torch.Tensor) and t.shape == p.shape)):
-            if t is not None: t.data = t.data.contiguous(memory_format=memory_format)
+            # `contiguous` would keep the strides of a 1×1 kernel, which fit both formats
+            if t is not None: t.data = torch.empty_like(t.data, memory_format=memory_format).copy_(t.data)
 
 @contextmanager
 def channels_last(
@@ -525,8 +526,8 @@ def channels_last(
 ):
     """Keep the weights of `model` in the channels-last format within this context if it runs in it on `x`, forward and
     backward, and restore their format afterwards"""
-    weights = [p for p in model.parameters() if p.ndim == 4 and type(p) is nn.Parameter
-               and p.is_contiguous() and not p.is_contiguous(memory_format=torch.channels_last)]
+    usual = lambda p: p.stride() == torch.empty(p.shape, device='meta').stride()
+    weights = [p for p in model.parameters() if p.ndim == 4 and type(p) is nn.Parameter and usual(p)]
     try:
         _to_format(weights, torch.channels_last, opt)
         try: _runs(model, x)
