@@ -99,7 +99,7 @@ def _settings_of(method):
     "Return the keyword arguments of a method, without teacher and attack"
     cls = {**_own_methods, **distil_methods}.get(method)
     return [] if cls is None else [k for k in signature(cls).parameters
-                                   if k not in ('teacher','attack','compile','bf16')]
+                                   if k not in ('teacher','attack','compile','bf16','cuda_graph')]
 
 def _check_net(net, dls):
     if net is None or isinstance(net, nn.Module) or _makes_one(net): return
@@ -156,6 +156,7 @@ def learner(self:Recipe,
     synthetic=None, # `.npz` file of synthetic images, see `with_synthetic`
     compile:bool=False, # use `torch.compile`, see `AdversarialTraining`
     bf16:bool|None=None, # use bfloat16, see `AdversarialTraining`
+    cuda_graph:bool=False, # use CUDA graphs, see `AdversarialTraining`
     cbs=None, # further callbacks
     **kwargs, # other arguments of `Learner`, e.g. `metrics` or `path`
 )->Learner:
@@ -164,7 +165,7 @@ def learner(self:Recipe,
     if not self.bn_wd and 'splitter' in kwargs:
         raise ValueError("remove `splitter`, because this recipe has its own, which excludes BatchNorm from the weight "
                          "decay; or use `recipe.replace(bn_wd=True)`, which has no splitter")
-    cb = _callback(self, teacher, compile=compile, bf16=bf16)
+    cb = _callback(self, teacher, compile=compile, bf16=bf16, cuda_graph=cuda_graph)
     cb.check(dls)
     _check_net(net, dls)
     dls = _loaders(self, dls, synthetic)
