@@ -36,7 +36,7 @@ def main(args=None):
     attack, how, (x, y) = PGD(EPS, steps=STEPS, step_size=STEP), ways('cuda')[a.how], batch(a)
     net, teacher = network_with_statistics(a), Teacher(network_with_statistics(a))
     model = copy.deepcopy(net)
-    if not how.get('compile'): model.to(memory_format=torch.channels_last) # as in a fit
+    model.to(memory_format=torch.channels_last) # as in a fit
     opt = sgd(model)
     def bare():
         for _ in range(N): bare_step(model, teacher, opt, x, y, attack, **how)

@@ -52,7 +52,7 @@ def our_steps(model, teachers, x, y):
     "Our step in every way of running it, each with a student of its own"
     attack, steps = PGD(EPS, steps=STEPS, step_size=STEP), {}
     for name,how in ways(str(x.device)).items():
-        fmt = torch.preserve_format if how.get('compile') else torch.channels_last # as in a fit
+        fmt = torch.channels_last # as in a fit
         student = copy.deepcopy(model).to(memory_format=fmt)
         args = student, Teacher(teachers), sgd(student), x, y, attack
         steps[name] = lambda args=args, how=how: bare_step(*args, **how)

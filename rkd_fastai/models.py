@@ -18,13 +18,14 @@ class _BasicBlock(nn.Module):
         super().__init__()
         self.conv1,self.bn1 = _conv(n_in, n_out, 3, stride), nn.BatchNorm2d(n_out)
         self.conv2,self.bn2 = _conv(n_out, n_out, 3), nn.BatchNorm2d(n_out)
-        self.shortcut = nn.Sequential()
+        self.shortcut,self.stride = nn.Sequential(),stride
         if stride != 1 or n_in != n_out:
-            self.shortcut = nn.Sequential(_conv(n_in, n_out, 1, stride), nn.BatchNorm2d(n_out))
+            self.shortcut = nn.Sequential(_conv(n_in, n_out, 1), nn.BatchNorm2d(n_out))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        # take every second pixel; a 1×1 convolution with a stride is slower on a CPU, and unsafe, see `has_unsafe_conv`
+        return F.relu(out + self.shortcut(x if self.stride == 1 else x[:, :, ::self.stride, ::self.stride]))
 
 class _ResNet(nn.Module):
     def __init__(self, n_blocks, n_out, width, n_in):

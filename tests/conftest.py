@@ -185,7 +185,8 @@ class After(Callback):
 def check_step(s, native, method, norm, denorm, eps, lr, alpha=.8, lam=5/6):
     """Raise unless step `s` is that of plain PyTorch: PGD-2 on the model in eval mode, Eq. 7 (AKD⁺) or Eq. 6
     (RSLAD⁺), SGD"""
-    model, x, x_seen = s.model, denorm(s.x), denorm(s.seen)
+    # the format of a fit, which rounds in its own way
+    model, x, x_seen = s.model.to(memory_format=torch.channels_last), denorm(s.x), denorm(s.seen)
     start, modes = {k: v.clone() for k,v in model.state_dict().items()}, [m.training for m in model.modules()]
     ce = lambda x: F.cross_entropy(model(norm(x)), s.y, reduction='sum')
     # the attack: pixels, eval mode, no random numbers but those of the uniform start

@@ -14,6 +14,7 @@ from rkd_fastai import speed as fast
 from rkd_fastai.speed import _fast_layers, folded
 from rkd_fastai.models import cifar_resnet18, wide_resnet
 from rkd_fastai.teachers import Teacher
+from conftest import python
 
 class NormInside(nn.Module):
     "As RobustBench's networks are: pixel space in, the normalisation a part of `forward`"
@@ -335,3 +336,38 @@ def test_a_fold_takes_few_operators():
     with Launches() as in_attack: attack(net, x, y)
     with Launches() as in_teacher: teacher.probs(x)
     assert 700 < in_attack.n <= 830 and 50 < in_teacher.n <= 65, (in_attack.n, in_teacher.n)
+
+class Strided(nn.Module):
+    "A network whose shortcut is a strided 1×1 convolution of few channels, as in many networks for CIFAR-10"
+    def __init__(self, n=8):
+        super().__init__()
+        self.conv,self.short = nn.Conv2d(3, n, 3, 1, 1),nn.Conv2d(n, 2*n, 1, 2)
+        self.bn,self.head = nn.BatchNorm2d(2*n),nn.Linear(2*n, 10)
+    def forward(self, x): return self.head(F.relu(self.bn(self.short(F.relu(self.conv(x))))).mean((2,3)))
+
+def test_a_layer_that_would_end_the_process():
+    """PyTorch 2.15 corrupts the memory where it computes the gradient for such weights in the channels-last format,
+    which the compiler chooses as well: these networks keep their format and train uncompiled"""
+    code = """
+        import torch, warnings, sys
+        sys.path[:0] = ['tests']
+        from test_speed import Strided
+        from rkd_fastai.speed import channels_last, compiled
+        net,x = Strided(),torch.rand(4, 3, 64, 64)
+        with channels_last(net, x), warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            assert not net.conv.weight.is_contiguous(memory_format=torch.channels_last)
+            for _ in range(5):
+                with compiled(net): net(x).sum().backward()
+        print(*(w.message for w in ws))
+    """
+    assert python(code).startswith('`compile=True` failed, so the model runs uncompiled (NotImplementedError: PyTorch')
+    assert fast.has_unsafe_conv(Strided()) and not fast.has_unsafe_conv(Strided(16))
+    assert not any(fast.has_unsafe_conv(net) for net in (cifar_resnet18(10, 1/16), wide_resnet(10, 1)))
+
+def test_the_shortcut_is_a_strided_convolution():
+    "Our ResNet-18 takes every second pixel and convolves it, which is the same"
+    block,x = cifar_resnet18(10, 1/8).layer2[0].eval(),torch.rand(2, 8, 7, 9)
+    main = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    short = block.shortcut[1](F.conv2d(x, block.shortcut[0].weight, stride=2))
+    torch.testing.assert_close(block(x), F.relu(main + short))

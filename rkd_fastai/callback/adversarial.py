@@ -222,9 +222,8 @@ class RobustCallback(FitCallback):
     def _begin_format(self, x):
         "Bring the weights into the channels-last format until the end of the fit, if the network allows it"
         self._format = ExitStack()
-        # the compiler chooses formats itself, and a wrapper for several devices is prepared for the present one
-        if self.compile or unwrap(self.model) is not self.model: return
-        self._format.enter_context(channels_last(self.model, x[:8], self.opt))
+        # a wrapper for several devices is prepared for the present format
+        if unwrap(self.model) is self.model: self._format.enter_context(channels_last(self.model, x[:8], self.opt))
 
     def _end_format(self):
         if self._format is not None: self._format.close()
