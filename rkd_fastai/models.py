@@ -12,6 +12,29 @@ from .core import as_number, whole_number
 # %% ../nbs/05_models.ipynb #b4e32ce9
 def _conv(n_in, n_out, ks, stride=1): return nn.Conv2d(n_in, n_out, ks, stride=stride, padding=ks//2, bias=False)
 
+class _EveryNth(torch.autograd.Function):
+    "Every `n`-th pixel of `x` in both directions; its gradient is written once, and that of two slices twice"
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, n): return x[:, :, ::n, ::n].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x,ctx.n = inputs
+        ctx.shape,ctx.strides = x.shape,x.stride()
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_empty_strided(ctx.shape, ctx.strides).zero_()
+        out[:, :, ::ctx.n, ::ctx.n] = grad
+        return out, None
+
+def _every_nth(x, n:int):
+    # a compiler writes both slices at once
+    if torch.jit.is_scripting() or torch.compiler.is_compiling(): return x[:, :, ::n, ::n]
+    return _EveryNth.apply(x, n)
+
 class _BasicBlock(nn.Module):
     "Two 3×3 convolutions and a shortcut (He et al., 2016)"
     def __init__(self, n_in, n_out, stride):
@@ -25,7 +48,7 @@ class _BasicBlock(nn.Module):
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         # take every second pixel; a 1×1 convolution with a stride is slower on a CPU, and unsafe, see `has_unsafe_conv`
-        return F.relu(out + self.shortcut(x if self.stride == 1 else x[:, :, ::self.stride, ::self.stride]))
+        return F.relu(out + self.shortcut(x if self.stride == 1 else _every_nth(x, self.stride)))
 
 class _ResNet(nn.Module):
     def __init__(self, n_blocks, n_out, width, n_in):

@@ -12,7 +12,7 @@ from rkd_fastai.core import PixelModel, frozen
 from rkd_fastai.evaluation.robustness import robust_flags
 from rkd_fastai import speed as fast
 from rkd_fastai.speed import _fast_layers, folded
-from rkd_fastai.models import cifar_resnet18, wide_resnet
+from rkd_fastai.models import _EveryNth, cifar_resnet18, wide_resnet
 from rkd_fastai.teachers import Teacher
 from conftest import python
 
@@ -371,3 +371,11 @@ def test_the_shortcut_is_a_strided_convolution():
     main = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
     short = block.shortcut[1](F.conv2d(x, block.shortcut[0].weight, stride=2))
     torch.testing.assert_close(block(x), F.relu(main + short))
+    net = cifar_resnet18(10, 1/16).double().eval()
+    x = torch.rand(2, 3, 9, 8, dtype=torch.double, requires_grad=True)
+    assert torch.equal(torch.jit.script(net)(x), net(x))
+    each = torch.func.vmap(torch.func.grad(lambda x: net(x[None]).sum()))(x.detach())
+    torch.testing.assert_close(each, torch.autograd.grad(net(x).sum(), x)[0])
+    every = lambda x: _EveryNth.apply(x, 2).square()
+    for x in (x, x.to(memory_format=torch.channels_last)):
+        assert torch.autograd.gradcheck(every, x) and torch.autograd.gradgradcheck(every, x)
