@@ -133,6 +133,7 @@ def run_stage(a, name):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             code = f'stopped after {LIMITS[name]} s'
+        except BaseException: os.killpg(process.pid, 9); raise
     return f"{name:<12}{'ok' if code == 0 else code!s:<22}{time.time() - started:6.0f} s   {log.name}"
 
 def main(args=None):

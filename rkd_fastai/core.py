@@ -203,7 +203,7 @@ class _Check:
             self.values = torch.empty(values.shape, dtype=values.dtype, device='cpu', pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.copied = torch.cuda.current_stream(values.device).record_event()
-        else: self.values = values.to('cpu', non_blocking=True)
+        else: self.values = values # read when the check runs
 
     def __call__(self):
         if self.copied is not None: self.copied.synchronize()
@@ -211,7 +211,7 @@ class _Check:
 
 @contextmanager
 def checked_later():
-    "Return the checks of values on a GPU within this context as a list of functions, to be called later"
+    "Collect the checks of values on a GPU within this context in the yielded list; the caller must call each one"
     checks = []
     token = _later.set(checks)
     try: yield checks

@@ -7,19 +7,33 @@ __all__ = ['captured', 'release_graphs']
 
 # %% ../nbs/07_graphs.ipynb #b561e044
 import warnings
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from weakref import WeakKeyDictionary
 import torch, torch.nn as nn
 from .core import PixelModel
-from .speed import folded_weights, how, memory_of, state_of
+from .speed import folded_weights, how, memory_of, simple_setting, state_of
 
 # %% ../nbs/07_graphs.ipynb #3a28f1e5
+@contextmanager
+def _no_waiting():
+    "Raise an error within this context where PyTorch would wait for the GPU, which cannot be recorded"
+    mode = torch.cuda.get_sync_debug_mode()
+    try: torch.cuda.set_sync_debug_mode('error'); yield
+    finally: torch.cuda.set_sync_debug_mode(mode)
+
+def _on(device): return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
+
 class _Graph:
     "The function `fn` of the tensors `inputs`, recorded as a CUDA graph with memory of its own for inputs and output"
     def __init__(self, fn, inputs):
+        with _on(inputs[0].device): self._record(fn, inputs)
+
+    def _record(self, fn, inputs):
         self.inputs,self.graph,side = [t.clone() for t in inputs],torch.cuda.CUDAGraph(),torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side): fn(*self.inputs) # libraries allocate their workspaces for this stream
+        # libraries allocate their workspaces for this stream; most of what cannot be recorded fails already here
+        with torch.cuda.stream(side), _no_waiting(): fn(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         # fastai's loader may use the GPU in a thread meanwhile
         with torch.cuda.graph(self.graph, stream=side, capture_error_mode='thread_local'): self.out = fn(*self.inputs)
@@ -27,9 +41,10 @@ class _Graph:
     def replay(self, fn): self.graph.replay()
 
     def __call__(self, fn, inputs):
-        for mine,t in zip(self.inputs, inputs): mine.copy_(t)
-        self.replay(fn)
-        return self.out.clone()
+        with _on(inputs[0].device):
+            for mine,t in zip(self.inputs, inputs): mine.copy_(t)
+            self.replay(fn)
+            return self.out.clone()
 
 def _can_capture(device): return device.type == 'cuda'
 
@@ -40,13 +55,17 @@ class _Entry:
 
 def _torch_settings(device):
     cudnn,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
-    return (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32,
+    try: tf32 = cudnn.allow_tf32,matmul.allow_tf32
+    except RuntimeError: tf32 = cudnn.conv.fp32_precision,matmul.fp32_precision # if they were set by these names
+    return (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, tf32,
             torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(), torch.is_grad_enabled(),
             torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
 
 def _state(model, inputs, key):
-    tensors = [*model.parameters(), *model.buffers()]
-    return (key, how.get(), [memory_of(t)[1:] for t in inputs], state_of(model, inputs[0]),
+    plain = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor))
+    tensors = [*model.parameters(), *model.buffers(), *plain]
+    wrapper = type(model),{k: simple_setting(v) for k,v in vars(model).items() if k[0] != '_'}
+    return (key, how.get(), [memory_of(t)[1:] for t in inputs], wrapper, state_of(model, inputs[0]),
             [memory_of(t) for t in tensors], _torch_settings(inputs[0].device))
 
 def _random_state(device):
@@ -71,10 +90,17 @@ class _Graphs:
         device = inputs[0].device
         before,out,why = _random_state(device),fn(*inputs),'its result differs'
         after = _random_state(device)
-        try:
-            if entry.graph is None: entry.graph,entry.kept = _Graph(fn, inputs),folded_weights(model)
+        def agrees(graph, inputs, out):
             _set_random_state(before, device)
-            self.works = bool(same(entry.graph(fn, inputs), out)) and torch.equal(_random_state(device), after)
+            return bool(same(graph(fn, inputs), out)) and torch.equal(_random_state(device), after)
+        try:
+            graph = entry.graph or _Graph(fn, inputs)
+            self.works = agrees(graph, inputs, out)
+            if entry.graph is None and self.works: # an empty graph would agree for the images of its recording
+                others = [t.roll(1, 0) for t in inputs]
+                _set_random_state(before, device)
+                self.works = agrees(graph, others, fn(*others))
+            if self.works: entry.graph,entry.kept = graph,folded_weights(model)
         except Exception as e: self.works,why = False,f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}"
         finally: _set_random_state(after, device)
         if not self.works:
@@ -104,7 +130,8 @@ def captured(
     same=_close, # function that returns whether two results are the same up to rounding errors
 ):
     "Return `fn(*inputs)`, computed by a CUDA graph within `faster(cuda_graph=True)` if there is one for this state"
-    if not how.get()[2] or not _can_capture(inputs[0].device) or not isinstance(model, nn.Module): return fn(*inputs)
+    if (not how.get()[2] or not _can_capture(inputs[0].device) or not isinstance(model, nn.Module)
+        or torch.is_inference_mode_enabled()): return fn(*inputs)
     net = model.model if isinstance(model, PixelModel) else model
     if net not in _graphs: _graphs[net] = _Graphs()
     return _graphs[net](model, fn, inputs, key, same) if _graphs[net].works else fn(*inputs)

@@ -13,11 +13,11 @@ from .core import as_number, whole_number
 def _conv(n_in, n_out, ks, stride=1): return nn.Conv2d(n_in, n_out, ks, stride=stride, padding=ks//2, bias=False)
 
 class _EveryNth(torch.autograd.Function):
-    "Every `n`-th pixel of `x` in both directions; its gradient is written once, and that of two slices twice"
+    "Like `x[:, :, ::n, ::n]`, but the backward pass fills one tensor, and that of two slices fills two"
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, n): return x[:, :, ::n, ::n].clone()
+    def forward(x, n): return x[:, :, ::n, ::n]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -30,9 +30,12 @@ class _EveryNth(torch.autograd.Function):
         out[:, :, ::ctx.n, ::ctx.n] = grad
         return out, None
 
+    @staticmethod
+    def jvp(ctx, tangent, _): return tangent[:, :, ::ctx.n, ::ctx.n]
+
 def _every_nth(x, n:int):
     # a compiler writes both slices at once
-    if torch.jit.is_scripting() or torch.compiler.is_compiling(): return x[:, :, ::n, ::n]
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling(): return x[:, :, ::n, ::n]
     return _EveryNth.apply(x, n)
 
 class _BasicBlock(nn.Module):

@@ -172,7 +172,8 @@ class _Weights:
         if not self.folds: return
         _each('copy', self.scales, self.vars)
         torch._foreach_add_(self.scales, self.eps)
-        torch._foreach_rsqrt_(self.scales)
+        torch._foreach_sqrt_(self.scales)
+        torch._foreach_reciprocal_(self.scales)
         _each('mul', self.scales, self.bn_weights)
         _each('copy', self.shifts, self.means)
         torch._foreach_neg_(self.shifts)
@@ -522,8 +523,14 @@ def _runs(model, x):
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks): hooks.clear()
     with torch.random.fork_rng([x.device] if x.is_cuda else []): net(x).float().sum().backward()
 
+def _has_own_memory(p):
+    "Return whether `p` has the usual strides and fills its memory, which no other process uses"
+    return (p.stride() == torch.empty(p.shape, device='meta').stride() and p.untyped_storage().nbytes() == p.nbytes
+            and (p.is_cuda or not p.is_shared()))
+
 def _to_format(weights, memory_format, opt=None):
     "Bring `weights` into `memory_format`, and with them their gradients and the values that the optimiser keeps"
+    while getattr(opt, 'opt', None) is not None: opt = opt.opt # fastai's wrapper of an optimiser of PyTorch
     for p in weights:
         kept = getattr(opt, 'state', {}).get(p, {}).values()
         for t in (p, p.grad, *(t for t in kept if isinstance(t, torch.Tensor) and t.shape == p.shape)):
@@ -538,8 +545,8 @@ def channels_last(
 ):
     """Keep the weights of `model` in the channels-last format within this context if it runs in it on `x`, forward and
     backward, and restore their format afterwards"""
-    usual = lambda p: p.stride() == torch.empty(p.shape, device='meta').stride()
-    weights = [p for p in model.parameters() if p.ndim == 4 and type(p) is nn.Parameter and usual(p)]
+    weights = [p for p in model.parameters() if p.ndim == 4 and type(p) is nn.Parameter and _has_own_memory(p)]
+    if len({p.data_ptr() for p in weights}) < len(weights): weights = [] # parameters that share their memory
     if has_unsafe_conv(model): weights = []
     try:
         _to_format(weights, torch.channels_last, opt)
@@ -567,7 +574,7 @@ def folded(
     x, # images like those for which `model` will run, `(bs, c, h, w)`
 ):
     """Make `model` compute the same logits and input gradients faster within this context, if possible, and restore it
-    afterwards"""
+    afterwards. Gradients have to be computed before the same model is folded again."""
     ok = (isinstance(model, nn.Module) and not any(getattr(m, 'training', False) for m in model.modules())
           and not any(p.requires_grad for p in model.parameters()))
     if not ok: yield model; return

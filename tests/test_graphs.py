@@ -16,7 +16,7 @@ from rkd_fastai.speed import faster
 class Recorded(graphs._Graph):
     "Record the function instead of its launches"
     made = replayed = 0
-    def __init__(self, fn, inputs):
+    def _record(self, fn, inputs):
         self.inputs = [t.clone() for t in inputs]
         self.out = fn(*self.inputs).clone()
         Recorded.made += 1
@@ -45,7 +45,7 @@ def test_the_same_bits(attack, tiny_net, recorded):
     for on in (False, True):
         torch.manual_seed(3)
         with faster(cuda_graph=on): ends.append(([attack(net, x, y) for x,y in data], torch.get_rng_state()))
-    assert all(torch.equal(a, b) for a,b in zip(ends[0][0], ends[1][0], strict=True)) and recorded.replayed == 4
+    assert all(torch.equal(a, b) for a,b in zip(ends[0][0], ends[1][0], strict=True)) and recorded.replayed == 5
     assert torch.equal(ends[0][1], ends[1][1])
 
 def test_a_step_of_the_optimiser_is_seen(tiny_net, recorded):
@@ -88,11 +88,11 @@ def test_what_makes_a_graph_invalid(change, tiny_net, recorded, request):
     (x,y), = batches(1)
     with faster(cuda_graph=True):
         for _ in range(4): attack(net, x, y)
-        assert (recorded.made, recorded.replayed) == (1, 2)
+        assert (recorded.made, recorded.replayed) == (1, 3)
         changed = change(attack, net, x)
         x = x if changed is None else changed
         got = [attack(net, x, y[:len(x)]) for _ in range(2)]
-        assert (recorded.made, recorded.replayed) == (1, 2)
+        assert (recorded.made, recorded.replayed) == (1, 3)
         got.append(attack(net, x, y[:len(x)]))
         assert recorded.made == 2
     want = attack(copy.deepcopy(net), x, y[:len(x)])
@@ -105,7 +105,7 @@ def test_what_does_not(tiny_net, recorded):
         for i,(x,y) in enumerate(batches(8)):
             net.train(i%2 == 0).requires_grad_(i%3 == 0)
             attack(net, x, y)
-    assert (recorded.made, recorded.replayed) == (1, 6)
+    assert (recorded.made, recorded.replayed) == (1, 7)
 
 def test_not_by_itself(tiny_net, recorded):
     "Without `cuda_graph`, for a function as target, while passes are counted and for APGD nothing is recorded"
@@ -123,8 +123,8 @@ def test_not_by_itself(tiny_net, recorded):
 def test_a_graph_that_cannot_be_trusted(fails, tiny_net, monkeypatch, recorded):
     "One warning, the right result, the right random state, and no further trial"
     class Wrong(Recorded):
-        def __init__(self, fn, inputs):
-            super().__init__(fn, inputs)
+        def _record(self, fn, inputs):
+            super()._record(fn, inputs)
             if fails == 'capture': raise RuntimeError('operation not permitted when stream is capturing\nmore')
         def replay(self, fn):
             super().replay(fn)
@@ -168,10 +168,10 @@ def test_it_is_compared_again(tiny_net, recorded, monkeypatch):
 
 def test_the_teacher(tiny_net, recorded):
     teacher = Teacher([PixelModel(tiny_net(seed=1), .5, .2), tiny_net(seed=2)])
-    with faster(cuda_graph=True): got = [teacher.probs(x) for x,_ in batches(5)]
-    assert recorded.made == 2 and recorded.replayed == 2*3
+    with faster(cuda_graph=True): got = [teacher.probs(x) for x,_ in batches(6)] # the first call sets attributes
+    assert recorded.made == 2 and recorded.replayed == 2*4
     torch.manual_seed(0)
-    assert len({tuple(p.flatten().tolist()) for p in got}) == 5 # each result has memory of its own
+    assert len({tuple(p.flatten().tolist()) for p in got}) == 6 # each result has memory of its own
     x = torch.rand(16, 1, 8, 8)
     with faster(cuda_graph=True): assert torch.equal(teacher.probs(x), copy.deepcopy(teacher).probs(x))
 
@@ -205,7 +205,7 @@ def test_two_threads(tiny_net, recorded):
     replay = Recorded.replay
     def slow(self, fn): inside.set(); go.wait(5); replay(self, fn)
     with faster(cuda_graph=True):
-        for _ in range(3): want = teacher.probs(x)
+        for _ in range(4): want = teacher.probs(x)
         out = []
         def other():
             with faster(cuda_graph=True): out.append(teacher.probs(x))
@@ -251,3 +251,23 @@ def test_all_of_the_script_for_a_gpu_runs(tmp_path):
     assert len(rows) == 7 and all(r['ms'] > 0 for r in rows)
     assert 'plain loop' in (tmp_path/'step.txt').read_text()
     assert 'CPU time total' in (tmp_path/'profile.txt').read_text()
+
+def test_settings_that_are_no_numbers(tiny_net, recorded):
+    "An attack with an array as a setting is not recorded, since another array would not be seen"
+    class Masked(PGD):
+        def perturb(self, model, x, targ): return x + self.mask*(super().perturb(model, x, targ) - x)
+    net,attack = tiny_net(),Masked(.1, steps=1)
+    attack.mask = torch.ones(8, 8)
+    with faster(cuda_graph=True):
+        for x,y in batches(5): attack(net, x, y)
+    assert recorded.made == 0
+
+def test_an_empty_graph(tiny_net, monkeypatch, recorded):
+    "It would give the result of its recording for ever"
+    class Empty(Recorded):
+        def replay(self, fn): pass
+    monkeypatch.setattr(graphs, '_Graph', Empty)
+    teacher,data = Teacher(tiny_net()),batches(6)
+    with faster(cuda_graph=True), pytest.warns(UserWarning, match='its result differs'):
+        got = [teacher.probs(x) for x,_ in data]
+    assert all(torch.equal(p, teacher.probs(x)) for p,(x,_) in zip(got, data))

@@ -1,9 +1,11 @@
 "`folded`: the attack's fast path changes no result, on our networks and on foreign ones, and leaves nothing behind."
 import copy, gc, pickle, weakref
 from enum import Enum
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np, pytest, timm, torch, torch.nn as nn, torch.nn.functional as F, torchvision
+from fastai.vision.all import Adam, Callback, OptimWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkd_fastai.attacks.pgd import FFGSM, FGSM, PGD, Attack
@@ -365,6 +367,7 @@ def test_a_layer_that_would_end_the_process():
     assert fast.has_unsafe_conv(Strided()) and not fast.has_unsafe_conv(Strided(16))
     assert not any(fast.has_unsafe_conv(net) for net in (cifar_resnet18(10, 1/16), wide_resnet(10, 1)))
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit.trace.*')
 def test_the_shortcut_is_a_strided_convolution():
     "Our ResNet-18 takes every second pixel and convolves it, which is the same"
     block,x = cifar_resnet18(10, 1/8).layer2[0].eval(),torch.rand(2, 8, 7, 9)
@@ -373,9 +376,40 @@ def test_the_shortcut_is_a_strided_convolution():
     torch.testing.assert_close(block(x), F.relu(main + short))
     net = cifar_resnet18(10, 1/16).double().eval()
     x = torch.rand(2, 3, 9, 8, dtype=torch.double, requires_grad=True)
-    assert torch.equal(torch.jit.script(net)(x), net(x))
+    assert torch.equal(torch.jit.script(net)(x), net(x)) and torch.equal(torch.jit.trace(net, x)(x), net(x))
+    torch.func.jvp(net, (x.detach(),), (torch.ones_like(x),))
     each = torch.func.vmap(torch.func.grad(lambda x: net(x[None]).sum()))(x.detach())
     torch.testing.assert_close(each, torch.autograd.grad(net(x).sum(), x)[0])
     every = lambda x: _EveryNth.apply(x, 2).square()
     for x in (x, x.to(memory_format=torch.channels_last)):
         assert torch.autograd.gradcheck(every, x) and torch.autograd.gradgradcheck(every, x)
+
+@pytest.mark.parametrize('opt_func', [partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), Adam])
+@pytest.mark.parametrize('first', ['natural','robust'])
+def test_the_optimiser_has_the_format_of_the_weights(opt_func, first, make_learner, make_dls):
+    "Its values from a fit in another format, too, and back again"
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    learn,formats = make_learner(make_dls(n=64), net, opt_func=opt_func),[]
+    def values():
+        opt = learn.opt
+        while hasattr(opt, 'opt'): opt = opt.opt
+        return [v for v in opt.state[net[1].weight].values() if torch.is_tensor(v) and v.ndim == 4]
+    class Look(Callback):
+        order,run_valid = 3000,False
+        def after_step(self): formats.append({v.stride() for v in [net[1].weight, *values()]})
+    for way in ([first, 'natural','robust'] if first == 'robust' else [first, 'robust','natural']):
+        if way == 'robust': learn.to_adversarial(PGD(.1, steps=1))
+        else: learn.to_natural()
+        learn.fit(1, cbs=Look())
+    assert {len(f) for f in formats} == {1} and len(set.union(*formats)) == 2
+    assert {v.stride() for v in [net[1].weight, *values()]} == {(36, 9, 3, 1)}
+
+def test_shared_memory_is_left_alone():
+    "Another process, or another parameter, would no longer see the weights"
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    both = nn.Parameter(torch.rand(8, 4, 3, 3))
+    for change in (nn.Module.share_memory, lambda net: setattr(net[1], 'weight', nn.Parameter(both.detach()[4:]))):
+        other = copy.deepcopy(net)
+        change(other)
+        ptr = other[1].weight.data_ptr()
+        with fast.channels_last(other, torch.rand(2, 3, 8, 8)): assert other[1].weight.data_ptr() == ptr

@@ -151,7 +151,7 @@ class RobustCallback(FitCallback):
         if any(getattr(f, 'func', f) is robust_accuracy for f in funcs): robust_accuracy(torch.empty(0), None)
 
     def __call__(self, event_name):
-        if event_name == 'before_fit': self.after_batch(); self._end_format() # left by an interrupted fit
+        if event_name == 'before_fit': self.after_batch(); self._end() # what an interrupted fit has left
         return super().__call__(event_name)
 
     def before_fit(self):
@@ -180,7 +180,8 @@ class RobustCallback(FitCallback):
         x = self.xb[0].as_subclass(torch.Tensor)
         first,self.full_bs = self.full_bs is None, self.full_bs or len(x)
         compile = self.compile and len(x) == self.full_bs
-        later = partial(nullcontext, ()) if first else checked_later # the values of the first batch are checked at once
+        # the values of the first batch are checked at once, so that there are no checks to call later
+        later = partial(nullcontext, ()) if first else checked_later
         with add_location(self.learn):
             with later() as checks: self.images = to_pixels(self.pixel, x)
             self.clean_xb,self.targ = (x,),batch_targ(self.learn)
@@ -236,9 +237,12 @@ class RobustCallback(FitCallback):
         self._end_compiled()
         self._checks = ()
 
-    def after_fit(self):
+    def _end(self):
         self._end_format()
         if self.cuda_graph: release_graphs()
+
+    def after_fit(self):
+        self._end()
         self.pixel = self.images = self.clean_xb = self.targ = None
 
 # %% ../../nbs/callback/02_adversarial.ipynb #472b18a1
