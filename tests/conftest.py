@@ -127,6 +127,11 @@ def shared_networks_stay():
         if any(not torch.equal(v, state[k]) for k,v in net.state_dict().items()): net.load_state_dict(state)
         net.eval()
 
+@pytest.fixture(autouse=True)
+def no_figures_of_other_tests():
+    "A test may count the open figures, whatever an earlier one has left open"
+    if plt := sys.modules.get('matplotlib.pyplot'): plt.close('all')
+
 @pytest.fixture(scope='session')
 def test_images(digits): return digits.x[1297:], digits.y[1297:]
 
