@@ -474,10 +474,11 @@ class _Compiled:
         # do not try again after a failure; PyTorch keeps at most eight compilations per function, and each kind of call
         # has its own function
         if False in self.tried.values() or sum(k[0] == kind for k in self.tried) == 8: return False
+        if any(p.requires_grad for p in model.parameters()) and has_unsafe_conv(model):
+            _say_once("`compile=True` is not used for the training step: PyTorch's gradient for a strided 1×1 "
+                      "convolution with fewer than 16 channels could end the process on a CPU")
+            return False
         try:
-            if any(p.requires_grad for p in model.parameters()) and has_unsafe_conv(model):
-                raise NotImplementedError("PyTorch's gradient for a strided 1×1 convolution of fewer than 16 "
-                                          "channels would end the process")
             if kind not in self.calls: self.calls[kind] = self._compile()
             with _untouched(model, x):
                 out = self.calls[kind](model, x)
