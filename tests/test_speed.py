@@ -167,14 +167,14 @@ def test_activation_in_place_before_batchnorm():
 @pytest.mark.parametrize('gamma', [1., 0.])
 def test_wrong_fold_is_found_out_in_a_new_network(gamma, monkeypatch):
     "A new BatchNorm changes nothing, and one of weight 0 hides all, so that a wrong fold would agree"
-    from rkd_fastai.speed import _FastLayer, _Weights
+    from rkd_fastai.speed import _FastLayer, _FastLayers, _Weights
     model, x = (nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32, eps=1e-12), nn.Flatten(),
                               nn.Linear(32*36, 10)), torch.rand(4, 3, 8, 8))
     nn.init.constant_(model[1].weight, gamma)
     before = copy.deepcopy(model.state_dict())
     assert _fast_layers(copy.deepcopy(model).eval(), x)
     right = _Weights.__init__ # as without BatchNorm
-    without_bn = lambda self, layers, bf16: right(self, [_FastLayer(s.layer) for s in layers], bf16)
+    def without_bn(self, layers, bf16): right(self, _FastLayers(_FastLayer(s.layer) for s in layers), bf16)
     monkeypatch.setattr(_Weights, '__init__', without_bn)
     assert _fast_layers(model.eval(), x) == []
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())

@@ -118,6 +118,7 @@ def test_a_teacher_without_numbers_is_found_before_the_step(make_learner, as_on_
     with pytest.raises(FloatingPointError, match='epoch 1, batch 2: `teacher` returned NaN .* for 32 of 32 images'):
         learn.fit(1, cbs=[was := AfterFirst()])
     assert all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), was.params, strict=True))
+    assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     learn.remove_cb(Break)
     cb.teacher.members[0].model.bad = False
     learn.fit(1)
